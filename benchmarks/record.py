@@ -1,0 +1,64 @@
+"""What every benchmark writes: rows, and under which circumstances they were measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PACKAGES = ("torch", "torchvision", "torch-pruning", "fvcore", "torchmetrics", "accelerate")
+ROOT = Path(__file__).resolve().parent
+
+
+def cpu_name() -> str:
+    """The processor's name as the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def commit() -> str:
+    """The commit that was measured, with `+changes` where the tree differs from it."""
+    here = dict(cwd=ROOT, capture_output=True, text=True, check=False)
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here).stdout.strip()
+    dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], **here).stdout.strip()
+    return (head or "unknown") + ("+changes" if dirty else "")
+
+
+def record(benchmark: str, rows: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
+    """The benchmark's object: circumstances first, rows last."""
+    cores = os.cpu_count()
+    return {
+        "benchmark": benchmark,
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT.parent), *sys.argv[1:]]),
+        "commit": os.environ.get("BENCHMARK_COMMIT") or commit(),
+        "date": date.today().isoformat(),
+        "device": f"{cpu_name()}, {cores} cores",
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version(),
+                     **{name: version(name) for name in PACKAGES}},
+        **extra,
+        "rows": rows,
+    }
+
+
+def write(benchmark: str, rows: list[dict[str, Any]], path: Path | None = None,
+          **extra: Any) -> Path:
+    """Write `results/<benchmark>.json` whole or not at all; returns where."""
+    target = path or ROOT / "results" / f"{benchmark}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record(benchmark, rows, **extra), indent=1) + "\n")
+    temporary.replace(target)
+    return target

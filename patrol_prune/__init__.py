@@ -1,0 +1,106 @@
+"""patrol-prune: prune the edge half of a split network so that what it uploads is hard to invert.
+
+    import patrol_prune as pp
+
+    split = pp.Split(model, example_inputs, at="layer3")
+    objective = pp.PatrolObjective(split, task_loss, beta=40.0)
+    importance = pp.PatrolImportance(objective)
+    pruner = pp.PatrolPruner(model, example_inputs, importance, split=split, edge_macs=0.5)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "PatrolError": "errors",
+    "InputError": "errors",
+    "UnsupportedModelError": "errors",
+    "BudgetError": "errors",
+    "TrainingError": "errors",
+    "CheckpointError": "errors",
+    "RunDirectoryError": "errors",
+    "Normalization": "pixels",
+    "ImageSet": "data",
+    "Batches": "data",
+    "load_image_folder": "data",
+    "count_macs": "cost",
+    "count_params": "cost",
+    "edge_macs": "cost",
+    "feature_bytes": "cost",
+    "Split": "split",
+    "SplitPoint": "split",
+    "split_points": "split",
+    "SoftMasks": "masks",
+    "Plan": "plan",
+    "plan": "plan",
+    "block_lipschitz": "lipschitz",
+    "lipschitz_loss": "lipschitz",
+    "make_decoder": "decoders",
+    "SurrogateEnsemble": "surrogate",
+    "SurrogateSpec": "surrogate",
+    "PatrolObjective": "objective",
+    "PatrolImportance": "importance",
+    "GroupPatrolImportance": "importance",
+    "PatrolPruner": "pruner",
+    "FinetuneConfig": "finetune",
+    "finetune": "finetune",
+    "recalibrate_batchnorm": "finetune",
+    "rebuild_optimizer": "finetune",
+    "save": "checkpoint",
+    "load": "checkpoint",
+    "InverseNetwork": "attacks.inverse_network",
+    "InverseNetworkConfig": "attacks.inverse_network",
+    "AuditReport": "audit",
+    "audit": "audit",
+}
+
+__all__ = sorted([*_WHERE, "__version__"])
+
+if TYPE_CHECKING:
+    from patrol_prune.attacks.inverse_network import InverseNetwork, InverseNetworkConfig
+    from patrol_prune.audit import AuditReport, audit
+    from patrol_prune.checkpoint import load, save
+    from patrol_prune.cost import count_macs, count_params, edge_macs, feature_bytes
+    from patrol_prune.data import Batches, ImageSet, load_image_folder
+    from patrol_prune.decoders import make_decoder
+    from patrol_prune.errors import (
+        BudgetError,
+        CheckpointError,
+        InputError,
+        PatrolError,
+        RunDirectoryError,
+        TrainingError,
+        UnsupportedModelError,
+    )
+    from patrol_prune.finetune import (
+        FinetuneConfig,
+        finetune,
+        rebuild_optimizer,
+        recalibrate_batchnorm,
+    )
+    from patrol_prune.importance import GroupPatrolImportance, PatrolImportance
+    from patrol_prune.lipschitz import block_lipschitz, lipschitz_loss
+    from patrol_prune.masks import SoftMasks
+    from patrol_prune.objective import PatrolObjective
+    from patrol_prune.pixels import Normalization
+    from patrol_prune.plan import Plan, plan
+    from patrol_prune.pruner import PatrolPruner
+    from patrol_prune.split import Split, SplitPoint, split_points
+    from patrol_prune.surrogate import SurrogateEnsemble, SurrogateSpec
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name where it is first used: `pp.edge_macs` does not import the attacks."""
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,237 @@
+"""Images from a folder, held as bytes, and the batches made of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.datasets import ImageFolder
+
+from patrol_prune.errors import InputError, nearest
+from patrol_prune.pixels import Normalization
+
+log = logging.getLogger(__name__)
+TRAIN_NAMES = ("train",)
+TEST_NAMES = ("val", "test")
+MEMORY_LIMIT_GIB = 16.0
+
+
+@dataclass
+class ImageSet:
+    """Labelled images in memory.
+
+    Attributes:
+        images: bytes, `[N, 3, H, W]`, dtype uint8.
+        labels: class indices, `[N]`, dtype int64.
+        classes: one name per class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.dim() != 4:
+            raise InputError(
+                "An ImageSet holds uint8 images [N, 3, H, W], came "
+                f"{self.images.dtype} {tuple(self.images.shape)}. Scale and stack them first."
+            )
+        if len(self.images) != len(self.labels):
+            raise InputError(
+                f"Expected one label per image, came {len(self.labels)} labels for "
+                f"{len(self.images)} images."
+            )
+        check_labels(self.labels, len(self.classes))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def pixels(self, indices: Sequence[int] | Tensor | slice = slice(None)) -> Tensor:
+        """Pixels on [0, 1], float32 `[n, 3, H, W]`, of all images or of some."""
+        return self.images[indices].float() / 255.0
+
+    def subset(self, indices: Sequence[int] | Tensor) -> ImageSet:
+        """The same classes, fewer images."""
+        index = torch.as_tensor(indices, dtype=torch.long)
+        return ImageSet(self.images[index], self.labels[index], self.classes)
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Refuse labels outside `0 .. classes - 1`, naming the first."""
+    bad = ((labels < 0) | (labels >= classes)).nonzero()
+    if len(bad):
+        where = int(bad[0])
+        raise InputError(
+            f"Labels must lie in 0..{classes - 1} for {classes} classes, came {int(labels[where])} "
+            f"at position {where}. Check the class folders, or the number of outputs of the model."
+        )
+
+
+def find_parts(root: str | Path) -> tuple[Path, Path]:
+    """The folders to train on and to test on: `root/train` and `root/val` or `root/test`."""
+    folder = Path(root)
+    if not folder.is_dir():
+        raise InputError(f"Expected a folder of images, came {folder}, which does not exist.")
+    train = [folder / name for name in TRAIN_NAMES if (folder / name).is_dir()]
+    test = [folder / name for name in TEST_NAMES if (folder / name).is_dir()]
+    if not train or not test:
+        there = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_dir())) or "no folder"
+        raise InputError(
+            f"Expected {folder} to hold train/ and val/ or test/, each with one folder per class, "
+            f"came {there}. Lay the images out as ImageFolder does."
+        )
+    return train[0], test[0]
+
+
+def load_image_folder(
+    root: str | Path, image_size: int, *, classes: tuple[str, ...] | None = None
+) -> ImageSet:
+    """Read `root/<class>/<image>` into memory, shorter side resized, centre cropped to a square.
+
+    Args:
+        root: a folder with one sub-folder per class.
+        image_size: side of the square, in pixels.
+        classes: the classes of the training part; a folder with others is refused.
+
+    Raises:
+        InputError: no image, a single class, an unreadable image (named), unknown classes.
+    """
+    folder = Path(root)
+    if image_size < 8:
+        raise InputError(f"Expected an image size of at least 8 pixels, came {image_size}.")
+    try:
+        listing = ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        raise InputError(
+            f"Expected {folder} to hold one folder per class with images in each, found none "
+            f"that can be read ({error}). Lay the images out as root/<class>/<image>.jpg."
+        ) from error
+    names = tuple(listing.classes)
+    if len(names) < 2:
+        raise InputError(
+            f"Expected at least two classes below {folder}, came one ({names[0]}). The task loss "
+            "needs a choice to make; add the other classes."
+        )
+    if classes is not None and names != classes:
+        odd = sorted(set(names) ^ set(classes))
+        raise InputError(
+            f"{folder} and the training part must hold the same classes; these stand in one of "
+            f"them only: {', '.join(odd[:5])}. {nearest(odd[0], [*classes, *names])}"
+        )
+    needed = len(listing.samples) * 3 * image_size**2 / 2**30
+    if needed > MEMORY_LIMIT_GIB:
+        raise InputError(
+            f"{len(listing.samples)} images of {image_size}x{image_size} need {needed:.0f} GiB of "
+            f"memory, above the limit of {MEMORY_LIMIT_GIB:.0f}. Take a part of them, or a "
+            "smaller size."
+        )
+    images = np.empty((len(listing.samples), image_size, image_size, 3), dtype=np.uint8)
+    for row, (path, _) in enumerate(listing.samples):
+        images[row] = read_image(Path(path), image_size)
+    log.info("read %d images of %d classes from %s", len(images), len(names), folder)
+    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+    return ImageSet(tensor, torch.tensor(listing.targets, dtype=torch.long), names)
+
+
+def read_image(path: Path, image_size: int) -> np.ndarray:
+    """One image as bytes `[size, size, 3]`; an unreadable file is named."""
+    try:
+        with Image.open(path) as handle:
+            image = handle.convert("RGB")
+    except (UnidentifiedImageError, OSError, ValueError) as error:
+        raise InputError(
+            f"Expected an image, but {path} cannot be read ({error}). Remove or replace it."
+        ) from error
+    if image.size != (image_size, image_size):
+        scale = image_size / min(image.size)
+        size = (max(image_size, round(image.width * scale)),
+                max(image_size, round(image.height * scale)))
+        image = image.resize(size, Image.Resampling.BILINEAR)
+        left, top = (size[0] - image_size) // 2, (size[1] - image_size) // 2
+        image = image.crop((left, top, left + image_size, top + image_size))
+    return np.asarray(image)
+
+
+class Batches:
+    """Batches `(x, y)` of an `ImageSet`, in model-input space, the same for the same seed.
+
+    Iterating twice gives two epochs; `set_epoch` makes an epoch repeatable, so that a resumed
+    run sees what the first would have seen.
+
+    Args:
+        image_set: where the images come from.
+        batch_size: images in a batch; the last batch may be smaller, never a single image
+            while training (`shuffle`), where BatchNorm would fail.
+        augment: random horizontal flips and shifts of up to an eighth of the side.
+        indices: only these images.
+    """
+
+    def __init__(
+        self,
+        image_set: ImageSet,
+        batch_size: int = 128,
+        *,
+        normalization: Normalization | None = None,
+        augment: bool = False,
+        shuffle: bool = False,
+        seed: int = 0,
+        indices: Tensor | None = None,
+    ) -> None:
+        self.image_set = image_set
+        self.indices = torch.arange(len(image_set)) if indices is None else indices
+        if len(self.indices) == 0 or batch_size < 1:
+            raise InputError(
+                f"Expected at least one image and a positive batch size, came {len(self.indices)} "
+                f"images and batch_size={batch_size}."
+            )
+        self.batch_size = batch_size
+        self.normalization = normalization or Normalization()
+        self.augment = augment
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.indices), self.batch_size)
+        drop_last = self.shuffle and full > 0 and rest < 2
+        return full + (1 if rest and not drop_last else 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """The next iteration draws order and augmentation of this epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        self.epoch += 1
+        order = self.indices
+        if self.shuffle:
+            order = order[torch.randperm(len(order), generator=generator)]
+        for batch in range(len(self)):
+            index = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            images = self.image_set.images[index]
+            if self.augment:
+                images = flip_and_shift(images, generator)
+            pixels = images.float() / 255.0
+            yield self.normalization.to_input(pixels), self.image_set.labels[index]
+
+
+def flip_and_shift(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image flipped with probability one half and shifted by up to side/8, reflected."""
+    count, _, height, width = images.shape
+    pad = max(1, min(height, width) // 8)
+    flip = torch.rand(count, generator=generator) < 0.5
+    images = torch.where(flip.view(-1, 1, 1, 1), images.flip(3), images)
+    padded = F.pad(images.float(), (pad, pad, pad, pad), mode="reflect").to(torch.uint8)
+    top = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
+    left = torch.randint(0, 2 * pad + 1, (count, 1), generator=generator)
+    rows = (top + torch.arange(height)).view(count, 1, height, 1)
+    columns = (left + torch.arange(width)).view(count, 1, 1, width)
+    channels = torch.arange(images.shape[1]).view(1, -1, 1, 1)
+    return padded[torch.arange(count).view(-1, 1, 1, 1), channels, rows, columns]

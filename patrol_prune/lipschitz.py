@@ -1,0 +1,104 @@
+"""The block-wise local Lipschitz term of PATROL, `L_lip = sum_i alpha_i k_i`."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from patrol_prune.errors import InputError
+
+LipschitzForm = Literal["paper", "scale_free"]
+Reduction = Literal["max", "mean"]
+TINY = 1e-12
+
+
+def block_lipschitz(
+    blocks: Sequence[nn.Module],
+    x: Tensor,
+    delta: Tensor,
+    *,
+    form: LipschitzForm = "paper",
+    reduction: Reduction = "max",
+) -> Tensor:
+    """Local Lipschitz constant of every block of a chain, estimated with one perturbation.
+
+    With `h_0 = x`, `h_i = f_i(h_{i-1})` and `D_i = h_i(x + delta) - h_i(x)`:
+
+        paper:       k_i = sup_x ||D_i|| / ||D_{i-1}||
+        scale_free:  k_i = sup_x (||D_i|| / ||h_i||) / (||D_{i-1}|| / ||h_{i-1}||)
+
+    The norm is Euclidean over everything but the batch, `D_0 = delta`. The paper's `k_N` halves
+    when the last layer is scaled by one half and the next one by two, though nothing leaks less;
+    the scale-free form does not move. Per image, the paper's ratios multiply to the ratio of the
+    whole chain.
+
+    Args:
+        blocks: the chain `f_1 .. f_N`; each takes the output of the one before.
+        x: model input, `[B, ...]`.
+        delta: the perturbation, of the shape of `x`.
+        form: which ratio.
+        reduction: "max" over the batch stands for the supremum; "mean" is smoother.
+
+    Returns:
+        `k`, shape `[N]`, non-negative; 0 for a constant block, 1 for an isometry.
+
+    Source:
+        Ding et al., PATROL, WACV 2024; the scale-free form is ours.
+    """
+    if form not in ("paper", "scale_free") or reduction not in ("max", "mean"):
+        raise InputError(
+            'Expected form "paper" or "scale_free" and reduction "max" or "mean", came '
+            f"{form!r} and {reduction!r}."
+        )
+    if delta.shape != x.shape:
+        raise InputError(
+            f"Expected a perturbation of the input's shape {tuple(x.shape)}, came "
+            f"{tuple(delta.shape)}."
+        )
+    clean, noisy = x, x + delta
+    before = _size(noisy - clean, clean, form)
+    constants = []
+    for block in blocks:
+        clean, noisy = block(clean), block(noisy)
+        after = _size(noisy - clean, clean, form)
+        ratio = after / before.clamp_min(TINY)
+        constants.append(ratio.max() if reduction == "max" else ratio.mean())
+        before = after
+    return torch.stack(constants)
+
+
+def lipschitz_loss(k: Tensor, alpha: float | Sequence[float] | Tensor) -> Tensor:
+    """`L_lip = sum_i alpha_i k_i`; one `alpha` for all blocks, or one for each."""
+    weights = torch.as_tensor(alpha, dtype=k.dtype, device=k.device)
+    if weights.dim() and weights.shape != k.shape:
+        raise InputError(
+            f"Expected one alpha, or one for each of the {len(k)} blocks, came {len(weights)}."
+        )
+    return (weights * k).sum()
+
+
+@contextlib.contextmanager
+def frozen_statistics(module: nn.Module) -> Iterator[None]:
+    """BatchNorm normalises as its mode says, but its running statistics stay as they are."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    for layer in layers:
+        layer.momentum = 0.0
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+
+
+def _size(difference: Tensor, reference: Tensor, form: LipschitzForm) -> Tensor:
+    """`||D||` per image, over `||h||` where the form is scale-free. Shape `[B]`."""
+    size = torch.linalg.vector_norm(difference.flatten(1), dim=1)
+    if form == "paper":
+        return size
+    return size / torch.linalg.vector_norm(reference.flatten(1), dim=1).clamp_min(TINY)

@@ -1,0 +1,214 @@
+"""PATROL's objective. Every sign of the method stands in this file, and nowhere else.
+
+    J(theta, m) = L(theta, m) + sum_i alpha_i k_i - beta * min_s L_adv,s
+
+The model minimises `J`; the surrogates minimise their own `L_adv`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from patrol_prune.errors import InputError
+from patrol_prune.lipschitz import (
+    LipschitzForm,
+    Reduction,
+    block_lipschitz,
+    frozen_statistics,
+    lipschitz_loss,
+)
+from patrol_prune.pixels import Normalization
+from patrol_prune.precision import autocast
+from patrol_prune.split import Split
+from patrol_prune.surrogate import DEFAULT_SURROGATES, SurrogateEnsemble, SurrogateSpec
+
+if TYPE_CHECKING:
+    from patrol_prune.masks import SoftMasks
+
+TaskLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class ObjectiveTerms:
+    """The parts of the objective for one batch, scalars with a graph behind them.
+
+    `lipschitz` and `adversarial` are unweighted by nothing: `lipschitz` is `sum_i alpha_i k_i`,
+    `adversarial` the mean over images of `L_adv`. Either is None where its weight is 0.
+    `total = task + lipschitz - beta * adversarial`.
+    """
+
+    task: Tensor
+    lipschitz: Tensor | None
+    adversarial: Tensor | None
+    total: Tensor
+    block_lipschitz: Tensor | None
+    z: Tensor
+    logits: Tensor
+
+
+class PatrolObjective:
+    """Task loss, Lipschitz term and adversarial-reconstruction term over a split.
+
+    Args:
+        split: the cut model. Pruning it changes what the objective sees, as it should.
+        task_loss: `task_loss(logits, y) -> scalar`.
+        alpha: weight of the block-wise Lipschitz constants, one or one per block; 0 leaves them
+            out.
+        beta: weight of the adversarial reconstruction error; 0 leaves it out.
+        noise_std: standard deviation of the Lipschitz perturbation, in input units.
+        lipschitz_form: "paper" or "scale_free", see `block_lipschitz`.
+        lipschitz_reduction: "max" or "mean" over the batch.
+        lipschitz_images: the first so many images of a batch are perturbed; the term is computed
+            in full precision, where the rest may be mixed.
+        surrogates: architectures of the attackers inside.
+        surrogate_lr: learning rate of the attackers inside.
+        normalization: the map from pixels on [0, 1] to the model's input.
+        precision: "auto", "fp32" or "bf16" arithmetic of the edge, the cloud and the surrogates.
+        seed: of the perturbations and the surrogates' initial weights.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        task_loss: TaskLoss,
+        *,
+        alpha: float | Sequence[float] = 0.0,
+        beta: float = 0.0,
+        noise_std: float = 0.1,
+        lipschitz_form: LipschitzForm = "scale_free",
+        lipschitz_reduction: Reduction = "max",
+        lipschitz_images: int = 32,
+        surrogates: Sequence[SurrogateSpec] = DEFAULT_SURROGATES,
+        surrogate_lr: float = 2e-3,
+        normalization: Normalization | None = None,
+        precision: str = "auto",
+        seed: int = 0,
+    ) -> None:
+        alphas = [alpha] if isinstance(alpha, (int, float)) else list(alpha)
+        if min(alphas) < 0 or beta < 0 or noise_std <= 0 or lipschitz_images < 1:
+            raise InputError(
+                "Expected alpha >= 0, beta >= 0, noise_std > 0 and lipschitz_images >= 1, came "
+                f"alpha={alpha}, beta={beta}, noise_std={noise_std}, "
+                f"lipschitz_images={lipschitz_images}. The signs are the objective's business."
+            )
+        self.split, self.task_loss = split, task_loss
+        self.alpha, self.beta, self.noise_std = alpha, float(beta), noise_std
+        self.uses_lipschitz = max(alphas) > 0
+        self.lipschitz_form, self.lipschitz_reduction = lipschitz_form, lipschitz_reduction
+        self.lipschitz_images = lipschitz_images
+        self.normalization = normalization or Normalization()
+        self.precision = precision
+        self.specs, self.surrogate_lr, self.seed = tuple(surrogates), surrogate_lr, seed
+        self.generator = torch.Generator().manual_seed(seed)
+        self._surrogates: SurrogateEnsemble | None = None
+
+    @property
+    def surrogates(self) -> SurrogateEnsemble:
+        """The attackers inside; fresh ones when the transmitted feature has changed its shape."""
+        shape = tuple(self.split.feature_shape)
+        if self._surrogates is None or self._surrogates.feature_shape != shape:
+            _, channels, height, width = self.example_shape
+            self._surrogates = SurrogateEnsemble(
+                shape, (channels, height, width), self.specs, lr=self.surrogate_lr, seed=self.seed
+            )
+        device = next(self.split.model.parameters()).device
+        if self._surrogates.mean_image.device != device:
+            self._surrogates.to(device)
+        return self._surrogates
+
+    @property
+    def example_shape(self) -> tuple[int, int, int, int]:
+        """`(1, channels, height, width)` of the model's input."""
+        inputs = self.split.example_inputs
+        x = inputs if isinstance(inputs, Tensor) else inputs[0]
+        return (1, x.shape[1], x.shape[2], x.shape[3])
+
+    def terms(
+        self, x: Tensor, y: Tensor, *, masks: SoftMasks | None = None, beta_scale: float = 1.0
+    ) -> ObjectiveTerms:
+        """All terms for one batch.
+
+        Args:
+            x: model input `[B, C, H, W]`.
+            y: what the task loss compares with.
+            masks: soft masks through which everything is computed, where structures are scored.
+            beta_scale: a factor on `beta`, for a warm-up.
+        """
+        attached = contextlib.nullcontext() if masks is None else masks.attached()
+        with attached:
+            with autocast(x.device, self.precision):
+                if masks is None:
+                    z = self.split.edge(x)
+                    logits = self.split.cloud(z)
+                else:
+                    z, logits = masks.split_forward(x)
+            z, logits = z.float(), logits.float()
+            task = self.task_loss(logits, y)
+            constants = self._block_lipschitz(x) if self.uses_lipschitz else None
+        total = task
+        lipschitz = None
+        if constants is not None:
+            lipschitz = lipschitz_loss(constants, self.alpha)
+            total = total + lipschitz
+        adversarial = None
+        if self.beta > 0:
+            adversarial = self._adversarial(z, x)
+            total = total - beta_scale * self.beta * adversarial
+        return ObjectiveTerms(task, lipschitz, adversarial, total, constants, z, logits)
+
+    def update_surrogates(self, z: Tensor, x: Tensor) -> Tensor:
+        """One inner step on features that the edge gave for `x`; mean error per surrogate."""
+        pixels = self.normalization.to_pixels(x)
+        return self.surrogates.step(z.detach(), pixels, precision=self.precision)
+
+    def fit_surrogates(self, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> float:
+        """Train the surrogates alone for `steps` batches; returns the last best mean error.
+
+        The model's mode and running statistics are left as they are.
+        """
+        edge, training = self.split.edge, self.split.edge.training
+        modes = [(module, module.training) for module in edge.modules()]
+        device = next(self.split.model.parameters()).device
+        edge.eval()
+        done, error = 0, float("nan")
+        try:
+            while done < steps:
+                before = done
+                for x, _ in batches:
+                    x = x.to(device)
+                    with torch.no_grad(), autocast(device, self.precision):
+                        z = edge(x).float()
+                    self.surrogates.observe(z, self.normalization.to_pixels(x))
+                    error = float(self.update_surrogates(z, x).min())
+                    done += 1
+                    if done >= steps:
+                        break
+                if done == before:
+                    raise InputError("Expected batches to fit the surrogates on, came none.")
+        finally:
+            edge.train(training)
+            for module, mode in modes:
+                module.training = mode
+        return error
+
+    def _adversarial(self, z: Tensor, x: Tensor) -> Tensor:
+        pixels = self.normalization.to_pixels(x)
+        return self.surrogates.strongest(z, pixels, precision=self.precision).mean()
+
+    def _block_lipschitz(self, x: Tensor) -> Tensor:
+        part = x[: self.lipschitz_images]
+        noise = torch.randn(part.shape, generator=self.generator) * self.noise_std
+        with autocast(x.device, "fp32"), frozen_statistics(self.split.edge):
+            return block_lipschitz(
+                self.split.blocks,
+                part,
+                noise.to(x.device),
+                form=self.lipschitz_form,
+                reduction=self.lipschitz_reduction,
+            )

@@ -1,0 +1,85 @@
+"""Everything a training stage needs to go on, as named tensors and JSON; and optimisers rebuilt."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patrol_prune.errors import CheckpointError
+from patrol_prune.surrogate import SurrogateEnsemble
+
+
+def pack_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, surrogates: SurrogateEnsemble | None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights, optimiser moments and surrogates as tensors; their scalars as JSON."""
+    tensors = {f"model.{k}": v for k, v in model.state_dict().items()}
+    meta: dict[str, Any] = {"optimizer": _pack_optimizer(optimizer, "optimizer", tensors)}
+    if surrogates is not None:
+        tensors.update({f"surrogates.{k}": v for k, v in surrogates.state_dict().items()})
+        meta["surrogate_optimizer"] = _pack_optimizer(
+            surrogates.optimizer, "surrogate_optimizer", tensors
+        )
+    return {k: v.detach().contiguous() for k, v in tensors.items()}, meta
+
+
+def unpack_state(
+    tensors: dict[str, Tensor],
+    meta: dict[str, Any],
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    surrogates: SurrogateEnsemble | None,
+    path: str,
+) -> None:
+    """Put back what `pack_state` took; a checkpoint of another model is refused by name."""
+    try:
+        model.load_state_dict(_below(tensors, "model"))
+        if surrogates is not None:
+            surrogates.load_state_dict(_below(tensors, "surrogates"))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The checkpoint {path} is of another model: {error}. Resume with the model and the "
+            "surrogates that wrote it.",
+            path=path,
+        ) from error
+    _unpack_optimizer(optimizer, "optimizer", tensors, meta["optimizer"])
+    if surrogates is not None:
+        _unpack_optimizer(
+            surrogates.optimizer, "surrogate_optimizer", tensors, meta["surrogate_optimizer"]
+        )
+
+
+def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
+
+
+def _pack_optimizer(
+    optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor]
+) -> dict[str, dict[str, float]]:
+    scalars: dict[str, dict[str, float]] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            if isinstance(value, Tensor):
+                tensors[f"{prefix}.{index}.{name}"] = value
+            elif value is not None:
+                scalars.setdefault(str(index), {})[name] = value
+    return scalars
+
+
+def _unpack_optimizer(
+    optimizer: torch.optim.Optimizer,
+    prefix: str,
+    tensors: dict[str, Tensor],
+    scalars: dict[str, dict[str, float]],
+) -> None:
+    state: dict[int, dict[str, Any]] = {
+        int(index): dict(values) for index, values in scalars.items()
+    }
+    for key, value in _below(tensors, prefix).items():
+        index, name = key.split(".", 1)
+        state.setdefault(int(index), {})[name] = value
+    whole = optimizer.state_dict()
+    whole["state"] = state
+    optimizer.load_state_dict(whole)

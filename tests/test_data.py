@@ -1,0 +1,111 @@
+"""Images from folders, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from patrol_prune.data import Batches, ImageSet, find_parts, flip_and_shift, load_image_folder
+from patrol_prune.errors import InputError
+from patrol_prune.pixels import Normalization
+
+
+def _image(path: Path, colour: tuple[int, int, int], size: tuple[int, int] = (20, 12)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for part in ("train", "val"):
+        for number in range(3):
+            _image(tmp_path / part / "red" / f"{number}.png", (255, 0, 0))
+            _image(tmp_path / part / "blue" / f"{number}.png", (0, 0, 255), (9, 30))
+    return tmp_path
+
+
+def test_images_are_resized_cropped_and_labelled(folder: Path) -> None:
+    images = load_image_folder(folder / "train", 16)
+    assert images.classes == ("blue", "red")
+    assert images.images.shape == (6, 3, 16, 16)
+    red = images.pixels(images.labels == 1)  # type: ignore[arg-type]
+    assert torch.equal(red[:, 0], torch.ones(3, 16, 16)) and float(red[:, 1:].max()) == 0.0
+
+
+def test_parts_are_found(folder: Path) -> None:
+    assert find_parts(folder) == (folder / "train", folder / "val")
+    with pytest.raises(InputError, match="train/ and val/ or test/"):
+        find_parts(folder / "train")
+    with pytest.raises(InputError, match="does not exist"):
+        find_parts(folder / "nowhere")
+
+
+def test_no_image_and_one_class_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="one folder per class"):
+        load_image_folder(tmp_path, 16)
+    (tmp_path / "a").mkdir()
+    with pytest.raises(InputError, match="none that can be read"):
+        load_image_folder(tmp_path, 16)
+    _image(tmp_path / "a" / "0.png", (1, 2, 3))
+    with pytest.raises(InputError, match="at least two classes"):
+        load_image_folder(tmp_path, 16)
+
+
+def test_an_unreadable_image_is_named(folder: Path) -> None:
+    bad = folder / "train" / "red" / "torn.jpg"
+    bad.write_bytes(b"\xff\xd8 not a picture")
+    with pytest.raises(InputError, match="torn.jpg"):
+        load_image_folder(folder / "train", 16)
+
+
+def test_other_classes_and_labels_outside_are_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match="green"):
+        load_image_folder(folder / "val", 16, classes=("blue", "green"))
+    with pytest.raises(InputError, match=r"0\.\.1 for 2 classes, came 2 at position 1"):
+        ImageSet(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2]), ("a", "b"))
+
+
+def _noise(count: int = 10) -> ImageSet:
+    g = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=g)
+    return ImageSet(images, torch.arange(count) % 2, ("a", "b"))
+
+
+def test_batches_repeat_by_epoch_and_leave_the_global_generator() -> None:
+    state = torch.get_rng_state()
+    batches = Batches(_noise(), 4, augment=True, shuffle=True, seed=3)
+    first, second = list(batches), list(batches)
+    batches.set_epoch(0)
+    again = list(batches)
+    assert torch.equal(torch.cat([x for x, _ in first]), torch.cat([x for x, _ in again]))
+    assert not torch.equal(torch.cat([x for x, _ in first]), torch.cat([x for x, _ in second]))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_shuffled_epoch_never_ends_with_a_single_image() -> None:
+    assert [len(x) for x, _ in Batches(_noise(9), 4, shuffle=True)] == [4, 4]
+    assert [len(x) for x, _ in Batches(_noise(9), 4)] == [4, 4, 1]
+
+
+def test_every_image_is_seen_once_and_normalised() -> None:
+    normal = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    images = _noise()
+    x = torch.cat([x for x, _ in Batches(images, 4, normalization=normal)])
+    torch.testing.assert_close(normal.to_pixels(x), images.pixels())
+    with pytest.raises(InputError, match="at least one image"):
+        Batches(images, 4, indices=torch.tensor([], dtype=torch.long))
+
+
+def test_flip_and_shift_moves_whole_images() -> None:
+    images = _noise(40).images
+    moved = flip_and_shift(images, torch.Generator().manual_seed(1))
+    inner = moved[:, :, 2:-2, 2:-2]
+    found = 0
+    for before, after in zip(images, inner, strict=True):
+        for candidate in (before, before.flip(2)):
+            patches = candidate.unfold(1, 12, 1).unfold(2, 12, 1).permute(1, 2, 0, 3, 4)
+            found += int((patches == after).flatten(2).all(2).any())
+    assert found == 40

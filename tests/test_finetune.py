@@ -1,0 +1,173 @@
+"""Training: it learns, resumes to the same weights, and stops at the first NaN."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import patrol_prune as pp
+from patrol_prune.data import Batches, ImageSet
+from patrol_prune.errors import CheckpointError, InputError, TrainingError
+from patrol_prune.finetune import (
+    FinetuneConfig,
+    accuracy,
+    finetune,
+    learning_rate,
+    recalibrate_batchnorm,
+)
+from patrol_prune.objective import PatrolObjective
+from patrol_prune.surrogate import SurrogateSpec
+
+SPECS = (SurrogateSpec("residual", 8, 1), SurrogateSpec("transposed", 8))
+CONFIG = FinetuneConfig(epochs=3, lr=0.05, surrogate_warmup_steps=3, precision="fp32",
+                        distill_weight=0.5)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, padding=1)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.conv2 = nn.Conv2d(8, 8, 3, 2, 1)
+        self.fc = nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = torch.relu(self.conv2(torch.relu(self.bn1(self.conv1(x)))))
+        return self.fc(h.mean((2, 3)))
+
+
+def _images(count: int = 64) -> ImageSet:
+    """Bright images against dark ones."""
+    g = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 2
+    noise = torch.randint(0, 100, (count, 3, 8, 8), generator=g)
+    return ImageSet((noise + 120 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels, ("a", "b"))
+
+
+def _split() -> pp.Split:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return pp.Split(Net(), torch.zeros(1, 3, 8, 8), at="conv2")
+
+
+def _train(split: pp.Split, config: FinetuneConfig = CONFIG, **more: object):
+    objective = PatrolObjective(split, F.cross_entropy, alpha=0.01, beta=1.0, surrogates=SPECS,
+                                precision="fp32")
+    batches = Batches(_images(), 16, shuffle=True, augment=True, seed=1)
+    teacher = copy.deepcopy(_split().model)
+    return finetune(split, batches, objective=objective, config=config, teacher=teacher,
+                    progress=False, **more)  # type: ignore[arg-type]
+
+
+def test_plain_training_learns_and_leaves_the_mode() -> None:
+    model = _split().model.eval()
+    config = dataclasses.replace(CONFIG, epochs=6)
+    batches = Batches(_images(), 16, shuffle=True, seed=1)
+    state = torch.get_rng_state()
+    result = finetune(model, batches, config=config, val_batches=Batches(_images(), 32),
+                      progress=False)
+    assert result.history[-1]["accuracy"] > 0.95
+    assert result.history[-1]["task"] < result.history[0]["task"]
+    assert not any(module.training for module in model.modules())
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    whole = _split()
+    _train(whole)
+
+    class Killed(Exception):
+        pass
+
+    class Dies(Batches):
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            if self.epoch == 2:
+                raise Killed
+            return super().__iter__()
+
+    halted = _split()
+    objective = PatrolObjective(halted, F.cross_entropy, alpha=0.01, beta=1.0, surrogates=SPECS,
+                                precision="fp32")
+    with pytest.raises(Killed):
+        finetune(halted, Dies(_images(), 16, shuffle=True, augment=True, seed=1),
+                 objective=objective, config=CONFIG, teacher=copy.deepcopy(_split().model),
+                 checkpoint_dir=tmp_path, progress=False)
+    resumed = _split()
+    result = _train(resumed, checkpoint_dir=tmp_path, resume=True)
+    assert result.resumed_from == 2 and len(result.history) == 3
+    for (name, a), b in zip(whole.model.state_dict().items(),
+                            resumed.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_resume_refuses_other_settings(tmp_path: Path) -> None:
+    _train(_split(), dataclasses.replace(CONFIG, epochs=1), checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match="lr"):
+        _train(_split(), dataclasses.replace(CONFIG, epochs=1, lr=0.2), checkpoint_dir=tmp_path,
+               resume=True)
+
+
+def test_a_nan_stops_with_step_and_term_and_keeps_the_checkpoint(tmp_path: Path) -> None:
+    split = _split()
+    calls = 0
+
+    def task(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return F.cross_entropy(logits, y) * (float("nan") if calls > 5 else 1.0)
+
+    objective = PatrolObjective(split, task, precision="fp32")
+    with pytest.raises(TrainingError, match="task term became nan at step 5") as caught:
+        finetune(split, Batches(_images(), 16, shuffle=True), objective=objective, config=CONFIG,
+                 checkpoint_dir=tmp_path, progress=False)
+    assert caught.value.step == 5 and caught.value.term == "task"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0001"]
+
+
+def test_labels_outside_the_outputs_are_refused() -> None:
+    images = _images()
+    images = ImageSet(images.images, images.labels + 1, ("a", "b", "c"))
+    with pytest.raises(InputError, match=r"0\.\.1, as the model has 2 outputs; came 2"):
+        finetune(_split().model, Batches(images, 16), config=CONFIG, progress=False)
+
+
+def test_learning_rate_rises_and_falls_to_zero() -> None:
+    config = dataclasses.replace(CONFIG, lr=1.0, warmup=0.1)
+    rates = [learning_rate(step, 100, config) for step in range(101)]
+    assert max(rates) <= 1.0 and rates.index(max(rates)) == 10
+    assert rates[0] < 0.1 and rates[100] == pytest.approx(0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.0}, {"epochs": -1}, {"distill_weight": 1.5},
+                                    {"precision": "int8"}])
+def test_config_refuses(change: dict) -> None:
+    with pytest.raises(InputError, match=next(iter(change))):
+        FinetuneConfig(**change)
+
+
+def test_recalibration_is_the_plain_average() -> None:
+    model = _split().model.eval()
+    images = _images(32)
+    model.bn1.running_mean.fill_(9.0)
+    recalibrate_batchnorm(model, Batches(images, 8))
+    with torch.no_grad():
+        expected = model.conv1(images.pixels()).mean((0, 2, 3))
+    torch.testing.assert_close(model.bn1.running_mean, expected)
+    assert model.bn1.momentum == 0.1 and not model.bn1.training
+
+
+def test_accuracy_counts() -> None:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 2))
+    with torch.no_grad():
+        model[1].weight[0].fill_(-1.0)
+        model[1].weight[1].fill_(1.0)
+        model[1].bias.copy_(torch.tensor([96.0, -96.0]))
+    assert accuracy(model, Batches(_images(), 10)) == 1.0
+    with pytest.raises(InputError, match="came none"):
+        accuracy(model, [])
