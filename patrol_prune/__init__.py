@@ -49,7 +49,7 @@ _WHERE = {
     "FinetuneConfig": "finetune",
     "finetune": "finetune",
     "recalibrate_batchnorm": "finetune",
-    "rebuild_optimizer": "finetune",
+    "rebuild_optimizer": "origins",
     "save": "checkpoint",
     "load": "checkpoint",
     "InverseNetwork": "attacks.inverse_network",
@@ -76,16 +76,12 @@ if TYPE_CHECKING:
         TrainingError,
         UnsupportedModelError,
     )
-    from patrol_prune.finetune import (
-        FinetuneConfig,
-        finetune,
-        rebuild_optimizer,
-        recalibrate_batchnorm,
-    )
+    from patrol_prune.finetune import FinetuneConfig, finetune, recalibrate_batchnorm
     from patrol_prune.importance import GroupPatrolImportance, PatrolImportance
     from patrol_prune.lipschitz import block_lipschitz, lipschitz_loss
     from patrol_prune.masks import SoftMasks
     from patrol_prune.objective import PatrolObjective
+    from patrol_prune.origins import rebuild_optimizer
     from patrol_prune.pixels import Normalization
     from patrol_prune.plan import Plan, plan
     from patrol_prune.pruner import PatrolPruner

@@ -1,0 +1,250 @@
+"""What a run comes to, in plain numbers and sentences; `report` puts them on a page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from patrol_prune.errors import InputError
+
+COSTS = ("edge_macs", "edge_params", "feature_bytes", "accuracy")
+EDGE, UNDEFENDED, FLOOR = "edge", "undefended", "floor"
+ATTACKS = {
+    "inverse_network": "a decoder network trained on the attacker's own pictures",
+    "rmle": "white-box optimisation of the picture (rMLE)",
+    "query_free": "a query-free attack through a shadow edge",
+    "mean_image": "answering with the mean image",
+}
+
+
+class Audit(Protocol):
+    """The part of an `AuditReport` that a page needs."""
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """One flat dictionary per subject, attack and seed."""
+
+    @property
+    def flags(self) -> list[dict[str, Any]]:
+        """Warnings: name, meaning, advice, and the subject, attack and seed they are about."""
+
+    @property
+    def examples(self) -> dict[str, np.ndarray]:
+        """Pictures uint8 [K, H, W, 3] by subject, and the originals."""
+
+
+@dataclass
+class RunSummary:
+    """Everything about a run except the attack; plain data that survives JSON.
+
+    Args:
+        name: of the run.
+        model: what was pruned, in the user's words.
+        dataset: what it was trained and attacked on, in the user's words.
+        split: the cut, by the name of the last module on the device.
+        plan: of the run, shown as it is. `boundary` and `budget` are named in the text if there.
+        prune: channels by layer or group, name to (kept, total).
+        dense: `edge_macs, edge_params, feature_bytes, accuracy` before, cut at the same place.
+        pruned: the same numbers after.
+        history: one flat dictionary per epoch of fine-tuning.
+        config: every setting.
+        versions: of the libraries.
+        seed: of the run.
+        command: the line that repeats it.
+        device: where it ran.
+        notes: what the reader has to know besides, one sentence each.
+    """
+
+    name: str
+    model: str
+    dataset: str
+    split: str
+    plan: dict[str, Any]
+    prune: dict[str, tuple[int, int]]
+    dense: dict[str, float]
+    pruned: dict[str, float]
+    history: list[dict[str, Any]] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seed: int = 0
+    command: str = ""
+    device: str = "cpu"
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for field_name, costs in (("dense", self.dense), ("pruned", self.pruned)):
+            missing = [key for key in COSTS if key not in costs]
+            if missing:
+                raise InputError(
+                    f"Expected `{field_name}` of a RunSummary to hold {', '.join(COSTS)}; "
+                    f"{', '.join(missing)} did not come. Measure them first."
+                )
+        for name, (kept, total) in self.prune.items():
+            if not 0 < kept <= total:
+                raise InputError(
+                    f"Expected `prune` to give (kept, total) with 0 < kept <= total, came "
+                    f"{(kept, total)} for {name}. Give the channels kept first."
+                )
+
+
+def attacks_on(records: Iterable[Mapping[str, Any]], subject: str) -> list[dict[str, Any]]:
+    """The records of one subject, the strongest (highest mean SSIM) first."""
+    found = [dict(record) for record in records if record.get("subject") == subject]
+    return sorted(found, key=lambda record: -float(record["ssim"]))
+
+
+def strongest(records: Iterable[Mapping[str, Any]], subject: str) -> dict[str, Any] | None:
+    """The record of the attack that saw most of one subject, or None if nobody attacked it."""
+    found = attacks_on(records, subject)
+    return found[0] if found else None
+
+
+def short(count: float, unit: str = "") -> str:
+    """A count in three digits with k, M or G: `short(2359296)` is `2.36 M`."""
+    for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(count) >= factor:
+            return f"{count / factor:.3g} {letter}{unit}"
+    return f"{count:.3g} {unit}".strip()
+
+
+def number(key: str, value: Any) -> str:
+    """One value as tables show it; `key` says what it is."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return "∞" if value > 0 else str(value)
+        if key == "accuracy":
+            return f"{100 * value:.1f}%"
+        if key == "mse":
+            return f"{value:.4f}"
+        if key in ("psnr", "seconds"):
+            return f"{value:.1f}"
+        return f"{value:,.0f}" if key in COSTS else f"{value:.3f}"
+    return str(value)
+
+
+def headline(summary: RunSummary, audit: Audit) -> str:
+    """One sentence: what the strongest attacker sees, between ceiling and floor."""
+    edge = strongest(audit.records, EDGE)
+    if edge is None:
+        raise InputError(
+            "Expected the audit to hold at least one record of the subject 'edge', came none. "
+            "Attack the edge before you report on it."
+        )
+    ceiling, floor = strongest(audit.records, UNDEFENDED), strongest(audit.records, FLOOR)
+    seen = f"a likeness (SSIM) of {edge['ssim']:.2f}"
+    if ceiling is None:
+        text = (
+            f"From what the device uploads, the strongest attack tried rebuilds pictures to {seen}"
+        )
+    elif ceiling["ssim"] - edge["ssim"] < 0.01:
+        text = (
+            f"The strongest attack tried rebuilds pictures to {seen}, no worse than from the "
+            f"undefended upload ({ceiling['ssim']:.2f}): this run hides nothing"
+        )
+    else:
+        text = (
+            f"From what the device uploads, the strongest attack tried rebuilds pictures to {seen} "
+            f"instead of {ceiling['ssim']:.2f}"
+        )
+    if floor is not None:
+        text += f"; guessing the average picture gives {floor['ssim']:.2f}"
+    return text + "."
+
+
+def story(summary: RunSummary, audit: Audit) -> list[tuple[str, str]]:
+    """What was cut where, what it costs, what an attacker sees: titles with a sentence or two."""
+    kept = sum(k for k, _ in summary.prune.values())
+    total = sum(t for _, t in summary.prune.values())
+    cut = (
+        f"{summary.model} is cut after {summary.split}. The device computes everything up to there "
+        f"and uploads the result."
+    )
+    if total:
+        cut += f" {total - kept:,} of the {total:,} channels on the device were removed."
+    dense, pruned = summary.dense, summary.pruned
+    share = pruned["edge_macs"] / dense["edge_macs"] if dense["edge_macs"] else 1.0
+    cost = (
+        f"{short(pruned['edge_macs'])} multiply-adds per picture, {100 * share:.0f}% of the "
+        f"{short(dense['edge_macs'])} before, and {short(pruned['feature_bytes'], 'B')} to upload"
+        f" ({short(dense['feature_bytes'], 'B')} before). Accuracy "
+        f"{100 * pruned['accuracy']:.1f}%, before {100 * dense['accuracy']:.1f}%."
+    )
+    edge = strongest(audit.records, EDGE) or {}
+    attack = ATTACKS.get(str(edge.get("attack")), str(edge.get("attack")))
+    sees = f"The strongest attack tried is {attack}."
+    ceiling, floor = strongest(audit.records, UNDEFENDED), strongest(audit.records, FLOOR)
+    if ceiling is not None and floor is not None and ceiling["ssim"] > floor["ssim"]:
+        span = ceiling["ssim"] - floor["ssim"]
+        left = min(1.0, max(0.0, (edge["ssim"] - floor["ssim"]) / span))
+        sees += (
+            f" Of the likeness that the undefended upload gives away beyond the average picture, "
+            f"{100 * left:.0f}% is left."
+        )
+    sees += " SSIM 1 is the same picture."
+    return [("What was cut", cut), ("What it costs the device", cost), ("What is seen", sees)]
+
+
+def limits(summary: RunSummary, audit: Audit) -> list[str]:
+    """What the numbers do not show, in sentences; never empty."""
+    edge = attacks_on(audit.records, EDGE)
+    names = sorted({str(record["attack"]) for record in edge})
+    seeds = len({record.get("attack_seed") for record in edge})
+    texts = [
+        f"Only these attacks were tried: {', '.join(names)}, with {seeds} seed"
+        f"{'' if seeds == 1 else 's'}. A stronger or longer attack may see more.",
+    ]
+    if "rmle" not in names:
+        texts.append("No white-box attack, one that knows the device's weights, was tried.")
+    images = sorted({int(r["attacker_images"]) for r in edge if r.get("attacker_images")})
+    if images:
+        texts.append(
+            f"The attacker owned {images[-1]:,} pictures of the same kind as the victims'. One "
+            "who owns more, or fewer, sees more, or less."
+        )
+    if strongest(audit.records, UNDEFENDED) is None:
+        texts.append(
+            "The undefended upload was not attacked, so there is no ceiling to compare with."
+        )
+    texts += [
+        "SSIM, PSNR and MSE measure how like two pictures are. They do not say whether a person, "
+        "a place or a number plate can still be recognised: look at the pictures.",
+        "This is one trained model with one seed. Another training run differs.",
+        "There is no formal guarantee: nothing is proved about attacks that were not tried.",
+    ]
+    return texts + list(summary.notes)
+
+
+def comparison(summary: RunSummary, audit: Audit) -> list[dict[str, Any]]:
+    """The table's rows: key, label, and the raw values `undefended`, `edge` and `floor`."""
+    rows: list[dict[str, Any]] = []
+    for key, label in (
+        ("edge_macs", "Multiply-adds (MACs) on the device"),
+        ("edge_params", "Parameters on the device"),
+        ("feature_bytes", "Bytes uploaded per picture"),
+        ("accuracy", "Accuracy of the task"),
+    ):
+        rows.append(
+            {"key": key, "label": label, UNDEFENDED: summary.dense[key],
+             EDGE: summary.pruned[key], FLOOR: None}
+        )
+    best = {name: strongest(audit.records, name) or {} for name in (UNDEFENDED, EDGE, FLOOR)}
+    for key, label in (
+        ("ssim", "SSIM of the strongest attack (lower hides more)"),
+        ("ssim_worst5", "SSIM on the 5% of pictures it rebuilds best"),
+        ("psnr", "PSNR in dB (lower hides more)"),
+        ("mse", "MSE on [0, 1] pixels (higher hides more)"),
+    ):
+        row = {"key": key, "label": label, **{name: r.get(key) for name, r in best.items()}}
+        if any(row[name] is not None for name in best):
+            rows.append(row)
+    return rows

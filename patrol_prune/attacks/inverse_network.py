@@ -1,0 +1,341 @@
+"""The learned attack: a decoder trained from scratch on the attacker's own (feature, image) pairs.
+
+He, Zhang and Lee (ACSAC 2019) train a transposed-convolution decoder; residual decoders on
+standardised features are stronger. The attacker needs images and what the edge makes of them,
+nothing of the edge's inside.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from patrol_prune.attacks.base import FitRecord
+from patrol_prune.decoders import FAMILIES, FeatureStandardizer, channel_dim, make_decoder
+from patrol_prune.errors import InputError, TrainingError, nearest
+from patrol_prune.metrics import check_pixels, ssim_loss
+from patrol_prune.precision import PRECISIONS, autocast
+
+logger = logging.getLogger(__name__)
+
+LOSSES: tuple[str, ...] = ("mse", "mse+ssim")
+SMALLEST_TRAINING_SET = 20
+SSIM_WEIGHT = 0.1
+"""`"mse+ssim"` is `MSE + SSIM_WEIGHT * (1 - SSIM)`."""
+
+_WARM_UP = 0.1
+_LAST_LR = 0.01
+_RESIDENT_BYTES = 4 << 30
+_SEED_OFFSET = 7_368_787  # so that no surrogate of the same seed starts from the same weights
+
+
+@dataclass(frozen=True)
+class InverseNetworkConfig:
+    """Settings of `InverseNetwork`.
+
+    Args:
+        family, width, depth: of the decoder (`make_decoder`).
+        loss: `"mse"`, or `"mse+ssim"` which favours structure over the exact shade.
+        epochs: length of the schedule (linear warm-up, then cosine).
+        lr: peak learning rate of AdamW; extensions restart at half of it.
+        weight_decay: of AdamW.
+        batch_size: images per step.
+        patience: epochs without a better held-out loss after which the fit stops early.
+        holdout: share of the attacker's images that only chooses the epoch and detects the plateau.
+        plateau_tolerance: the fit has reached its plateau when the best held-out loss improved by
+            less than this share over the last fifth of the epochs.
+        max_extensions: how often the schedule is prolonged by half its length when the plateau
+            was not reached.
+        seed: of the initial weights, the held-out choice and the order of the batches.
+        precision: `"bf16"` trains under autocast, `"fp32"` does not, `"auto"` takes bf16 where the
+            device computes it natively. The loss, the held-out loss and reconstructions are
+            always float32.
+    """
+
+    family: str = "residual"
+    width: int = 64
+    depth: int = 8
+    loss: str = "mse"
+    epochs: int = 30
+    lr: float = 2e-3
+    weight_decay: float = 1e-4
+    batch_size: int = 64
+    patience: int = 12
+    holdout: float = 0.1
+    plateau_tolerance: float = 0.02
+    max_extensions: int = 2
+    seed: int = 0
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name, known in (("family", FAMILIES), ("loss", LOSSES), ("precision", PRECISIONS)):
+            came = getattr(self, name)
+            if came not in known:
+                raise InputError(
+                    f"Expected {name} out of {', '.join(known)}, came {came!r}. "
+                    f"{nearest(str(came), known)}"
+                )
+        smallest = {"width": 1, "depth": 0, "epochs": 1, "batch_size": 2, "patience": 1}
+        smallest |= {"lr": 0, "weight_decay": 0, "max_extensions": 0, "plateau_tolerance": 0}
+        for name, least in smallest.items():
+            if not getattr(self, name) >= least:
+                raise InputError(f"Expected {name} >= {least}, came {getattr(self, name)}.")
+        if not 0.0 < self.holdout < 1.0:
+            raise InputError(f"Expected 0 < holdout < 1, came {self.holdout}.")
+
+
+class InverseNetwork:
+    """A decoder that learns to invert features; seeded, and the same seed gives the same result.
+
+    Args:
+        config: its settings.
+        device: where it trains; data may live elsewhere and is moved batch by batch.
+    """
+
+    def __init__(self, config: InverseNetworkConfig | None = None, *, device: str = "cpu") -> None:
+        self.config = config or InverseNetworkConfig()
+        self.device = torch.device(device)
+        autocast(self.device, self.config.precision)  # refuses a precision the device lacks
+        self.standardizer: FeatureStandardizer | None = None
+        self.decoder: nn.Module | None = None
+
+    def fit(self, z: Tensor, pixels: Tensor) -> FitRecord:
+        """Train a fresh decoder to a plateau, and keep the weights of the best held-out epoch.
+
+        Images are not flipped or shifted: a feature does not follow its image through either.
+
+        Args:
+            z: features `[N, *feature_shape]`, N >= 20.
+            pixels: their images `[N, C, H, W]` on [0, 1], or uint8.
+
+        Raises:
+            InputError: on too few images, on lengths that differ, on NaN or infinity in `z`, on
+                pixels outside [0, 1].
+            TrainingError: the loss was not finite before the first epoch ended.
+        """
+        _check_pairs(z, pixels)
+        start = time.perf_counter()
+        config = self.config
+        generator = torch.Generator().manual_seed(config.seed + _SEED_OFFSET)
+        order = torch.randperm(len(z), generator=generator)
+        held = min(len(z) - 2, max(2, round(config.holdout * len(z))))
+        z, pixels = self._resident(z, pixels)
+        self._build(tuple(z.shape[1:]), tuple(pixels.shape[1:]))
+        standardizer, _ = self._parts()
+        standardizer.fit(z)
+        run = _Run(self, z, pixels, order[held:], order[:held], generator)
+        initial, floor = run.held_out_loss(), run.mean_image_loss()
+        run.segment(config.epochs, config.lr)
+        extensions = 0
+        while not run.done and not run.plateau() and extensions < config.max_extensions:
+            extensions += 1
+            logger.info("not at a plateau after %d epochs, prolonging", len(run.history))
+            run.segment(max(1, config.epochs // 2), config.lr / 2)
+        run.restore_best()
+        return FitRecord(
+            history=tuple(run.history),
+            train_history=tuple(run.train_history),
+            initial_loss=initial,
+            mean_image_loss=floor,
+            best_epoch=run.best_epoch,
+            plateau=run.plateau() and not run.diverged,
+            extensions=extensions,
+            seconds=time.perf_counter() - start,
+        )
+
+    @torch.no_grad()
+    def reconstruct(self, z: Tensor) -> Tensor:
+        """Features `[N, *feature_shape]` to float32 pixels `[N, C, H, W]` on [0, 1], on z's device.
+
+        Raises InputError before `fit`, or on features of another shape.
+        """
+        self._parts()[1].eval()
+        parts = [
+            self._forward(part.to(self.device)).clamp(0.0, 1.0).to(z.device)
+            for part in torch.split(z, max(64, self.config.batch_size))
+        ]
+        return torch.cat(parts)
+
+    def _forward(self, z: Tensor, *, precision: str = "fp32") -> Tensor:
+        standardizer, decoder = self._parts()
+        z = standardizer(z.float())
+        if z.dim() == 4:
+            z = z.contiguous(memory_format=torch.channels_last)
+        with autocast(self.device, precision):
+            pixels: Tensor = decoder(z)
+        return pixels.float()
+
+    def _build(self, feature_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> None:
+        config = self.config
+        channels, height, width = image_shape
+        decoder = make_decoder(
+            config.family,
+            feature_shape,
+            (channels, height, width),
+            width=config.width,
+            depth=config.depth,
+            seed=config.seed + _SEED_OFFSET,
+        )
+        self.decoder = decoder.to(self.device).to(memory_format=torch.channels_last)
+        dim = channel_dim(feature_shape, image_shape)
+        self.standardizer = FeatureStandardizer(feature_shape, dim=dim).to(self.device)
+
+    def _parts(self) -> tuple[FeatureStandardizer, nn.Module]:
+        if self.standardizer is None or self.decoder is None:
+            raise InputError("This attack has not been trained. Call fit(z, pixels) first.")
+        return self.standardizer, self.decoder
+
+    def _resident(self, z: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        z, pixels = z.detach(), pixels.detach()
+        if 4 * (z.numel() + pixels.numel()) <= _RESIDENT_BYTES:
+            return z.to(self.device), pixels.to(self.device)
+        return z.cpu(), pixels.cpu()
+
+
+class _Run:
+    """The state of one fit: what was reached, and the best weights so far."""
+
+    def __init__(
+        self,
+        attack: InverseNetwork,
+        z: Tensor,
+        pixels: Tensor,
+        train: Tensor,
+        held_out: Tensor,
+        generator: torch.Generator,
+    ) -> None:
+        self.attack, self.config, self.generator = attack, attack.config, generator
+        self.z, self.pixels = z, pixels
+        self.train, self.held_out = train, held_out
+        self.decoder = attack._parts()[1]
+        self.history: list[float] = []
+        self.train_history: list[float] = []
+        self.best_epoch, self.best_loss = -1, math.inf
+        self.best_state: dict[str, Tensor] = {}
+        self.diverged = self.done = False
+
+    def segment(self, epochs: int, peak_lr: float) -> None:
+        """Train for `epochs` with one warm-up and one cosine; stops early on patience or NaN."""
+        config = self.config
+        optimizer = torch.optim.AdamW(self.decoder.parameters(), weight_decay=config.weight_decay)
+        per_epoch = math.ceil(len(self.train) / config.batch_size)
+        for epoch in range(epochs):
+            self.decoder.train()
+            losses: list[Tensor] = []
+            order = self.train[torch.randperm(len(self.train), generator=self.generator)]
+            for batch in torch.tensor_split(order, per_epoch):
+                progress = (epoch * per_epoch + len(losses)) / (epochs * per_epoch)
+                optimizer.param_groups[0]["lr"] = _schedule(progress, peak_lr)
+                losses.append(self._step(batch, optimizer))
+            self._end_epoch(float(torch.stack(losses).mean()))
+            if self.done:
+                return
+
+    def _step(self, batch: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        z, pixels = self._batch(batch)
+        optimizer.zero_grad(set_to_none=True)
+        loss = self._loss(pixels, self.attack._forward(z, precision=self.config.precision))
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    def _end_epoch(self, train_loss: float) -> None:
+        loss = self.held_out_loss()
+        epoch = len(self.history)
+        if not (math.isfinite(loss) and math.isfinite(train_loss)):
+            if not self.history:
+                raise TrainingError(
+                    "The attack's loss was not finite in its first epoch. Lower lr, or use "
+                    'precision="fp32".',
+                    step=epoch,
+                    term="reconstruction",
+                )
+            logger.warning("the attack diverged in epoch %d; the best weights are kept", epoch)
+            self.diverged = self.done = True
+            return
+        self.history.append(loss)
+        self.train_history.append(train_loss)
+        logger.info("epoch %d: loss %.5f, held out %.5f", epoch + 1, train_loss, loss)
+        if loss < self.best_loss:
+            self.best_epoch, self.best_loss = epoch, loss
+            self.best_state = copy.deepcopy(self.decoder.state_dict())
+        self.done = epoch - self.best_epoch >= self.config.patience
+
+    def restore_best(self) -> None:
+        """Put the best held-out epoch's weights back, for evaluation."""
+        self.decoder.load_state_dict(self.best_state)
+        self.decoder.eval()
+
+    def plateau(self) -> bool:
+        """Whether the best held-out loss improved by less than the tolerance at the end."""
+        fifth = max(1, len(self.history) // 5)
+        earlier = self.history[:-fifth]
+        if not earlier:
+            return False
+        before, now = min(earlier), min(self.history)
+        return before - now <= self.config.plateau_tolerance * before
+
+    @torch.no_grad()
+    def held_out_loss(self) -> float:
+        """The loss on the held-out images, in float32 and evaluation mode."""
+        self.decoder.eval()
+        total = 0.0
+        for batch in torch.split(self.held_out, max(64, self.config.batch_size)):
+            z, pixels = self._batch(batch)
+            total += len(batch) * float(self._loss(pixels, self.attack._forward(z)))
+        return total / len(self.held_out)
+
+    @torch.no_grad()
+    def mean_image_loss(self) -> float:
+        """The held-out loss of the mean of the training images."""
+        parts = torch.split(self.train, 512)
+        mean = torch.stack([self._batch(part)[1].sum(0) for part in parts]).sum(0)
+        _, pixels = self._batch(self.held_out)
+        return float(self._loss(pixels, (mean / len(self.train)).expand_as(pixels)))
+
+    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
+        index = index.to(self.z.device)
+        z, pixels = self.z[index].to(self.attack.device), self.pixels[index].to(self.attack.device)
+        return z, pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels.float()
+
+    def _loss(self, pixels: Tensor, reconstructed: Tensor) -> Tensor:
+        loss = functional.mse_loss(reconstructed, pixels)
+        if self.config.loss == "mse+ssim":
+            loss = loss + SSIM_WEIGHT * ssim_loss(pixels, reconstructed)
+        return loss
+
+
+def _schedule(progress: float, peak: float) -> float:
+    """Learning rate at `progress` in [0, 1): linear warm-up, then cosine to 1% of the peak."""
+    if progress < _WARM_UP:
+        return peak * (_LAST_LR + (1 - _LAST_LR) * progress / _WARM_UP)
+    cosine = 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
+    return peak * (_LAST_LR + (1 - _LAST_LR) * cosine)
+
+
+def _check_pairs(z: Tensor, pixels: Tensor) -> None:
+    if pixels.dim() != 4 or len(z) != len(pixels):
+        raise InputError(
+            f"Expected one feature per image [N, C, H, W], came {tuple(z.shape)} and "
+            f"{tuple(pixels.shape)}. Give the features of these images, in their order."
+        )
+    if len(z) < SMALLEST_TRAINING_SET:
+        raise InputError(
+            f"An attack learns from at least {SMALLEST_TRAINING_SET} images, came {len(z)}. "
+            "Give the attacker more data."
+        )
+    if not all(bool(torch.isfinite(part).all()) for part in torch.split(z, 512)):
+        raise InputError(
+            "Expected finite features, came NaN or infinity. Look at the edge: its weights or "
+            "normalisation are broken, and an attack on it would say nothing."
+        )
+    if pixels.dtype != torch.uint8:
+        check_pixels(pixels, "pixels")

@@ -1,0 +1,191 @@
+"""What an audit found, as plain data: flat records, flags, per-image scores, example images."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from patrol_prune.errors import CheckpointError, InputError, nearest
+from patrol_prune.storage import atomic_directory, atomic_write_text, read_whole
+
+METRICS: tuple[str, ...] = ("ssim", "ssim_worst5", "psnr", "mse")
+_VERSION = 1
+
+
+@dataclass
+class AuditReport:
+    """The result of `audit`.
+
+    Attributes:
+        records: one flat dict per subject, attack and seed. `subject` is `"edge"`, `"undefended"`
+            (the ceiling) or `"floor"` (the mean image); then `attack`, `attack_seed`,
+            `attacker_images`, `victim_images`; `ssim`, `psnr` (dB, at most 100 per image) and
+            `mse` as means over the victim's images on [0, 1] pixels; `ssim_worst5`, the mean SSIM
+            of the 5% of images that were reconstructed best; `plateau`, `epochs`, `extensions`,
+            `best_epoch`, `held_out_loss`, `seconds` of the attack's training (None where an
+            attack does not tell).
+        flags: one dict per warning: `subject`, `attack`, `attack_seed`, `name`, `meaning`,
+            `advice`.
+        per_image: `"subject/attack/seed"` to the lists `ssim`, `psnr`, `mse` over the victim's
+            images, in their order.
+        examples: `"originals"` and each subject to uint8 images `[E, H, W, C]`; a subject's are
+            the reconstructions of its strongest attack.
+        example_indices: which of the victim's images the examples are.
+    """
+
+    records: list[dict[str, Any]]
+    flags: list[dict[str, Any]] = field(default_factory=list)
+    per_image: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    examples: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
+    example_indices: list[int] = field(default_factory=list)
+
+    @property
+    def subjects(self) -> tuple[str, ...]:
+        """The subjects that have records, in their order."""
+        return tuple(dict.fromkeys(r["subject"] for r in self.records))
+
+    def strongest(self, subject: str = "edge") -> dict[str, Any]:
+        """The subject's record with the highest SSIM; an unknown subject is an InputError."""
+        return max(self._of(subject), key=lambda record: float(record["ssim"]))
+
+    def summary(self) -> list[dict[str, Any]]:
+        """One row per subject and attack: mean and spread over the attack's seeds.
+
+        `seeds` says how many there were; `ssim_std` and so on are the sample standard deviation
+        (n - 1), None for a single seed; `plateau` is whether every seed reached it.
+        """
+        rows = []
+        for subject in self.subjects:
+            records = self._of(subject)
+            for attack in dict.fromkeys(r["attack"] for r in records):
+                same = [r for r in records if r["attack"] == attack]
+                rows.append(_summarise(subject, attack, same))
+        return rows
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The report as JSON text; with `path`, also written there.
+
+        The examples go to a folder beside it (`audit_examples` beside `audit.json`), one PNG row
+        per subject. Both are written whole or not at all. Text alone carries no examples.
+        """
+        content = {
+            "version": _VERSION,
+            "records": self.records,
+            "flags": self.flags,
+            "per_image": self.per_image,
+            "example_indices": self.example_indices,
+            "examples": {},
+        }
+        if path is not None and self.examples:
+            name_of_folder = f"{Path(path).stem}_examples"
+            with atomic_directory(Path(path).parent / name_of_folder) as folder:
+                for name, images in self.examples.items():
+                    _save_row(folder / f"{name}.png", images)
+            content["examples"] = {n: f"{name_of_folder}/{n}.png" for n in self.examples}
+        text = json.dumps(content, indent=1, allow_nan=False)
+        if path is not None:
+            atomic_write_text(path, text + "\n")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> AuditReport:
+        """Read a report from its path, with its examples, or from the text itself.
+
+        Raises CheckpointError, naming the file, if it is torn or not a report.
+        """
+        text, path = _read(source)
+        where = "the given text" if path is None else str(path)
+        try:
+            content = json.loads(text)
+            version = content["version"]
+            report = cls(*(content[k] for k in ("records", "flags", "per_image")))
+            report.example_indices = content["example_indices"]
+            files = content["examples"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise CheckpointError(
+                f"Expected an audit report in {where}, came something else or a part of one "
+                f"({error}). Run the audit again.",
+                path=where,
+            ) from error
+        if version != _VERSION:
+            raise CheckpointError(
+                f"Expected an audit report of version {_VERSION} in {where}, came {version}. "
+                "Read it with the release that wrote it.",
+                path=where,
+            )
+        if path is not None and files:
+            pngs = read_whole(path.with_name(f"{path.stem}_examples"))
+            for name, file in files.items():
+                content_png = pngs.get(Path(file).name)
+                if content_png is None:
+                    raise CheckpointError(
+                        f"{where} names the examples {file}, which are not there. Run the audit "
+                        "again.",
+                        path=str(path.parent / file),
+                    )
+                report.examples[name] = _read_row(content_png, len(report.example_indices))
+        return report
+
+    def _of(self, subject: str) -> list[dict[str, Any]]:
+        records = [r for r in self.records if r["subject"] == subject]
+        if not records:
+            raise InputError(
+                f"This report has records of {', '.join(self.subjects)}, not of {subject!r}. "
+                f"{nearest(subject, self.subjects)}"
+            )
+        return records
+
+
+def _summarise(
+    subject: str, attack: str, records: list[dict[str, Any]]
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"subject": subject, "attack": attack, "seeds": len(records)}
+    for metric in METRICS:
+        row[metric], row[f"{metric}_std"] = mean_and_std(r[metric] for r in records)
+    plateaus = [r["plateau"] for r in records if r["plateau"] is not None]
+    row["plateau"] = all(plateaus) if plateaus else None
+    return row
+
+
+def mean_and_std(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation (n - 1), the latter None for one value."""
+    numbers = list(values)
+    mean = math.fsum(numbers) / len(numbers)
+    if len(numbers) < 2:
+        return mean, None
+    return mean, math.sqrt(math.fsum((v - mean) ** 2 for v in numbers) / (len(numbers) - 1))
+
+
+def _read(source: str | os.PathLike[str]) -> tuple[str, Path | None]:
+    if isinstance(source, str) and source.lstrip().startswith("{"):
+        return source, None
+    path = Path(source)
+    try:
+        return path.read_text(encoding="utf-8"), path
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(
+            f"Expected an audit report at {path}, came: {error}. Run the audit first.",
+            path=str(path),
+        ) from error
+
+
+def _save_row(path: Path, images: NDArray[np.uint8]) -> None:
+    """Images `[E, H, W, C]` side by side, as one PNG."""
+    row = np.concatenate(list(images), axis=1)
+    Image.fromarray(row[:, :, 0] if row.shape[2] == 1 else row).save(path, format="PNG")
+
+
+def _read_row(content: bytes, count: int) -> NDArray[np.uint8]:
+    row = np.array(Image.open(io.BytesIO(content)), dtype=np.uint8)
+    row = row[:, :, None] if row.ndim == 2 else row
+    return np.stack(np.split(row, count, axis=1))

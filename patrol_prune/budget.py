@@ -1,0 +1,176 @@
+"""Edge MACs in closed form, as a function of the kept channels.
+
+Every convolution and linear layer of the edge costs
+
+    macs = c_out * (c_in / groups) * kernel * positions,
+
+and `c_in`, `c_out` are linear in the numbers of kept channels of the coupled groups
+(concatenations add, flattening multiplies, depthwise convolutions follow). So the cost of any
+choice is one small matrix product, and no copy of the model is ever pruned to find out. What is
+no such layer (products inside attention) enters as a constant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from patrol_prune._tp import GroupTable
+from patrol_prune.cost import count_macs
+from patrol_prune.errors import InputError
+from patrol_prune.groups import CONV, Member
+
+if TYPE_CHECKING:
+    from patrol_prune.split import Split
+
+Ints = NDArray[np.int64]
+
+
+class MacModel:
+    """The edge's multiply-adds at batch 1, as a function of the kept channels.
+
+    Args:
+        split: the cut model.
+        table: its group table, at the present widths.
+        previous: a model of the same edge before it was pruned; its positions are reused and
+            nothing is counted again.
+
+    Attributes:
+        dense: edge MACs with every channel kept, by fvcore.
+        constant: the part that is not convolutions and linear layers.
+    """
+
+    def __init__(
+        self, split: Split, table: GroupTable, *, previous: MacModel | None = None
+    ) -> None:
+        self.table = table
+        if previous is None:
+            count = count_macs(split.edge, split.example_inputs)
+            names = {id(m): n for n, m in split.edge.named_modules()}
+            counted = {
+                name: (m, count.by_module.get(names.get(id(m), "?"), 0))
+                for name, m in split.edge_layers.items()
+                if isinstance(m, (CONV, nn.Linear))
+            }
+            self.positions = {
+                name: _positions(name, m, macs) for name, (m, macs) in counted.items() if macs
+            }
+            self.constant = count.total - sum(macs for _, macs in counted.values())
+        else:
+            self.positions, self.constant = previous.positions, previous.constant
+        self._segment_of, self._sizes = _segments(table)
+        self._build_matrices(split)
+        self.dense = self._macs(self._sizes)
+
+    def macs(self, kept: Mapping[str, int | Tensor]) -> int:
+        """Edge MACs when a group keeps so many channels, or these channels.
+
+        Args:
+            kept: group name -> number of kept channels, or their indices; a group that is not
+                named keeps all. A number is enough unless layers hold only a part of the group's
+                channels (a concatenation behind a shared residual stream): then give indices.
+
+        Raises:
+            InputError: an unknown group, or a number where indices are needed.
+        """
+        sizes = self._sizes.copy()
+        for name, value in kept.items():
+            if name not in self._segment_of:
+                raise InputError(f"Expected one of the model's channel groups, came {name!r}.")
+            segments = self._segment_of[name]
+            first = segments[0]
+            if isinstance(value, Tensor):
+                counts = np.bincount(segments[value.numpy()], minlength=len(sizes))
+                touched = np.unique(segments)
+                sizes[touched] = counts[touched]
+            elif (segments == first).all():
+                sizes[first] = int(value)
+            else:
+                raise InputError(
+                    f"Layers hold different parts of group {name!r}: give the indices of the "
+                    "kept channels, not their number."
+                )
+        return self._macs(sizes)
+
+    def segments(self, name: str) -> Ints:
+        """`[C]` the cost variable each channel of a group counts in."""
+        return self._segment_of[name]
+
+    @property
+    def sizes(self) -> Ints:
+        """`[S]` the value of every cost variable with all channels kept."""
+        return self._sizes
+
+    def macs_of_sizes(self, sizes: Ints) -> int:
+        """Edge MACs at these values of the cost variables."""
+        return self._macs(sizes)
+
+    def _macs(self, sizes: Ints) -> int:
+        outs = self._out @ sizes + self._out_free
+        ins = self._in @ sizes + self._in_free
+        return int((outs * ins // self._groups * self._factor).sum()) + self.constant
+
+    def _build_matrices(self, split: Split) -> None:
+        layers = [(n, split.edge_layers[n]) for n in self.positions]
+        shape = (len(layers), len(self._sizes))
+        self._out, self._in = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+        self._groups = np.ones(len(layers), np.int64)
+        self._factor = np.zeros(len(layers), np.int64)
+        dense_out, dense_in = np.zeros(len(layers), np.int64), np.zeros(len(layers), np.int64)
+        for row, (name, module) in enumerate(layers):
+            self._factor[row] = self.positions[name]
+            c_out, c_in, groups = _widths(module)
+            depthwise = groups == c_out and groups > 1
+            self._groups[row] = 1 if depthwise else groups
+            dense_out[row], dense_in[row] = c_out, 1 if depthwise else c_in
+            for owner, member in self.table.members_of(module, "out"):
+                self._count(self._out[row], owner, member)
+            if not depthwise:
+                for owner, member in self.table.members_of(module, "in"):
+                    self._count(self._in[row], owner, member)
+        self._out_free = dense_out - self._out @ self._sizes
+        self._in_free = dense_in - self._in @ self._sizes
+
+    def _count(self, row: Ints, owner: str, member: Member) -> None:
+        segments = self._segment_of[owner][member.root_idxs.numpy()]
+        held = np.bincount(segments, minlength=len(row))
+        row += held // np.maximum(self._sizes, 1)
+
+
+def _widths(module: nn.Module) -> tuple[int, int, int]:
+    if isinstance(module, nn.Linear):
+        return module.out_features, module.in_features, 1
+    assert isinstance(module, CONV)
+    return module.out_channels, module.in_channels, module.groups
+
+
+def _positions(name: str, module: nn.Module, macs: int) -> int:
+    """kernel * output positions, from the layer's counted MACs."""
+    c_out, c_in, groups = _widths(module)
+    per_position = c_out * c_in // groups
+    if macs % per_position:
+        raise InputError(
+            f"The counted MACs of {name!r}, {macs}, are no multiple of its {per_position} channel "
+            "pairs: something besides the layer runs under its name."
+        )
+    return macs // per_position
+
+
+def _segments(table: GroupTable) -> tuple[dict[str, Ints], Ints]:
+    """Split every group's channels by the layers that hold them: one cost variable each."""
+    segment_of: dict[str, Ints] = {}
+    sizes: list[int] = []
+    for group in table.groups.values():
+        held = [m.root_idxs.numpy() for m in group.members if m.direction != "parameter"]
+        counts = np.stack([np.bincount(r, minlength=group.channels) for r in held], axis=1)
+        if (counts == counts[0]).all():
+            inverse = np.zeros(group.channels, np.int64)
+        else:
+            inverse = np.unique(counts, axis=0, return_inverse=True)[1].reshape(-1)
+        segment_of[group.name] = (inverse + len(sizes)).astype(np.int64)
+        sizes.extend(np.bincount(inverse).tolist())
+    return segment_of, np.array(sizes, np.int64)

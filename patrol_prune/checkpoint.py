@@ -1,0 +1,343 @@
+"""Save and load a cut and pruned model: safetensors and JSON, no pickle.
+
+    edge.patrol/  weights.safetensors   every parameter and buffer of the whole model
+                  architecture.json     Torch-Pruning's pruning history, and the sizes it led to
+                  split.json            where the model is cut, and what goes in
+                  manifest.json         the sha256 of the three
+
+`load` builds the dense model from the caller's factory, prunes it as the history says, checks every
+tensor's shape against the file, and only then fills in the weights. Where no history was recorded,
+the layers take the sizes in the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from patrol_prune import _tp
+from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
+from patrol_prune.pixels import Normalization
+from patrol_prune.split import Split
+from patrol_prune.storage import (
+    atomic_directory,
+    atomic_write_json,
+    atomic_write_text,
+    load_state,
+    newest_whole,
+    read_tensors,
+    read_whole,
+    save_state,
+    to_json,
+)
+
+__all__ = [
+    "SplitInfo",
+    "atomic_directory",
+    "atomic_write_json",
+    "atomic_write_text",
+    "load",
+    "load_state",
+    "newest_whole",
+    "read_info",
+    "save",
+    "save_state",
+]
+
+logger = logging.getLogger(__name__)
+
+FORMAT = "patrol-prune split, version 1"
+WEIGHTS = "weights.safetensors"
+ARCHITECTURE = "architecture.json"
+SPLIT = "split.json"
+History = list[tuple[str, bool, list[int]]]
+SIZES = (
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
+    "num_channels", "num_groups", "num_parameters", "normalized_shape", "embed_dim", "kdim", "vdim",
+    "num_heads", "head_dim", "hidden_dim",
+)  # the attributes in which torch's and torchvision's layers keep their widths
+ModelFactory = Callable[[], nn.Module | tuple[nn.Module, nn.Module]]
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """What a saved split says of itself.
+
+    Attributes:
+        at: the split point; empty when the halves were handed over as two modules.
+        example_shape: of the example input, batch included.
+        example_dtype: of the example input, as torch names it (`float32`).
+        normalization: between pixels and input, where it was given.
+        extra: whatever the caller saved along.
+    """
+
+    at: str
+    example_shape: tuple[int, ...]
+    example_dtype: str
+    normalization: Normalization | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+def save(
+    split: Split,
+    path: str | os.PathLike[str],
+    *,
+    history: Iterable[Sequence[Any]] | None = None,
+    normalization: Normalization | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write `split` to the directory `path`, whole or not at all; what stood there is replaced.
+
+    Args:
+        split: the model, pruned or not, with its cut.
+        path: a directory; `edge.patrol` by custom.
+        history: how the model was pruned since it was built, as `pruner.DG.pruning_history()` of
+            any Torch-Pruning pruner tells it. Without it, and without one that `load` left on the
+            split, only the sizes of the layers are recorded, which is enough to load them.
+        normalization: kept for whoever loads.
+        extra: any JSON, kept for whoever loads.
+
+    Raises:
+        UnsupportedModelError: the model's state holds more than tensors.
+    """
+    tensors = _state(split.model)
+    steps = history if history is not None else getattr(split, "pruning_history", None) or []
+    architecture = {
+        "pruning_history": [
+            [str(name), bool(is_out), [int(i) for i in indices]] for name, is_out, indices in steps
+        ],
+        "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
+        "layers": _sizes(split.model),
+        "strides": _unusual_strides(split.model),
+    }
+    example = _example(split)
+    about = {
+        "format": FORMAT,
+        "at": getattr(split, "at", "") or "",
+        "two_modules": _is_pair(split),
+        "training": split.model.training,
+        "example": {"shape": list(example.shape), "dtype": str(example.dtype).rpartition(".")[2]},
+        "normalization": None if normalization is None else
+        {"mean": list(normalization.mean), "std": list(normalization.std)},
+        "extra": dict(extra or {}),
+    }
+    texts = {ARCHITECTURE: to_json(architecture, ARCHITECTURE), SPLIT: to_json(about, SPLIT)}
+    with atomic_directory(path) as directory:
+        save_file(tensors, str(directory / WEIGHTS))
+        for name, text in texts.items():
+            (directory / name).write_text(text, encoding="utf-8")
+
+
+def load(
+    path: str | os.PathLike[str], model_factory: ModelFactory, *, device: str | torch.device = "cpu"
+) -> Split:
+    """The split that `save` wrote to `path`, giving the same outputs bit for bit.
+
+    Args:
+        path: the directory.
+        model_factory: builds the model as it was before any pruning, with any weights; or the
+            pair `(edge, cloud)` when the split was made from two modules.
+        device: where the weights go.
+
+    Raises:
+        CheckpointError: a file is missing, torn or changed, or the factory's model is not the
+            one that was saved; `path` names the file.
+    """
+    path = Path(path)
+    files = _files(path)
+    about = json.loads(files[SPLIT])
+    architecture = json.loads(files[ARCHITECTURE])
+    tensors = read_tensors(files[WEIGHTS], path / WEIGHTS)
+    dtype = getattr(torch, about["example"]["dtype"])
+    example = torch.zeros(about["example"]["shape"], dtype=dtype)
+    split = _build(model_factory(), about, example, tensors, path)
+    if architecture["pruning_history"]:
+        _replay(split, architecture["pruning_history"], example, path)
+    else:
+        _resize(split.model, architecture["layers"], tensors)
+    _fill(split.model, tensors, architecture["strides"], path / WEIGHTS)
+    split.refresh()
+    split.pruning_history = architecture["pruning_history"]  # type: ignore[attr-defined]
+    split.model.train(bool(about["training"]))
+    split.model.to(device)
+    return split
+
+
+def read_info(path: str | os.PathLike[str]) -> SplitInfo:
+    """What a saved split says of itself, without building a model."""
+    about = json.loads(_files(Path(path))[SPLIT])
+    stats = about["normalization"]
+    return SplitInfo(
+        at=about["at"],
+        example_shape=tuple(about["example"]["shape"]),
+        example_dtype=about["example"]["dtype"],
+        normalization=stats and Normalization(tuple(stats["mean"]), tuple(stats["std"])),
+        extra=about["extra"],
+    )
+
+
+def _files(path: Path) -> dict[str, bytes]:
+    files = read_whole(path)
+    for name in (SPLIT, ARCHITECTURE, WEIGHTS):
+        if name not in files:
+            raise CheckpointError(
+                f"{path} is a checkpoint of another kind: it holds no {name}. Give a directory "
+                "written by patrol_prune.save.",
+                path=str(path / name),
+            )
+    came = json.loads(files[SPLIT]).get("format")
+    if came != FORMAT:
+        raise CheckpointError(
+            f"Expected {path / SPLIT} to be a {FORMAT}, came {came!r}. It was written by another "
+            "version; load it there and save it again.",
+            path=str(path / SPLIT),
+        )
+    return files
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise UnsupportedModelError(
+            f"Expected a model whose state is tensors alone, came {odd[0]}, which is "
+            f"{type(state[odd[0]]).__name__}. Only tensors are saved; move it to the factory."
+        )
+    return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
+
+
+def _unusual_strides(model: nn.Module) -> dict[str, list[int]]:
+    """Strides of the tensors that do not lie row by row (channels last); kernels follow them."""
+    state = {k: v for k, v in model.state_dict().items() if v.layout == torch.strided}
+    return {
+        name: list(tensor.stride()) for name, tensor in state.items()
+        if tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
+        and 0 not in tensor.stride()
+    }
+
+
+def _example(split: Split) -> Tensor:
+    example = split.example_inputs
+    return example if isinstance(example, Tensor) else example[0]
+
+
+def _is_pair(split: Split) -> bool:
+    return split.edge is getattr(split.model, "edge", None)
+
+
+def _build(
+    built: nn.Module | tuple[nn.Module, nn.Module],
+    about: dict[str, Any],
+    example: Tensor,
+    tensors: dict[str, Tensor],
+    path: Path,
+) -> Split:
+    try:
+        if isinstance(built, tuple):
+            for prefix, half in zip(("edge.", "cloud."), built, strict=True):
+                _cast(half, tensors, prefix)
+            return Split.from_modules(*built, example)
+        if about["two_modules"]:
+            raise InputError(
+                "The split was made from two modules: expected a factory that returns the pair "
+                f"(edge, cloud), came {type(built).__name__}."
+            )
+        _cast(built, tensors)
+        return Split(built, example, at=about["at"])
+    except PatrolError as error:
+        raise CheckpointError(
+            f"The factory's model cannot be cut as {path / SPLIT} says: {error} Give the factory "
+            "of the very model that was saved.",
+            path=str(path / SPLIT),
+        ) from error
+
+
+def _replay(split: Split, history: History, example: Tensor, path: Path) -> None:
+    try:
+        graph = _tp.build_graph(split.model, example)
+        with _tp.preserved(split.model), torch.no_grad():
+            graph.load_pruning_history(history)
+    except Exception as error:  # a graph of another model fails in many ways
+        raise CheckpointError(
+            f"The factory's model cannot be pruned as {path / ARCHITECTURE} says "
+            f"({type(error).__name__}: {error}). Give the factory of the very model that was "
+            "saved, before any pruning.",
+            path=str(path / ARCHITECTURE),
+        ) from error
+
+
+def _sizes(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
+    """Every layer's widths, by the names of its attributes."""
+    found: dict[str, dict[str, int | list[int]]] = {}
+    for name, module in model.named_modules():
+        values = {key: vars(module)[key] for key in SIZES if key in vars(module)}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        found[name] = {k: v for k, v in plain.items() if isinstance(v, (int, list))}
+    return {name: sizes for name, sizes in found.items() if sizes}
+
+
+def _resize(
+    model: nn.Module, layers: dict[str, dict[str, Any]], tensors: dict[str, Tensor]
+) -> None:
+    """Give layers the recorded widths, and their tensors room for what is in the file."""
+    modules = dict(model.named_modules())
+    for name in layers.keys() & modules.keys():
+        for key, value in layers[name].items():
+            if key in vars(modules[name]):
+                setattr(modules[name], key, tuple(value) if isinstance(value, list) else value)
+    new: dict[int, Tensor] = {}
+    for name, old in _live(model).items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape == old.shape or tensor.dim() != old.dim():
+            continue
+        if id(old) not in new:
+            room = torch.empty_like(tensor)
+            new[id(old)] = nn.Parameter(room, old.requires_grad) if isinstance(
+                old, nn.Parameter) else room
+        owner, _, leaf = name.rpartition(".")
+        setattr(modules[owner], leaf, new[id(old)])
+    if new:
+        logger.info("%d tensors took the sizes in the file; no history was recorded.", len(new))
+
+
+def _fill(
+    model: nn.Module, tensors: dict[str, Tensor], strides: dict[str, list[int]], path: Path
+) -> None:
+    """Copy the weights in, after names and shapes agree, laid out in memory as they were."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | tensors.keys()):
+        here = tuple(own[name].shape) if name in own else "no such tensor"
+        there = tuple(tensors[name].shape) if name in tensors else "no such tensor"
+        if here != there:
+            raise CheckpointError(
+                f"{name}: {there} in {path}, but {here} in the factory's model after pruning. "
+                "Give the factory of the very model that was saved.",
+                path=str(path),
+            )
+    live = _live(model)
+    for name, stride in strides.items():
+        tensor = tensors[name]
+        live[name].data = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+    model.load_state_dict(tensors)
+
+
+def _live(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def _cast(model: nn.Module, tensors: dict[str, Tensor], prefix: str = "") -> None:
+    """Give every parameter and buffer the dtype it has in the file."""
+    for name, value in _live(model).items():
+        tensor = tensors.get(prefix + name)
+        if tensor is not None and tensor.dtype != value.dtype:
+            value.data = value.data.to(tensor.dtype)

@@ -1,0 +1,174 @@
+"""Figures of a report as PNG bytes, drawn with matplotlib's Agg canvas and no global state."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from patrol_prune.errors import InputError
+
+INK, MUTED, PALE = "#1d2733", "#5b6673", "#d5dce4"
+ACCENT, WARM, GREY = "#0b6e69", "#b5482a", "#8a94a0"
+_MOST_NAMED_LAYERS = 60
+_TERMS = {
+    "accuracy": "Accuracy on held-out pictures (%)",
+    "task": "Task loss",
+    "adversarial": "Error of the inner attackers (MSE)",
+    "lipschitz": "Lipschitz term",
+    "distillation": "Distillation loss",
+}
+
+
+def png(image: np.ndarray) -> bytes:
+    """One picture uint8 [H, W, 3] as a PNG file."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise InputError(
+            f"Expected a picture uint8 [H, W, 3], came {image.dtype} {image.shape}. "
+            "Convert it first."
+        )
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=160, metadata={"Software": None},
+                   pil_kwargs={"compress_level": 3})
+    return buffer.getvalue()
+
+
+def _literal(text: str) -> str:
+    """The text with its dollar signs kept from being read as mathematics."""
+    return text.replace("$", r"\$")
+
+
+def _plain(axes: Axes) -> None:
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(PALE)
+    axes.tick_params(colors=MUTED, labelsize=8, length=0)
+
+
+def pictures(rows: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> bytes:
+    """A strip of pictures, one row per (label, uint8 [K, H, W, 3], K captions)."""
+    columns = max(len(images) for _, images, _ in rows)
+    figure = Figure(figsize=(1.25 * columns, 1.55 * len(rows)))
+    grid = figure.subplots(len(rows), 1, squeeze=False)
+    for axes, (label, images, captions) in zip(grid.flat, rows, strict=True):
+        axes.imshow(_side_by_side(images, columns), interpolation="nearest")
+        axes.set_axis_off()
+        axes.set_title(label, loc="left", fontsize=9, color=INK, pad=3)
+        for j, caption in enumerate(captions):
+            axes.text(
+                (j + 0.5) / columns, -0.03, caption, transform=axes.transAxes, ha="center",
+                va="top", fontsize=7.5, color=MUTED,
+            )
+    figure.subplots_adjust(0.01, 0.05, 0.99, 0.95, hspace=0.28)
+    return _png(figure)
+
+
+def _side_by_side(images: np.ndarray, columns: int, edge: int = 192, gap: int = 8) -> np.ndarray:
+    """Pictures in one row, each `edge` pixels wide, on white."""
+    row = Image.new("RGB", (columns * (edge + gap) - gap, edge), "white")
+    for j, image in enumerate(images):
+        shown = Image.fromarray(image).resize((edge, edge), Image.Resampling.BICUBIC)
+        row.paste(shown, (j * (edge + gap), 0))
+    return np.asarray(row)
+
+
+def leak(bars: Sequence[tuple[str, float, Sequence[float]]]) -> bytes:
+    """SSIM per subject: (label, the strongest attack's value, every attack's value)."""
+    figure = Figure(figsize=(7.6, 0.42 * len(bars) + 0.62))
+    axes = figure.subplots()
+    colours = {0: WARM, 1: ACCENT}
+    for i, (_, value, seeds) in enumerate(bars):
+        axes.barh(i, value, height=0.62, color=colours.get(i, GREY))
+        if len(seeds) > 1:
+            axes.plot(seeds, [i] * len(seeds), "|", color=INK, markersize=9)
+        axes.text(value + 0.012, i, f"{value:.3f}", va="center", fontsize=9.5, color=INK)
+    axes.set_yticks(range(len(bars)), [label for label, _, _ in bars])
+    axes.invert_yaxis()
+    axes.set_xlim(0, 1.0)
+    axes.set_xlabel("SSIM of the strongest attack (1 is the same picture)", fontsize=8, color=MUTED)
+    _plain(axes)
+    axes.tick_params(axis="y", labelsize=9.5, colors=INK)
+    figure.tight_layout(pad=0.4)
+    return _png(figure)
+
+
+def channels(prune: Mapping[str, tuple[int, int]]) -> bytes:
+    """Channels kept per layer against channels there were, layers from input to cut."""
+    names, count = list(prune), len(prune)
+    kept = [k for k, _ in prune.values()]
+    total = [t for _, t in prune.values()]
+    if count > _MOST_NAMED_LAYERS:
+        figure = Figure(figsize=(7.6, 2.4))
+        axes = figure.subplots()
+        axes.bar(range(count), total, width=1.0, color=PALE, label="removed")
+        axes.bar(range(count), kept, width=1.0, color=ACCENT, label="kept")
+        axes.set_xlabel("layer, from the input to the cut", fontsize=8, color=MUTED)
+        axes.set_ylabel("channels", fontsize=8, color=MUTED)
+    else:
+        figure = Figure(figsize=(7.6, 0.27 * count + 0.75))
+        axes = figure.subplots()
+        axes.barh(range(count), total, height=0.66, color=PALE, label="removed")
+        axes.barh(range(count), kept, height=0.66, color=ACCENT, label="kept")
+        for i in range(count):
+            axes.text(
+                total[i] + 0.01 * max(total), i, f"{kept[i]} of {total[i]}", va="center",
+                fontsize=8, color=INK,
+            )
+        labels = [_literal(name if len(name) <= 34 else "…" + name[-33:]) for name in names]
+        axes.set_yticks(range(count), labels)
+        axes.set_ylim(count - 0.4, -0.6)
+        axes.set_xlim(0, 1.14 * max(total, default=1))
+        axes.set_xlabel("channels", fontsize=8, color=MUTED)
+    axes.legend(
+        fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1.0, 0.99),
+        borderaxespad=0.0,
+    )
+    _plain(axes)
+    figure.tight_layout(pad=0.4)
+    return _png(figure)
+
+
+def training(history: Sequence[Mapping[str, Any]]) -> bytes:
+    """One small curve per quantity that was recorded each epoch."""
+    keys = [k for k in _TERMS if any(k in record for record in history)]
+    keys += sorted({k for record in history for k in record} - {*_TERMS, "epoch"})
+    keys = [k for k in keys if all(isinstance(r.get(k, 0.0), int | float) for r in history)]
+    columns = 2 if len(keys) == 4 else min(3, max(1, len(keys)))
+    rows = -(-len(keys) // columns) or 1
+    figure = Figure(figsize=(7.6, 1.55 * rows + 0.1))
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for i, axes in enumerate(grid.flat):
+        if i >= len(keys):
+            axes.set_axis_off()
+            continue
+        gain = 100.0 if keys[i] == "accuracy" else 1.0
+        points = [
+            (record.get("epoch", j + 1), gain * float(record[keys[i]]))
+            for j, record in enumerate(history)
+            if keys[i] in record
+        ]
+        xs, ys = zip(*points, strict=True)
+        axes.plot(xs, ys, color=ACCENT, linewidth=1.6, marker="o", markersize=2.5)
+        axes.set_title(_literal(_TERMS.get(keys[i], keys[i])), fontsize=8, color=INK, loc="left")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(4))
+        axes.grid(axis="y", color=PALE, linewidth=0.6)
+        _plain(axes)
+    figure.supxlabel("epoch of fine-tuning", fontsize=8, color=MUTED, y=0.01)
+    figure.tight_layout(pad=0.5)
+    return _png(figure)

@@ -1,0 +1,139 @@
+"""What a channel group is: plain data, no walk over anybody's graph.
+
+A *channel group* is a set of channels that can only be removed together: the output channels of
+its root layer, and everything that residual adds, concatenations, depthwise convolutions, gates
+and flattening tie to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+CONV = nn.modules.conv._ConvNd
+
+
+class Halves(Protocol):
+    """What the table needs of a split: which leaf layers run on which side."""
+
+    edge_layers: dict[str, nn.Module]
+    cloud_layers: dict[str, nn.Module]
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """One layer's channels inside a group.
+
+    Attributes:
+        layer_name: name in the model (of the parameter, for a bare `nn.Parameter`).
+        module: the layer, or the bare parameter.
+        direction: "out" (rows of a convolution or linear layer), "in" (a consumer's input
+            channels), "through" (batch normalisation, depthwise convolution, attention: in and
+            out are one), or "parameter".
+        width: channels of that layer in that direction when the table was built.
+        idxs: `[K]` channel numbers in the layer.
+        root_idxs: `[K]` the group channel each of them belongs to.
+    """
+
+    layer_name: str
+    module: Any
+    direction: str
+    width: int
+    idxs: Tensor
+    root_idxs: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelGroup:
+    """Channels that are removed together.
+
+    Attributes:
+        name: the root layer's name.
+        channels: C, the number of channels of the root layer's output.
+        members: the root first, then every layer that follows it.
+        tie: g, the channels `{i + k*C/g}` go together (grouped convolutions, attention heads).
+        location: "edge", "cloud", or None when no split was given. A group that crosses counts
+            as "edge".
+        crossing: None, "consumed" (the cloud only reads these channels) or "coupled" (cloud
+            layers produce them too: a residual stream runs on behind the split).
+        is_output: the channels are the model's own output.
+        blocked: why the group cannot be pruned, or None.
+        inexact: layers that normalise over the channels; there a zero mask is not a removal.
+    """
+
+    name: str
+    channels: int
+    members: tuple[Member, ...]
+    tie: int = 1
+    location: str | None = None
+    crossing: str | None = None
+    is_output: bool = False
+    blocked: str | None = None
+    inexact: tuple[str, ...] = ()
+
+    @property
+    def exact(self) -> bool:
+        """Whether a zero mask equals the removal."""
+        return not self.inexact
+
+    @property
+    def consumers(self) -> Iterator[Member]:
+        """The layers whose input carries the group's mask."""
+        return (m for m in self.members if m.direction == "in")
+
+    def units(self, channels: Tensor) -> Tensor:
+        """`channels` completed to whole tied units, sorted."""
+        size = self.channels // self.tie
+        first = torch.unique(channels.long() % size)
+        return (first[:, None] + torch.arange(self.tie) * size).flatten().sort().values
+
+
+def tie_of(members: list[Member]) -> int:
+    """The number of channel groups whose pruning pattern must agree."""
+    tie = 1
+    for m in members:
+        if isinstance(m.module, CONV) and m.direction != "through":
+            tie = math.lcm(tie, m.module.groups)
+        elif isinstance(m.module, nn.GroupNorm):
+            tie = math.lcm(tie, m.module.num_groups)
+        elif isinstance(m.module, nn.MultiheadAttention):
+            tie = math.lcm(tie, m.module.num_heads)
+    return tie
+
+
+def blocked_by(members: list[Member], is_output: bool, tie: int) -> str | None:
+    """Why the group must stay whole, or None."""
+    channels = members[0].width
+    if is_output:
+        return "these channels are the model's output"
+    if channels % tie or channels // tie < 2:
+        return f"its {channels} channels cannot be divided by {tie} channel groups"
+    for m in members:
+        if m.idxs.numel() and int(m.idxs.max()) >= m.width:
+            return f"a reshape before {m.layer_name!r} mixes its channels"
+        if isinstance(m.module, (nn.LSTM, nn.MultiheadAttention)):
+            return f"{m.layer_name!r} is a {type(m.module).__name__}"
+        depthwise = isinstance(m.module, CONV) and m.direction == "through"
+        if depthwise and m.module.in_channels != m.module.out_channels:
+            return f"{m.layer_name!r} merges channels depthwise"
+    return None
+
+
+def place(members: list[Member], split: Halves | None) -> tuple[str | None, str | None]:
+    """(location, crossing) of a group relative to a split."""
+    if split is None:
+        return None, None
+    edge = {id(m) for m in split.edge_layers.values()}
+    cloud = {id(m) for m in split.cloud_layers.values()}
+    if not any(id(m.module) in edge for m in members):
+        return "cloud", None
+    beyond = [m for m in members if id(m.module) in cloud]
+    if not beyond:
+        return "edge", None
+    return "edge", "coupled" if any(m.direction == "out" for m in beyond) else "consumed"

@@ -1,0 +1,313 @@
+"""PATROL's score of a channel: what its removal does to the whole objective.
+
+    I_s = |dL_task| + lip_weight * dL_lip - adv_weight * dL_adv,      higher = keep,
+
+where `dL_t = L_t(m_s = 0) - L_t(m_s = 1)`, to first order `-dL_t/dm_s * m_s`, and every term is
+divided by its mean absolute value over all structures first (METHOD.md 2.3). The privacy terms
+keep their sign: a channel whose removal raises `L_adv`, because it helps the attacker, loses
+score; one whose removal would help him gains.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from patrol_prune._tp import Importance
+from patrol_prune.errors import InputError, nearest
+from patrol_prune.masks import SoftMasks
+from patrol_prune.survivors import SurvivorTracker
+
+if TYPE_CHECKING:
+    from patrol_prune.objective import ObjectiveTerms, PatrolObjective
+
+logger = logging.getLogger(__name__)
+
+TERMS = ("task", "lipschitz", "adversarial")
+
+
+def first_order_change(gradient: Tensor, mask: Tensor) -> Tensor:
+    """`L(m_s = 0) - L(m_s)` to first order: `-dL/dm_s * m_s`, for every s."""
+    return -gradient * mask
+
+
+def combine_terms(
+    task: Tensor,
+    lipschitz: Tensor,
+    adversarial: Tensor,
+    *,
+    task_weight: float = 1.0,
+    lip_weight: float = 1.0,
+    adv_weight: float = 1.0,
+) -> Tensor:
+    """`task_weight * |dL_task| + lip_weight * dL_lip - adv_weight * dL_adv`, elementwise."""
+    return task_weight * task.abs() + lip_weight * lipschitz - adv_weight * adversarial
+
+
+class PatrolImportance(Importance):  # type: ignore[misc]
+    """Scores channels for any Torch-Pruning pruner, from calibration batches.
+
+    Args:
+        objective: gives the terms; its split says what is edge. Its surrogates should have been
+            fitted to the model before (`objective.fit_surrogates`).
+        task_weight: weight of the task term.
+        lip_weight: weight of the Lipschitz term.
+        adv_weight: weight of the adversarial term.
+        normalizer: how a term is scaled over all structures of the edge before it is weighted:
+            "mean", "sum" or "max" of its absolute values, or None for raw values. Torch-Pruning's
+            names; its per-group normalisation would make groups incomparable.
+        training: run the model in training mode (running statistics are put back).
+
+    Example::
+
+        importance = PatrolImportance(objective)
+        for x, y in calibration:
+            importance.accumulate(x, y)
+        tp.pruner.BasePruner(model, example_inputs, importance, ...).step()
+    """
+
+    def __init__(
+        self,
+        objective: PatrolObjective,
+        *,
+        task_weight: float = 1.0,
+        lip_weight: float = 1.0,
+        adv_weight: float = 1.0,
+        normalizer: str | None = "mean",
+        training: bool = False,
+    ) -> None:
+        if normalizer not in _NORMALIZERS:
+            names = [n for n in _NORMALIZERS if n]
+            raise InputError(
+                f"Expected normalizer to be one of {', '.join(names)} or None, came "
+                f"{normalizer!r}. {nearest(str(normalizer), names)}"
+            )
+        if min(task_weight, lip_weight, adv_weight) < 0:
+            raise InputError(
+                "Expected weights of at least 0, came "
+                f"task_weight={task_weight}, lip_weight={lip_weight}, adv_weight={adv_weight}. "
+                "The signs of the method are in the formula."
+            )
+        self.objective = objective
+        self.task_weight, self.lip_weight = task_weight, lip_weight
+        self.adv_weight, self.normalizer, self.training = adv_weight, normalizer, training
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Forget all calibration batches and the masks."""
+        self._masks: SoftMasks | None = None
+        self._sums: dict[str, dict[str, Tensor]] = {}
+        self._batches = 0
+        self._stale: str | None = None
+        self._scores: dict[str, Tensor] | None = None
+        self._tracker: SurvivorTracker | None = None
+        self._classes: int | None = None
+
+    def mark_stale(self, reason: str) -> None:
+        """Refuse to score from here on, until new batches are accumulated."""
+        self._stale = reason
+
+    @property
+    def masks(self) -> SoftMasks:
+        """The masks the gradients are taken at, over the whole model; made when first needed."""
+        if self._masks is None:
+            split = self.objective.split
+            self._masks = SoftMasks(
+                split.model, split.example_inputs, split=split, boundary="prune", scope="model"
+            )
+            self._tracker = SurvivorTracker(self._masks.table)
+        return self._masks
+
+    def accumulate(self, x: Tensor, y: Tensor) -> ObjectiveTerms:
+        """Add one calibration batch; the parameters' `.grad` and the model's mode stay.
+
+        Args:
+            x: model input `[B, ...]`.
+            y: labels, as the task loss takes them.
+
+        Returns:
+            the objective's terms for this batch.
+
+        Raises:
+            InputError: an empty batch, labels outside the model's classes, or a term that is NaN
+                or infinite.
+        """
+        if len(x) == 0 or len(x) != len(y):
+            raise InputError(
+                f"Expected one label per input and at least one, came {len(x)} inputs and "
+                f"{len(y)} labels."
+            )
+        if self._stale is not None or (self._masks and not self._masks.table.is_current()):
+            logger.info("The model was pruned since the last calibration batch; starting over.")
+            self.zero_grad()
+        device = next(self.objective.split.model.parameters()).device
+        x, y = x.to(device), y.to(device)
+        masks = self.masks
+        self._check_labels(y)
+        with _Mode(self.objective.split.model, self.training), torch.enable_grad():
+            terms = self.objective.terms(x, y, masks=masks)
+            gradients = self._gradients(terms, masks.parameters())
+        for term, values in gradients.items():
+            sums = self._sums.setdefault(term, {})
+            for name, mask, gradient in zip(
+                masks.channels, masks.parameters(), values, strict=True
+            ):
+                change = first_order_change(gradient, mask.detach())
+                change = change.abs() if term == "task" else change
+                sums[name] = sums[name] + change if name in sums else change
+        self._batches += 1
+        self._scores = None
+        return terms
+
+    def __call__(self, group: Any) -> Tensor | None:
+        """Torch-Pruning's contract: one score per channel of the group's root, higher = keep.
+
+        Works on the graph of any pruner of this model, also between the steps of an iterative
+        one: the surviving channels keep the scores they were given.
+
+        Returns:
+            `[len(group[0].idxs)]`, or None for a group that has no score.
+
+        Raises:
+            InputError: nothing was accumulated, or the model was changed by something else.
+        """
+        scores = self.scores
+        if self._stale is not None:
+            raise InputError(
+                f"The scores are stale: {self._stale}. Call accumulate() on new batches first."
+            )
+        assert self._tracker is not None
+        located = self._tracker.locate(group)
+        if located is None or located[0] not in scores:
+            return None
+        name, roots = located
+        return scores[name][roots.to(scores[name].device)]
+
+    @property
+    def scores(self) -> dict[str, Tensor]:
+        """Group name -> `[C]` scores at the widths of the calibration.
+
+        Raises:
+            InputError: nothing was accumulated.
+        """
+        if self._scores is None:
+            terms = self.terms
+            self._scores = {
+                name: combine_terms(
+                    terms["task"][name],
+                    terms["lipschitz"][name],
+                    terms["adversarial"][name],
+                    task_weight=self.task_weight,
+                    lip_weight=self.lip_weight,
+                    adv_weight=self.adv_weight,
+                )
+                for name in terms["task"]
+            }
+        return self._scores
+
+    @property
+    def terms(self) -> dict[str, dict[str, Tensor]]:
+        """Term -> group name -> `[C]` normalised changes; zeros where a term was not computed."""
+        over = self._edge_groups()
+        return {t: _normalized(v, over, self.normalizer) for t, v in self.raw.items()}
+
+    @property
+    def raw(self) -> dict[str, dict[str, Tensor]]:
+        """Term -> group name -> `[C]` predicted change on removal, averaged over batches."""
+        if self._batches == 0:
+            raise InputError(
+                "Expected calibration data, came none: call accumulate(x, y) on at least one "
+                "batch before the importance is used."
+            )
+        zero = {n: torch.zeros_like(m.detach()) for n, m in self.masks.channels.items()}
+        return {
+            term: {n: v / self._batches for n, v in self._sums.get(term, zero).items()}
+            for term in TERMS
+        }
+
+    def _check_labels(self, y: Tensor) -> None:
+        """Class numbers lie inside the model's outputs, before a device-side assert finds out."""
+        if y.is_floating_point() or y.dim() != 1:
+            return
+        if self._classes is None:
+            split = self.objective.split
+            with _Mode(split.model, training=False), torch.no_grad():
+                logits = split.cloud(split.edge(split.example_inputs[:1]))
+            is_vector = isinstance(logits, Tensor) and logits.dim() == 2
+            self._classes = logits.shape[1] if is_vector else 0
+        valid = y[y != -100]
+        low, high = (int(valid.min()), int(valid.max())) if len(valid) else (0, 0)
+        if self._classes and (low < 0 or high >= self._classes):
+            raise InputError(
+                f"Expected labels from 0 to {self._classes - 1}, came {low} to {high}. Give the "
+                "model as many outputs as there are classes."
+            )
+
+    def _edge_groups(self) -> set[str]:
+        groups = self.masks.table.groups
+        return {n for n in self.masks.channels if groups[n].location == "edge"}
+
+    def _gradients(
+        self, terms: ObjectiveTerms, masks: list[nn.Parameter]
+    ) -> dict[str, list[Tensor]]:
+        """Each term's gradient in every mask, from the shared forward pass."""
+        values = {t: getattr(terms, t) for t in TERMS}
+        present = {t: v for t, v in values.items() if v is not None and v.requires_grad}
+        for term, value in values.items():
+            if value is not None and not torch.isfinite(value).all():
+                raise InputError(
+                    f"The {term} term is {float(value.detach())} on this calibration batch. "
+                    "Check the batch and the model's weights."
+                )
+        gradients = {}
+        for i, (term, value) in enumerate(present.items()):
+            found = torch.autograd.grad(
+                value, masks, retain_graph=i + 1 < len(present), allow_unused=True
+            )
+            gradients[term] = [
+                torch.zeros_like(m) if g is None else g.detach()
+                for m, g in zip(masks, found, strict=True)
+            ]
+        return gradients
+
+
+GroupPatrolImportance = PatrolImportance
+
+_NORMALIZERS: dict[str | None, Callable[[Tensor], Tensor]] = {
+    None: lambda values: torch.ones(()),
+    "mean": lambda values: values.abs().mean(),
+    "sum": lambda values: values.abs().sum(),
+    "max": lambda values: values.abs().max(),
+}
+
+
+def _normalized(
+    values: Mapping[str, Tensor], over: set[str], normalizer: str | None
+) -> dict[str, Tensor]:
+    """One term over its scale on the groups `over`; a term that is 0 everywhere stays 0."""
+    reference = [v for n, v in values.items() if n in over] or list(values.values())
+    scale = float(_NORMALIZERS[normalizer](torch.cat(reference)))
+    return {n: v / scale if scale > 0 else v for n, v in values.items()}
+
+
+class _Mode:
+    """The model in one mode; every module's own mode and every buffer come back."""
+
+    def __init__(self, model: nn.Module, training: bool) -> None:
+        self.model, self.training = model, training
+
+    def __enter__(self) -> None:
+        self.modes = [(m, m.training) for m in self.model.modules()]
+        self.buffers = [(b, b.clone()) for b in self.model.buffers()] if self.training else []
+        self.model.train(self.training)
+
+    def __exit__(self, *exc: object) -> None:
+        for module, training in self.modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, was in self.buffers:
+                buffer.copy_(was)

@@ -1,0 +1,115 @@
+"""How close a reconstruction comes to its original, per image, on [0, 1] pixels.
+
+The peak is always 1, the range of true pixels, never the range of the reconstruction: a low
+contrast would flatter the defence. A high SSIM or PSNR and a low MSE are bad for privacy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from patrol_prune.errors import InputError
+
+_CHUNK_PIXELS = 4_000_000
+_SSIM_KERNEL = 11
+_SSIM_SIGMA = 1.5
+
+
+def mse(x: Tensor, y: Tensor) -> Tensor:
+    """Mean squared error of each image, `mean((x - y)^2)` over its pixels and channels.
+
+    Args:
+        x: images `[N, C, H, W]` on [0, 1].
+        y: their reconstructions, of the same shape and range.
+
+    Returns:
+        `[N]`, on [0, 1]; 0 for identical images.
+
+    Raises:
+        InputError: on shapes that differ or are not `[N, C, H, W]`, on NaN, or outside [0, 1].
+    """
+    _check_pair(x, y)
+    return _in_chunks(_mse, x, y)
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each image in dB, `-10 log10(mse(x, y))` (peak 1).
+
+    Arguments and errors as in `mse`. Returns `[N]`, from 0 upwards; infinite for identical images.
+    """
+    return -10.0 * torch.log10(mse(x, y))
+
+
+def ssim(x: Tensor, y: Tensor) -> Tensor:
+    """Structural similarity of each image (Wang et al. 2004).
+
+    `SSIM = mean over pixels of (2 mu_x mu_y + C1)(2 cov_xy + C2) /
+    ((mu_x^2 + mu_y^2 + C1)(var_x + var_y + C2))`, with Gaussian windows of 11x11 and sigma 1.5,
+    `C1 = 0.01^2`, `C2 = 0.03^2`, mean over channels. Every pixel counts: the image is mirrored at
+    its border, where other libraries leave a border of 5 pixels out. A plain grey image already scores about 0.13
+    to 0.18 on natural images.
+
+    Arguments and errors as in `mse`; images must have at least 11 pixels a side. Returns `[N]`, on
+    [-1, 1]; 1 for identical images.
+    """
+    _check_pair(x, y)
+    if min(x.shape[2:]) < _SSIM_KERNEL:
+        raise InputError(
+            f"SSIM takes images of at least {_SSIM_KERNEL}x{_SSIM_KERNEL} pixels, came "
+            f"{tuple(x.shape[2:])}. Use mse or psnr, or larger images."
+        )
+    return _in_chunks(_ssim, x, y)
+
+
+def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
+    """`1 - mean SSIM` of `y` against `x`, a differentiable scalar; not validated, not chunked."""
+    return 1.0 - _ssim(x, y).mean()
+
+
+def _mse(x: Tensor, y: Tensor) -> Tensor:
+    return ((x.float() - y.float()) ** 2).mean(dim=(1, 2, 3))
+
+
+def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    values = structural_similarity_index_measure(
+        y.float(), x.float(), sigma=_SSIM_SIGMA, data_range=1.0, reduction="none"
+    )
+    assert isinstance(values, Tensor)
+    return values.reshape(-1)
+
+
+def _in_chunks(measure: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor) -> Tensor:
+    size = max(1, _CHUNK_PIXELS // max(1, x[0].numel()))
+    with torch.no_grad():
+        pairs = zip(torch.split(x, size), torch.split(y, size), strict=True)
+        return torch.cat([measure(a, b) for a, b in pairs])
+
+
+def _check_pair(x: Tensor, y: Tensor) -> None:
+    if x.shape != y.shape or x.dim() != 4 or x.numel() == 0:
+        raise InputError(
+            "Expected two tensors [N, C, H, W] of one shape with N >= 1, came "
+            f"{tuple(x.shape)} and {tuple(y.shape)}. Reconstruct at the size of the originals."
+        )
+    for name, images in (("x", x), ("y", y)):
+        check_pixels(images, name)
+
+
+def check_pixels(images: Tensor, name: str) -> None:
+    """Refuse images that are not floating point, hold NaN, or leave [0, 1] (InputError)."""
+    if not images.is_floating_point():
+        raise InputError(
+            f"Expected {name} as floating point on [0, 1], came {images.dtype}. "
+            "Divide uint8 images by 255."
+        )
+    low, high = (float(v) for v in torch.aminmax(images.detach()))
+    # A NaN makes both ends NaN, and every comparison with it false.
+    if not (low >= 0.0 and high <= 1.0):
+        raise InputError(
+            f"Expected {name} on [0, 1] without NaN, came values from {low:.4g} to {high:.4g}. "
+            "Undo the normalisation and clamp first (Normalization.to_pixels)."
+        )

@@ -1,0 +1,226 @@
+"""A run on disk: what was asked for, what is done, and what came out.
+
+    runs/<name>/  config.yaml  plan.json  events.jsonl  checkpoints/  edge.patrol/  audit.json
+                  figures/  report.html  manifest.json
+
+`manifest.json` records each finished stage with the sha256 of every file it wrote. A stage counts
+as done only while its files are what they were, so that a run that was killed, or a file that was
+changed, is done again from that stage on.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from patrol_prune.errors import InputError, RunDirectoryError
+from patrol_prune.storage import atomic_write_json, atomic_write_text, sha256_of
+
+try:
+    import fcntl
+except ImportError:  # a system without it runs unlocked
+    fcntl = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
+
+CONFIG = "config.yaml"
+EVENTS = "events.jsonl"
+MANIFEST = "manifest.json"
+OUTPUTS = (CONFIG, EVENTS, MANIFEST, "plan.json", "audit.json", "report.html",
+           "checkpoints", "edge.patrol", "figures", "scores", "audit_examples")
+
+
+class RunDirectory:
+    """One run's directory, locked against a second process until `close`.
+
+    Args:
+        path: `runs/<name>`; made when it is not there.
+        config: the run's settings as plain data. A directory with the same settings is resumed.
+        overwrite: throw away what an earlier run left here, and nothing else.
+        free_keys: dotted settings that do not change a result (`device`); they may differ.
+
+    Raises:
+        RunDirectoryError: the directory holds a run with other settings (each is named), holds
+            something that is no run, or another process works in it.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: Mapping[str, Any],
+        *,
+        overwrite: bool = False,
+        free_keys: Iterable[str] = (),
+    ) -> None:
+        self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"{self.path} is a file. Give another name to the run.")
+        _refuse_strangers(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path)
+        try:
+            if overwrite:
+                self._clear()
+            self.resumed = self._settle(dict(config), set(free_keys))
+        except BaseException:
+            self.close()
+            raise
+        self._stages: dict[str, dict[str, Any]] = self._read_manifest()
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def close(self) -> None:
+        """Let another process work here."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> RunDirectory:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def event(self, kind: str, **fields: Any) -> None:
+        """Append one line to `events.jsonl`."""
+        line = json.dumps({"time": round(time.time(), 3), "event": kind, **fields}, default=str)
+        with open(self / EVENTS, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def done(self, stage: str) -> bool:
+        """Whether `stage` ended, and every file it wrote is still what it was."""
+        record = self._stages.get(stage)
+        if record is None:
+            return False
+        for name, digest in record["sha256"].items():
+            path = self / name
+            if not path.is_file() or sha256_of(path) != digest:
+                logger.warning("%s is missing or was changed: %s is done again.", path, stage)
+                return False
+        return True
+
+    def finish(self, stage: str, outputs: Iterable[str] = (), **notes: Any) -> None:
+        """Record `stage` as done, with the sha256 of its outputs (files or directories)."""
+        digests: dict[str, str] = {}
+        for name in outputs:
+            path = self / name
+            found = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+            digests.update({p.relative_to(self.path).as_posix(): sha256_of(p) for p in found})
+        self._stages[stage] = {"sha256": digests, "notes": notes}
+        self._write_manifest()
+        self.event("stage done", stage=stage, **notes)
+
+    def notes(self, stage: str) -> dict[str, Any]:
+        """What `finish` was told about a stage; empty when it is not done."""
+        return dict(self._stages.get(stage, {}).get("notes", {}))
+
+    def forget(self, stages: Iterable[str]) -> None:
+        """Have these stages done again."""
+        for stage in stages:
+            self._stages.pop(stage, None)
+        self._write_manifest()
+
+    def _write_manifest(self) -> None:
+        atomic_write_json(self / MANIFEST, {"version": 1, "stages": self._stages})
+
+    def _read_manifest(self) -> dict[str, dict[str, Any]]:
+        try:
+            stages = json.loads((self / MANIFEST).read_text(encoding="utf-8"))["stages"]
+            return {str(k): {"sha256": dict(v["sha256"]), "notes": dict(v["notes"])}
+                    for k, v in stages.items()}
+        except FileNotFoundError:
+            return {}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            logger.warning("%s cannot be read (%s): all stages are done again.",
+                           self / MANIFEST, error)
+            return {}
+
+    def _settle(self, config: dict[str, Any], free_keys: set[str]) -> bool:
+        """Write the settings of a new run, or compare them with those of the one that is here."""
+        file = self / CONFIG
+        if not file.exists():
+            atomic_write_text(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
+            return False
+        old, new = flatten(read_config(file)), flatten(config)
+        different = [key for key in sorted(old.keys() | new.keys())
+                     if key not in free_keys and old.get(key) != new.get(key)]
+        if different:
+            lines = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in different)
+            raise RunDirectoryError(
+                f"{self.path} holds another run; these settings differ:\n{lines}\n"
+                "Give the run another --name, use the settings above to resume it, or start it "
+                "anew with --overwrite."
+            )
+        return True
+
+    def _clear(self) -> None:
+        for name in OUTPUTS:
+            path = self / name
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The settings in a YAML file.
+
+    Raises:
+        InputError: no such file, or not a YAML mapping.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(
+            f"Expected a YAML file of settings at {path}, which cannot be read ({error})."
+        ) from error
+    if not isinstance(config, dict):
+        raise InputError(f"Expected {path} to hold settings as key: value, came {config!r}.")
+    return config
+
+
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as dotted keys; tuples as lists, as YAML reads them back."""
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = list(value) if isinstance(value, tuple) else value
+    return flat
+
+
+def _refuse_strangers(path: Path) -> None:
+    if not path.is_dir() or (path / CONFIG).is_file():
+        return
+    strangers = sorted(p.name for p in path.iterdir() if p.name not in (".lock", EVENTS)
+                       and not p.name.startswith(f".{CONFIG}."))
+    if strangers:
+        raise RunDirectoryError(
+            f"{path} is not empty and holds no run ({', '.join(strangers[:3])}). Give the run "
+            "another --name, or an empty directory."
+        )
+
+
+def _lock(path: Path) -> int | None:
+    if fcntl is None:
+        return None
+    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise RunDirectoryError(
+            f"Another process is working in {path}. Wait until it ends, or give this run another "
+            "--name."
+        ) from error
+    return descriptor

@@ -1,0 +1,288 @@
+"""Everything a run can be told, as frozen dataclasses that check themselves and fit in a YAML file."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import torch
+import yaml
+
+from patrol_prune.attacks import ATTACKS, InverseNetworkConfig
+from patrol_prune.errors import InputError, nearest
+from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.rundir import read_config
+from patrol_prune.storage import atomic_write_text
+
+Config = TypeVar("Config")
+FREE_KEYS = ("name", "runs", "device", "data_loader")  # may differ when a run is resumed
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """How channels are scored and removed.
+
+    Attributes:
+        task_weight: of what a channel's removal costs the task.
+        lip_weight: of what it does to the edge's Lipschitz constants.
+        adv_weight: of what it does to the surrogate attackers.
+        batches: calibration batches.
+        surrogate_steps: steps of the surrogate attackers before scoring.
+        max_pruning_ratio: the largest share of a group's channels that may go.
+        min_channels: the fewest channels a group keeps.
+        round_to: kept numbers are multiples of this.
+        steps: prune in so many steps, scores refreshed between.
+    """
+
+    task_weight: float = 1.0
+    lip_weight: float = 0.25
+    adv_weight: float = 1.0
+    batches: int = 20
+    surrogate_steps: int = 150
+    max_pruning_ratio: float = 0.9
+    min_channels: int = 2
+    round_to: int | None = None
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        weights = (self.task_weight, self.lip_weight, self.adv_weight)
+        if min(weights) < 0 or max(weights) == 0:
+            raise InputError(
+                f"Expected score weights of at least 0, one of them positive, came {weights}."
+            )
+        if self.batches < 1:
+            raise InputError(
+                f"Expected at least one calibration batch to score channels on, came "
+                f"score.batches={self.batches}."
+            )
+        if self.surrogate_steps < 0 or self.steps < 1:
+            raise InputError(
+                "Expected score.surrogate_steps of at least 0 and score.steps of at least 1, came "
+                f"{self.surrogate_steps} and {self.steps}."
+            )
+
+
+@dataclass(frozen=True)
+class PrivacyConfig:
+    """The privacy terms that stay on during fine-tuning.
+
+    Attributes:
+        alpha: weight of the block-wise Lipschitz constants.
+        beta: weight of the surrogate attackers' reconstruction error.
+        noise_std: standard deviation of the Lipschitz perturbation, in input units.
+        lipschitz_form: "scale_free", or "paper", which scaling games can fool.
+    """
+
+    alpha: float = 0.0
+    beta: float = 40.0
+    noise_std: float = 0.1
+    lipschitz_form: Literal["scale_free", "paper"] = "scale_free"
+
+    def __post_init__(self) -> None:
+        if self.alpha < 0 or self.beta < 0 or self.noise_std <= 0:
+            raise InputError(
+                "Expected privacy.alpha and privacy.beta of at least 0 and a positive "
+                f"privacy.noise_std, came {self.alpha}, {self.beta} and {self.noise_std}."
+            )
+
+
+@dataclass(frozen=True)
+class AuditConfig:
+    """Who attacks the finished edge.
+
+    Attributes:
+        attacks: by name.
+        seeds: one fresh attacker for each.
+        victims: images to be reconstructed, from the test part.
+        attacker_share: share of the training images that the attacker owns and the defender
+            never sees.
+        examples: reconstructions to show.
+    """
+
+    attacks: tuple[str, ...] = ("inverse_network",)
+    seeds: tuple[int, ...] = (0,)
+    victims: int = 500
+    attacker_share: float = 0.35
+    examples: int = 8
+
+    def __post_init__(self) -> None:
+        for name in self.attacks:
+            if name not in ATTACKS:
+                raise InputError(
+                    f"There is no attack {name!r}. Known: {', '.join(ATTACKS)}. "
+                    f"{nearest(name, ATTACKS)}"
+                )
+        if not self.attacks or not self.seeds or len(set(self.seeds)) < len(self.seeds):
+            raise InputError(
+                f"Expected an attack and different seeds, came {self.attacks} and {self.seeds}."
+            )
+        if self.victims < 2 or self.examples < 1 or not 0.0 < self.attacker_share < 1.0:
+            raise InputError(
+                "Expected at least 2 victims, at least 1 example and an attacker_share in (0, 1), "
+                f"came {self.victims}, {self.examples} and {self.attacker_share}."
+            )
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One run, from a folder of images to a report.
+
+    Attributes:
+        data: folder with train/ and val/ or test/, each with one folder of images per class.
+        edge_macs: the budget of the device: a count ("9.9M"), a fraction in (0, 1] of the dense
+            edge at `at`, or a split's name, whose dense edge's cost is meant.
+        model: a torchvision classifier, small_resnet, or module:function of your own.
+        weights: safetensors file; without it the model is trained first.
+        image_size: side of the square images, in pixels.
+        at: where to cut; without it the plan recommends.
+        boundary: whether channels that cross the split are kept or pruned.
+        name: of the run.
+        runs: the folder of all runs.
+        batch_size: images in a training batch.
+        normalization: of pixels; "auto" is ImageNet's statistics with weights for a torchvision
+            model, the training images' own otherwise.
+        device: cpu, cuda, cuda:1, mps, or auto.
+        seed: of everything.
+        train: training of the dense model.
+        score: which channels go.
+        privacy: the terms that stay on.
+        finetune: training after pruning.
+        audit: who attacks.
+        attacker: the attacker's network.
+    """
+
+    data: str
+    edge_macs: str
+    model: str = "resnet18"
+    weights: str | None = None
+    image_size: int = 128
+    at: str | None = None
+    boundary: Literal["keep", "prune"] = "keep"
+    name: str = "run"
+    runs: str = "runs"
+    batch_size: int = 64
+    normalization: Literal["auto", "dataset", "imagenet", "none"] = "auto"
+    device: str = "auto"
+    seed: int = 0
+    train: FinetuneConfig = field(
+        default_factory=lambda: FinetuneConfig(epochs=25, distill_weight=0.0)
+    )
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
+    finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(epochs=10, lr=0.02))
+    audit: AuditConfig = field(default_factory=AuditConfig)
+    attacker: InverseNetworkConfig = field(
+        default_factory=lambda: InverseNetworkConfig(width=48, depth=4, epochs=20)
+    )
+
+    def __post_init__(self) -> None:
+        if not self.data:
+            raise InputError("Expected a folder of images, came none. Give --data FOLDER.")
+        if not str(self.edge_macs).strip():
+            raise InputError("Expected a budget, came none. Give --edge-macs, as in 9.9M.")
+        if self.image_size < 16:
+            raise InputError(
+                f"Expected an image size of at least 16 pixels, came {self.image_size}; SSIM "
+                "cannot judge smaller ones."
+            )
+        if self.batch_size < 2:
+            raise InputError(
+                f"Expected a batch size of at least 2, for BatchNorm, came {self.batch_size}."
+            )
+        if not self.name or self.name != os.path.basename(self.name) or self.name in (".", ".."):
+            raise InputError(f"Expected a run's name to be a plain folder name, came {self.name!r}.")
+        for key, options in (("boundary", ("keep", "prune")),
+                             ("normalization", ("auto", "dataset", "imagenet", "none"))):
+            if getattr(self, key) not in options:
+                raise InputError(
+                    f"Expected {key} out of {', '.join(options)}, came {getattr(self, key)!r}."
+                )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as plain data, tuples as lists."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Write the settings, whole or not at all."""
+        atomic_write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> RunConfig:
+        """The settings in a file; an unknown key or a wrong type is an `InputError`."""
+        return build(cls, read_config(path), str(path))
+
+
+def build(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
+    """A (nested) dataclass from plain data.
+
+    Raises:
+        InputError: an unknown key, a missing one, or a value of the wrong type; `where` is named.
+    """
+    hints = typing.get_type_hints(kind)
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    for key in values:
+        if key not in fields:
+            raise InputError(f"{where} has an unknown setting {key!r}. {nearest(key, fields)}")
+    required = [
+        n for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    missing = [n for n in required if n not in values]
+    if missing:
+        raise InputError(f"{where} lacks {', '.join(missing)}.")
+    return kind(**{k: _typed(hints[k], v, f"{where}: {k}") for k, v in values.items()})
+
+
+def _typed(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return build(hint, value, where)  # type: ignore[arg-type]
+    origin = get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _typed(next(a for a in get_args(hint) if a is not type(None)), value, where)
+    if origin is Literal:
+        return value
+    if origin is tuple and isinstance(value, (list, tuple)):
+        return tuple(_typed(get_args(hint)[0], v, where) for v in value)
+    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and (not isinstance(value, hint) or isinstance(value, bool)):
+        raise InputError(f"{where}: expected {hint.__name__}, came {value!r}.")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`, shown to be there; "auto" is CUDA where there is one.
+
+    Raises:
+        InputError: no such kind of device, or none in this computer.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+        if torch.backends.mps.is_available():
+            there.append("mps")
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"The device {name!r} is not there ({first}). Here are: {', '.join(there)}."
+        ) from error
+    return device

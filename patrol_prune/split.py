@@ -1,0 +1,329 @@
+"""Where a model can be cut in two, and the two halves.
+
+The edge computes the feature `z = edge(x)`, the cloud finishes, `cloud(z)`. A place to cut is one
+that a single floating-point tensor crosses; everything that the cloud needs is then in `z`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.hooks import RemovableHandle
+
+from patrol_prune._cuts import Cut, CutGraph
+from patrol_prune._trace import attribute_of, run_on
+from patrol_prune.cost import (
+    as_single_tensor,
+    count_macs,
+    device_of,
+    evaluating,
+    feature_bytes,
+)
+from patrol_prune.errors import InputError, UnsupportedModelError
+
+
+@dataclass(frozen=True)
+class SplitPoint:
+    """One place where a model can be cut.
+
+    Args:
+        name: the outermost module (or operator) whose output is uploaded, e.g. `layer2`.
+        feature_shape: shape of the uploaded feature without the batch dimension.
+        edge_macs: multiply-adds of the edge at batch 1, see `cost.count_macs`.
+        edge_params: number of parameters of the edge.
+        feature_bytes: size of one uploaded feature in bytes, as float32.
+        aliases: other names of the same place, e.g. `layer2.1`, `layer2.1.relu_1`.
+    """
+
+    name: str
+    feature_shape: tuple[int, ...]
+    edge_macs: int
+    edge_params: int
+    feature_bytes: int
+    aliases: tuple[str, ...] = ()
+
+
+def split_points(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> list[SplitPoint]:
+    """Every place where exactly one tensor crosses, from shallow to deep.
+
+    The model's input and its output are no such places. Costs are those of the first sample of
+    `example_inputs`.
+
+    Args:
+        model: takes one tensor `[N, ...]`; left as found.
+        example_inputs: a batch, or a tuple with one batch.
+
+    Raises:
+        InputError: the model cannot run on `example_inputs`.
+        UnsupportedModelError: the model cannot be graph.
+    """
+    graph = CutGraph(model, _sample(model, example_inputs))
+    return [
+        SplitPoint(
+            name=cut.names[0],
+            feature_shape=cut.feature_shape,
+            edge_macs=macs,
+            edge_params=sum(p.numel() for p in graph.parameters(0, cut.position).values()),
+            feature_bytes=feature_bytes(cut.feature_shape),
+            aliases=cut.names[1:],
+        )
+        for cut, macs in zip(graph.cuts, _edge_macs(graph, example_inputs), strict=True)
+    ]
+
+
+class Split:
+    """A model cut in two halves that share its parameters.
+
+    `cloud(edge(x))` equals `model(x)` bit for bit. Neither half writes into the tensor it is
+    given. Non-leaf modules' own forward hooks do not run in the halves; those of layers do.
+    Control flow and functional dropout are those of evaluation mode; dropout modules follow
+    `train()` and `eval()`.
+
+    Args:
+        model: takes one tensor; copied nowhere.
+        example_inputs: a batch `[N, ...]`, or a tuple with one batch.
+        at: a name or alias from `split_points`, e.g. `"layer2"`.
+
+    Attributes:
+        model: the whole model.
+        at: the canonical name of the split point.
+        edge: the half up to and including `at`, an `fx.GraphModule`.
+        cloud: the other half.
+        blocks: the edge as a chain `f_1 ... f_N`; a block ends where a single tensor crosses and
+            a layer with weights follows.
+        feature_shape: shape of `edge(x)` without the batch dimension.
+        edge_layers: the layers that the edge uses, by their name in the model.
+        cloud_layers: likewise for the cloud.
+
+    Raises:
+        InputError: `at` does not exist, or more than one tensor crosses there.
+        UnsupportedModelError: the model cannot be graph.
+    """
+
+    model: nn.Module
+    at: str
+    edge: nn.Module
+    cloud: nn.Module
+    blocks: tuple[nn.Module, ...]
+    feature_shape: tuple[int, ...]
+    edge_layers: dict[str, nn.Module]
+    cloud_layers: dict[str, nn.Module]
+
+    def __init__(
+        self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor], at: str
+    ) -> None:
+        self._start(model, example_inputs, at)
+        self.refresh()
+
+    @classmethod
+    def from_modules(
+        cls, edge: nn.Module, cloud: nn.Module, example_inputs: Tensor | Sequence[Tensor]
+    ) -> Split:
+        """A split whose two halves are given, for models that cannot be graph.
+
+        `model` is then a module with the attributes `edge` and `cloud`; `blocks` has more than
+        one entry only if the edge can be graph.
+
+        Raises:
+            InputError: the halves do not fit each other or `example_inputs`, or the edge returns
+                anything but one floating-point tensor `[N, ...]`.
+        """
+        split = cls.__new__(cls)
+        split._start(_Composed(edge, cloud), example_inputs, "edge")
+        split.refresh()
+        return split
+
+    def _start(self, model: nn.Module, inputs: Tensor | Sequence[Tensor], at: str) -> None:
+        if not isinstance(model, nn.Module):
+            raise InputError(f"Expected an nn.Module to split, came {type(model).__name__}.")
+        if not isinstance(at, str):
+            raise InputError(f"Expected at= as the name of a split point, came {at!r}.")
+        self.model, self.at, self.blocks = model, at, ()
+        self._inputs = as_single_tensor(inputs)
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def example_inputs(self) -> Tensor:
+        """The example batch, on the model's device."""
+        return self._inputs.to(device_of(self.model, self._inputs))
+
+    def protected_layers(self) -> list[nn.Module]:
+        """The cloud's layers, to pass as Torch-Pruning's `ignored_layers`."""
+        return list(self.cloud_layers.values())
+
+    def refresh(self) -> None:
+        """Read the model again, after pruning or after a layer was replaced.
+
+        `edge` and `cloud` stay the same objects (so do `blocks`, if their number is the same).
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        if isinstance(self.model, _Composed):
+            self._refresh_composed(self.model)
+            return
+        graph = CutGraph(self.model, _sample(self.model, self._inputs))
+        cut = graph.find(self.at)
+        self.at, self.feature_shape = cut.names[0], cut.feature_shape
+        self.edge_layers = graph.layers(0, cut.position)
+        self.cloud_layers = graph.layers(cut.position, graph.end)
+        self.edge = self._adopt(getattr(self, "edge", None), graph, None, cut, "Edge")
+        self.cloud = self._adopt(getattr(self, "cloud", None), graph, cut, None, "Cloud")
+        self.blocks = self._chain(graph, cut)
+
+    def _refresh_composed(self, model: _Composed) -> None:
+        x = _sample(model, self._inputs)
+        with evaluating(model), torch.no_grad():
+            z = run_on(model.edge, x.clone())
+            _check_feature(z, x)
+            before = z._version
+            run_on(model.cloud, z)
+        self.feature_shape = tuple(z.shape[1:])
+        self.edge = model.edge
+        self.cloud = model.cloud if z._version == before else _OnCopy(model.cloud)
+        self.edge_layers = _childless("edge", model.edge)
+        self.cloud_layers = _childless("cloud", model.cloud)
+        try:
+            self.blocks = self._chain(CutGraph(model.edge, x), None)
+        except UnsupportedModelError:
+            self.blocks = (model.edge,)
+
+    def _chain(self, graph: CutGraph, stop: Cut | None) -> tuple[nn.Module, ...]:
+        ends = graph.chain(graph.end if stop is None else stop.position)
+        if not ends:
+            return (self.edge,)
+        bounds: list[Cut | None] = [None, *ends, stop]
+        old = self.blocks if len(self.blocks) == len(bounds) - 1 else (None,) * (len(bounds) - 1)
+        pairs = zip(old, bounds, bounds[1:], strict=False)
+        return tuple(self._adopt(block, graph, a, b, "Block") for block, a, b in pairs)
+
+    def _adopt(
+        self, old: nn.Module | None, graph: CutGraph, start: Cut | None, stop: Cut | None, name: str
+    ) -> nn.Module:
+        """The piece from `start` to `stop`, put into the module object `old` if there is one."""
+        piece = graph.piece(start, stop, name)
+        if isinstance(old, fx.GraphModule):
+            for table in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+                old.__dict__[table] = piece.__dict__[table]
+            old.graph = piece.graph
+            piece = old
+        follow = _Follow(graph.model, piece.graph, graph.constants)
+        if follow.seen or follow.constants:
+            self._handles.append(piece.register_forward_pre_hook(follow))
+        return piece
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if isinstance(self.model, _Composed):
+            return Split.from_modules, (self.model.edge, self.model.cloud, self._inputs)
+        return Split, (self.model, self._inputs, self.at)
+
+
+class _Composed(nn.Module):
+    """Two halves handed over by the user, as one model."""
+
+    def __init__(self, edge: nn.Module, cloud: nn.Module) -> None:
+        super().__init__()
+        if not (isinstance(edge, nn.Module) and isinstance(cloud, nn.Module)):
+            raise InputError(
+                "Expected edge and cloud as two nn.Modules, came "
+                f"{type(edge).__name__} and {type(cloud).__name__}."
+            )
+        self.edge, self.cloud = edge, cloud
+
+    def forward(self, x: Tensor) -> Any:
+        return self.cloud(self.edge(x))
+
+
+class _OnCopy(nn.Module):
+    """Runs a module that would write into its input on a copy of it."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, z: Tensor) -> Any:
+        return self.module(z.clone())
+
+
+class _Follow:
+    """Forward pre-hook: a half reads again the parameters that were replaced in the model.
+
+    Layers are shared and need none of this; parameters that the graph reads directly (a layer
+    scale, a class token) are references, which pruning leaves stale. A copied or pickled half
+    stands alone and follows no model.
+    """
+
+    def __init__(
+        self, model: nn.Module | None, graph: fx.Graph | None, constants: dict[str, Tensor]
+    ) -> None:
+        self.model = model
+        nodes = () if graph is None else graph.nodes
+        paths = {str(node.target) for node in nodes if node.op == "get_attr"}
+        self.constants = sorted(paths & set(constants))
+        self.seen: dict[str, Any] = {}
+        if model is not None:
+            self.seen = {p: attribute_of(model, p) for p in sorted(paths - set(constants))}
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        for path, seen in self.seen.items():
+            assert self.model is not None
+            current = attribute_of(self.model, path)
+            if current is not seen:
+                _assign(module, path, current)
+                self.seen[path] = current
+        for path in self.constants:
+            constant = attribute_of(module, path)
+            if constant.device != args[0].device:
+                _assign(module, path, constant.to(args[0].device))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Follow, (None, None, {})
+
+
+def _assign(module: nn.Module, path: str, value: Any) -> None:
+    parent, _, name = path.rpartition(".")
+    setattr(module.get_submodule(parent), name, value)
+
+
+def _sample(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """One sample `[1, ...]` on the model's device."""
+    if not isinstance(model, nn.Module):
+        raise InputError(f"Expected an nn.Module to split, came {type(model).__name__}.")
+    x = as_single_tensor(example_inputs)
+    return x[:1].detach().to(device_of(model, x))
+
+
+def _check_feature(z: Any, x: Tensor) -> None:
+    if isinstance(z, Tensor) and z.is_floating_point() and z.dim() > 1 and len(z) == len(x):
+        return
+    came = f"{z.dtype} {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+    raise InputError(
+        "Expected an edge that returns one floating-point tensor [N, ...], came "
+        f"{came} for an input of shape {tuple(x.shape)}. Cut where a single tensor crosses."
+    )
+
+
+def _childless(prefix: str, half: nn.Module) -> dict[str, nn.Module]:
+    return {
+        f"{prefix}.{name}" if name else prefix: module
+        for name, module in half.named_modules()
+        if next(module.children(), None) is None
+    }
+
+
+def _edge_macs(graph: CutGraph, example_inputs: Tensor | Sequence[Tensor]) -> list[int]:
+    """MACs up to each cut.
+
+    A running sum over the nodes, if it agrees with `count_macs` for the whole model; otherwise
+    every edge is counted by itself.
+    """
+    totals = list(accumulate(graph.facts[node].macs for node in graph.order))
+    if totals[-1] == count_macs(graph.model, example_inputs).total:
+        return [totals[cut.position] for cut in graph.cuts]
+    pieces = (graph.piece(None, cut, "Edge") for cut in graph.cuts)
+    return [count_macs(piece, example_inputs).total for piece in pieces]

@@ -1,0 +1,48 @@
+"""What several test files share."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from PIL import Image
+
+os.environ.setdefault("MPLBACKEND", "Agg")
+settings.register_profile("quick", deadline=None, max_examples=25)
+settings.load_profile("quick")
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def root() -> Path:
+    """The repository's root."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def write_folder() -> Callable[..., Path]:
+    """A function that writes a small image folder: one hue per class, a bright square somewhere."""
+
+    def write(
+        where: Path, *, parts: tuple[str, ...] = ("train", "test"),
+        classes: tuple[str, ...] = ("blue", "green", "red"), count: int = 8, size: int = 16,
+    ) -> Path:
+        for p, part in enumerate(parts):
+            for c, name in enumerate(classes):
+                folder = where / part / name
+                folder.mkdir(parents=True, exist_ok=True)
+                for i in range(count):
+                    rng = np.random.default_rng((p, c, i))
+                    image = rng.integers(0, 90, (size, size, 3), dtype=np.uint8)
+                    image[..., c % 3] += 120
+                    y, x = rng.integers(0, size - 4, 2)
+                    image[y : y + 4, x : x + 4] = 255
+                    Image.fromarray(image).save(folder / f"{i:03d}.png")
+        return where
+
+    return write

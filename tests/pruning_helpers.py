@@ -1,0 +1,126 @@
+"""Small networks, random statistics and a hand-made objective for the pruning tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional
+
+from patrol_prune.masks import SoftMasks
+from patrol_prune.split import Split
+
+
+def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Random batch-norm statistics and affine parameters, biases included; evaluation mode."""
+    g = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.weight.data.uniform_(0.5, 1.5, generator=g)
+            module.bias.data.normal_(0.0, 0.3, generator=g)
+            module.running_mean.normal_(0.0, 0.3, generator=g)
+            module.running_var.uniform_(0.5, 1.5, generator=g)
+        elif isinstance(module, (nn.Conv2d, nn.Linear)) and module.bias is not None:
+            module.bias.data.normal_(0.0, 0.1, generator=g)
+    return model.eval()
+
+
+def backbone(name: str, classes: int = 10) -> nn.Module:
+    torch.manual_seed(0)
+    return randomize(torchvision.models.get_model(name, weights=None, num_classes=classes))
+
+
+def half_of_every_group(masks: SoftMasks, seed: int = 1) -> dict[str, Tensor]:
+    """For every masked group, half of its tied units, chosen at random."""
+    g = torch.Generator().manual_seed(seed)
+    gone = {}
+    for name in masks.channels:
+        group = masks.table.groups[name]
+        size = group.channels // group.tie
+        gone[name] = group.units(torch.randperm(size, generator=g)[: size // 2])
+    return gone
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions around an identity or projected shortcut."""
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(c_out)
+        self.down: nn.Module = nn.Identity()
+        if c_in != c_out or stride != 1:
+            self.down = nn.Sequential(
+                nn.Conv2d(c_in, c_out, 1, stride, bias=False), nn.BatchNorm2d(c_out)
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))
+        return (y + self.down(x)).relu()
+
+
+class CifarResNet(nn.Module):
+    """A ResNet with a CIFAR stem: three stages of `depth` blocks."""
+
+    def __init__(self, width: int = 16, depth: int = 1, classes: int = 10) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        stages, c_in = [], width
+        for i in range(3):
+            blocks = []
+            for j in range(depth):
+                blocks.append(Block(c_in, width * 2**i, 2 if i and not j else 1))
+                c_in = width * 2**i
+            stages.append(nn.Sequential(*blocks))
+        self.layer1, self.layer2, self.layer3 = stages
+        self.fc = nn.Linear(c_in, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.bn1(self.conv1(x)).relu()
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def cifar_resnet(width: int = 16, depth: int = 1, seed: int = 0) -> CifarResNet:
+    torch.manual_seed(seed)
+    model = CifarResNet(width, depth)
+    randomize(model, seed)
+    return model
+
+
+@dataclass
+class Terms:
+    task: Tensor
+    lipschitz: Tensor | None
+    adversarial: Tensor | None
+
+
+class HandMadeObjective:
+    """Cross-entropy, a gain in place of the Lipschitz term, and a linear attacker on z."""
+
+    def __init__(self, split: Split, *, lipschitz: bool = True, adversarial: bool = True) -> None:
+        self.split, self.lipschitz, self.adversarial = split, lipschitz, adversarial
+        self.decoder: Tensor | None = None
+
+    def terms(self, x: Tensor, y: Tensor, *, masks: SoftMasks | None = None) -> Terms:
+        if masks is None:
+            z = self.split.edge(x)
+            logits = self.split.cloud(z)
+        else:
+            with masks.attached():
+                z, logits = masks.split_forward(x)
+        lipschitz = z.square().mean() if self.lipschitz else None
+        adversarial = None
+        if self.adversarial:
+            if self.decoder is None:
+                g = torch.Generator().manual_seed(5)
+                self.decoder = torch.randn(x.shape[1], z.shape[1], generator=g) * 0.1
+            small = functional.adaptive_avg_pool2d(x, z.shape[-1])
+            guess = torch.einsum("pc,bchw->bphw", self.decoder, z)
+            adversarial = (small - guess).square().mean()
+        return Terms(functional.cross_entropy(logits, y), lipschitz, adversarial)

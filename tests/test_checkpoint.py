@@ -1,0 +1,281 @@
+"""Whatever `load` returns gives the outputs that `save` saw, bit for bit, and no pickle runs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision import models
+
+from patrol_prune import _tp
+from patrol_prune.checkpoint import load, read_info, save
+from patrol_prune.errors import CheckpointError, UnsupportedModelError
+from patrol_prune.models import SmallResNet
+from patrol_prune.pixels import Normalization
+from patrol_prune.split import Split
+
+FILES = ("weights.safetensors", "architecture.json", "split.json", "manifest.json")
+
+
+def small() -> nn.Module:
+    return SmallResNet(5, width=8)
+
+
+def mobilenet() -> nn.Module:
+    return models.mobilenet_v2(num_classes=4)
+
+
+def densenet() -> nn.Module:
+    return models.DenseNet(8, (2, 2), 16, num_classes=4)
+
+
+CASES: list[tuple[Callable[[], nn.Module], str]] = [
+    (small, "layer2"), (mobilenet, "features.5"), (densenet, "features.transition1"),
+]
+
+
+def prune(model: nn.Module, x: Tensor, fraction: float = 0.4) -> list[list[object]]:
+    """Remove channels of every group at random, in two rounds on rebuilt graphs."""
+    history: list[list[object]] = []
+    generator = torch.Generator().manual_seed(3)
+    for _ in range(2):
+        table = _tp.GroupTable.build(model, x)
+        for group in table.groups.values():
+            gone = torch.randperm(group.channels, generator=generator)
+            kept_whole = group.members[0].module is list(model.modules())[-1]
+            count = 0 if kept_whole else int(fraction / 2 * group.channels)
+            if count:
+                _tp.remove_channels(table, {group.name: gone[:count].tolist()})
+        history += table.graph.pruning_history()
+    return history
+
+
+def trained_split(factory: Callable[[], nn.Module], at: str, *, pruned: bool) -> Split:
+    torch.manual_seed(0)
+    model, x = factory(), torch.randn(4, 3, 32, 32)
+    split = Split(model, x, at)
+    if pruned:
+        split.pruning_history = prune(model, x)  # type: ignore[attr-defined]
+        split.refresh()
+    model.train()
+    for _ in range(2):  # BatchNorm statistics that are not the initial ones
+        model(torch.randn(4, 3, 32, 32))
+    model.eval()
+    return split
+
+
+def outputs(split: Split) -> tuple[Tensor, Tensor]:
+    x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+    with torch.no_grad():
+        z = split.edge(x)
+        return z, split.cloud(z)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+@pytest.mark.parametrize(("factory", "at"), CASES)
+def test_round_trip_is_bit_equal(
+    tmp_path: Path, factory: Callable[[], nn.Module], at: str, pruned: bool
+) -> None:
+    split = trained_split(factory, at, pruned=pruned)
+    save(split, tmp_path / "edge.patrol", extra={"accuracy": 0.5})
+    loaded = load(tmp_path / "edge.patrol", factory)
+    if pruned:
+        dense = sum(p.numel() for p in factory().parameters())
+        assert sum(p.numel() for p in loaded.model.parameters()) < 0.9 * dense
+    for ours, theirs in zip(outputs(split), outputs(loaded), strict=True):
+        assert torch.equal(ours, theirs)
+    assert loaded.at == split.at and loaded.feature_shape == split.feature_shape
+    assert not loaded.model.training
+    assert sorted(p.name for p in (tmp_path / "edge.patrol").iterdir()) == sorted(FILES)
+
+
+def test_what_was_loaded_can_be_saved_pruned_and_loaded_again(tmp_path: Path) -> None:
+    save(trained_split(small, "layer2", pruned=True), tmp_path / "a")
+    first = load(tmp_path / "a", small)
+    more = prune(first.model, first.example_inputs, 0.2)
+    first.pruning_history += more  # type: ignore[attr-defined]
+    first.refresh()
+    save(first, tmp_path / "b")
+    second = load(tmp_path / "b", small)
+    for ours, theirs in zip(outputs(first), outputs(second), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_dtype_mode_and_memory_layout_come_back(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = small().double(), torch.randn(2, 3, 32, 32).double()
+    split = Split(model, x, "layer1")
+    split.pruning_history = prune(model, x)  # type: ignore[attr-defined]
+    split.refresh()
+    split.model.to(memory_format=torch.channels_last)
+    split.model.train()
+    save(split, tmp_path / "edge.patrol")
+    loaded = load(tmp_path / "edge.patrol", small)
+    assert loaded.model.training
+    for name, tensor in split.model.state_dict().items():
+        other = loaded.model.state_dict()[name]
+        assert other.dtype == tensor.dtype and other.stride() == tensor.stride(), name
+
+
+def test_information_without_a_model(tmp_path: Path) -> None:
+    split = trained_split(small, "layer2", pruned=False)
+    save(split, tmp_path / "e", normalization=Normalization.imagenet(), extra={"classes": ["ä"]})
+    info = read_info(tmp_path / "e")
+    assert info.at == "layer2"
+    assert (info.example_shape, info.example_dtype) == ((4, 3, 32, 32), "float32")
+    assert info.normalization == Normalization.imagenet()
+    assert info.extra == {"classes": ["ä"]}
+
+
+def test_two_modules(tmp_path: Path) -> None:
+    def pair() -> tuple[nn.Module, nn.Module]:
+        edge = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        return edge, nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+
+    split = Split.from_modules(*_materialised(pair()), torch.zeros(1, 3, 32, 32))
+    save(split, tmp_path / "e")
+    loaded = load(tmp_path / "e", lambda: _materialised(pair()))
+    assert torch.equal(outputs(loaded)[1], outputs(split)[1])
+    with pytest.raises(CheckpointError, match="two modules"):
+        load(tmp_path / "e", small)
+
+
+def _materialised(pair: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module]:
+    pair[1](pair[0](torch.zeros(1, 3, 32, 32)))
+    return pair
+
+
+OTHER_PROCESS = """
+import sys, pickle, torch
+from patrol_prune.checkpoint import load
+from patrol_prune.models import SmallResNet
+def refuse(*a, **k): raise AssertionError("unpickled")
+pickle.load = pickle.loads = pickle.Unpickler = torch.load = refuse
+split = load(sys.argv[1], lambda: SmallResNet(5, width=8))
+x = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(9))
+with torch.no_grad():
+    print(split.cloud(split.edge(x)).double().numpy().tobytes().hex())
+"""
+
+
+def test_another_process_needs_the_factory_alone(tmp_path: Path, root: Path) -> None:
+    split = trained_split(small, "layer3", pruned=True)
+    save(split, tmp_path / "e")
+    printed = subprocess.run(
+        [sys.executable, "-c", OTHER_PROCESS, str(tmp_path / "e")],
+        cwd=root, capture_output=True, text=True, check=True,
+    ).stdout.strip()
+    assert printed == outputs(split)[1].double().numpy().tobytes().hex()
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_a_harmed_file_is_refused_by_name(tmp_path: Path, name: str, harm: str) -> None:
+    save(trained_split(small, "layer1", pruned=False), tmp_path / "e")
+    path = tmp_path / "e" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    if harm == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(bytes(content) if harm == "flip" else bytes(content[:-2]))
+    with pytest.raises(CheckpointError) as error:
+        load(tmp_path / "e", small)
+    assert name == "manifest.json" or (name in str(error.value) and error.value.path == str(path))
+
+
+@pytest.mark.parametrize(
+    ("factory", "message"),
+    [
+        (lambda: SmallResNet(6, width=8), r"fc\.bias: \(5,\) in"),
+        (lambda: SmallResNet(5, width=16), "very model that was saved"),
+        (lambda: models.alexnet(num_classes=5), "very model that was saved"),
+    ],
+)
+def test_the_wrong_factory(
+    tmp_path: Path, factory: Callable[[], nn.Module], message: str
+) -> None:
+    save(trained_split(small, "layer1", pruned=True), tmp_path / "e")
+    with pytest.raises(CheckpointError, match=message):
+        load(tmp_path / "e", factory)
+
+
+@pytest.mark.parametrize(("factory", "at"), CASES)
+def test_without_a_history_the_layers_take_the_recorded_sizes(
+    tmp_path: Path, factory: Callable[[], nn.Module], at: str
+) -> None:
+    split = trained_split(factory, at, pruned=True)
+    del split.pruning_history  # type: ignore[attr-defined]
+    save(split, tmp_path / "e")
+    loaded = load(tmp_path / "e", factory)
+    assert torch.equal(outputs(loaded)[1], outputs(split)[1])
+    for (name, ours), theirs in zip(
+        split.model.named_modules(), loaded.model.modules(), strict=True
+    ):
+        assert ours.extra_repr() == theirs.extra_repr(), name
+    assert all(p.requires_grad for p in loaded.model.parameters())
+
+
+@pytest.mark.parametrize("global_pruning", [False, True])
+def test_a_stock_pruner_s_history(tmp_path: Path, global_pruning: bool) -> None:
+    torch.manual_seed(0)
+    model, x = mobilenet(), torch.randn(1, 3, 32, 32)
+    split = Split(model, x, "features.5")
+    pruner = _tp.BasePruner(
+        model, x, _tp.GroupMagnitudeImportance(), pruning_ratio=0.4, iterative_steps=2,
+        global_pruning=global_pruning, ignored_layers=split.protected_layers(),
+    )
+    pruner.step()
+    pruner.step()
+    split.refresh()
+    model.eval()
+    save(split, tmp_path / "e", history=pruner.DG.pruning_history())
+    loaded = load(tmp_path / "e", mobilenet)
+    assert torch.equal(outputs(loaded)[1], outputs(split)[1])
+    dense = Split(mobilenet(), x, "features.5").edge
+    assert _size(split.edge) == _size(loaded.edge) < 0.8 * _size(dense)
+
+
+def _size(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_another_version_is_refused(tmp_path: Path) -> None:
+    save(trained_split(small, "layer1", pruned=False), tmp_path / "e")
+    about = json.loads((tmp_path / "e" / "split.json").read_text())
+    from patrol_prune.storage import atomic_directory
+
+    contents = {n: (tmp_path / "e" / n).read_bytes() for n in FILES if n != "manifest.json"}
+    contents["split.json"] = json.dumps({**about, "format": "of next year"}).encode()
+    with atomic_directory(tmp_path / "e") as directory:
+        for name, content in contents.items():
+            (directory / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="of next year"):
+        load(tmp_path / "e", small)
+
+
+def test_state_that_is_not_tensors_is_refused(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.edge, self.cloud = nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.cloud(self.edge(x))
+
+        def get_extra_state(self) -> dict[str, int]:
+            return {"n": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            pass
+
+    split = Split(Odd(), torch.zeros(1, 4), "edge")
+    with pytest.raises(UnsupportedModelError, match="_extra_state"):
+        save(split, tmp_path / "e")
+    assert not (tmp_path / "e").exists()

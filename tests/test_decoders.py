@@ -1,0 +1,190 @@
+"""Decoders fit every feature and image shape, are seeded, and eat standardised features."""
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from patrol_prune.decoders import FAMILIES, FeatureStandardizer, _Fold, channel_dim, make_decoder
+from patrol_prune.errors import InputError
+
+side = st.integers(1, 20)
+feature_shapes = st.one_of(
+    st.tuples(st.integers(1, 40)),
+    st.tuples(st.integers(1, 30), st.integers(1, 9)),
+    st.tuples(st.integers(1, 9), side, side),
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from(FAMILIES),
+    feature_shapes,
+    st.tuples(st.sampled_from([1, 3]), st.integers(2, 40), st.integers(2, 40)),
+)
+def test_every_shape_fits(
+    family: str, feature_shape: tuple[int, ...], image_shape: tuple[int, int, int]
+) -> None:
+    decoder = make_decoder(family, feature_shape, image_shape, width=4, depth=1)
+    pixels = decoder(torch.randn(2, *feature_shape))
+    assert pixels.shape == (2, *image_shape)
+    assert pixels.min() >= 0 and pixels.max() <= 1
+    halves = [-(-s // 2) for s in image_shape[1:]]
+    assert all(t <= h for t, h in zip(decoder.trunk_size, halves, strict=True))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("feature_shape", "trunk"),
+    [
+        ((16, 8, 8), (8, 8)),
+        ((3, 32, 32), (16, 16)),
+        ((5, 31, 31), (16, 16)),
+        ((17, 12), (4, 4)),  # a class token and a 4x4 grid
+        ((64, 12), (8, 8)),
+        ((8, 8, 96), (8, 8)),  # channels last
+        ((7, 5), (8, 8)),  # no grid: a linear layer
+        ((2048,), (8, 8)),
+    ],
+)
+def test_the_trunk_stands_at_the_features_resolution_and_every_value_is_used(
+    family: str, feature_shape: tuple[int, ...], trunk: tuple[int, int]
+) -> None:
+    decoder = make_decoder(family, feature_shape, (3, 32, 32), width=8, depth=1)
+    assert decoder.trunk_size == trunk
+    z = torch.randn(2, *feature_shape, requires_grad=True)
+    decoder(z).square().sum().backward()
+    assert z.grad is not None and bool((z.grad != 0).all())
+
+
+@pytest.mark.parametrize(("shape", "image"), [((4, 8, 8), 32), ((3, 33, 33), 33), ((65, 4), 32)])
+def test_a_pixel_of_the_feature_reaches_its_own_place_in_the_image(
+    shape: tuple[int, ...], image: int
+) -> None:
+    decoder = make_decoder("residual", shape, (1, image, image), width=8, depth=1).eval()
+    z = torch.randn(1, *shape, generator=torch.Generator().manual_seed(0))
+    moved = z.clone()
+    if len(shape) == 3:
+        moved[:, :, -1, 0] += 10
+    else:
+        moved[:, 1 + 56] += 10  # the first patch of the last row of 8
+    change = (decoder(moved) - decoder(z)).abs()[0, 0]
+    weight = change / change.sum()
+    places = torch.arange(image).float()
+    assert (weight.sum(1) * places).sum() > 0.6 * image
+    assert (weight.sum(0) * places).sum() < 0.4 * image
+
+
+@pytest.mark.parametrize("size", [(33, 31), (32, 30), (31, 10)])
+def test_folding_a_large_map_loses_and_moves_nothing(size: tuple[int, int]) -> None:
+    z = torch.randn(2, 3, *size)
+    fold = _Fold((3, *size), (3, 32, 32))
+    folded = fold(z)
+    assert folded.shape[1:] == fold.folded_shape
+    assert torch.equal(fold.crop(torch.nn.functional.pixel_shuffle(folded, fold.factor)), z)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_same_seed_same_weights_and_the_global_generator_is_untouched(family: str) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    one, two, other = (make_decoder(family, (4, 8, 8), (3, 16, 16), seed=s) for s in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert not torch.equal(one.head.weight, other.head.weight)
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(InputError, match="Did you mean: residual"):
+        make_decoder("resdiual", (4, 8, 8), (3, 16, 16))
+    for shape in ((), (1, 2, 3, 4), (0, 8, 8)):
+        with pytest.raises(InputError, match="feature_shape"):
+            make_decoder("residual", shape, (3, 16, 16))
+    with pytest.raises(InputError, match="image_shape"):
+        make_decoder("residual", (4, 8, 8), (16, 16))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="width"):
+        make_decoder("residual", (4, 8, 8), (3, 16, 16), width=0)
+    with pytest.raises(InputError, match="came"):
+        make_decoder("residual", (4, 8, 8), (3, 16, 16))(torch.randn(2, 4, 8, 9))
+
+
+def features(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 3 + 2 * torch.randn(600, *shape, generator=generator)
+
+
+@pytest.mark.parametrize(("shape", "channels"), [((4, 3, 3), 4), ((5, 7), 7), ((6,), 6)])
+def test_fit_gives_every_channel_mean_0_and_variance_1(
+    shape: tuple[int, ...], channels: int
+) -> None:
+    scales = torch.arange(1, channels + 1)
+    z = features(shape) * (scales.view(-1, 1, 1) if len(shape) == 3 else scales)
+    standardizer = FeatureStandardizer(shape).fit(z)
+    assert standardizer.mean.shape == (channels,)
+    dim = 1 if len(shape) == 3 else len(shape)
+    others = [d for d in range(z.dim()) if d != dim]
+    y = standardizer(z)
+    torch.testing.assert_close(y.mean(others), torch.zeros(channels), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        y.var(others, correction=0), torch.ones(channels), atol=1e-4, rtol=0
+    )
+
+
+def test_channels_last_maps_are_recognised_and_standardised_by_their_last_dimension() -> None:
+    assert channel_dim((8, 8, 96), (3, 32, 32)) == 3
+    assert channel_dim((8, 8, 8), (3, 32, 32)) == 1
+    assert channel_dim((96, 8, 8), (3, 32, 32)) == 1
+    assert channel_dim((5, 96), (3, 32, 32)) == 2
+    assert FeatureStandardizer((8, 8, 96), dim=3).mean.shape == (96,)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_scaling_the_feature_hides_nothing(scale: float) -> None:
+    z = features((4, 3, 3))
+    expected = FeatureStandardizer((4, 3, 3)).fit(z)(z)
+    torch.testing.assert_close(
+        FeatureStandardizer((4, 3, 3)).fit(scale * z)(scale * z), expected, atol=1e-3, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("constant", [0.0, 0.1, 1e6])
+def test_constant_channels_become_zero(constant: float) -> None:
+    z = features((4, 3, 3))
+    z[:, 2] = constant
+    y = FeatureStandardizer((4, 3, 3)).fit(z)(z)
+    assert bool(y.isfinite().all()) and bool((y[:, 2] == 0).all())
+    assert y[:, 1].std() > 0.9
+    all_constant = torch.full((20, 4, 3, 3), constant)
+    y = FeatureStandardizer((4, 3, 3)).fit(all_constant)(all_constant)
+    assert bool((y == 0).all())
+
+
+def test_running_statistics_start_at_the_first_batch_and_then_follow() -> None:
+    first, second = features((4, 3, 3), 0), 5 * features((4, 3, 3), 1)
+    running = FeatureStandardizer((4, 3, 3)).update(first, momentum=0.25)
+    exact = FeatureStandardizer((4, 3, 3)).fit(first)
+    assert torch.equal(running.mean, exact.mean) and torch.equal(running.var, exact.var)
+    running.update(second, momentum=0.25)
+    other = FeatureStandardizer((4, 3, 3)).fit(second)
+    torch.testing.assert_close(running.mean, 0.75 * exact.mean + 0.25 * other.mean)
+    torch.testing.assert_close(running.var, 0.75 * exact.var + 0.25 * other.var)
+    restored = FeatureStandardizer((4, 3, 3))
+    restored.load_state_dict(running.state_dict())
+    assert torch.equal(restored(first), running(first))
+
+
+def test_the_gradient_reaches_the_feature() -> None:
+    z = features((4, 3, 3))
+    standardizer = FeatureStandardizer((4, 3, 3)).fit(z)
+    z.requires_grad_()
+    standardizer(z).sum().backward()
+    expected = standardizer.var.rsqrt().view(1, 4, 1, 1).expand_as(z)
+    assert z.grad is not None
+    torch.testing.assert_close(z.grad, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_features_of_another_shape_are_refused() -> None:
+    for z in (torch.randn(2, 4, 3, 4), torch.randn(0, 4, 3, 3)):
+        with pytest.raises(InputError, match="Expected features"):
+            FeatureStandardizer((4, 3, 3)).fit(z)

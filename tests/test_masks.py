@@ -1,0 +1,313 @@
+"""Masks: ones change nothing, zeros are the removal, nothing is left behind."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+from pruning_helpers import backbone, cifar_resnet, half_of_every_group, randomize
+from torch import nn
+
+from patrol_prune._tp import GroupTable, build_graph, remove_channels
+from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.masks import SoftMasks
+from patrol_prune.split import Split
+
+EXACT = [
+    "resnet18",
+    "mobilenet_v2",
+    "mobilenet_v3_small",
+    "densenet121",
+    "squeezenet1_1",
+    "efficientnet_b0",
+    "regnet_y_400mf",
+    "resnext50_32x4d",
+]
+
+
+def hooks(model: nn.Module) -> int:
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def without_chance(model: nn.Module, training: bool) -> nn.Module:
+    """Training mode with dropout and stochastic depth asleep, so that two runs compare."""
+    model.train(training)
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) or type(module).__name__ == "StochasticDepth":
+            module.eval()
+    return model
+
+
+def masked_and_pruned(
+    model: nn.Module, x: torch.Tensor, training: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of the masked model and of a copy that lost the same channels."""
+    without_chance(model, training)
+    pruned = copy.deepcopy(model)
+    masks = SoftMasks(model, x[:1])
+    gone = half_of_every_group(masks)
+    masks.zero(gone)
+    with torch.no_grad(), masks.attached():
+        masked = model(x)
+    remove_channels(GroupTable.build(pruned, x[:1]), gone)
+    with torch.no_grad():
+        return masked, pruned(x)
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_zero_is_removal(name: str) -> None:
+    masked, pruned = masked_and_pruned(backbone(name), torch.randn(2, 3, 64, 64), False)
+    assert (masked - pruned).abs().max() <= 2e-6 * max(1.0, pruned.abs().max())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])
+def test_zero_is_removal_in_training_mode(name: str) -> None:
+    masked, pruned = masked_and_pruned(backbone(name), torch.randn(4, 3, 64, 64), True)
+    assert (masked - pruned).abs().max() <= 5e-5 * max(1.0, pruned.abs().max())
+
+
+def test_flattened_consumers() -> None:
+    """A linear layer that reads 4 positions of every channel, as in VGG."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(),
+        nn.Linear(32, 12), nn.Sigmoid(), nn.Linear(12, 4),
+    )  # fmt: skip
+    masked, pruned = masked_and_pruned(randomize(net), torch.randn(2, 3, 9, 9), False)
+    assert torch.allclose(masked, pruned, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2"])
+def test_ones_change_no_bit_and_hooks_go(name: str) -> None:
+    model, x = backbone(name), torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        before = model(x)
+        masks = SoftMasks(model, x[:1])
+        with masks.attached():
+            assert torch.equal(model(x), before)
+            assert hooks(model) > 0
+        assert hooks(model) == 0
+        assert torch.equal(model(x), before)
+
+
+def test_hooks_go_after_an_exception() -> None:
+    model = cifar_resnet()
+    split = Split(model, torch.randn(1, 3, 32, 32), at="layer2")
+    left = hooks(model) + hooks(split.edge) + hooks(split.cloud)
+    masks = SoftMasks(model, split.example_inputs, split=split, boundary="prune")
+    with pytest.raises(RuntimeError, match="user"), masks.attached(), masks.attached():
+        raise RuntimeError("the user's own")
+    assert hooks(model) + hooks(split.edge) + hooks(split.cloud) == left
+
+
+def test_masked_model_can_be_pickled_and_copied() -> None:
+    model, x = cifar_resnet(), torch.randn(2, 3, 16, 16)
+    masks = SoftMasks(model, x[:1])
+    masks.set("conv1", 0.5)
+    with torch.no_grad(), masks.attached():
+        expected = model(x)
+        again = pickle.loads(pickle.dumps(model))
+        twin = copy.deepcopy(model)
+    with torch.no_grad():
+        assert torch.equal(again(x), expected)
+        assert torch.equal(twin(x), expected)
+        assert not torch.equal(model(x), expected)
+
+
+CUTS = [("layer2", "consumed"), ("layer2.0", "coupled")]
+
+
+@pytest.mark.parametrize(("at", "kind"), CUTS)
+def test_masked_feature_is_the_pruned_feature(at: str, kind: str) -> None:
+    """Where the feature itself narrows: z keeps its other channels, and the logits agree."""
+    x = torch.randn(2, 3, 16, 16)
+    model = backbone("resnet50") if kind == "coupled" else cifar_resnet(depth=2)
+    pruned = copy.deepcopy(model)
+    split, twin = Split(model, x[:1], at=at), Split(pruned, x[:1], at=at)
+    masks = SoftMasks(model, x[:1], split=split, boundary="prune")
+    crossing = [g for g in masks.table.groups.values() if g.crossing]
+    assert [g.crossing for g in crossing] == [kind]
+    gone = half_of_every_group(masks)
+    masks.zero(gone)
+    with torch.no_grad():
+        z, logits = masks.split_forward(x)
+        remove_channels(GroupTable.build(pruned, x[:1], split=twin), gone)
+        twin.refresh()
+        z_pruned = twin.edge(x)
+        dead = gone[crossing[0].name]
+        alive = [c for c in range(z.shape[1]) if c not in set(dead.tolist())]
+        assert (z[:, dead] == 0).all()
+        assert torch.allclose(z[:, alive], z_pruned, atol=1e-5)
+        assert torch.allclose(logits, twin.cloud(z_pruned), atol=1e-5)
+        with masks.attached():
+            assert torch.equal(split.edge(x), z)
+            assert torch.allclose(split.cloud(split.edge(x)), logits, atol=1e-6)
+
+
+def test_concatenated_feature_knows_its_groups() -> None:
+    """densenet's feature is many groups side by side."""
+    model, x = backbone("densenet121"), torch.randn(1, 3, 32, 32)
+    split = Split(model, x, at="features.denseblock1")
+    masks = SoftMasks(model, x, split=split, boundary="prune")
+    crossing = [n for n, g in masks.table.groups.items() if g.crossing]
+    assert len(crossing) == 7 and split.feature_shape[0] == 256
+    masks.zero({"features.denseblock1.denselayer2.conv2": [0, 5]})
+    with torch.no_grad():
+        z, _ = masks.split_forward(x)
+        dead = (z.abs().amax((0, 2, 3)) == 0).nonzero().flatten().tolist()
+        raw = split.edge(x)
+    assert dead == [64 + 32, 64 + 32 + 5]
+    assert (raw.abs().amax((0, 2, 3)) > 0).all()
+
+
+def test_soft_mask_is_applied_once() -> None:
+    """split_forward with m = 0.5 equals the model whose consumers see half the channels."""
+    model, x = cifar_resnet(), torch.randn(2, 3, 16, 16)
+    split = Split(model, x[:1], at="layer2")
+    masks = SoftMasks(model, x[:1], split=split, boundary="prune")
+    crossing = next(n for n, g in masks.table.groups.items() if g.crossing)
+    masks.set(crossing, 0.5)
+    with torch.no_grad():
+        raw = split.edge(x)
+        z, logits = masks.split_forward(x)
+        assert torch.equal(z, raw * 0.5)
+        assert torch.allclose(logits, split.cloud(raw * 0.5), atol=1e-6)
+
+
+def test_keep_leaves_crossing_groups_without_a_mask() -> None:
+    model, x = cifar_resnet(), torch.randn(1, 3, 16, 16)
+    split = Split(model, x, at="layer2")
+    masks = SoftMasks(model, x, split=split)
+    groups = masks.table.groups
+    assert all(groups[n].location == "edge" and not groups[n].crossing for n in masks.channels)
+    with torch.no_grad():
+        z, _ = masks.split_forward(x)
+        assert torch.equal(z, split.edge(x))
+    whole = SoftMasks(model, x, split=split, boundary="prune", scope="model")
+    assert set(whole.channels) == {n for n, g in groups.items() if not g.is_output}
+
+
+def test_gradient_reaches_only_the_masks_that_matter() -> None:
+    model, x = cifar_resnet(), torch.randn(2, 3, 16, 16)
+    split = Split(model, x[:1], at="layer2")
+    masks = SoftMasks(model, x[:1], split=split, boundary="prune", scope="model")
+    z, logits = masks.split_forward(x)
+    edge = torch.autograd.grad(z.sum(), masks.parameters(), retain_graph=True, allow_unused=True)
+    task = torch.autograd.grad(logits.sum(), masks.parameters(), allow_unused=True)
+    for name, of_z, of_task in zip(masks.channels, edge, task, strict=True):
+        assert of_task is not None
+        assert (of_z is not None) == (masks.table.groups[name].location == "edge")
+
+
+def test_channel_norms_are_named() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)
+    )
+    masks = SoftMasks(net, torch.randn(1, 3, 12, 12))
+    assert masks.inexact == {"0": ("1",)}
+    assert masks.table.groups["2"].exact
+
+
+def test_masks_follow_the_channels_of_the_table_only() -> None:
+    model, x = cifar_resnet(), torch.randn(1, 3, 16, 16)
+    masks = SoftMasks(model, x)
+    remove_channels(GroupTable.build(model, x), {"conv1": [0]})
+    with pytest.raises(InputError, match="pruned since"), masks.attached():
+        pass
+
+
+def test_bad_arguments() -> None:
+    model, x = cifar_resnet(), torch.randn(1, 3, 16, 16)
+    with pytest.raises(InputError, match="boundary"):
+        SoftMasks(model, x, boundary="bottleneck")
+    masks = SoftMasks(model, x)
+    with pytest.raises(InputError, match="Did you mean: conv1"):
+        masks.set("conv", 0.0)
+    with pytest.raises(InputError, match="16 values"):
+        masks.set("conv1", [0.0, 1.0])
+    with pytest.raises(InputError, match="split="):
+        masks.split_forward(x)
+
+
+def test_building_leaves_the_model_as_found() -> None:
+    model = cifar_resnet()
+    model.train()
+    model.layer1.eval()
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model.fc.weight.requires_grad_(True)
+    flags = [p.requires_grad for p in model.parameters()]
+    modes = [m.training for m in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        table = GroupTable.build(model, torch.randn(1, 3, 16, 16))
+    assert "conv1" in table.groups
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+
+
+class FrozenBatchNorm2d(nn.Identity):
+    """Named as the real one, whose statistics are buffers."""
+
+
+def _weight_norm() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    nn.utils.parametrizations.weight_norm(net[0])
+    return net
+
+
+def _old_spectral_norm() -> nn.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
+
+
+def _nan() -> nn.Module:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
+    net[1].weight.data[0, 0, 0, 0] = float("nan")
+    return net
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (_weight_norm(), "'0'.*computed"),
+        (_old_spectral_norm(), "'0'.*computed"),
+        (_nan(), "'1.weight'.*NaN"),
+        (nn.Sequential(nn.ReLU()), "nothing to prune"),
+        (nn.Sequential(nn.LazyConv2d(4, 3)), "lazy"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d()), "'1'.*buffers"),
+    ],
+)
+def test_models_refused_by_name(model: nn.Module, message: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=message):
+        build_graph(model, torch.randn(1, 3, 12, 12))
+
+
+def test_the_users_own_error_is_not_hidden() -> None:
+    with pytest.raises(RuntimeError, match="channels"):
+        build_graph(nn.Sequential(nn.Conv2d(3, 4, 3)), torch.randn(1, 5, 12, 12))
+
+
+def test_exploding_groups_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch_pruning.dependency import Group
+
+    from patrol_prune import _tp
+
+    before = Group.add_dep
+    monkeypatch.setattr(_tp, "_MAX_INDICES", 8)
+    with pytest.raises(UnsupportedModelError, match="explode"):
+        GroupTable.build(cifar_resnet(), torch.randn(1, 3, 16, 16))
+    assert Group.add_dep is before
+
+
+def test_last_group_is_the_output() -> None:
+    """A model that ends in a linear layer, which Torch-Pruning itself would prune."""
+    table = GroupTable.build(cifar_resnet(), torch.randn(1, 3, 16, 16))
+    assert [n for n, g in table.groups.items() if g.is_output] == ["fc"]
+    with pytest.raises(InputError, match="lose all"):
+        remove_channels(table, {"conv1": range(16)})

@@ -1,0 +1,94 @@
+"""Image metrics against an independent library, by hand, and on bad input."""
+
+import math
+
+import piq
+import pytest
+import torch
+
+from patrol_prune import metrics
+from patrol_prune.errors import InputError
+
+
+def images(seed: int, shape: tuple[int, ...] = (5, 3, 24, 20)) -> torch.Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def test_ssim_and_psnr_agree_with_piq() -> None:
+    x = images(0)
+    y = (x + 0.2 * (images(1) - 0.5)).clamp(0, 1)
+    # piq leaves the border out; ours covers the whole image, mirrored at its border.
+    mirrored = (torch.nn.functional.pad(i, (5, 5, 5, 5), mode="reflect") for i in (x, y))
+    expected = piq.ssim(*mirrored, data_range=1.0, downsample=False, reduction="none")
+    torch.testing.assert_close(metrics.ssim(x, y), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        metrics.psnr(x, y), piq.psnr(x, y, data_range=1.0, reduction="none"), atol=1e-3, rtol=0
+    )
+
+
+def test_low_contrast_is_measured_against_the_true_range() -> None:
+    # With data_range taken from the reconstruction, this would come out near 1.
+    grey = 0.5 + 0.01 * (images(0) - 0.5)
+    assert metrics.ssim(images(0), grey).max() < 0.2
+
+
+def test_values_by_hand() -> None:
+    black, white = torch.zeros(2, 3, 16, 16), torch.ones(2, 3, 16, 16)
+    half = torch.full_like(black, 0.5)
+    assert metrics.mse(black, white).tolist() == [1.0, 1.0]
+    assert metrics.mse(black, half).tolist() == [0.25, 0.25]
+    assert metrics.psnr(black, half)[0].item() == pytest.approx(20 * math.log10(2), abs=1e-5)
+    assert metrics.psnr(black, black).isinf().all()
+    torch.testing.assert_close(metrics.ssim(white, white), torch.ones(2))
+    # Constant images have no variance: SSIM = C1 / (1 + C1), C1 = 1e-4.
+    assert metrics.ssim(black, white)[0].item() == pytest.approx(1e-4 / 1.0001, rel=1e-3)
+
+
+def test_each_image_gets_its_own_value_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = images(0), images(1)
+    whole = {name: getattr(metrics, name)(x, y) for name in ("mse", "psnr", "ssim")}
+    monkeypatch.setattr(metrics, "_CHUNK_PIXELS", 2 * x[0].numel())
+    for name, expected in whole.items():
+        measure = getattr(metrics, name)
+        assert expected.shape == (5,)
+        torch.testing.assert_close(measure(x, y), expected)
+        torch.testing.assert_close(measure(x[3:4], y[3:4]), expected[3:4])
+
+
+def test_ssim_loss_is_one_minus_the_mean_and_has_a_gradient() -> None:
+    x, y = images(0), images(1).requires_grad_()
+    loss = metrics.ssim_loss(x, y)
+    assert loss.item() == pytest.approx(1 - metrics.ssim(x, y.detach()).mean().item(), abs=1e-6)
+    loss.backward()
+    assert y.grad is not None and y.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", ["mse", "psnr", "ssim"])
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda x: x * float("nan"),
+        lambda x: x.index_fill(0, torch.tensor([1]), float("nan")),
+        lambda x: x * float("inf"),
+        lambda x: x + 1,
+        lambda x: x - 1,
+        lambda x: (x * 255).to(torch.uint8),
+        lambda x: x[:, :, 1:],
+        lambda x: x[0],
+        lambda x: x[:0],
+    ],
+)
+def test_bad_images_are_refused(name: str, spoil: object) -> None:
+    x = images(0)
+    bad = spoil(x)  # type: ignore[operator]
+    with pytest.raises(InputError, match="Expected"):
+        getattr(metrics, name)(x, bad)
+    if bad.shape == x.shape:
+        with pytest.raises(InputError, match="Expected"):
+            getattr(metrics, name)(bad, x)
+
+
+def test_images_too_small_for_ssim_are_refused() -> None:
+    x = images(0, (2, 3, 10, 16))
+    with pytest.raises(InputError, match="at least 11x11"):
+        metrics.ssim(x, x)

@@ -1,0 +1,200 @@
+"""The plan: what every split costs, what pruning to the budget takes there, and which to choose."""
+
+from __future__ import annotations
+
+import copy
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from patrol_prune import _tp
+from patrol_prune.cost import count_macs
+from patrol_prune.errors import BudgetError, InputError
+from patrol_prune.models import SmallResNet
+from patrol_prune.plan import Plan, parse_budget, plan, short
+from patrol_prune.split import Split, split_points
+
+X = torch.zeros(1, 3, 16, 16)
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return SmallResNet(4, width=8)
+
+
+@pytest.fixture(scope="module")
+def keep(model: nn.Module) -> Plan:
+    return plan(model, X, edge_macs="layer1")
+
+
+@pytest.fixture(scope="module")
+def prune(model: nn.Module) -> Plan:
+    return plan(model, X, edge_macs="layer1", boundary="prune")
+
+
+def test_rows_are_the_split_points_shallow_to_deep(model: nn.Module, keep: Plan) -> None:
+    points = {p.name: p for p in split_points(model, X)}
+    assert {"layer1", "layer2", "layer3", "layer4"} <= {r.name for r in keep.rows}
+    for row in keep.rows:
+        assert row.edge_macs == points[row.name].edge_macs
+        assert row.feature_bytes == points[row.name].feature_bytes
+        assert row.budget_fraction == pytest.approx(keep.budget_edge_macs / row.edge_macs)
+    macs = [row.edge_macs for row in keep.rows]
+    assert macs == sorted(macs)
+
+
+def test_a_budget_given_as_a_split_is_that_dense_edge(model: nn.Module, keep: Plan) -> None:
+    dense = count_macs(Split(model, X, "layer1").edge, X).total
+    assert keep.budget_edge_macs == dense
+    assert keep["layer1"].channel_ratio == 0.0 and keep["layer1"].reason == "It fits as it is."
+
+
+@pytest.mark.parametrize("boundary", ["keep", "prune"])
+@pytest.mark.parametrize("name", ["layer2", "layer3", "layer4.0"])
+def test_the_uniform_ratio_meets_the_budget_and_one_percent_less_does_not(
+    model: nn.Module, keep: Plan, prune: Plan, boundary: str, name: str
+) -> None:
+    """The oracle prunes a copy for real and lets fvcore count it."""
+    result = keep if boundary == "keep" else prune
+    ratio = result[name].channel_ratio
+    assert ratio is not None
+    assert really_pruned(model, name, ratio, boundary) <= result.budget_edge_macs
+    assert really_pruned(model, name, ratio - 0.01, boundary) > result.budget_edge_macs
+
+
+def really_pruned(model: nn.Module, name: str, ratio: float, boundary: str) -> int:
+    copied = copy.deepcopy(model)
+    split = Split(copied, X, name)
+    table = _tp.GroupTable.build(copied, X, split=split)
+    gone = {
+        g.name: list(range(int(g.channels * round(100 * ratio) // 100)))
+        for g in table.groups.values()
+        if g.location == "edge" and g.blocked is None
+        and (boundary == "prune" or g.crossing is None)
+    }
+    _tp.remove_channels(table, gone)
+    split.refresh()
+    return count_macs(split.edge, X).total
+
+
+def test_the_smallest_edge_is_every_group_at_its_floor(model: nn.Module) -> None:
+    result = plan(model, X, edge_macs="layer1", boundary="prune", min_channels=3)
+    copied = copy.deepcopy(model)
+    split = Split(copied, X, "layer3")
+    table = _tp.GroupTable.build(copied, X, split=split)
+    gone = {g.name: list(range(max(3, round(0.05 * g.channels)), g.channels))
+            for g in table.groups.values() if g.location == "edge" and g.blocked is None}
+    _tp.remove_channels(table, gone)
+    split.refresh()
+    assert result["layer3"].smallest_edge_macs == count_macs(split.edge, X).total
+
+
+def test_boundary_says_what_happens_to_the_feature_and_the_cloud(keep: Plan, prune: Plan) -> None:
+    assert keep["layer2"].crossing == {"layer2.0.downsample.0": "consumed"}
+    assert "keeps its width" in keep["layer2"].effect
+    assert "layer3.0.conv1" in prune["layer2"].cloud_layers
+    assert "narrows with the edge" in prune["layer2"].effect
+    assert prune["layer3.0"].crossing == {"layer3.0.downsample.0": "coupled"}
+    assert "residual stream runs on" in prune["layer3.0"].effect
+    assert "layer3.1.conv2" in prune["layer3.0"].cloud_layers
+    assert prune["layer2"].smallest_edge_macs < keep["layer2"].smallest_edge_macs
+
+
+def test_recommended_is_the_deepest_moderate_map(keep: Plan, model: nn.Module) -> None:
+    rows = [r for r in keep.rows if r.fits and not r.is_tail and (r.channel_ratio or 0) <= 0.6]
+    assert keep.recommended == rows[-1].name
+    gentle = plan(model, X, edge_macs="layer1", max_channel_ratio=0.35)
+    assert gentle.recommended in ("layer2", "layer2.0")
+    assert f"Cut after {keep.recommended}" in keep.text
+
+
+def test_at_overrules_and_offers_the_nearest(model: nn.Module) -> None:
+    assert plan(model, X, edge_macs="layer1", at="flatten").recommended == "flatten"
+    assert plan(model, X, edge_macs=0.5, at="layer2").recommended == "layer2"
+    with pytest.raises(InputError, match=r"no split point 'layr2'.*Did you mean: layer2"):
+        plan(model, X, edge_macs="layer1", at="layr2")
+
+
+def test_plain_data(keep: Plan) -> None:
+    data = json.loads(json.dumps(keep.to_json()))
+    assert data["recommended"] == keep.recommended
+    assert len(data["rows"]) == len(keep.rows)
+    assert data["rows"][-1]["feature_shape"] == list(keep.rows[-1].feature_shape)
+
+
+def test_the_model_is_left_as_found(model: nn.Module) -> None:
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    modes = [m.training for m in model.modules()]
+    plan(model, X, edge_macs="layer1")
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert [m.training for m in model.modules()] == modes
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("9.9M", 9_900_000), ("12k", 12_000), ("1.5G", 1_500_000_000), ("9_900", 9_900),
+     ("1e6", 1_000_000), (123, 123), (123.0, 123), ("2MMACs", 2_000_000), ("1", 1)],
+)
+def test_budget_spellings(text: str | float, expected: int) -> None:
+    assert parse_budget(text, [], None) == expected
+
+
+def test_budget_as_a_fraction(model: nn.Module) -> None:
+    point = next(p for p in split_points(model, X) if p.name == "layer2")
+    for half in (0.5, "0.5", ".5"):
+        assert parse_budget(half, [point], point) == point.edge_macs // 2
+    assert parse_budget("1.0", [point], point) == point.edge_macs
+    with pytest.raises(InputError, match="fraction of a dense edge, but no split"):
+        parse_budget(0.5, [point], None)
+
+
+@pytest.mark.parametrize(
+    "value", ["", "lots", "-3M", "1.2.3M", "3 apples", ".", 0, -1, float("nan"), float("inf"),
+              True, "0"],
+)
+def test_budgets_that_are_none(value: float | str) -> None:
+    with pytest.raises(InputError):
+        parse_budget(value, [], None)
+
+
+def test_a_misspelt_split_as_budget_offers_the_nearest(model: nn.Module) -> None:
+    with pytest.raises(InputError, match=r"Did you mean: layer1"):
+        plan(model, X, edge_macs="layr1")
+
+
+def test_a_budget_nothing_can_meet_tells_the_smallest(model: nn.Module) -> None:
+    with pytest.raises(BudgetError, match="smallest reachable is") as error:
+        plan(model, X, edge_macs=1000)
+    smallest = error.value.smallest_edge_macs
+    assert smallest is not None and plan(model, X, edge_macs=smallest).recommended
+    with pytest.raises(BudgetError, match="at layer3 to") as error:
+        plan(model, X, edge_macs=1000, at="layer3")
+    smallest = error.value.smallest_edge_macs
+    assert smallest is not None
+    assert plan(model, X, edge_macs=smallest, at="layer3")["layer3"].fits
+
+
+def test_a_budget_above_the_dense_edge(model: nn.Module) -> None:
+    with pytest.raises(InputError, match="above the dense edge at layer2"):
+        plan(model, X, edge_macs="100M", at="layer2")
+    with pytest.raises(InputError, match="above every dense edge"):
+        plan(model, X, edge_macs="100G")
+    with pytest.raises(InputError, match="boundary"):
+        plan(model, X, edge_macs="layer1", boundary="cut")
+
+
+def test_every_place_can_be_shown(model: nn.Module) -> None:
+    assert len(plan(model, X, edge_macs="layer1", every=True).rows) >= len(
+        plan(model, X, edge_macs="layer1").rows
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(9_884_160, "9.88M"), (4_087_136_256, "4.09G"), (12, "12"), (1000, "1K")]
+)
+def test_short(count: int, text: str) -> None:
+    assert short(count) == text

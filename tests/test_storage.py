@@ -1,0 +1,205 @@
+"""Files are written whole or not at all, and read only when their sha256 agrees."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from patrol_prune.errors import CheckpointError, InputError
+from patrol_prune.storage import (
+    atomic_directory,
+    atomic_write_json,
+    atomic_write_text,
+    load_state,
+    newest_whole,
+    read_whole,
+    save_state,
+    sha256_of,
+)
+
+
+def state(value: float = 1.0) -> dict[str, torch.Tensor]:
+    base = torch.full((4, 3), value)
+    return {
+        "transposed": base.t(),
+        "same_memory": base[:2],
+        "scalar": torch.tensor(7),
+        "bool": torch.tensor([True, False]),
+        "generator": torch.Generator().manual_seed(3).get_state(),
+        "empty": torch.zeros(0, 2),
+        "half": base.to(torch.bfloat16),
+    }
+
+
+def test_state_comes_back_equal(tmp_path: Path) -> None:
+    meta = {"epoch": 3, "lr": 0.1, "names": ["ä", "b"], "none": None, "loss": 1e-300}
+    save_state(tmp_path / "epoch-0003", state(), meta)
+    tensors, came = load_state(tmp_path / "epoch-0003")
+    assert came == meta
+    assert tensors.keys() == state().keys()
+    for name, tensor in state().items():
+        assert tensors[name].dtype == tensor.dtype
+        assert torch.equal(tensors[name], tensor)
+
+
+def test_replacing_leaves_the_new_one_alone(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        save_state(tmp_path / "state", state(value), {"value": value})
+    assert load_state(tmp_path / "state")[1] == {"value": 2.0}
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_nothing_changes_when_the_writer_fails(tmp_path: Path) -> None:
+    save_state(tmp_path / "state", state(), {"value": 1})
+    with pytest.raises(RuntimeError, match="disk"), atomic_directory(tmp_path / "state") as fresh:
+        (fresh / "half").write_text("…")
+        raise RuntimeError("disk")
+    assert load_state(tmp_path / "state")[1] == {"value": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_meta_must_be_json(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"meta\.json must be JSON"):
+        save_state(tmp_path / "state", {}, {"tensor": torch.ones(1)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_in_the_way_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("mine")
+    with pytest.raises(InputError, match="is a file"):
+        save_state(tmp_path / "state", {}, {})
+    assert (tmp_path / "state").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "meta.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "lengthen", "remove"])
+def test_a_harmed_file_is_refused_by_name(tmp_path: Path, name: str, harm: str) -> None:
+    save_state(tmp_path / "state", state(), {"epoch": 1})
+    path = tmp_path / "state" / name
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    changed = {"flip": bytes(content), "cut": bytes(content[:-1]), "lengthen": content + b"\0"}
+    if harm == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(changed[harm])
+    with pytest.raises(CheckpointError, match=name) as error:
+        load_state(tmp_path / "state")
+    assert error.value.path == str(path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"sha256": 3}', '{"sha256": {"meta.json": "0"}}'])
+def test_a_harmed_manifest_is_refused(tmp_path: Path, text: str) -> None:
+    save_state(tmp_path / "state", state(), {"epoch": 1})
+    (tmp_path / "state" / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError):
+        load_state(tmp_path / "state")
+
+
+def test_a_manifest_cannot_reach_outside(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("secret")
+    (tmp_path / "state").mkdir()
+    digest = hashlib.sha256(b"secret").hexdigest()
+    manifest = {"version": 1, "sha256": {"../secret": digest}}
+    (tmp_path / "state" / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(CheckpointError, match="outside"):
+        read_whole(tmp_path / "state")
+
+
+def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="is not there"):
+        load_state(tmp_path / "none")
+    with pytest.raises(CheckpointError, match=r"has no manifest\.json"):
+        load_state(tmp_path)
+
+
+def test_newest_whole_passes_over_torn_ones(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert newest_whole(tmp_path / "none") is None
+    assert newest_whole(tmp_path) is None
+    for epoch in (2, 9, 10):  # by number, not by name
+        save_state(tmp_path / f"epoch-{epoch}", state(), {"epoch": epoch})
+    (tmp_path / "notes").mkdir()
+    assert newest_whole(tmp_path) == tmp_path / "epoch-10"
+    (tmp_path / "epoch-10" / "meta.json").write_text("{}")
+    (tmp_path / "epoch-9" / "manifest.json").unlink()
+    assert newest_whole(tmp_path) == tmp_path / "epoch-2"
+    assert "epoch-10" in caplog.text and "epoch-9" in caplog.text
+
+
+def test_leftovers_of_a_dead_process_are_cleaned_and_a_live_one_kept(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    dead = tmp_path / f".state.tmp-{process.pid}-00aa"
+    live = tmp_path / f".state.tmp-{os.getppid()}-00bb"
+    other = tmp_path / f".other.tmp-{process.pid}-00cc"
+    for folder in (dead, live, other):
+        folder.mkdir()
+    save_state(tmp_path / "state", {}, {})
+    assert not dead.exists()
+    assert live.exists() and other.exists()
+
+
+def test_an_interrupted_replacement_is_put_back(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    save_state(tmp_path / "state", {}, {"value": 1})
+    (tmp_path / "state").rename(tmp_path / f".state.old-{process.pid}-00aa")
+    assert load_state(tmp_path / "state")[1] == {"value": 1}
+
+
+WRITER = """
+import sys, itertools, torch
+from patrol_prune.storage import save_state
+for i in itertools.count():
+    save_state(sys.argv[1], {"x": torch.full((200_000,), float(i))}, {"i": i})
+    print(i, flush=True)
+"""
+
+
+def test_a_killed_writer_leaves_a_whole_state(tmp_path: Path, root: Path) -> None:
+    """SIGKILL at arbitrary moments of a save: what is read back is always a whole state."""
+    target = tmp_path / "state"
+    for delay in (0.0, 0.004, 0.011):
+        writer = subprocess.Popen(
+            [sys.executable, "-c", WRITER, str(target)], cwd=root, stdout=subprocess.PIPE
+        )
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        time.sleep(delay)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        writer.stdout.close()
+        tensors, meta = load_state(target)
+        assert torch.equal(tensors["x"], torch.full((200_000,), float(meta["i"])))
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_text_and_json(tmp_path: Path) -> None:
+    atomic_write_text(tmp_path / "sub" / "a.txt", "ü\n")
+    assert (tmp_path / "sub" / "a.txt").read_bytes() == "ü\n".encode()
+    atomic_write_json(tmp_path / "a.json", {"ü": [1, None]})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"ü": [1, None]}
+    with pytest.raises(InputError):
+        atomic_write_json(tmp_path / "a.json", {"x": object()})
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"ü": [1, None]}
+
+
+@given(st.binary(max_size=300))
+def test_sha256_is_hashlibs(tmp_path_factory: pytest.TempPathFactory, content: bytes) -> None:
+    path = tmp_path_factory.mktemp("hash") / "file"
+    path.write_bytes(content)
+    assert sha256_of(path) == hashlib.sha256(content).hexdigest()
