@@ -68,7 +68,7 @@ class Frontier:
     test_images: int = 1_000
     width: int = 16
     baseline_epochs: int = 16
-    finetune_epochs: int = 5
+    finetune_epochs: int = 4
     alpha: float = 0.01
     beta: float = 40.0
     attack_epochs: int = 8
@@ -259,8 +259,8 @@ def attacked(args: Frontier, data: Data, method: Method, seed: int) -> dict[str,
         return json.loads(path.read_text())
     split, known = defended(args, data, method)
     # A feature of 16x16 or more has a trunk of four times the cost and converges much sooner.
-    epochs = args.attack_epochs if method.split == "layer3" else args.attack_epochs // 2
-    config = pp.InverseNetworkConfig(epochs=epochs)
+    epochs = args.attack_epochs if method.split == "layer3" else args.max(1, args.attack_epochs // 2)
+    config = pp.InverseNetworkConfig(epochs=epochs, max_extensions=1)
     start = time.perf_counter()
     report = pp.audit(split, data.attacker.images, data.victims.images, seeds=(1000 + seed,),
                       normalization=NORMALIZATION, config=config, examples=8)

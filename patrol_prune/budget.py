@@ -13,7 +13,7 @@ no such layer (products inside attention) enters as a constant.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +64,7 @@ class MacModel:
             self.positions, self.constant = previous.positions, previous.constant
         self._segment_of, self._sizes = _segments(table)
         self._build_matrices(split)
-        self.dense = self._macs(self._sizes)
+        self.dense = int(self.macs_of_sizes(self._sizes))
 
     def macs(self, kept: Mapping[str, int | Tensor]) -> int:
         """Edge MACs when a group keeps so many channels, or these channels.
@@ -94,7 +94,7 @@ class MacModel:
                     f"Layers hold different parts of group {name!r}: give the indices of the "
                     "kept channels, not their number."
                 )
-        return self._macs(sizes)
+        return int(self.macs_of_sizes(sizes))
 
     def segments(self, name: str) -> Ints:
         """`[C]` the cost variable each channel of a group counts in."""
@@ -105,14 +105,11 @@ class MacModel:
         """`[S]` the value of every cost variable with all channels kept."""
         return self._sizes
 
-    def macs_of_sizes(self, sizes: Ints) -> int:
-        """Edge MACs at these values of the cost variables."""
-        return self._macs(sizes)
-
-    def _macs(self, sizes: Ints) -> int:
-        outs = self._out @ sizes + self._out_free
-        ins = self._in @ sizes + self._in_free
-        return int((outs * ins // self._groups * self._factor).sum()) + self.constant
+    def macs_of_sizes(self, sizes: Ints) -> Any:
+        """Edge MACs at values `[S]` of the cost variables; `[N]` of them for `[N, S]` values."""
+        outs = sizes @ self._out.T + self._out_free
+        ins = sizes @ self._in.T + self._in_free
+        return (outs * ins // self._groups * self._factor).sum(-1) + self.constant
 
     def _build_matrices(self, split: Split) -> None:
         layers = [(n, split.edge_layers[n]) for n in self.positions]

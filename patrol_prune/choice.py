@@ -7,7 +7,9 @@ removal that the limits allow. All decisions are taken on the closed form of `bu
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,6 +22,10 @@ from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.groups import ChannelGroup
 
 Floats = NDArray[np.float64]
+
+_ENOUGH = 0.99
+_MAX_TRIES = 1500
+_FEW = 50_000
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,12 @@ class _State:
         t = self.taken[k]
         self.sizes[ladder.segments] -= ladder.gone[t + step] - ladder.gone[t]
         self.taken[k] = t + step
+
+    def with_gone(self, ladder: _Ladder, t: int) -> Ints:
+        """The cost variables after `t` rungs of a ladder that has none taken."""
+        sizes = self.sizes.copy()
+        sizes[ladder.segments] -= ladder.gone[t]
+        return sizes
 
 
 def choose(
@@ -166,7 +178,7 @@ def _floor_macs(model: MacModel, ladders: list[_Ladder]) -> int:
     sizes = model.sizes.copy()
     for ladder in ladders:
         sizes[ladder.segments] -= ladder.gone[-1]
-    return model.macs_of_sizes(sizes)
+    return int(model.macs_of_sizes(sizes))
 
 
 def _ladder(
@@ -220,9 +232,12 @@ def _protected_units(
 
 
 def _allowed(units: int, tie: int, protected: int, limits: Limits, initial: int) -> list[int]:
-    """Numbers of units a group may keep, from all of them downwards."""
+    """Numbers of units a group may keep, from all of them downwards.
+
+    A grouped convolution with one channel left per group would be read as a depthwise one.
+    """
     step = limits.round_to or 1
-    fewest = max(limits.floor(initial), protected * tie)
+    fewest = max(limits.floor(initial), protected * tie, 2 * tie if tie > 1 else 1)
     down = [u for u in range(units - 1, 0, -1) if u * tie >= fewest and (u * tie) % step == 0]
     return [units, *down]
 
@@ -241,8 +256,11 @@ class _Search:
             key=lambda n: -self.model.macs_of_sizes(self._after(order[:n]).sizes),
         )
         state = self._after(order[:count])
-        self._refill(state, skip=None)
-        return self._exchange(state)
+        self._refill(state)
+        if self.model.macs_of_sizes(state.sizes) >= _ENOUGH * self.budget:
+            return state
+        few = math.prod(len(ladder) + 1 for ladder in self.ladders) <= _FEW
+        return self._best_of_all() if few else self._exchange(state)
 
     def _by_density(self) -> Ints:
         """Ladder numbers, one entry per rung, in the order of removal."""
@@ -270,9 +288,9 @@ class _Search:
             sizes[ladder.segments] -= ladder.gone[t]
         return _State(taken, sizes)
 
-    def _refill(self, state: _State, skip: int | None) -> None:
+    def _refill(self, state: _State) -> None:
         """Give back rungs, best score first, as long as one fits."""
-        closed: set[int] = set() if skip is None else {skip}
+        closed: set[int] = set()
         while True:
             ready = [k for k, t in enumerate(state.taken) if t > 0 and k not in closed]
             if not ready:
@@ -283,23 +301,61 @@ class _Search:
                 state.move(k, self.ladders[k], +1)
                 closed.add(k)
 
-    def _exchange(self, state: _State, rounds: int = 8, enough: float = 0.99) -> _State:
-        """Take one rung somewhere, refill elsewhere, as long as that comes closer."""
-        macs = self.model.macs_of_sizes(state.sizes)
-        for _ in range(rounds):
-            if macs >= enough * self.budget:
-                break
-            best, best_macs = state, macs
-            for k, ladder in enumerate(self.ladders):
-                if state.taken[k] >= len(ladder):
-                    continue
-                trial = _State(list(state.taken), state.sizes.copy())
-                trial.move(k, ladder, +1)
-                self._refill(trial, skip=k)
+    def _best_of_all(self) -> _State:
+        """Every combination of a small network: close enough at the least loss, or the closest."""
+        shape = [len(ladder) + 1 for ladder in self.ladders]
+        taken = np.indices(shape).reshape(len(shape), -1)
+        sizes = np.tile(self.model.sizes, (taken.shape[1], 1))
+        loss = np.zeros(taken.shape[1])
+        for ladder, t in zip(self.ladders, taken, strict=True):
+            sizes[:, ladder.segments] -= ladder.gone[t]
+            loss += np.concatenate([[0.0], ladder.scores.cumsum()])[t]
+        macs = self.model.macs_of_sizes(sizes)
+        fits = macs <= self.budget
+        close = fits & (macs >= _ENOUGH * self.budget)
+        best = np.argmin(np.where(close, loss, np.inf)) if close.any() else np.argmax(macs * fits)
+        return _State(taken[:, best].tolist(), sizes[best])
+
+    def _exchange(self, state: _State) -> _State:
+        """Shift rungs between two ladders, as long as that comes closer to the budget.
+
+        Among the shifts that come close enough, the one that loses the least score is taken.
+        """
+        macs, tries = self.model.macs_of_sizes(state.sizes), _MAX_TRIES
+        while macs < _ENOUGH * self.budget and tries > 0:
+            best, best_macs, best_loss = state, macs, np.inf
+            for trial in self._shifts(state):
+                tries -= 1
+                if tries <= 0:
+                    break
                 trial_macs = self.model.macs_of_sizes(trial.sizes)
-                if trial_macs > best_macs:
-                    best, best_macs = trial, trial_macs
+                loss = self._loss(trial) if trial_macs >= _ENOUGH * self.budget else np.inf
+                if loss < best_loss or (loss == best_loss and trial_macs > best_macs):
+                    best, best_macs, best_loss = trial, trial_macs, loss
             if best is state:
                 break
             state, macs = best, best_macs
         return state
+
+    def _shifts(self, state: _State, reach: int = 6) -> Iterator[_State]:
+        """Ladder k moves by up to `reach` rungs, another one as little as then fits."""
+        pairs = itertools.permutations(range(len(self.ladders)), 2)
+        for (k, j), step in itertools.product(pairs, [*range(-reach, 0), *range(1, reach + 1)]):
+            ladder, other = self.ladders[k], self.ladders[j]
+            if not 0 <= state.taken[k] + step <= len(ladder):
+                continue
+            trial = _State(list(state.taken), state.sizes.copy())
+            trial.move(k, ladder, step)
+            trial.move(j, other, -trial.taken[j])
+            fits = bisect.bisect_left(
+                range(len(other) + 1),
+                -self.budget,
+                key=lambda t, at=trial, by=other: -self.model.macs_of_sizes(at.with_gone(by, t)),
+            )
+            if fits <= len(other):
+                trial.move(j, other, fits)
+                yield trial
+
+    def _loss(self, state: _State) -> float:
+        pairs = zip(self.ladders, state.taken, strict=True)
+        return float(sum(ladder.scores[:t].sum() for ladder, t in pairs))

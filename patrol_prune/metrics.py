@@ -50,8 +50,8 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     `SSIM = mean over pixels of (2 mu_x mu_y + C1)(2 cov_xy + C2) /
     ((mu_x^2 + mu_y^2 + C1)(var_x + var_y + C2))`, with Gaussian windows of 11x11 and sigma 1.5,
     `C1 = 0.01^2`, `C2 = 0.03^2`, mean over channels. Every pixel counts: the image is mirrored at
-    its border, where other libraries leave a border of 5 pixels out. A plain grey image already scores about 0.13
-    to 0.18 on natural images.
+    its border, where other libraries leave a border of 5 pixels out. A plain grey image already
+    scores about 0.13 to 0.18 on natural images.
 
     Arguments and errors as in `mse`; images must have at least 11 pixels a side. Returns `[N]`, on
     [-1, 1]; 1 for identical images.

@@ -1,4 +1,4 @@
-"""Everything a run can be told, as frozen dataclasses that check themselves and fit in a YAML file."""
+"""Everything a run can be told: frozen dataclasses that check themselves and fit in a YAML file."""
 
 from __future__ import annotations
 
@@ -194,8 +194,11 @@ class RunConfig:
             raise InputError(
                 f"Expected a batch size of at least 2, for BatchNorm, came {self.batch_size}."
             )
-        if not self.name or self.name != os.path.basename(self.name) or self.name in (".", ".."):
-            raise InputError(f"Expected a run's name to be a plain folder name, came {self.name!r}.")
+        if self.name in ("", ".", "..") or self.name != os.path.basename(self.name):
+            raise InputError(
+                f"Expected a run's name to be a plain folder name, came {self.name!r}. The folder "
+                "around it is given as --runs."
+            )
         for key, options in (("boundary", ("keep", "prune")),
                              ("normalization", ("auto", "dataset", "imagenet", "none"))):
             if getattr(self, key) not in options:
@@ -276,7 +279,7 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).sum().item()  # a device without memory is none
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         there = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         if torch.backends.mps.is_available():

@@ -81,14 +81,14 @@ class SurvivorTracker:
         gone: dict[str, Tensor] = {}
         owners = self.table.members_of(module, "out" if is_out else "in")
         if alive is None:
-            return {owners[0][0]: torch.tensor(idxs)} if owners else {}
+            return {owners[0][0]: torch.tensor(idxs, dtype=torch.long)} if owners else {}
         width = owners[0][1].width if owners else 0
         present = torch.ones(width, dtype=torch.bool)
         for name, member in owners:
             present[member.idxs] = alive[name][member.root_idxs]
         removed = torch.zeros(width, dtype=torch.bool)
         if width:
-            removed[present.nonzero().flatten()[torch.tensor(idxs)]] = True
+            removed[present.nonzero().flatten()[torch.tensor(idxs, dtype=torch.long)]] = True
         for name, member in owners:
             gone[name] = member.root_idxs[removed[member.idxs]]
         return gone

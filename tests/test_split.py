@@ -21,8 +21,8 @@ from patrol_prune.split import Split, SplitPoint, split_points
 
 # model -> (image size, keyword arguments, about how many split points to try)
 MODELS: dict[str, tuple[int, dict[str, object], int]] = {
-    "resnet18": (32, {}, 22),
-    "resnet50": (32, {}, 4),
+    "resnet18": (32, {}, 11),
+    "resnet50": (32, {}, 2),
     "alexnet": (64, {}, 5),
     "vgg11_bn": (32, {}, 5),
     "squeezenet1_1": (48, {}, 6),
@@ -612,6 +612,18 @@ def test_gradients_and_masks_reach_through_the_halves(resnet: tuple[nn.Module, T
     finally:
         handle.remove()
     assert torch.equal(got, expected) and got.abs().sum() > 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_halves_follow_the_model_to_a_device() -> None:
+    model, x = build("swin_t")
+    split = Split(model, x, "features.3")
+    model.cuda()
+    assert split.example_inputs.is_cuda
+    with torch.no_grad():
+        assert torch.equal(split.cloud(split.edge(x.cuda())), model(x.cuda()))
+    split.refresh()
+    assert Split(model, x, "features.1").edge(x.cuda()).is_cuda
 
 
 def test_resnet50_is_quick() -> None:

@@ -1,0 +1,182 @@
+"""Render every table and figure of README and docs from `benchmarks/results/*.json`.
+
+A page holds `<!-- figures:NAME -->` and `<!-- end:NAME -->`; what stands between them is replaced.
+A name without its record is left as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+from patrol_prune.report import render_table
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+Row = dict[str, Any]
+NAMES = {
+    "dense": "dense, not pruned",
+    "taylor": "Taylor pruning",
+    "magnitude": "magnitude pruning",
+    "patrol": "**PATROL** (Lipschitz and adversarial)",
+    "patrol-adversarial": "PATROL, adversarial term only",
+    "patrol-lipschitz": "PATROL, Lipschitz term only",
+    "patrol-score-only": "PATROL's score, plain fine-tuning",
+    "patrol-finetune-only": "Taylor's score, PATROL's fine-tuning",
+}
+ORDER = list(NAMES)
+
+
+def load(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def by_method(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["split"]), []).append(row)
+    return dict(sorted(groups.items(), key=lambda g: (ORDER.index(g[0][0]), g[0][1])))
+
+
+def spread(rows: list[Row], key: str, digits: int) -> str:
+    values = [row[key] for row in rows]
+    text = f"{statistics.mean(values):.{digits}f}"
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def circumstances(record: dict[str, Any]) -> str:
+    versions = record["versions"]
+    return (
+        f"Measured {record['date']} at {record['commit']} on {record['device']}, "
+        f"torch {versions['torch']}, torchvision {versions['torchvision']}, torch-pruning "
+        f"{versions['torch-pruning']}; `{record['command'].split(' --')[0]}`."
+    )
+
+
+def frontier() -> str:
+    record = load("frontier")
+    table = []
+    for (method, split), rows in by_method(record["rows"]).items():
+        first = rows[0]
+        believed = first["surrogate_mse"]
+        table.append({
+            "method": NAMES[method], "split": split,
+            "macs": f"{first['edge_macs'] / 1e6:.2f} M",
+            "bytes": f"{first['feature_bytes'] / 1024:.0f} KiB",
+            "accuracy": f"{100 * first['accuracy']:.1f}%",
+            "ssim": spread(rows, "ssim", 3), "worst": spread(rows, "ssim_worst5", 3),
+            "mse": spread(rows, "mse", 4),
+            "believed": "" if believed is None else f"{believed:.4f}",
+            "plateau": "yes" if all(row["plateau"] for row in rows) else "no",
+            "seeds": str(len(rows)),
+        })
+    first = record["rows"][0]
+    columns = {
+        "method": "method", "split": "split after", "macs": "edge MACs", "bytes": "uploaded",
+        "accuracy": "accuracy", "ssim": "attacker's SSIM", "worst": "worst 5%",
+        "mse": "attacker's MSE", "believed": "surrogates believed", "plateau": "plateau",
+        "seeds": "attack seeds",
+    }
+    return "\n\n".join([
+        f"{first['dataset']}, ResNet-18 with a CIFAR stem and {record['settings']['width']} base "
+        f"channels, {record['settings']['train_images']:,} training images, one training seed. "
+        f"Every attacker is a fresh residual decoder trained on {first['attacker_images']:,} other "
+        "images; SSIM and MSE are means over "
+        f"{record['settings']['test_images']:,} test images; lower SSIM is more private. "
+        f"Floor, the mean image: SSIM {first['floor_ssim']:.3f}, MSE {first['floor_mse']:.4f}.",
+        render_table(table, columns).strip(),
+        verdict(record),
+        circumstances(record),
+    ])
+
+
+def verdict(record: dict[str, Any]) -> str:
+    """What the bar of this benchmark compares, said in one sentence from the rows."""
+    groups = by_method(record["rows"])
+    taylor, patrol = groups.get(("taylor", "layer3")), groups.get(("patrol", "layer3"))
+    if not taylor or not patrol:
+        return ""
+    ratio = (statistics.mean(r["ssim"] for r in patrol)
+             / statistics.mean(r["ssim"] for r in taylor))
+    points = 100 * (patrol[0]["accuracy"] - taylor[0]["accuracy"])
+    met = ratio <= 0.40 and points >= -1.0
+    return (
+        f"At the split after layer3, PATROL's accuracy is {points:+.1f} points from Taylor "
+        f"pruning's and the attacker's SSIM {ratio:.2f} times Taylor pruning's. The goal, within "
+        f"1 point and at most 0.40 times, is {'met' if met else 'not met'}."
+    )
+
+
+def plot_frontier() -> None:
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    record = load("frontier")
+    figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    for (method, split), rows in by_method(record["rows"]).items():
+        label = NAMES[method].replace("*", "") + f", {split}"
+        colour = {"dense": "grey", "taylor": "tab:orange"}.get(method, "tab:blue")
+        ssim, accuracy = statistics.mean(r["ssim"] for r in rows), 100 * rows[0]["accuracy"]
+        axes.scatter(ssim, accuracy, color=colour, zorder=3)
+        axes.annotate(label, (ssim, accuracy), fontsize=7, xytext=(4, 3),
+                      textcoords="offset points", ha="right" if ssim > 0.7 else "left")
+    floor = record["rows"][0]["floor_ssim"]
+    axes.axvline(floor, color="green", linestyle=":", label="floor: the mean image")
+    axes.set(xlabel="fresh attacker's SSIM (lower is more private)", ylabel="accuracy in %",
+             title=record["rows"][0]["dataset"] + ", equal edge MACs but for the dense splits")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(ROOT / "docs" / "frontier.png", dpi=110)
+    pyplot.close(figure)
+
+
+def budget() -> str:
+    record = load("budget")
+    rows = record["rows"]
+    keys = [k for k, v in rows[0].items() if not isinstance(v, (list, dict))]
+    return render_table(rows, keys).strip() + "\n\n" + circumstances(record)
+
+
+def grocery() -> str:
+    record = load("grocery")
+    keys = {k: k.replace("_", " ") for k in record["rows"][0]}
+    return render_table(record["rows"], keys).strip() + "\n\n" + circumstances(record)
+
+
+RENDERERS: dict[str, Callable[[], str]] = {
+    "frontier": frontier, "budget": budget, "grocery": grocery,
+}
+
+
+def render(text: str) -> str:
+    """The page with every block that has a record rendered anew."""
+    for name, renderer in RENDERERS.items():
+        if (RESULTS / f"{name}.json").exists():
+            pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- end:{name} -->)"
+            if re.search(pattern, text, re.S):
+                body = renderer()
+                text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text,
+                              flags=re.S)
+    return text
+
+
+def main() -> None:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        before = page.read_text()
+        after = render(before)
+        if after != before:
+            page.write_text(after)
+            print(f"rendered {page.relative_to(ROOT)}")
+    if (RESULTS / "frontier.json").exists():
+        plot_frontier()
+        print("rendered docs/frontier.png")
+
+
+if __name__ == "__main__":
+    main()

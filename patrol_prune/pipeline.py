@@ -1,0 +1,378 @@
+"""The whole path: images, plan, training, scores, pruning, fine-tuning, audit, report.
+
+Every stage reads what the one before left on disk and leaves its own there, so that a run that was
+killed goes on where it was, to the same result.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from patrol_prune import checkpoint
+from patrol_prune.audit import audit
+from patrol_prune.audit_report import AuditReport
+from patrol_prune.cost import count_params, edge_macs, feature_bytes
+from patrol_prune.errors import RunDirectoryError
+from patrol_prune.finetune import accuracy, finetune, recalibrate_batchnorm
+from patrol_prune.importance import PatrolImportance
+from patrol_prune.objective import PatrolObjective
+from patrol_prune.plan import Plan, plan, short
+from patrol_prune.preparation import (
+    Images,
+    fresh_model,
+    incoming_model,
+    read_images,
+    held_out_batches,
+    training_batches,
+)
+from patrol_prune.pruner import PatrolPruner
+from patrol_prune.report import RunSummary, write_report
+from patrol_prune.rundir import RunDirectory
+from patrol_prune.settings import FREE_KEYS, RunConfig, resolve_device
+from patrol_prune.split import Split
+from patrol_prune.storage import atomic_write_json, newest_whole
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("data", "plan", "model", "prune", "finetune", "audit", "report")
+EDGE = "edge.patrol"
+DENSE, PRUNED = "checkpoints/dense", "checkpoints/pruned"
+SUMMARY = "summary.json"
+Progress = Callable[[str, str], None]
+"""Called with a stage's name and a sentence about it."""
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left.
+
+    Attributes:
+        directory: of the run.
+        summary: its numbers.
+        audit: what the attackers saw.
+        report: path of the page.
+    """
+
+    directory: Path
+    summary: RunSummary
+    audit: AuditReport
+    report: Path
+
+
+def run(
+    config: RunConfig,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    bars: bool = False,
+) -> RunResult:
+    """The whole path, resumed where an earlier call with the same settings stopped.
+
+    Args:
+        config: everything the run is told.
+        overwrite: start anew if the directory holds another run.
+        progress: called with each stage and what happens in it.
+        bars: show progress bars while training.
+
+    Raises:
+        PatrolError: whatever is wrong with the settings, the images, the model or the directory,
+            as a sentence; as far as possible before any training.
+    """
+    device = resolve_device(config.device)
+    images = read_images(config)
+    incoming_model(config, len(images.classes))
+    path = Path(config.runs) / config.name
+    with RunDirectory(path, config.to_dict(), overwrite=overwrite, free_keys=FREE_KEYS) as folder:
+        return _Run(config, folder, images, device, progress, bars).go()
+
+
+class _Run:
+    """One run; a method for each stage."""
+
+    def __init__(
+        self, config: RunConfig, folder: RunDirectory, images: Images, device: torch.device,
+        progress: Progress | None, bars: bool,
+    ) -> None:
+        self.config, self.folder, self.images, self.device = config, folder, images, device
+        self.progress, self.bars = progress, bars
+        self.stage = ""
+
+    def go(self) -> RunResult:
+        """Every stage in order; the first that is not done makes the later ones due as well."""
+        for number, stage in enumerate(STAGES):
+            self.stage = stage
+            if self.folder.done(stage):
+                self.check_images()
+                continue
+            self.folder.forget(STAGES[number:])
+            self.folder.event("stage begins", stage=stage)
+            getattr(self, f"do_{stage}")()
+        result = AuditReport.from_json(self.folder / "audit.json")
+        return RunResult(
+            self.folder.path, read_summary(self.folder.path), result, self.folder / "report.html"
+        )
+
+    def say(self, sentence: str) -> None:
+        logger.info("%s: %s", self.stage, sentence)
+        if self.progress is not None:
+            self.progress(self.stage, sentence)
+
+    def check_images(self) -> None:
+        if self.stage == "data" and self.folder.notes("data")["digest"] != self.images.digest:
+            raise RunDirectoryError(
+                f"The images in {self.config.data} are not those that the run in "
+                f"{self.folder.path} began with. Give the run another --name, or start it anew "
+                "with --overwrite."
+            )
+
+    def do_data(self) -> None:
+        images = self.images
+        counts = {
+            "defender": len(images.defender), "attacker": len(images.attacker),
+            "test": len(images.test), "victims": len(images.victims),
+        }
+        told = ", ".join(f"{count:,} {who}" for who, count in counts.items())
+        self.say(f"{len(images.classes)} classes; images: {told}.")
+        self.folder.finish("data", (), digest=images.digest, counts=counts)
+
+    def do_plan(self) -> None:
+        self.say("Looking for places to cut.")
+        config = self.config
+        model = fresh_model(config, len(self.images.classes))
+        made = plan(
+            model, self.images.example(), edge_macs=config.edge_macs, at=config.at,
+            boundary=config.boundary, max_pruning_ratio=config.score.max_pruning_ratio,
+            min_channels=config.score.min_channels,
+        )
+        atomic_write_json(self.folder / "plan.json", made.to_json())
+        self.say(made.text)
+        self.folder.finish("plan", ["plan.json"], at=made.recommended,
+                           budget=_budget(made), budget_asked=made.budget_edge_macs)
+
+    @property
+    def at(self) -> str:
+        return str(self.folder.notes("plan")["at"])
+
+    def factory(self) -> torch.nn.Module:
+        return fresh_model(self.config, len(self.images.classes))
+
+    def load(self, name: str) -> Split:
+        return checkpoint.load(self.folder / name, self.factory, device=self.device)
+
+    def save(self, split: Split, name: str, **more: Any) -> None:
+        split.model.cpu()
+        checkpoint.save(split, self.folder / name, normalization=self.images.normalization, **more)
+
+    def measure(self, split: Split) -> dict[str, float]:
+        """Cost of the edge and accuracy of the whole, on the test images."""
+        return {
+            "edge_macs": edge_macs(split),
+            "edge_params": count_params(split.edge),
+            "feature_bytes": feature_bytes(split.feature_shape),
+            "accuracy": accuracy(
+                split.model.to(self.device), held_out_batches(self.config, self.images),
+                device=self.device,
+            ),
+        }
+
+    def do_model(self) -> None:
+        model, to_train = incoming_model(self.config, len(self.images.classes))
+        history: list[dict[str, float]] = []
+        if to_train and self.config.train.epochs:
+            self.say(f"Training {self.config.model} for {self.config.train.epochs} epochs.")
+            directory = self.folder / "checkpoints" / "train"
+            history = finetune(
+                model, training_batches(self.config, self.images, augment=True, offset=1),
+                config=self.config.train, checkpoint_dir=directory, resume=True,
+                progress=self.bars, device=self.device,
+            ).history
+            _keep_newest(directory)
+        split = Split(model.eval(), self.images.example(), at=self.at)
+        numbers = self.measure(split)
+        self.say(f"Accuracy of the dense model: {100 * numbers['accuracy']:.1f}%.")
+        self.save(split, DENSE)
+        self.folder.finish("model", [DENSE], history=history, **numbers)
+
+    def do_prune(self) -> None:
+        config, notes = self.config, self.folder.notes("plan")
+        split = self.load(DENSE)
+        importance = PatrolImportance(
+            self.scoring_objective(split), task_weight=config.score.task_weight,
+            lip_weight=config.score.lip_weight, adv_weight=config.score.adv_weight,
+        )
+        pruner = PatrolPruner(
+            split.model, split.example_inputs, importance, split=split,
+            edge_macs=int(notes["budget"]), boundary=config.boundary,
+            max_pruning_ratio=config.score.max_pruning_ratio,
+            min_channels=config.score.min_channels, round_to=config.score.round_to,
+            iterative_steps=config.score.steps,
+        )
+        kept: dict[str, tuple[int, int]] = {}
+        for step in range(config.score.steps):
+            self.score(importance, step)
+            outcome = pruner.step()
+            for name, (now, before) in outcome.kept.items():
+                kept[name] = (now, kept.get(name, (now, before))[1])
+        recalibrate_batchnorm(
+            split.model, training_batches(config, self.images, augment=False, offset=3),
+            device=self.device,
+        )
+        numbers = self.measure(split)
+        self.say(
+            f"Edge MACs {short(pruner.dense_edge_macs)} -> {short(numbers['edge_macs'])}, accuracy "
+            f"before fine-tuning {100 * numbers['accuracy']:.1f}%."
+        )
+        self.save(split, PRUNED, history=pruner.DG.pruning_history())
+        self.folder.finish("prune", [PRUNED], kept=kept, left_whole=outcome.left_whole, **numbers)
+
+    def scoring_objective(self, split: Split) -> PatrolObjective:
+        """The objective with every term on that is scored; the score normalises each by itself."""
+        score, privacy = self.config.score, self.config.privacy
+        return PatrolObjective(
+            split, F.cross_entropy,
+            alpha=(privacy.alpha or 1.0) if score.lip_weight else 0.0,
+            beta=(privacy.beta or 1.0) if score.adv_weight else 0.0,
+            noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
+            normalization=self.images.normalization, seed=self.config.seed,
+        )
+
+    def score(self, importance: PatrolImportance, step: int) -> None:
+        score = self.config.score
+        batches = training_batches(self.config, self.images, augment=False, offset=10 + step)
+        importance.zero_grad()
+        if score.adv_weight and score.surrogate_steps:
+            self.say("Training the surrogate attackers.")
+            importance.objective.fit_surrogates(batches, score.surrogate_steps)
+        self.say("Scoring the edge's channels.")
+        for x, y in itertools.islice(batches, score.batches):
+            importance.accumulate(x.to(self.device), y.to(self.device))
+
+    def do_finetune(self) -> None:
+        config, privacy = self.config, self.config.privacy
+        split, teacher = self.load(PRUNED), self.load(DENSE)
+        objective = PatrolObjective(
+            split, F.cross_entropy, alpha=privacy.alpha, beta=privacy.beta,
+            noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
+            normalization=self.images.normalization, seed=config.seed + 1,
+            precision=config.finetune.precision,
+        )
+        self.say(f"Fine-tuning for {config.finetune.epochs} epochs with the privacy terms on.")
+        directory = self.folder / "checkpoints" / "finetune"
+        result = finetune(
+            split, training_batches(config, self.images, augment=True, offset=2),
+            objective=objective, config=config.finetune, teacher=teacher.model,
+            checkpoint_dir=directory, resume=True, progress=self.bars, device=self.device,
+        )
+        numbers = self.measure(split)
+        self.say(f"Accuracy after fine-tuning: {100 * numbers['accuracy']:.1f}%.")
+        self.save(split, EDGE, extra={"classes": list(self.images.classes), **numbers})
+        _keep_newest(directory)
+        self.folder.finish("finetune", [EDGE], history=result.history, **numbers)
+
+    def do_audit(self) -> None:
+        config = self.config
+        found = audit(
+            self.load(EDGE), self.images.attacker, self.images.victims,
+            attacks=config.audit.attacks, seeds=config.audit.seeds,
+            normalization=self.images.normalization, undefended=self.load(DENSE),
+            config=config.attacker, device=str(self.device), examples=config.audit.examples,
+            progress=self.say,
+        )
+        found.to_json(self.folder / "audit.json")
+        self.folder.finish("audit", ["audit.json", "audit_examples"])
+
+    def do_report(self) -> None:
+        summary = self.summary()
+        atomic_write_json(self.folder / SUMMARY, asdict(summary))
+        page = write_report(
+            summary, AuditReport.from_json(self.folder / "audit.json"), self.folder.path
+        )
+        self.say(f"The report is {page}.")
+        self.folder.finish("report", [SUMMARY, "report.html", "figures"])
+
+    def summary(self) -> RunSummary:
+        """The run in plain numbers, from what the stages noted."""
+        notes = {stage: self.folder.notes(stage) for stage in STAGES}
+        cost = ("edge_macs", "edge_params", "feature_bytes", "accuracy")
+        made = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
+        row = next(r for r in made["rows"] if r["name"] == self.at)
+        return RunSummary(
+            name=self.config.name,
+            model=self.config.model,
+            dataset=f"{Path(self.config.data).name}, {self.config.image_size} pixels",
+            split=self.at,
+            plan={"budget": notes["plan"]["budget"], "boundary": self.config.boundary,
+                  "effect": row["effect"], "left_whole": notes["prune"]["left_whole"]},
+            prune={k: (now, before) for k, (now, before) in notes["prune"]["kept"].items()},
+            dense={k: notes["model"][k] for k in cost},
+            pruned={k: notes["finetune"][k] for k in cost},
+            history=notes["finetune"]["history"],
+            config=self.config.to_dict(),
+            versions=versions(),
+            seed=self.config.seed,
+            command=f"patrol-prune run --config {self.folder / 'config.yaml'}",
+            device=str(self.device),
+            notes=list(self.images.notes),
+        )
+
+
+def read_summary(directory: Path) -> RunSummary:
+    """The summary that a finished run left.
+
+    Raises:
+        RunDirectoryError: there is none, or it is torn.
+    """
+    try:
+        values = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
+        values["prune"] = {k: (now, before) for k, (now, before) in values["prune"].items()}
+        return RunSummary(**values)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunDirectoryError(
+            f"Expected a finished run in {directory}, but its {SUMMARY} cannot be read ({error}). "
+            "Let the run finish first: patrol-prune run with the same settings resumes it."
+        ) from error
+
+
+def rewrite_report(directory: str | Path) -> Path:
+    """The page of a finished run, made again from its records."""
+    folder = Path(directory)
+    summary = read_summary(folder)
+    return write_report(summary, AuditReport.from_json(folder / "audit.json"), folder)
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what the numbers depend on."""
+    found = {"python": platform.python_version()}
+    for name in ("patrol-prune", "torch", "torchvision", "torch-pruning", "torchmetrics"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def _budget(made: Plan) -> int:
+    """What the pruner is asked for: a split that fits as it is has nothing to lose."""
+    return min(made.budget_edge_macs, made[made.recommended].edge_macs)
+
+
+def _keep_newest(directory: Path) -> None:
+    """Of a finished training stage, the last checkpoint is enough."""
+    newest = newest_whole(directory)
+    if newest is None:
+        return
+    for entry in directory.iterdir():
+        if entry != newest and entry.is_dir():
+            shutil.rmtree(entry)

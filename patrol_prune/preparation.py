@@ -1,0 +1,146 @@
+"""Who owns which image, and the model as it comes in: what a run starts from."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from patrol_prune.data import Batches, ImageSet, find_parts, load_image_folder
+from patrol_prune.errors import InputError
+from patrol_prune.models import build_model, load_weights
+from patrol_prune.pixels import Normalization
+from patrol_prune.settings import RunConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Images:
+    """The images of a run, divided.
+
+    Attributes:
+        defender: what the model is trained, scored and fine-tuned on.
+        attacker: what the attacker owns, uint8 `[N, 3, H, W]`; nobody else sees it.
+        test: what accuracy is measured on.
+        victims: the part of `test` that is to be reconstructed, uint8 `[N, 3, H, W]`.
+        normalization: from pixels to the model's input.
+        digest: of every image and label; the same images, the same digest.
+        notes: what a reader of the report should know, in sentences.
+    """
+
+    defender: ImageSet
+    attacker: Tensor
+    test: ImageSet
+    victims: Tensor
+    normalization: Normalization
+    digest: str
+    notes: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return self.defender.classes
+
+    def example(self) -> Tensor:
+        """One image as model input, `[1, 3, H, W]`."""
+        return self.normalization.to_input(self.defender.pixels([0]))
+
+
+def read_images(config: RunConfig) -> Images:
+    """Read the folder, and divide its training part between the defender and the attacker.
+
+    Images that the attacker owns and that are also among the victims, byte for byte, are taken
+    from the attacker, and a note says so.
+
+    Raises:
+        InputError: no image, one class, an unreadable image, too few images for everybody.
+    """
+    train_folder, test_folder = find_parts(config.data)
+    train = load_image_folder(train_folder, config.image_size)
+    test = load_image_folder(test_folder, config.image_size, classes=train.classes)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(config.seed))
+    attackers = round(config.audit.attacker_share * len(train))
+    defender = train.subset(order[attackers:].sort().values)
+    count = min(config.audit.victims, len(test))
+    victims = test.images[torch.linspace(0, len(test) - 1, count).round().long()]
+    attacker, notes = _without(train.images[order[:attackers].sort().values], victims)
+    if len(attacker) < 20 or len(defender) < 2 * config.batch_size:
+        raise InputError(
+            f"Expected at least 20 training images for the attacker and {2 * config.batch_size} "
+            f"(two batches) for the defender, came {len(attacker)} and {len(defender)} of the "
+            f"{len(train)} in {train_folder}. Add images, or change --audit.attacker-share or "
+            "--batch-size."
+        )
+    return Images(
+        defender, attacker, test, victims, _normalization(config, defender),
+        _digest(train, test), notes,
+    )
+
+
+def _without(attacker: Tensor, victims: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+    seen = {hashlib.sha256(image.numpy().tobytes()).digest() for image in victims}
+    keep = [i for i, image in enumerate(attacker)
+            if hashlib.sha256(image.numpy().tobytes()).digest() not in seen]
+    if len(keep) == len(attacker):
+        return attacker, ()
+    note = (
+        f"{len(attacker) - len(keep)} of the attacker's images are also among the victims, byte "
+        "for byte; they were taken from him."
+    )
+    logger.warning(note)
+    return attacker[keep], (note,)
+
+
+def _normalization(config: RunConfig, defender: ImageSet) -> Normalization:
+    kind = config.normalization
+    if kind == "auto":
+        stock = config.weights is not None and ":" not in config.model
+        kind = "imagenet" if stock else "dataset"
+    if kind == "imagenet":
+        return Normalization.imagenet()
+    if kind == "none":
+        return Normalization()
+    some = defender.pixels(torch.linspace(0, len(defender) - 1, min(2000, len(defender))).long())
+    mean = some.double().mean(dim=(0, 2, 3))
+    std = some.double().std(dim=(0, 2, 3)).clamp(min=1e-3)
+    return Normalization(
+        tuple(round(v, 4) for v in mean.tolist()), tuple(round(v, 4) for v in std.tolist())
+    )
+
+
+def _digest(*sets: ImageSet) -> str:
+    digest = hashlib.sha256()
+    for images in sets:
+        digest.update(images.images.numpy().tobytes())
+        digest.update(images.labels.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fresh_model(config: RunConfig, classes: int) -> nn.Module:
+    """The dense model with initial weights: the factory of everything that is saved in a run."""
+    return build_model(config.model, classes, image_size=config.image_size, seed=config.seed)
+
+
+def incoming_model(config: RunConfig, classes: int) -> tuple[nn.Module, bool]:
+    """The dense model with the user's weights, and whether it still has to be trained."""
+    model = fresh_model(config, classes)
+    if config.weights is None:
+        return model, True
+    return model, bool(load_weights(model, config.weights))
+
+
+def training_batches(config: RunConfig, images: Images, *, augment: bool, offset: int) -> Batches:
+    """The defender's images, shuffled; stages differ by `offset`."""
+    return Batches(
+        images.defender, config.batch_size, normalization=images.normalization, augment=augment,
+        shuffle=True, seed=config.seed + offset,
+    )
+
+
+def held_out_batches(config: RunConfig, images: Images) -> Batches:
+    """The test images in order."""
+    return Batches(images.test, 2 * config.batch_size, normalization=images.normalization)
