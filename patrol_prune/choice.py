@@ -347,14 +347,18 @@ class _Search:
             trial = _State(list(state.taken), state.sizes.copy())
             trial.move(k, ladder, step)
             trial.move(j, other, -trial.taken[j])
-            fits = bisect.bisect_left(
-                range(len(other) + 1),
-                -self.budget,
-                key=lambda t, at=trial, by=other: -self.model.macs_of_sizes(at.with_gone(by, t)),
-            )
+            fits = self._first_fit(trial, other)
             if fits <= len(other):
                 trial.move(j, other, fits)
                 yield trial
+
+    def _first_fit(self, state: _State, ladder: _Ladder) -> int:
+        """The fewest rungs of a ladder that meet the budget; one more than it has if none do."""
+        return bisect.bisect_left(
+            range(len(ladder) + 1),
+            -self.budget,
+            key=lambda t: -self.model.macs_of_sizes(state.with_gone(ladder, t)),
+        )
 
     def _loss(self, state: _State) -> float:
         pairs = zip(self.ladders, state.taken, strict=True)

@@ -260,11 +260,11 @@ class SoftMasks:
         gather, dim = self._transmitted
         edge, last = self.split.edge, self.split.blocks[-1]
         self._handles.append(edge.register_forward_pre_hook(EnterEdge(self._switch)))
-        hook = OutputMask(gather, dim, self._switch, is_edge=True)
-        self._handles.append(edge.register_forward_hook(hook, always_call=True))
+        leave = OutputMask(gather, dim, self._switch, is_edge=True)
+        self._handles.append(edge.register_forward_hook(leave, always_call=True))
         if last is not edge:
-            hook = OutputMask(gather, dim, self._switch, is_edge=False)
-            self._handles.append(last.register_forward_hook(hook))
+            end = OutputMask(gather, dim, self._switch, is_edge=False)
+            self._handles.append(last.register_forward_hook(end))
 
     def _detach(self) -> None:
         for handle in self._handles:

@@ -6,6 +6,7 @@ ones. Removal through this package records where each new parameter came from.
 
 from __future__ import annotations
 
+import inspect
 import logging
 import weakref
 from collections.abc import Iterator, Mapping
@@ -90,7 +91,10 @@ def rebuild_optimizer(
         logger.warning("momentum of %d parameters starts anew, their origin is not known: %s",
                        len(unknown), ", ".join(unknown[:5]))
         groups[0]["params"] = groups[0]["params"] + [live[name] for name in unknown]
-    fresh = type(optimizer)(groups, **optimizer.defaults)
+    accepted = inspect.signature(type(optimizer)).parameters
+    fresh = type(optimizer)(
+        groups, **{name: v for name, v in optimizer.defaults.items() if name in accepted}
+    )
     for old in held.values():
         if id(old) in successors and old in optimizer.state:
             new, kept = successors[id(old)]
@@ -126,7 +130,7 @@ def _kept(old: Tensor, new: Tensor, removed: list[tuple[str, Tensor]]) -> Kept |
             continue
         alive = torch.ones(was, dtype=torch.bool)
         for direction, indices in removed:
-            if old.dim() > 1 and direction in ("in", "out") and (direction == "in") != (dim == 1):
+            if direction in ("in", "out") and (direction == "in") != (dim == 1):
                 continue
             if len(indices) and int(indices.max()) < was:
                 alive[indices] = False

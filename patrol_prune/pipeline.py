@@ -7,13 +7,10 @@ killed goes on where it was, to the same result.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
-import platform
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from importlib import metadata
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +36,8 @@ from patrol_prune.preparation import (
 )
 from patrol_prune.pruner import PatrolPruner
 from patrol_prune.report import RunSummary, write_report
-from patrol_prune.rundir import RunDirectory
+from patrol_prune.run_summary import SUMMARY, read_summary, summarise
+from patrol_prune.rundir import CONFIG, RunDirectory
 from patrol_prune.settings import FREE_KEYS, RunConfig, resolve_device
 from patrol_prune.split import Split
 from patrol_prune.storage import atomic_write_json, newest_whole
@@ -49,7 +47,6 @@ logger = logging.getLogger(__name__)
 STAGES = ("data", "plan", "model", "prune", "finetune", "audit", "report")
 EDGE = "edge.patrol"
 DENSE, PRUNED = "checkpoints/dense", "checkpoints/pruned"
-SUMMARY = "summary.json"
 Progress = Callable[[str, str], None]
 """Called with a stage's name and a sentence about it."""
 
@@ -109,8 +106,13 @@ class _Run:
         self.progress, self.bars = progress, bars
         self.stage = ""
 
-    def go(self) -> RunResult:
-        """Every stage in order; the first that is not done makes the later ones due as well."""
+    def go(self, again: Sequence[str] = ()) -> RunResult:
+        """Every stage in order; the first that is not done makes the later ones due as well.
+
+        Args:
+            again: stages to do in any case.
+        """
+        self.folder.forget(again)
         for number, stage in enumerate(STAGES):
             self.stage = stage
             if self.folder.done(stage):
@@ -294,7 +296,9 @@ class _Run:
         self.folder.finish("audit", ["audit.json", "audit_examples"])
 
     def do_report(self) -> None:
-        summary = self.summary()
+        summary = summarise(
+            self.config, self.folder, at=self.at, device=str(self.device), notes=self.images.notes
+        )
         atomic_write_json(self.folder / SUMMARY, asdict(summary))
         page = write_report(
             summary, AuditReport.from_json(self.folder / "audit.json"), self.folder.path
@@ -302,65 +306,47 @@ class _Run:
         self.say(f"The report is {page}.")
         self.folder.finish("report", [SUMMARY, "report.html", "figures"])
 
-    def summary(self) -> RunSummary:
-        """The run in plain numbers, from what the stages noted."""
-        notes = {stage: self.folder.notes(stage) for stage in STAGES}
-        cost = ("edge_macs", "edge_params", "feature_bytes", "accuracy")
-        made = json.loads((self.folder / "plan.json").read_text(encoding="utf-8"))
-        row = next(r for r in made["rows"] if r["name"] == self.at)
-        return RunSummary(
-            name=self.config.name,
-            model=self.config.model,
-            dataset=f"{Path(self.config.data).name}, {self.config.image_size} pixels",
-            split=self.at,
-            plan={"budget": notes["plan"]["budget"], "boundary": self.config.boundary,
-                  "effect": row["effect"], "left_whole": notes["prune"]["left_whole"]},
-            prune={k: (now, before) for k, (now, before) in notes["prune"]["kept"].items()},
-            dense={k: notes["model"][k] for k in cost},
-            pruned={k: notes["finetune"][k] for k in cost},
-            history=notes["finetune"]["history"],
-            config=self.config.to_dict(),
-            versions=versions(),
-            seed=self.config.seed,
-            command=f"patrol-prune run --config {self.folder / 'config.yaml'}",
-            device=str(self.device),
-            notes=list(self.images.notes),
-        )
 
+def audit_again(
+    directory: str | Path,
+    *,
+    attacks: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Attack the finished edge of a run once more, with other attackers, and report anew.
 
-def read_summary(directory: Path) -> RunSummary:
-    """The summary that a finished run left.
+    Args:
+        directory: of the run.
+        attacks: names; those of the run without.
+        seeds: one fresh attacker for each; those of the run without.
+        device: where; that of the run without.
+        progress: called with each stage and what happens in it.
 
     Raises:
-        RunDirectoryError: there is none, or it is torn.
+        RunDirectoryError: there is no run, or it has no finished edge yet.
     """
-    try:
-        values = json.loads((directory / SUMMARY).read_text(encoding="utf-8"))
-        values["prune"] = {k: (now, before) for k, (now, before) in values["prune"].items()}
-        return RunSummary(**values)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunDirectoryError(
-            f"Expected a finished run in {directory}, but its {SUMMARY} cannot be read ({error}). "
-            "Let the run finish first: patrol-prune run with the same settings resumes it."
-        ) from error
-
-
-def rewrite_report(directory: str | Path) -> Path:
-    """The page of a finished run, made again from its records."""
-    folder = Path(directory)
-    summary = read_summary(folder)
-    return write_report(summary, AuditReport.from_json(folder / "audit.json"), folder)
-
-
-def versions() -> dict[str, str]:
-    """Of Python and of what the numbers depend on."""
-    found = {"python": platform.python_version()}
-    for name in ("patrol-prune", "torch", "torchvision", "torch-pruning", "torchmetrics"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    path = Path(directory)
+    if not (path / CONFIG).is_file():
+        raise RunDirectoryError(f"{path} holds no run: it has no {CONFIG}. Give a run's folder.")
+    config = RunConfig.from_yaml(path / CONFIG)
+    chosen = replace(
+        config,
+        device=device or config.device,
+        audit=replace(
+            config.audit, attacks=tuple(attacks or config.audit.attacks),
+            seeds=tuple(config.audit.seeds if seeds is None else seeds),
+        ),
+    )
+    where, images = resolve_device(chosen.device), read_images(config)
+    with RunDirectory(path, config.to_dict()) as folder:
+        if not folder.done("finetune"):
+            raise RunDirectoryError(
+                f"The run in {path} has no finished edge to attack yet. Resume it first: "
+                f"patrol-prune run --config {path / CONFIG}"
+            )
+        return _Run(chosen, folder, images, where, progress, False).go(again=("audit", "report"))
 
 
 def _budget(made: Plan) -> int:

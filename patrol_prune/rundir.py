@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 EVENTS = "events.jsonl"
 MANIFEST = "manifest.json"
-OUTPUTS = (CONFIG, EVENTS, MANIFEST, "plan.json", "audit.json", "report.html",
+OUTPUTS = (CONFIG, EVENTS, MANIFEST, "plan.json", "audit.json", "report.html", "report.json", "summary.json",
            "checkpoints", "edge.patrol", "figures", "scores", "audit_examples")
 
 

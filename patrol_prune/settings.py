@@ -20,7 +20,7 @@ from patrol_prune.rundir import read_config
 from patrol_prune.storage import atomic_write_text
 
 Config = TypeVar("Config")
-FREE_KEYS = ("name", "runs", "device", "data_loader")  # may differ when a run is resumed
+FREE_KEYS = ("name", "runs", "device")  # may differ when a run is resumed
 
 
 @dataclass(frozen=True)

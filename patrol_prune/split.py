@@ -185,7 +185,10 @@ class Split:
             run_on(model.cloud, z)
         self.feature_shape = tuple(z.shape[1:])
         self.edge = model.edge
-        self.cloud = model.cloud if z._version == before else _OnCopy(model.cloud)
+        if z._version == before:
+            self.cloud = model.cloud
+        elif not isinstance(getattr(self, "cloud", None), _OnCopy):
+            self.cloud = _OnCopy(model.cloud)
         self.edge_layers = _childless("edge", model.edge)
         self.cloud_layers = _childless("cloud", model.cloud)
         try:

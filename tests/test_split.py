@@ -585,6 +585,9 @@ class TestFromModules:
         z = split.edge(x)
         before = z.clone()
         assert torch.equal(split.cloud(z), before.relu()) and torch.equal(z, before)
+        cloud = split.cloud
+        split.refresh()
+        assert split.cloud is cloud
 
     @pytest.mark.parametrize(
         "edge, cloud, match",

@@ -1,0 +1,279 @@
+"""Scores: the right sign, the right size, and the right channel after the model has shrunk."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch_pruning as tp
+from pruning_helpers import CifarResNet, HandMadeObjective, cifar_resnet
+from torch import Tensor, nn
+from torch.nn import functional
+
+from patrol_prune.errors import InputError
+from patrol_prune.importance import PatrolImportance, combine_terms, first_order_change
+from patrol_prune.masks import SoftMasks
+from patrol_prune.objective import PatrolObjective
+from patrol_prune.split import Split
+
+
+def batch(n: int = 8, seed: int = 0) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(n, 3, 16, 16, generator=g), torch.randint(0, 10, (n,), generator=g)
+
+
+def scored(
+    at: str = "layer2", batches: int = 1, **kwargs: object
+) -> tuple[CifarResNet, Split, PatrolImportance]:
+    model = cifar_resnet(width=8)
+    split = Split(model, torch.randn(1, 3, 16, 16), at=at)
+    importance = PatrolImportance(HandMadeObjective(split), **kwargs)
+    for i in range(batches):
+        importance.accumulate(*batch(seed=i))
+    return model, split, importance
+
+
+def real_changes(split: Split, masks: SoftMasks, name: str, low: float) -> dict[str, Tensor]:
+    """Term -> `[C]` change when each channel's mask goes from 1 to `low`, one after the other."""
+    objective = HandMadeObjective(split)
+    x, y = batch()
+
+    def terms() -> dict[str, float]:
+        with torch.no_grad():
+            t = objective.terms(x, y, masks=masks)
+        return {k: float(getattr(t, k)) for k in ("task", "lipschitz", "adversarial")}
+
+    before = terms()
+    changes: dict[str, list[float]] = {k: [] for k in before}
+    for c in range(len(masks.channels[name])):
+        values = torch.ones(len(masks.channels[name]))
+        values[c] = low
+        masks.set(name, values)
+        for k, v in terms().items():
+            changes[k].append(v - before[k])
+    masks.set(name, 1.0)
+    return {k: torch.tensor(v) for k, v in changes.items()}
+
+
+def test_formula() -> None:
+    task, lip, adv = torch.tensor([-2.0]), torch.tensor([3.0]), torch.tensor([5.0])
+    score = combine_terms(task, lip, adv, task_weight=1.0, lip_weight=10.0, adv_weight=100.0)
+    assert score.item() == 2.0 + 30.0 - 500.0
+    assert first_order_change(torch.tensor([4.0]), torch.tensor([0.5])).item() == -2.0
+
+
+@pytest.mark.parametrize("name", ["layer1.0.conv1", "layer2.0.conv1"])
+def test_first_order_terms_are_the_derivative(name: str) -> None:
+    """Against finite differences: 1 - eps, scaled up to a removal."""
+    _, split, importance = scored(normalizer=None)
+    eps = 1e-2
+    finite = real_changes(split, importance.masks, name, 1.0 - eps)
+    for term, values in importance.raw.items():
+        expected = finite[term] / eps
+        expected = expected.abs() if term == "task" else expected
+        assert torch.allclose(values[name], expected, rtol=0.2, atol=2e-2 * expected.abs().max())
+
+
+def test_scores_rank_like_real_removal() -> None:
+    """The slow oracle: zero each channel for real; same sign where it matters, same order."""
+    _, split, importance = scored()
+    crossing = [n for n, g in importance.masks.table.groups.items() if g.crossing]
+    real = real_changes(split, importance.masks, crossing[0], 0.0)
+    predicted = importance.raw["lipschitz"][crossing[0]]
+    big = real["lipschitz"].abs() > 0.3 * real["lipschitz"].abs().max()
+    assert (predicted[big].sign() == real["lipschitz"][big].sign()).all()
+    ranks = [v.argsort().argsort().float() for v in (predicted, real["lipschitz"])]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.8
+
+
+class Two(nn.Module):
+    """Channel 0 carries the picture to the cloud, channel 1 a constant; the task reads both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 2, 1)
+        self.head = nn.Linear(2, 2, bias=False)
+        with torch.no_grad():
+            self.conv.weight.copy_(torch.tensor([1.0, 0.0]).view(2, 1, 1, 1))
+            self.conv.bias.copy_(torch.tensor([0.0, 1.0]))
+            self.head.weight.copy_(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x).mean((2, 3)))
+
+
+class Attacker:
+    """Guesses the picture as channel 0: exact, so removing channel 0 costs him everything."""
+
+    def __init__(self, split: Split, gain: float) -> None:
+        self.split, self.gain = split, gain
+
+    def terms(self, x: Tensor, y: Tensor, *, masks: SoftMasks) -> object:
+        z, logits = masks.split_forward(x)
+        task = functional.cross_entropy(logits, y)
+        adversarial = (x - self.gain * z[:, :1]).square().mean()
+        names = {"task": task, "lipschitz": None, "adversarial": adversarial}
+        return type("Terms", (), names)()
+
+
+def test_a_channel_that_helps_the_attacker_loses_score() -> None:
+    model = Two()
+    x, y = torch.rand(16, 1, 4, 4), torch.zeros(16, dtype=torch.long)
+    split = Split(model, x[:1], at="conv")
+    with_attack, without = (
+        PatrolImportance(Attacker(split, 0.5), adv_weight=w) for w in (1.0, 0.0)
+    )
+    for importance in (with_attack, without):
+        importance.accumulate(x, y)
+    name = next(iter(with_attack.scores))
+    change = with_attack.raw["adversarial"][name]
+    assert change[0] > 0 and change[1] == 0
+    gain = with_attack.scores[name] - without.scores[name]
+    assert gain[0] < 0 and gain[1] == 0
+    harmful = PatrolImportance(Attacker(split, 2.0))  # he overshoots: removal would help him
+    harmful.accumulate(x, y)
+    assert harmful.raw["adversarial"][name][0] < 0
+    assert harmful.scores[name][0] > without.scores[name][0]
+
+
+def test_terms_are_normalised_over_the_edge() -> None:
+    _, _, importance = scored()
+    edge = [n for n, g in importance.masks.table.groups.items() if g.location == "edge"]
+    for values in importance.terms.values():
+        assert torch.cat([values[n] for n in edge]).abs().mean().item() == pytest.approx(1.0)
+    assert importance.terms["adversarial"]["layer3.0.conv1"].abs().max() == 0
+    weighted = {n: importance.terms["task"][n] for n in edge}
+    for n in edge:
+        total = weighted[n] + importance.terms["lipschitz"][n] - importance.terms["adversarial"][n]
+        assert torch.allclose(importance.scores[n], total)
+
+
+def test_batches_are_averaged_and_the_task_term_is_not_cancelled() -> None:
+    _, split, both = scored(batches=2, normalizer=None)
+    each = []
+    for i in range(2):
+        one = PatrolImportance(both.objective, normalizer=None)
+        one.accumulate(*batch(seed=i))
+        each.append(one.raw)
+    for term in both.raw:
+        for name, values in both.raw[term].items():
+            mean = (each[0][term][name] + each[1][term][name]) / 2
+            assert torch.allclose(values, mean, atol=1e-6)
+    assert all((v >= 0).all() for v in both.raw["task"].values())
+
+
+def test_terms_that_are_off_are_zero() -> None:
+    model = cifar_resnet(width=8)
+    split = Split(model, torch.randn(1, 3, 16, 16), at="layer2")
+    objective = HandMadeObjective(split, lipschitz=False, adversarial=False)
+    importance = PatrolImportance(objective)
+    importance.accumulate(*batch())
+    for name, score in importance.scores.items():
+        assert (score >= 0).all() and torch.equal(score, importance.terms["task"][name])
+
+
+def test_accumulate_leaves_the_model_as_found() -> None:
+    model = cifar_resnet(width=8)
+    split = Split(model, torch.randn(1, 3, 16, 16), at="layer2")
+    model.train()
+    model.layer2.eval()
+    model.fc.weight.grad = torch.ones_like(model.fc.weight)
+    modes = [m.training for m in model.modules()]
+    state = copy.deepcopy(model.state_dict())
+    for training in (False, True):
+        importance = PatrolImportance(HandMadeObjective(split), training=training)
+        with torch.no_grad():
+            importance.accumulate(*batch())
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert set(grads) == {"fc.weight"} and (grads["fc.weight"] == 1).all()
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("order", ["before", "after"])
+def test_scores_follow_the_channels_that_survive(order: str) -> None:
+    """Prune in two steps through Torch-Pruning; every survivor keeps its score."""
+    if order == "before":
+        model, split, importance = scored()
+        x = split.example_inputs
+        graph = tp.DependencyGraph().build_dependency(model, x)
+    else:  # the graph has a history from before the calibration
+        model = cifar_resnet(width=8)
+        graph = tp.DependencyGraph().build_dependency(model, torch.randn(1, 3, 16, 16))
+        graph.get_pruning_group(model.conv1, tp.prune_conv_out_channels, [7, 2]).prune()
+        split = Split(model, torch.randn(1, 3, 16, 16), at="layer2")
+        importance = PatrolImportance(HandMadeObjective(split))
+        importance.accumulate(*batch())
+    original = {n: s.clone() for n, s in importance.scores.items()}
+    name = importance.masks.table.members_of(model.conv1, "out")[0][0]
+    alive = list(range(len(original[name])))
+    for gone in ([0, 3], [1]):
+        graph.get_pruning_group(model.conv1, tp.prune_conv_out_channels, gone).prune()
+        alive = [c for i, c in enumerate(alive) if i not in gone]
+        for group in graph.get_all_groups(ignored_layers=[model.fc]):
+            root = group[0].dep.target.module
+            score = importance(group)
+            assert score is not None and len(score) == root.weight.shape[0]
+            if any(item.dep.target.module is model.conv1 for item in group):
+                assert torch.equal(score, original[name][alive])
+    partial = graph.get_pruning_group(model.layer1[0].conv1, tp.prune_conv_out_channels, [5, 2])
+    assert torch.equal(importance(partial), original["layer1.0.conv1"][[5, 2]])
+
+
+def test_a_model_pruned_behind_its_back_is_refused() -> None:
+    model, split, importance = scored()
+    x = split.example_inputs
+    other = tp.DependencyGraph().build_dependency(model, x)
+    other.get_pruning_group(model.conv1, tp.prune_conv_out_channels, [0]).prune()
+    fresh = tp.DependencyGraph().build_dependency(model, x)
+    group = next(iter(fresh.get_all_groups(ignored_layers=[model.fc])))
+    with pytest.raises(InputError, match="accumulate"):
+        importance(group)
+    split.refresh()
+    importance.accumulate(*batch())
+    score = importance(group)
+    assert score is not None and len(score) == group[0].dep.target.module.weight.shape[0]
+
+
+def test_groups_without_a_score() -> None:
+    model, split, importance = scored()
+    graph = tp.DependencyGraph().build_dependency(model, split.example_inputs)
+    group = graph.get_pruning_group(model.fc, tp.prune_linear_out_channels, list(range(10)))
+    assert importance(group) is None
+
+
+def test_bad_input() -> None:
+    model = cifar_resnet(width=8)
+    split = Split(model, torch.randn(1, 3, 16, 16), at="layer2")
+    objective = HandMadeObjective(split)
+    importance = PatrolImportance(objective)
+    x, y = batch()
+    with pytest.raises(InputError, match="calibration data"):
+        _ = importance.scores
+    with pytest.raises(InputError, match="at least one"):
+        importance.accumulate(x[:0], y[:0])
+    with pytest.raises(InputError, match="one label per input"):
+        importance.accumulate(x, y[:3])
+    with pytest.raises(InputError, match="from 0 to 9, came"):
+        importance.accumulate(x, y + 10)
+    with pytest.raises(InputError, match="task term is nan"):
+        importance.accumulate(x * float("nan"), y)
+    with pytest.raises(InputError, match="calibration data"):
+        _ = importance.scores
+    with pytest.raises(InputError, match="normalizer"):
+        PatrolImportance(objective, normalizer="means")
+    with pytest.raises(InputError, match="at least 0"):
+        PatrolImportance(objective, adv_weight=-1.0)
+
+
+def test_with_the_real_objective() -> None:
+    model = cifar_resnet(width=8)
+    split = Split(model, torch.randn(1, 3, 16, 16), at="layer2")
+    objective = PatrolObjective(split, functional.cross_entropy, alpha=0.01, beta=1.0)
+    importance = PatrolImportance(objective)
+    x, y = batch(4)
+    importance.accumulate(x, y)
+    for values in importance.terms.values():
+        assert torch.cat(list(values.values())).abs().max() > 0

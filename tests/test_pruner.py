@@ -1,0 +1,357 @@
+"""PatrolPruner meets its budget and gives back what it borrowed; Torch-Pruning takes our scores."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+
+import pytest
+import torch
+import torch_pruning as tp
+from pruning_helpers import HandMadeObjective, backbone, cifar_resnet
+from torch import Tensor, nn
+from torch.nn import functional
+
+from patrol_prune.cost import count_macs
+from patrol_prune.errors import BudgetError, InputError
+from patrol_prune.importance import PatrolImportance
+from patrol_prune.pruner import PatrolPruner
+from patrol_prune.split import Split
+
+
+def batch(n: int = 8, size: int = 16) -> tuple[Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    return torch.randn(n, 3, size, size, generator=g), torch.randint(0, 10, (n,), generator=g)
+
+
+def prepared(
+    model: nn.Module | None = None, at: str = "layer2", size: int = 16
+) -> tuple[nn.Module, Tensor, Split, PatrolImportance]:
+    model = model or cifar_resnet(width=16)
+    x = torch.randn(1, 3, size, size)
+    split = Split(model, x, at=at)
+    importance = PatrolImportance(HandMadeObjective(split))
+    importance.accumulate(*batch(size=size))
+    return model, x, split, importance
+
+
+@pytest.mark.parametrize("boundary", ["keep", "prune"])
+@pytest.mark.parametrize(
+    ("name", "at", "size"), [("cifar", "layer2", 32), ("mobilenet_v2", "features.10", 64)]
+)
+def test_budget_is_met_from_below(name: str, at: str, size: int, boundary: str) -> None:
+    model = cifar_resnet(depth=2) if name == "cifar" else backbone(name)
+    model, x, split, importance = prepared(model, at, size)
+    dense = count_macs(split.edge, x).total
+    cloud = {n: copy.deepcopy(m.state_dict()) for n, m in split.cloud_layers.items()}
+    feature = split.feature_shape
+    pruner = PatrolPruner(model, x, importance, split=split, edge_macs=0.5, boundary=boundary)
+    result = pruner.step()
+    macs = count_macs(split.edge, x).total
+    assert result.edge_macs_before == dense and result.edge_macs == macs
+    assert 0.99 * 0.5 * dense <= macs <= result.budget == math.floor(0.5 * dense)
+    assert torch.equal(split.cloud(split.edge(x)), model(x))
+    assert result.feature_shape_before == feature
+    assert result.feature_shape == split.feature_shape == tuple(split.edge(x).shape[1:])
+    if boundary == "keep":
+        assert result.feature_shape == feature and result.cloud_changed == ()
+        for n, layer in split.cloud_layers.items():
+            assert all(torch.equal(v, cloud[n][k]) for k, v in layer.state_dict().items())
+        assert any("crosses the split" in why for why in result.left_whole.values())
+    else:
+        assert result.feature_shape[0] < feature[0]
+        shapes = {n: [v.shape for v in s.values()] for n, s in cloud.items()}
+        changed = {
+            n for n, m in split.cloud_layers.items()
+            if [v.shape for v in m.state_dict().values()] != shapes[n]
+        }  # fmt: skip
+        assert set(result.cloud_changed) == changed != set()
+
+
+def test_only_the_edge_shrinks() -> None:
+    model, x, split, importance = prepared()
+    cloud = [p.shape for p in model.layer3.parameters()]
+    PatrolPruner(model, x, importance, split=split, edge_macs=0.3).step()
+    assert [p.shape for p in model.layer3.parameters()] == cloud
+    assert model.layer1[0].conv1.out_channels < 16
+
+
+def test_a_count_is_a_budget_too() -> None:
+    model, x, split, importance = prepared()
+    dense = count_macs(split.edge, x).total
+    result = PatrolPruner(model, x, importance, split=split, edge_macs=dense // 3).step()
+    assert result.budget == dense // 3 and 0.99 * (dense // 3) <= result.edge_macs <= dense // 3
+    assert result.removed_channels > 0
+
+
+def test_what_goes_has_the_lowest_scores() -> None:
+    model, x, split, importance = prepared()
+    scores = {n: s.clone() for n, s in importance.scores.items()}
+    before = model.layer2[0].conv1.weight.detach().clone()
+    result = PatrolPruner(model, x, importance, split=split, edge_macs=0.5).step()
+    kept, total = result.kept["layer2.0.conv1"]
+    best = scores["layer2.0.conv1"].topk(kept).indices.sort().values
+    after = model.layer2[0].conv1.weight
+    stem = [n for n in result.kept if n.startswith(("conv1", "layer1.0.conv2"))]
+    assert kept < total and stem
+    same_inputs = after.shape[1] == before.shape[1]
+    norm = before[best].flatten(1).norm(dim=1)
+    assert not same_inputs or torch.allclose(after.flatten(1).norm(dim=1), norm)
+
+
+def test_iterative_steps_go_down_evenly() -> None:
+    model, x, split, importance = prepared()
+    dense = count_macs(split.edge, x).total
+    pruner = PatrolPruner(model, x, importance, split=split, edge_macs=0.4, iterative_steps=3)
+    seen = [pruner.step() for _ in range(3)]
+    assert [r.budget for r in seen] == pytest.approx(
+        [0.8 * dense, 0.6 * dense, 0.4 * dense], rel=1e-4
+    )
+    assert all(0.98 * r.budget <= r.edge_macs <= r.budget for r in seen)
+    assert seen[1].edge_macs_before == seen[0].edge_macs
+    assert seen[2].edge_macs == count_macs(split.edge, x).total
+    with pytest.warns(UserWarning, match="nothing is pruned"):
+        assert pruner.step().edge_macs == seen[2].edge_macs
+
+
+def test_stale_scores_are_refused() -> None:
+    model, x, split, importance = prepared()
+    PatrolPruner(model, x, importance, split=split, edge_macs=0.5).step()
+    pruner = PatrolPruner(model, x, importance, split=split, edge_macs=0.5)
+    with pytest.raises(InputError, match="stale"):
+        pruner.step()
+    importance.accumulate(*batch())
+    assert pruner.step().edge_macs <= pruner.budget
+
+
+def test_floors_hold_in_one_step() -> None:
+    model, x, split, importance = prepared(cifar_resnet(width=24))
+    pruner = PatrolPruner(
+        model, x, importance, split=split, edge_macs=0.35, boundary="prune", round_to=8,
+        max_pruning_ratio=0.7, min_channels=5,
+    )  # fmt: skip
+    result = pruner.step()
+    for kept, total in result.kept.values():
+        assert kept % 8 == 0 or kept == total
+        assert kept >= max(8, 0.3 * total)
+    assert result.edge_macs <= result.budget
+
+
+def test_max_pruning_ratio_holds_over_steps() -> None:
+    model, x, split, importance = prepared()
+    pruner = PatrolPruner(
+        model, x, importance, split=split, edge_macs=0.45, boundary="prune",
+        max_pruning_ratio=0.4, iterative_steps=2,
+    )  # fmt: skip
+    initial = dict(pruner.initial)
+    pruner.step()
+    for name, (kept, _) in pruner.step().kept.items():
+        assert kept >= 0.6 * initial[name]
+
+
+def test_no_group_is_emptied_however_low_its_scores() -> None:
+    model, x, split, importance = prepared()
+    importance.scores["layer1.0.conv1"].fill_(-1e4)
+    pruner = PatrolPruner(model, x, importance, split=split, edge_macs=0.5)
+    kept, total = pruner.step().kept["layer1.0.conv1"]
+    assert (kept, total) == (1, 16)
+
+
+def test_ignored_layers_stay_whole() -> None:
+    model, x, split, importance = prepared()
+    pruner = PatrolPruner(
+        model, x, importance, split=split, edge_macs=0.6, ignored_layers=[model.layer1[0].conv1]
+    )
+    result = pruner.step()
+    assert model.layer1[0].conv1.out_channels == 16
+    assert "ignored_layers" in result.left_whole["layer1.0.conv1"]
+
+
+def test_everything_comes_back() -> None:
+    model, x, split, importance = prepared()
+    model.train()
+    model.layer1.eval()
+    for p in model.layer2.parameters():
+        p.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    dicts = {n: {} for n in ("in_channel_groups", "out_channel_groups", "num_heads")}
+    pruner = PatrolPruner(model, x, importance, split=split, edge_macs=0.5, **dicts)
+    pruner.step()
+    assert [m.training for m in model.modules()] == modes
+    assert {n: p.requires_grad for n, p in model.named_parameters()} == flags
+    assert all(p.is_leaf for p in model.parameters())
+    assert all(d == {} for d in dicts.values())
+    other = cifar_resnet()
+    defaults = tp.pruner.BasePruner(other, x, importance=tp.importance.RandomImportance())
+    assert not set(defaults.in_channel_groups) & set(model.modules())
+
+
+def test_history_replays_on_a_fresh_model() -> None:
+    model, x, split, importance = prepared()
+    fresh = copy.deepcopy(model)
+    pruner = PatrolPruner(
+        model, x, importance, split=split, edge_macs=0.5, boundary="prune", iterative_steps=2
+    )
+    pruner.step()
+    pruner.step()
+    graph = tp.DependencyGraph().build_dependency(fresh, x)
+    graph.load_pruning_history(pruner.pruning_history())
+    fresh.load_state_dict(model.state_dict())
+    assert torch.equal(fresh.eval()(x), model.eval()(x))
+
+
+def test_interactive() -> None:
+    model, x, split, importance = prepared()
+    pruner = PatrolPruner(model, x, importance, split=split, edge_macs=0.5)
+    for group in pruner.step(interactive=True):
+        assert torch.is_grad_enabled()
+        group.prune()
+    result = pruner.last_result
+    assert 0.99 * result.budget <= result.edge_macs <= result.budget
+    assert result.edge_macs == count_macs(split.edge, x).total
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "taylor", "random"])
+def test_torch_prunings_importances_share_the_budget(criterion: str) -> None:
+    model, x, split, _ = prepared()
+    importance = {
+        "magnitude": tp.importance.GroupMagnitudeImportance(),
+        "taylor": tp.importance.GroupTaylorImportance(),
+        "random": tp.importance.RandomImportance(),
+    }[criterion]
+    inputs, y = batch()
+    functional.cross_entropy(model(inputs), y).backward()
+    result = PatrolPruner(model, x, importance, split=split, edge_macs=0.5).step()
+    assert 0.99 * result.budget <= result.edge_macs <= result.budget
+    assert result.edge_macs == count_macs(split.edge, x).total
+
+
+def test_an_importance_of_the_wrong_length_is_refused() -> None:
+    model, x, split, _ = prepared()
+    pruner = PatrolPruner(model, x, lambda group: torch.ones(3), split=split, edge_macs=0.5)
+    with pytest.raises(InputError, match="came shape"):
+        pruner.step()
+    assert model.conv1.out_channels == 16
+
+
+def test_a_depthwise_and_a_grouped_network_run_after_pruning() -> None:
+    model, x, split, importance = prepared(backbone("regnet_y_400mf"), "trunk_output.block2", 64)
+    pruner = PatrolPruner(
+        model, x, importance, split=split, edge_macs=0.5, boundary="prune", iterative_steps=2
+    )
+    pruner.step()
+    result = pruner.step()
+    assert result.edge_macs == count_macs(split.edge, x).total <= result.budget
+    model(torch.randn(2, 3, 64, 64))
+
+
+def test_regularize_shrinks_the_channels_that_will_go() -> None:
+    model, x, split, importance = prepared()
+    pruner = PatrolPruner(
+        model, x, importance, split=split, edge_macs=0.4, boundary="prune", reg=0.5
+    )
+    with pytest.raises(InputError, match="update_regularizer"):
+        pruner.regularize(model, torch.zeros(()))
+    pruner.update_regularizer()
+    kept = pruner.choose()["layer2.0.conv1"]
+    gone = sorted(set(range(32)) - set(kept.tolist()))
+    start = model.layer2[0].conv1.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    inputs, y = batch()
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = 1e-3 * functional.cross_entropy(model(inputs), y)
+        loss.backward()
+        pruner.regularize(model, loss)
+        optimizer.step()
+    weight = model.layer2[0].conv1.weight.detach()
+    ratio = weight.flatten(1).norm(dim=1) / start.flatten(1).norm(dim=1)
+    assert ratio[gone] == pytest.approx(torch.full((len(gone),), 0.95**3), rel=1e-2)
+    assert ratio[kept] == pytest.approx(torch.ones(len(kept)), rel=1e-2)
+    shift = model.layer2[0].bn1.weight.detach()
+    assert shift[gone].mean() < shift[kept].mean()
+    pruner.step()
+    with pytest.raises(InputError, match="update_regularizer"):
+        pruner.regularize(model)
+
+
+SCRIPTS = [(False, False), (True, False), (True, True)]  # isomorphic needs global_pruning
+
+
+@pytest.mark.parametrize(("global_pruning", "isomorphic"), SCRIPTS)
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("round_to", [None, 8])
+def test_unchanged_base_pruner(
+    global_pruning: bool, steps: int, isomorphic: bool, round_to: int | None
+) -> None:
+    """A Torch-Pruning script with one line changed."""
+    model, x, split, importance = prepared(cifar_resnet(width=16, depth=2))
+    dense = count_macs(split.edge, x).total
+    pruner = tp.pruner.BasePruner(
+        model, x, importance=importance, global_pruning=global_pruning, pruning_ratio=0.5,
+        iterative_steps=steps, isomorphic=isomorphic, round_to=round_to,
+        ignored_layers=split.protected_layers(), in_channel_groups={}, out_channel_groups={},
+        num_heads={}, channel_groups={},
+    )  # fmt: skip
+    stem = importance.masks.table.members_of(model.conv1, "out")[0][0]
+    expected = importance.scores[stem].topk(8).values
+    for _ in range(steps):
+        pruner.step()
+    split.refresh()
+    assert count_macs(split.edge, x).total < dense
+    assert model(torch.randn(2, 3, 16, 16)).shape == (2, 10)
+    if not global_pruning:
+        assert model.conv1.out_channels == 8
+        group = pruner.DG.get_pruning_group(
+            model.conv1, tp.prune_conv_out_channels, list(range(8))
+        )
+        score = importance(group)
+        assert score is not None and torch.equal(score.sort(descending=True).values, expected)
+
+
+def test_magnitude_pruner_script() -> None:
+    """MagnitudePruner is Torch-Pruning's old name; its loop works with our scores."""
+    model, x, split, importance = prepared()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pruner = tp.pruner.MagnitudePruner(
+            model, x, importance=importance, pruning_ratio=0.5, iterative_steps=3,
+            ignored_layers=[model.fc],
+        )  # fmt: skip
+    for _ in range(3):
+        for group in pruner.step(interactive=True):
+            group.prune()
+    assert model.layer3[0].conv1.out_channels == 32
+    model(torch.randn(2, 3, 16, 16))
+
+
+def test_bad_arguments() -> None:
+    model, x, split, importance = prepared()
+
+    def make(**kwargs: object) -> PatrolPruner:
+        return PatrolPruner(model, x, importance, **{"split": split, "edge_macs": 0.5, **kwargs})
+
+    for bad in (0, 0.0, -0.5, 1.5, True, float("nan"), float("inf"), "half"):
+        with pytest.raises(InputError, match="fraction"):
+            make(edge_macs=bad)
+    with pytest.raises(InputError, match="dense edge"):
+        make(edge_macs=10**12)
+    with pytest.raises(BudgetError, match="smallest reachable") as caught:
+        make(edge_macs=0.05, max_pruning_ratio=0.2)
+    assert make(edge_macs=caught.value.smallest_edge_macs, max_pruning_ratio=0.2)
+    with pytest.raises(InputError, match="boundary"):
+        make(boundary="bottleneck")
+    with pytest.raises(InputError, match="another model"):
+        make(split=Split(cifar_resnet(), x, at="layer2"))
+    with pytest.raises(InputError, match="pruning_ratio_dict"):
+        make(pruning_ratio_dict={model.conv1: 0.5})
+    with pytest.raises(InputError, match="iterative_steps"):
+        make(iterative_steps=0)
+    with pytest.warns(UserWarning, match="edge_macs decides"):
+        make(pruning_ratio=0.5, global_pruning=True)
+    fresh = PatrolImportance(HandMadeObjective(split))
+    with pytest.raises(InputError, match="calibration data"):
+        PatrolPruner(model, x, fresh, split=split, edge_macs=0.5).step()
+    assert model.conv1.out_channels == 16
