@@ -55,6 +55,7 @@ class Frontier:
         finetune_epochs: of every pruned model.
         alpha: weight of each block's Lipschitz constant (scale-free form).
         beta: weight of the adversarial error.
+        max_pruning_ratio: largest share of a group's channels that may go.
         attack_epochs: of one schedule of an attacker's training; extended until its plateau.
         workers: processes; each computes with one thread.
         seed: of everything that is drawn.
@@ -68,9 +69,10 @@ class Frontier:
     test_images: int = 1_000
     width: int = 16
     baseline_epochs: int = 16
-    finetune_epochs: int = 4
+    finetune_epochs: int = 5
     alpha: float = 0.01
     beta: float = 40.0
+    max_pruning_ratio: float = 0.5
     attack_epochs: int = 8
     workers: int = 2
     seed: int = 0
@@ -100,9 +102,9 @@ def methods(args: Frontier) -> list[Method]:
     a, b, three = args.alpha, args.beta, (0, 1, 2)
     patrol = Method("patrol", "layer3", "patrol", a, b, a, b, three)
     rows = [
-        replace(patrol, name="patrol-adversarial", score_alpha=0.0, alpha=0.0, attack_seeds=(0,)),
-        Method("taylor", "layer3", "taylor", attack_seeds=three),
         patrol,
+        Method("taylor", "layer3", "taylor", attack_seeds=three),
+        replace(patrol, name="patrol-adversarial", score_alpha=0.0, alpha=0.0, attack_seeds=(0,)),
         Method("dense", "layer3"),
         replace(patrol, name="patrol-score-only", alpha=0.0, beta=0.0, attack_seeds=(0,)),
         Method("patrol-finetune-only", "layer3", "taylor", 0.0, 0.0, a, b),
@@ -202,12 +204,12 @@ def prune_and_finetune(args: Frontier, data: Data, method: Method, dense: SmallR
     """Score, prune to the budget, repair; the attackers inside are fit on the defender's images."""
     importance = scored(args, data, method, split)
     pruner = pp.PatrolPruner(split.model, split.example_inputs, importance, split=split,
-                             edge_macs=budget, boundary="keep", max_pruning_ratio=0.9)
+                             edge_macs=budget, boundary="keep", max_pruning_ratio=args.max_pruning_ratio)
     pruned = pruner.step()
     objective = objective_for(split, method.alpha, method.beta, args.seed + 10)
     recalibrate_batchnorm(split.model, data.batches(args.seed + 1))
     before = accuracy(split.model, data.test_batches())
-    config = FinetuneConfig(epochs=args.finetune_epochs, lr=0.05, seed=args.seed)
+    config = FinetuneConfig(epochs=args.finetune_epochs, lr=0.1, seed=args.seed)
     result = finetune(split, data.batches(args.seed + 2), objective=objective, config=config,
                       teacher=copy.deepcopy(dense), progress=False, resume=True,
                       checkpoint_dir=args.work / "checkpoints" / method.key)
@@ -225,7 +227,7 @@ def prune_and_finetune(args: Frontier, data: Data, method: Method, dense: SmallR
 
 def objective_for(split: pp.Split, alpha: float, beta: float, seed: int) -> pp.PatrolObjective:
     return pp.PatrolObjective(split, F.cross_entropy, alpha=alpha, beta=beta, seed=seed,
-                              normalization=NORMALIZATION)
+                              adversarial_images=64, normalization=NORMALIZATION)
 
 
 def scored(args: Frontier, data: Data, method: Method, split: pp.Split) -> Any:

@@ -38,8 +38,8 @@ TaskLoss = Callable[[Tensor, Tensor], Tensor]
 class ObjectiveTerms:
     """The parts of the objective for one batch, scalars with a graph behind them.
 
-    `lipschitz` and `adversarial` are unweighted by nothing: `lipschitz` is `sum_i alpha_i k_i`,
-    `adversarial` the mean over images of `L_adv`. Either is None where its weight is 0.
+    `lipschitz` is `sum_i alpha_i k_i`, weights included; `adversarial` is the mean over images of
+    `L_adv`, without `beta`. Either is None where its weight is 0.
     `total = task + lipschitz - beta * adversarial`.
     """
 
@@ -66,6 +66,8 @@ class PatrolObjective:
         lipschitz_reduction: "max" or "mean" over the batch.
         lipschitz_images: the first so many images of a batch are perturbed; the term is computed
             in full precision, where the rest may be mixed.
+        adversarial_images: the adversarial term and the surrogates' steps take the first so many
+            images of a batch; all of them where None. Fewer are cheaper and noisier.
         surrogates: architectures of the attackers inside.
         surrogate_lr: learning rate of the attackers inside.
         normalization: the map from pixels on [0, 1] to the model's input.
@@ -84,6 +86,7 @@ class PatrolObjective:
         lipschitz_form: LipschitzForm = "scale_free",
         lipschitz_reduction: Reduction = "max",
         lipschitz_images: int = 32,
+        adversarial_images: int | None = None,
         surrogates: Sequence[SurrogateSpec] = DEFAULT_SURROGATES,
         surrogate_lr: float = 2e-3,
         normalization: Normalization | None = None,
@@ -97,11 +100,15 @@ class PatrolObjective:
                 f"alpha={alpha}, beta={beta}, noise_std={noise_std}, "
                 f"lipschitz_images={lipschitz_images}. The signs are the objective's business."
             )
+        if adversarial_images is not None and adversarial_images < 2:
+            raise InputError(
+                f"Expected adversarial_images of at least 2 or None, came {adversarial_images}."
+            )
         self.split, self.task_loss = split, task_loss
         self.alpha, self.beta, self.noise_std = alpha, float(beta), noise_std
         self.uses_lipschitz = max(alphas) > 0
         self.lipschitz_form, self.lipschitz_reduction = lipschitz_form, lipschitz_reduction
-        self.lipschitz_images = lipschitz_images
+        self.lipschitz_images, self.adversarial_images = lipschitz_images, adversarial_images
         self.normalization = normalization or Normalization()
         self.precision = precision
         self.specs, self.surrogate_lr, self.seed = tuple(surrogates), surrogate_lr, seed
@@ -164,6 +171,7 @@ class PatrolObjective:
 
     def update_surrogates(self, z: Tensor, x: Tensor) -> Tensor:
         """One inner step on features that the edge gave for `x`; mean error per surrogate."""
+        z, x = z[: self.adversarial_images], x[: self.adversarial_images]
         pixels = self.normalization.to_pixels(x)
         return self.surrogates.step(z.detach(), pixels, precision=self.precision)
 
@@ -198,6 +206,7 @@ class PatrolObjective:
         return error
 
     def _adversarial(self, z: Tensor, x: Tensor) -> Tensor:
+        z, x = z[: self.adversarial_images], x[: self.adversarial_images]
         pixels = self.normalization.to_pixels(x)
         return self.surrogates.strongest(z, pixels, precision=self.precision).mean()
 
