@@ -276,10 +276,12 @@ def _free_nodes(order: Sequence[fx.Node], facts: dict[fx.Node, Facts]) -> set[fx
     written = _written(order, facts)
     free: set[fx.Node] = set()
     for node in order:
-        kind = node.op == "get_attr" or node.op in ("call_function", "call_method")
-        if kind and node not in written and not facts[node].mutates and not node.is_impure():
-            if all(used in free for used in node.all_input_nodes):
-                free.add(node)
+        constant = node.op in ("get_attr", "call_function", "call_method") and all(
+            used in free for used in node.all_input_nodes
+        )
+        is_written = node in written or facts[node].mutates
+        if constant and not is_written and not node.is_impure():
+            free.add(node)
     return free
 
 
@@ -300,11 +302,9 @@ def _names(graph: fx.Graph, tracer: _Tracer) -> dict[fx.Node, tuple[str, ...]]:
             operator = str(getattr(node.target, "__name__", node.target))
             owner = tracer.owner[node]
             own[node].append(_unique(f"{owner}.{operator}" if owner else operator, taken))
-    return {
-        node: (*sorted(own[node], key=lambda name: (name.count("."), own[node].index(name))),)
-        + tuple(passed[node])
-        for node in graph.nodes
-    }
+    for found in own.values():
+        found.sort(key=lambda name: name.count("."))
+    return {node: (*own[node], *passed[node]) for node in graph.nodes}
 
 
 def _unique(base: str, taken: Counter[str]) -> str:
