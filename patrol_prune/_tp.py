@@ -8,7 +8,6 @@ Source: G. Fang et al., DepGraph (arXiv 2301.12900), Torch-Pruning 1.6.
 
 from __future__ import annotations
 
-import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -41,28 +40,12 @@ from patrol_prune.groups import (
 )
 
 __all__ = [
-    "BasePruner",
-    "ChannelGroup",
-    "DependencyGraph",
-    "Group",
-    "GroupMagnitudeImportance",
-    "GroupTable",
-    "GroupTaylorImportance",
-    "Importance",
-    "Member",
-    "as_forward_fn",
-    "bounded_enumeration",
-    "build_graph",
-    "check_prunable",
-    "linear_scheduler",
-    "output_channels",
-    "preserved",
-    "pruning_group",
-    "remove_channels",
-    "width_of",
-]
+    "BasePruner", "ChannelGroup", "DependencyGraph", "Group", "GroupMagnitudeImportance",
+    "GroupTable", "GroupTaylorImportance", "Importance", "Member", "as_forward_fn",
+    "bounded_enumeration", "build_graph", "check_prunable", "linear_scheduler",
+    "output_channels", "preserved", "pruning_group", "remove_channels", "width_of",
+]  # fmt: skip
 
-logger = logging.getLogger(__name__)
 linear_scheduler = tp.pruner.algorithms.scheduler.linear_scheduler
 
 _MAX_INDICES = 2_000_000

@@ -12,6 +12,7 @@ no such layer (products inside attention) enters as a constant.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -136,6 +137,28 @@ class MacModel:
         segments = self._segment_of[owner][member.root_idxs.numpy()]
         held = np.bincount(segments, minlength=len(row))
         row += held // np.maximum(self._sizes, 1)
+
+
+def check_budget(edge_macs: float) -> None:
+    """Refuse what is neither a fraction in (0, 1] nor a whole number of MACs."""
+    number = isinstance(edge_macs, (int, float)) and not isinstance(edge_macs, bool)
+    if not number or not 0 < edge_macs < math.inf or (edge_macs > 1 and edge_macs % 1):
+        raise InputError(
+            "Expected edge_macs as a fraction of the dense edge in (0, 1], or as a whole number of "
+            f"MACs, came {edge_macs!r}."
+        )
+
+
+def budget_as_count(edge_macs: float, dense: int) -> int:
+    """A fraction of the dense edge, or a count, as a count of at most `dense`."""
+    count = math.floor(edge_macs * dense) if edge_macs <= 1 else int(edge_macs)
+    if count > dense:
+        raise InputError(
+            f"Expected a budget of at most the dense edge's {dense} MACs, came {count}: nothing "
+            "needs to be pruned. Give a fraction in (0, 1], a smaller count, or choose a deeper "
+            "split."
+        )
+    return count
 
 
 def _widths(module: nn.Module) -> tuple[int, int, int]:

@@ -22,7 +22,7 @@ from patrol_prune._tp import (
     preserved,
     pruning_group,
 )
-from patrol_prune.budget import MacModel
+from patrol_prune.budget import MacModel, budget_as_count, check_budget
 from patrol_prune.choice import Limits, choose, require_reachable, smallest
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import InputError
@@ -136,7 +136,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         if iterative_steps < 1:
             raise InputError(f"Expected iterative_steps of at least 1, came {iterative_steps}.")
         self.limits = Limits(min_channels, max_pruning_ratio, round_to)
-        _check_budget(edge_macs)
+        check_budget(edge_macs)
         check_prunable(model)
         self.split, self.boundary, self.reg = split, boundary, reg
         options = _host_options(kwargs, example_inputs)
@@ -160,7 +160,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         self._costs = MacModel(split, self._table)
         self.initial = {name: g.channels for name, g in self._table.groups.items()}
         self.dense_edge_macs = self._costs.dense
-        self.budget = _count(edge_macs, self.dense_edge_macs)
+        self.budget = budget_as_count(edge_macs, self.dense_edge_macs)
         require_reachable(self.budget, self.smallest_edge_macs(), self.dense_edge_macs)
         self.pruning_ratio = 1.0 - self.budget / self.dense_edge_macs
         self.per_step_pruning_ratio = self.iterative_pruning_ratio_scheduler(
@@ -356,27 +356,6 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             self._table.groups[name] = dataclasses.replace(group, tie=tie, blocked=blocked)
 
 
-def _check_budget(edge_macs: float) -> None:
-    number = isinstance(edge_macs, (int, float)) and not isinstance(edge_macs, bool)
-    if not number or not 0 < edge_macs < math.inf or (edge_macs > 1 and edge_macs % 1):
-        raise InputError(
-            "Expected edge_macs as a fraction of the dense edge in (0, 1], or as a whole number of "
-            f"MACs, came {edge_macs!r}."
-        )
-
-
-def _count(edge_macs: float, dense: int) -> int:
-    """A fraction or a count as a count."""
-    count = math.floor(edge_macs * dense) if edge_macs <= 1 else int(edge_macs)
-    if count > dense:
-        raise InputError(
-            f"Expected a budget of at most the dense edge's {dense} MACs, came {count}: nothing "
-            "needs to be pruned. Give a fraction in (0, 1], a smaller count, or choose a deeper "
-            "split."
-        )
-    return count
-
-
 def _host_options(kwargs: dict[str, Any], example_inputs: Any) -> dict[str, Any]:
     """`BasePruner`'s arguments, with copies of the dictionaries it would write into."""
     for name in _NOT_SUPPORTED:
@@ -388,9 +367,8 @@ def _host_options(kwargs: dict[str, Any], example_inputs: Any) -> dict[str, Any]
     for name in _DECIDED_BY_THE_BUDGET:
         if kwargs.get(name) and name != "global_pruning":
             warnings.warn(f"{name} is not used: edge_macs decides.", stacklevel=3)
-    options = {
-        k: v for k, v in kwargs.items() if k not in (*_DECIDED_BY_THE_BUDGET, *_NOT_SUPPORTED)
-    }
+    dropped = (*_DECIDED_BY_THE_BUDGET, *_NOT_SUPPORTED)
+    options = {k: v for k, v in kwargs.items() if k not in dropped}
     for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
         options[name] = dict(options.get(name) or {})
     if options.get("forward_fn") is None:
