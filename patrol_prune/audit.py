@@ -13,8 +13,7 @@ import dataclasses
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -33,6 +32,7 @@ from patrol_prune.attacks import (
     self_test,
 )
 from patrol_prune.audit_report import AuditReport
+from patrol_prune.cost import evaluating
 from patrol_prune.errors import InputError
 from patrol_prune.metrics import check_pixels, mse, psnr, ssim
 from patrol_prune.pixels import Normalization
@@ -121,22 +121,10 @@ def compute_features(
     """
     tensor = next(edge.parameters(), next(edge.buffers(), torch.empty(0)))
     parts = []
-    with evaluation_mode(edge), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
+    with evaluating(edge), torch.no_grad(), torch.autocast(tensor.device.type, enabled=False):
         for batch in torch.split(pixels, batch_size):
             parts.append(edge(normalization.to_input(batch.to(tensor.device))).float().cpu())
     return torch.cat(parts)
-
-
-@contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """`module.eval()` for a while; every submodule's own mode comes back, also after an error."""
-    modes = {m: m.training for m in module.modules()}
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, training in modes.items():
-            m.training = training
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -14,15 +13,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm.auto import tqdm
 
 from patrol_prune.errors import CheckpointError, InputError, TrainingError
+from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
 from patrol_prune.objective import ObjectiveTerms, PatrolObjective
 from patrol_prune.precision import PRECISIONS, autocast
 from patrol_prune.split import Split
 from patrol_prune.storage import load_state, newest_whole, save_state
 from patrol_prune.training_state import pack_state, unpack_state
+
+__all__ = [
+    "FinetuneConfig",
+    "FinetuneResult",
+    "accuracy",
+    "finetune",
+    "learning_rate",
+    "recalibrate_batchnorm",
+]
 
 log = logging.getLogger(__name__)
 
@@ -311,67 +319,6 @@ def learning_rate(step: int, total_steps: int, config: FinetuneConfig) -> float:
         return config.lr * (step + 1) / (rise + 1)
     progress = (step - rise) / max(1.0, total_steps - rise)
     return config.lr * 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-
-
-@torch.no_grad()
-def accuracy(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    device: str | torch.device = "cpu",
-) -> float:
-    """Share of the images whose largest logit is the label's, in [0, 1], in full precision."""
-    with evaluating(model):
-        right, count = 0, 0
-        for x, y in batches:
-            logits = model(x.to(device))
-            right += int((logits.argmax(1) == y.to(device)).sum())
-            count += len(y)
-    if count == 0:
-        raise InputError("Expected at least one batch to measure the accuracy on, came none.")
-    return right / count
-
-
-@torch.no_grad()
-def recalibrate_batchnorm(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    max_batches: int = 50,
-    device: str | torch.device = "cpu",
-) -> None:
-    """Replace BatchNorm's running statistics by the plain average over up to `max_batches`.
-
-    Removal changes what every later layer sees; the stored statistics are of the wider model.
-    """
-    layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    with evaluating(model):
-        for layer in layers:
-            if layer.track_running_stats:
-                layer.reset_running_stats()
-                layer.momentum = None  # cumulative average
-                layer.train()
-        try:
-            for number, (x, _) in enumerate(batches):
-                if number == max_batches:
-                    break
-                model(x.to(device))
-        finally:
-            for layer, momentum in zip(layers, momenta, strict=True):
-                layer.momentum = momentum
-
-
-@contextlib.contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode; every module's own mode comes back, also after an error."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _check_targets(logits: Tensor, y: Tensor) -> None:

@@ -8,6 +8,7 @@ The model minimises `J`; the surrogates minimise their own `L_adv`.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from patrol_prune.cost import evaluating
 from patrol_prune.errors import InputError
 from patrol_prune.lipschitz import (
     LipschitzForm,
@@ -180,29 +182,21 @@ class PatrolObjective:
 
         The model's mode and running statistics are left as they are.
         """
-        edge, training = self.split.edge, self.split.edge.training
-        modes = [(module, module.training) for module in edge.modules()]
+        edge = self.split.edge
         device = next(self.split.model.parameters()).device
-        edge.eval()
         done, error = 0, float("nan")
-        try:
+        with evaluating(edge):
             while done < steps:
                 before = done
-                for x, _ in batches:
+                for x, _ in itertools.islice(batches, steps - done):
                     x = x.to(device)
                     with torch.no_grad(), autocast(device, self.precision):
                         z = edge(x).float()
                     self.surrogates.observe(z, self.normalization.to_pixels(x))
                     error = float(self.update_surrogates(z, x).min())
                     done += 1
-                    if done >= steps:
-                        break
                 if done == before:
                     raise InputError("Expected batches to fit the surrogates on, came none.")
-        finally:
-            edge.train(training)
-            for module, mode in modes:
-                module.training = mode
         return error
 
     def _adversarial(self, z: Tensor, x: Tensor) -> Tensor:

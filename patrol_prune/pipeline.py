@@ -29,9 +29,9 @@ from patrol_prune.plan import Plan, plan, short
 from patrol_prune.preparation import (
     Images,
     fresh_model,
+    held_out_batches,
     incoming_model,
     read_images,
-    held_out_batches,
     training_batches,
 )
 from patrol_prune.pruner import PatrolPruner

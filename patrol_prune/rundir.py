@@ -34,8 +34,10 @@ logger = logging.getLogger(__name__)
 CONFIG = "config.yaml"
 EVENTS = "events.jsonl"
 MANIFEST = "manifest.json"
-OUTPUTS = (CONFIG, EVENTS, MANIFEST, "plan.json", "audit.json", "report.html", "report.json", "summary.json",
-           "checkpoints", "edge.patrol", "figures", "scores", "audit_examples")
+OUTPUTS = (
+    CONFIG, EVENTS, MANIFEST, "plan.json", "audit.json", "summary.json", "report.json",
+    "report.html", "checkpoints", "edge.patrol", "figures", "audit_examples",
+)
 
 
 class RunDirectory:

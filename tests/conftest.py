@@ -32,12 +32,12 @@ def write_folder() -> Callable[..., Path]:
         where: Path, *, parts: tuple[str, ...] = ("train", "test"),
         classes: tuple[str, ...] = ("blue", "green", "red"), count: int = 8, size: int = 16,
     ) -> Path:
-        for p, part in enumerate(parts):
+        for part in parts:
             for c, name in enumerate(classes):
                 folder = where / part / name
                 folder.mkdir(parents=True, exist_ok=True)
                 for i in range(count):
-                    rng = np.random.default_rng((p, c, i))
+                    rng = np.random.default_rng((*part.encode(), c, i))
                     image = rng.integers(0, 90, (size, size, 3), dtype=np.uint8)
                     image[..., c % 3] += 120
                     y, x = rng.integers(0, size - 4, 2)

@@ -1,0 +1,326 @@
+"""What the command line does: its options, and one function for each command."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import ArgumentParser, Namespace
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+from rich.text import Text
+
+from patrol_prune.errors import InputError, PatrolError
+from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.models import build_model
+from patrol_prune.pipeline import RunResult, audit_again, run
+from patrol_prune.plan import Plan, plan, short
+from patrol_prune.report import console_table
+from patrol_prune.run_summary import rewrite_report
+from patrol_prune.settings import AuditConfig, RunConfig, ScoreConfig, build
+from patrol_prune.vehicles import write_vehicles
+
+OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
+
+USAGE = {
+    "plan": "patrol-prune plan --edge-macs BUDGET [--model NAME] [options]",
+    "run": "patrol-prune run --data FOLDER --edge-macs BUDGET [--model NAME] [options]",
+    "audit": "patrol-prune audit RUN [options]",
+    "report": "patrol-prune report RUN",
+    "demo": "patrol-prune demo [options]",
+}
+ABOUT = """Prune the device side of a split network so that what it uploads gives the image away
+as little as possible, and measure what an attacker still sees."""
+
+EXAMPLES = {
+    "": """Examples:
+  patrol-prune demo
+  patrol-prune plan --model resnet18 --image-size 128 --edge-macs 200M
+  patrol-prune run --data photos --model resnet18 --edge-macs 200M --name photos
+  patrol-prune audit runs/photos --seeds 0 1 2
+  patrol-prune report runs/photos
+
+`patrol-prune COMMAND --help` explains each.""",
+    "plan": """Where can the model be cut, what does each place cost, and how hard would it have to
+be pruned to meet the budget? Nothing is trained.
+
+Example, 200 million multiply-adds on the device:
+  patrol-prune plan --model mobilenet_v3_large --image-size 128 --edge-macs 200M
+
+The budget is a count (9.9M), a fraction of the dense edge (0.5, together with --at), or the name of
+a split (layer1), whose dense edge's cost is meant.""",
+    "run": """Train, cut, score, prune, fine-tune, attack and report. What is asked for:
+
+  --data FOLDER     train/ and val/ or test/ inside, each with one folder of images per class
+  --edge-macs N     the device's budget in multiply-adds (see `patrol-prune plan --help`)
+  --model NAME      any torchvision classifier, or module:function of your own
+  --weights FILE    safetensors; without it the model is trained first
+
+Example:
+  patrol-prune run --data photos --model resnet18 --image-size 128 --edge-macs 200M --name photos
+
+Every setting can stand in a file: `--print-config` writes one, `--config FILE` reads it, and
+options after it change it. The same settings resume a run that was interrupted.""",
+    "audit": """Attack the finished edge of a run again, with fresh attackers, and write its report
+anew.
+
+Example, three attackers:
+  patrol-prune audit runs/photos --seeds 0 1 2""",
+    "report": """Write the report page of a finished run again from its records.
+
+Example:
+  patrol-prune report runs/photos""",
+    "demo": """The whole path on rendered vehicles, offline, in a few minutes on two CPU cores. The
+report shows whether an attacker can still read the number plates.
+
+Example:
+  patrol-prune demo --name demo""",
+}
+
+
+class _Parser(ArgumentParser):  # type: ignore[misc]
+    """Options are spelt with dashes; the help begins with what the command is for."""
+
+    teaching = ""
+
+    def format_help(self) -> str:
+        """The taught text first, then usage and options."""
+        text = _dashed(super().format_help())
+        return f"{self.teaching}\n\n{text}" if self.teaching else text
+
+    def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
+        """Exit with 2 and one message."""
+        named = re.sub(rf"\b(?:{'|'.join(USAGE)})\.([a-z])", r"--\1", message)
+        _complain(_dashed(named) + f"\nSee: {self.prog.replace('[options] ', '')} --help")
+        raise SystemExit(BAD_INPUT)
+
+
+def _dashed(text: str) -> str:
+    return re.sub(r"--[A-Za-z][\w.]*", lambda m: m.group().replace("_", "-"), text)
+
+
+def _underscored(arguments: Sequence[str]) -> list[str]:
+    """`--image-size 64` as `--image_size 64`; values stay as they are."""
+    changed = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        if name.startswith("--") and len(name) > 2:
+            name = "--" + name[2:].replace("-", "_")
+        changed.append(name + equals + value)
+    return changed
+
+
+def _plan_options(
+    edge_macs: str,
+    model: str = "resnet18",
+    image_size: int = 128,
+    at: str | None = None,
+    boundary: Literal["keep", "prune"] = "keep",
+    classes: int = 10,
+    every: bool = False,
+) -> None:
+    """Options of `plan`.
+
+    Args:
+        edge_macs: the budget of the device: 9.9M, 0.5 (of the dense edge at --at), or layer1.
+        model: a torchvision classifier, small_resnet, or module:function of your own.
+        image_size: side of the square images, in pixels.
+        at: ask about this split only, instead of having one recommended.
+        boundary: whether channels that cross the split are kept or pruned.
+        classes: outputs of the classifier.
+        every: show places inside blocks as well.
+    """
+
+
+def make_parser() -> ArgumentParser:
+    """The command line."""
+    parser = _Parser(prog="patrol-prune", description=ABOUT)
+    parser.add_argument("--verbose", action="store_true", help="tell more while working")
+    commands = parser.add_subcommands(required=False, dest="command")
+    made = {name: _Parser(usage=usage) for name, usage in USAGE.items()}
+    for name, command in made.items():
+        command.teaching = EXAMPLES[name]
+    parser.teaching = EXAMPLES[""]
+    made["plan"].add_function_arguments(_plan_options)
+    made["plan"].add_argument("--json", action="store_true", help="print the plan as JSON")
+    made["run"].add_argument("--config", action="config", help="a YAML file of settings")
+    made["run"].add_class_arguments(RunConfig)
+    made["run"].add_argument("--overwrite", action="store_true",
+                             help="start anew if the directory holds another run")
+    made["audit"].add_argument("run", type=str, help="a run's folder, as in runs/photos")
+    made["audit"].add_argument("--seeds", type=int, nargs="+", help="one fresh attacker for each")
+    made["audit"].add_argument("--attacks", type=str, nargs="+", help="names of attacks")
+    made["audit"].add_argument("--device", type=str, help="where; that of the run without")
+    made["report"].add_argument("run", type=str, help="a run's folder, as in runs/photos")
+    made["demo"].add_argument("--name", type=str, default="demo", help="of the run")
+    made["demo"].add_argument("--runs", type=str, default="runs", help="the folder of all runs")
+    made["demo"].add_argument("--seed", type=int, default=0, help="of everything")
+    made["demo"].add_argument("--device", type=str, default="cpu", help="cpu, cuda, mps or auto")
+    made["demo"].add_argument("--overwrite", action="store_true", help="start anew")
+    summaries = {
+        "plan": "where to cut, and how hard to prune there", "run": "the whole path on your images",
+        "audit": "attack a finished run again", "report": "write a run's page again",
+        "demo": "the whole path on rendered vehicles, offline",
+    }
+    for name, command in made.items():
+        commands.add_subcommand(name, command, help=summaries[name])
+    return parser
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Run one command; the exit code. See `cli.main`."""
+    parser = make_parser()
+    try:
+        chosen = parser.parse_args(_underscored(arguments))
+        if chosen.command is None:
+            parser.print_help()
+            return OK
+        _log(chosen.verbose)
+        COMMANDS[chosen.command](chosen[chosen.command])
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else OK if stop.code is None else BAD_INPUT
+    except PatrolError as error:
+        _complain(_dashed(str(error)))
+        return BAD_INPUT
+    return OK
+
+
+def _log(verbose: bool) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    level = logging.INFO if verbose else logging.WARNING
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler], force=True)
+    logging.getLogger("patrol_prune").setLevel(level)
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True).print(Text("error: ", style="bold red") + Text(message), soft_wrap=True)
+
+
+def _tell(stage: str, sentence: str) -> None:
+    Console().print(Text(f"{stage:9}", style="bold") + Text(sentence), soft_wrap=True)
+
+
+def _plan(options: Namespace) -> None:
+    values = options.as_dict()
+    classes, size = values["classes"], values["image_size"]
+    if classes < 2 or size < 1:
+        raise InputError(
+            f"Expected at least 2 classes and a positive image size, came {classes} and {size}."
+        )
+    model = build_model(values["model"], classes, image_size=size)
+    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    made = plan(
+        model, image, edge_macs=values["edge_macs"], at=values["at"], boundary=values["boundary"],
+        every=values["every"],
+    )
+    if values["json"]:
+        print(json.dumps(made.to_json(), indent=1))
+        return
+    console = Console()
+    console.print(plan_table(made))
+    console.print(made.text, highlight=False, soft_wrap=True)
+
+
+def plan_table(made: Plan) -> Table:
+    """One line for each place to cut; an arrow at the one to take."""
+    table = Table(title=f"Places to cut, for {short(made.budget_edge_macs)} MACs on the device")
+    for heading in ("", "cut after", "feature", "upload", "dense MACs", "prune", "smallest"):
+        table.add_column(heading, justify="left" if heading in ("", "cut after") else "right")
+    for row in made.rows:
+        if not row.fits:
+            share = "cannot fit"
+        elif row.edge_macs <= made.budget_edge_macs:
+            share = "fits"
+        else:
+            share = "to the floor" if row.channel_ratio is None else f"{row.channel_ratio:.0%}"
+        table.add_row(
+            "→" if row.name == made.recommended else "",
+            row.name,
+            "×".join(str(n) for n in row.feature_shape),
+            short(row.feature_bytes) + "B",
+            short(row.edge_macs),
+            share,
+            short(row.smallest_edge_macs),
+            style=None if row.fits else "dim",
+        )
+    return table
+
+
+def _run(options: Namespace) -> None:
+    values = options.as_dict()
+    overwrite = bool(values.pop("overwrite", False))
+    for key in ("config", "print_config"):
+        values.pop(key, None)
+    _whole_path(build(RunConfig, values, "the command line"), overwrite)
+
+
+def _whole_path(config: RunConfig, overwrite: bool) -> None:
+    try:
+        result = run(config, overwrite=overwrite, progress=_tell, bars=sys.stderr.isatty())
+    except KeyboardInterrupt:
+        file = Path(config.runs) / config.name / "config.yaml"
+        if not file.is_file():
+            raise
+        _complain(
+            "Interrupted. What was finished is kept; go on with\n"
+            f"  patrol-prune run --config {file}"
+        )
+        raise SystemExit(INTERRUPTED) from None
+    _conclude(result)
+
+
+def _conclude(result: RunResult) -> None:
+    console = Console()
+    console.print(console_table(result.summary, result.audit))
+    console.print(Text(f"Report: {result.report.resolve()}"), soft_wrap=True)
+
+
+def _audit(options: Namespace) -> None:
+    _conclude(
+        audit_again(
+            options.run, attacks=options.attacks, seeds=options.seeds, device=options.device,
+            progress=_tell,
+        )
+    )
+
+
+def _report(options: Namespace) -> None:
+    Console().print(Text(f"Report: {rewrite_report(options.run).resolve()}"), soft_wrap=True)
+
+
+def demo_config(name: str, runs: str, data: Path, *, seed: int, device: str) -> RunConfig:
+    """Settings that finish within minutes on two CPU cores, and still show the leak."""
+    return RunConfig(
+        data=str(data), edge_macs="layer1", model="small_resnet", at="layer2", image_size=64,
+        name=name, runs=runs, batch_size=32, device=device, seed=seed,
+        train=FinetuneConfig(epochs=8, distill_weight=0.0),
+        score=ScoreConfig(batches=8, surrogate_steps=60),
+        finetune=FinetuneConfig(epochs=5, lr=0.02, surrogate_warmup_steps=40),
+        audit=AuditConfig(victims=100, attacker_share=0.4),
+        attacker=dataclasses.replace(
+            RunConfig("data", "1").attacker, width=32, depth=3, epochs=12, max_extensions=1
+        ),
+    )
+
+
+def _demo(options: Namespace) -> None:
+    images = Path(options.runs) / f"{options.name}-vehicles"
+    _tell("images", f"Drawing vehicles into {images}.")
+    write_vehicles(images, train=1200, test=200, size=64, seed=options.seed)
+    config = demo_config(
+        options.name, options.runs, images, seed=options.seed, device=options.device
+    )
+    _whole_path(config, options.overwrite)
+
+
+COMMANDS: dict[str, Callable[[Any], None]] = {
+    "plan": _plan, "run": _run, "audit": _audit, "report": _report, "demo": _demo,
+}

@@ -1,0 +1,152 @@
+"""The command line: what it prints, what it refuses, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from patrol_prune import commands
+from patrol_prune.cli import main
+from patrol_prune.pipeline import run
+from patrol_prune.settings import RunConfig
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("command", ["plan", "run", "audit", "report", "demo"])
+def test_help_teaches_with_an_example(command: str, capsys: Capture) -> None:
+    assert main([command, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert f"  patrol-prune {command}" in text
+    assert "_" not in "".join(w for w in text.split() if w.startswith("--"))
+
+
+def test_no_command_shows_the_help(capsys: Capture) -> None:
+    assert main([]) == 0
+    assert "patrol-prune demo" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["prune"], "prune"),
+        (["run", "--data", "x"], "--edge-macs"),
+        (["run", "--data", "x", "--edge-macs", "1M", "--image-sise", "3"], "--image-sise"),
+        (["run", "--data", "x", "--edge-macs", "1M", "--seed", "one"], "seed"),
+        (["run", "--data", "x", "--edge-macs", "1M", "--boundary", "cut"], "boundary"),
+        (["run", "--data", "x", "--edge-macs", "1M", "--image-size", "4"], "at least 16 pixels"),
+        (["run", "--data", "no/such", "--edge-macs", "1M"], "does not exist"),
+        (["run", "--data", "x", "--edge-macs", "1M", "--device", "banana"], "is not there"),
+        (["run", "--data", "x", "--edge-macs", "1M", "--finetune.lr", "0"], "lr"),
+        (["run", "--data", "x", "--edge-macs", "1M", "--score.batches", "0"], "calibration batch"),
+        (["run", "--config", "none.yaml"], "none.yaml"),
+        (["plan", "--edge-macs", "1M", "--model", "resnt18"], "Did you mean: resnet18"),
+        (["plan", "--edge-macs", "lots", "--model", "small_resnet", "--image-size", "16"], "lots"),
+        (["plan", "--edge-macs", "1M", "--classes", "1"], "at least 2 classes"),
+        (["audit", "nowhere"], "holds no run"),
+        (["report", "nowhere"], "finished run"),
+    ],
+)
+def test_bad_calls_exit_with_2_and_one_message(
+    arguments: list[str], message: str, capsys: Capture
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "Traceback" not in error
+    assert error.count("error:") == 1
+
+
+def test_plan(capsys: Capture) -> None:
+    call = ["plan", "--model", "small_resnet", "--image-size", "16", "--edge-macs", "layer1"]
+    assert main(call) == 0
+    text = capsys.readouterr().out
+    assert "→" in text and "layer3" in text and "Cut after" in text
+    assert main([*call, "--at", "layer2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recommended"] == "layer2"
+
+
+def test_a_printed_configuration_is_read_back(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = ["run", "--data", "photos", "--edge-macs", "0.5", "--at", "layer2",
+            "--finetune.epochs", "3", "--audit.seeds", "[0,1]", "--score.round-to", "8"]
+    assert main([*call, "--print-config"]) == 0
+    (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(commands, "_whole_path", lambda config, overwrite: seen.append(config))
+    assert main(call) == 0
+    assert main(["run", "--config", str(tmp_path / "c.yaml")]) == 0
+    assert seen[0] == seen[1]
+    assert (seen[0].finetune.epochs, seen[0].audit.seeds) == (3, (0, 1))
+    assert main(["run", "--config", str(tmp_path / "c.yaml"), "--seed", "7"]) == 0
+    assert seen[2].seed == 7 and seen[2].at == "layer2"
+    seen[0].to_yaml(tmp_path / "run.yaml")  # as a run directory keeps it
+    assert main(["run", "--config", str(tmp_path / "run.yaml")]) == 0
+    assert seen[3] == seen[0]
+
+
+def test_unknown_key_in_a_file(tmp_path: Path, capsys: Capture) -> None:
+    values = {"data": "x", "edge_macs": "1M", "modle": "resnet18"}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    assert main(["run", "--config", str(tmp_path / "c.yaml")]) == 2
+    assert "modle" in capsys.readouterr().err
+
+
+def test_demo_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(commands, "_whole_path", lambda config, overwrite: seen.append(config))
+    monkeypatch.setattr(commands, "write_vehicles", lambda *a, **k: tmp_path)
+    assert main(["demo", "--runs", str(tmp_path), "--seed", "4"]) == 0
+    assert seen[0].seed == 4 and seen[0].runs == str(tmp_path)
+
+
+def test_interrupted_says_how_to_go_on(
+    tmp_path: Path, write_folder: Callable[..., Path], capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write_folder(tmp_path / "images", count=24)
+
+    def stopping(config: RunConfig, **more: object) -> None:
+        def stop(stage: str, _: str) -> None:
+            if stage == "model":
+                raise KeyboardInterrupt
+
+        run(config, progress=stop)
+
+    monkeypatch.setattr(commands, "run", stopping)
+    call = ["run", "--data", str(folder), "--edge-macs", "layer1", "--model", "small_resnet",
+            "--image-size", "16", "--batch-size", "8", "--runs", str(tmp_path / "runs")]
+    assert main(call) == 130
+    error = capsys.readouterr().err
+    file = tmp_path / "runs" / "run" / "config.yaml"
+    assert f"patrol-prune run --config {file}" in error and file.is_file()
+
+
+def test_ctrl_c_in_a_real_process(tmp_path: Path, write_folder: Callable[..., Path],
+                                  root: Path) -> None:
+    folder = write_folder(tmp_path / "images", count=24)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "patrol_prune", "run", "--data", str(folder), "--edge-macs",
+         "layer1", "--model", "small_resnet", "--image-size", "16", "--batch-size", "4",
+         "--runs", str(tmp_path / "runs"), "--train.epochs", "10000"],
+        cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    first = tmp_path / "runs" / "run" / "checkpoints" / "train" / "epoch-0001"
+    deadline = time.monotonic() + 120
+    while not first.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error
+    assert "Interrupted" in error and "Traceback" not in error

@@ -1,0 +1,310 @@
+"""The whole path on a handful of tiny images: resumed to the same result, refused in time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from patrol_prune import pipeline
+from patrol_prune.attacks import InverseNetworkConfig
+from patrol_prune.checkpoint import load, read_info
+from patrol_prune.cost import edge_macs
+from patrol_prune.errors import BudgetError, InputError, PatrolError, RunDirectoryError
+from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.models import build_model
+from patrol_prune.pipeline import RunResult, audit_again, run
+from patrol_prune.preparation import read_images
+from patrol_prune.run_summary import read_summary, rewrite_report
+from patrol_prune.settings import AuditConfig, RunConfig, ScoreConfig
+
+Writer = Callable[..., Path]
+
+
+def tiny(folder: Path, runs: Path, name: str = "a") -> RunConfig:
+    return RunConfig(
+        data=str(folder), edge_macs="0.5", at="layer2", model="small_resnet", image_size=16,
+        name=name, runs=str(runs), batch_size=8, device="cpu",
+        train=FinetuneConfig(epochs=1, distill_weight=0.0),
+        score=ScoreConfig(batches=1, surrogate_steps=1),
+        finetune=FinetuneConfig(epochs=2, surrogate_warmup_steps=1, inner_steps=1),
+        audit=AuditConfig(victims=8, attacker_share=0.5, examples=2),
+        attacker=InverseNetworkConfig(width=4, depth=0, epochs=1, max_extensions=0),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, write_folder: Writer) -> Path:
+    return write_folder(tmp_path_factory.mktemp("images"), parts=("train", "val"), count=18)
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return run(tiny(folder, tmp_path_factory.mktemp("runs")))
+
+
+def weights(result: RunResult) -> dict[str, torch.Tensor]:
+    split = load(
+        result.directory / "edge.patrol", lambda: build_model("small_resnet", 3, image_size=16)
+    )
+    return split.model.state_dict()
+
+
+def test_what_a_run_leaves(finished: RunResult) -> None:
+    there = {p.name for p in finished.directory.iterdir()}
+    assert {
+        "config.yaml", "plan.json", "events.jsonl", "checkpoints", "edge.patrol", "audit.json",
+        "figures", "report.html", "manifest.json",
+    } <= there
+    assert finished.report.read_text(encoding="utf-8").startswith("<!doctype html>".upper()[:2])
+    assert json.loads((finished.directory / "plan.json").read_text())["recommended"] == "layer2"
+    stages = [json.loads(line) for line in (finished.directory / "events.jsonl").open()]
+    assert [s["stage"] for s in stages if s["event"] == "stage done"] == list(pipeline.STAGES)
+
+
+def test_the_edge_meets_the_budget_and_is_the_one_that_was_saved(finished: RunResult) -> None:
+    summary = finished.summary
+    budget = summary.plan["budget"]
+    assert 0.98 * budget <= summary.pruned["edge_macs"] <= budget
+    assert budget == summary.dense["edge_macs"] // 2
+    split = load(
+        finished.directory / "edge.patrol", lambda: build_model("small_resnet", 3, image_size=16)
+    )
+    assert edge_macs(split) == summary.pruned["edge_macs"]
+    info = read_info(finished.directory / "edge.patrol")
+    assert info.extra["classes"] == ["blue", "green", "red"]
+    assert info.normalization is not None and info.normalization.mean[0] > 0.2
+
+
+def test_floor_and_ceiling_stand_beside_the_edge(finished: RunResult) -> None:
+    assert finished.audit.subjects == ("floor", "edge", "undefended")
+    assert set(finished.audit.examples) == {"originals", "floor", "edge", "undefended"}
+
+
+def test_the_same_settings_do_nothing_again(
+    finished: RunResult, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "finetune", None)
+    monkeypatch.setattr(pipeline, "audit", None)
+    again = run(tiny(folder, finished.directory.parent))
+    assert again.summary == finished.summary
+
+
+def test_other_settings_are_refused_by_name(finished: RunResult, folder: Path) -> None:
+    other = replace(tiny(folder, finished.directory.parent), seed=5, edge_macs="0.6")
+    with pytest.raises(RunDirectoryError, match=r"edge_macs: '0\.5' there, '0\.6' now") as error:
+        run(other)
+    assert "seed: 0 there, 5 now" in str(error.value)
+
+
+@pytest.mark.parametrize(("stage", "call"), [("model", 2), ("finetune", 3), ("audit", 2)])
+def test_interrupted_and_resumed_gives_the_same(
+    finished: RunResult, folder: Path, tmp_path: Path, stage: str, call: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Stopped by Ctrl-C inside a stage: the second call goes on and ends at the same bits."""
+    from patrol_prune import finetune as module
+
+    saves = []
+    real = module.save_state
+
+    def stopping(*arguments: object, **more: object) -> None:
+        real(*arguments, **more)  # type: ignore[arg-type]
+        saves.append(1)
+        if stage in ("model", "finetune") and len(saves) == call - 1:
+            raise KeyboardInterrupt
+
+    def progress(now: str, sentence: str) -> None:
+        if now == stage == "audit" and "Attacking" in sentence:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_state", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(folder, tmp_path), progress=progress)
+    monkeypatch.undo()
+    result = run(tiny(folder, tmp_path))
+    ours, theirs = weights(result), weights(finished)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert result.audit.per_image == finished.audit.per_image
+    assert result.summary.pruned == finished.summary.pruned
+
+
+def test_a_harmed_stage_and_all_after_it_are_done_again(
+    finished: RunResult, folder: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    (copied / "edge.patrol" / "split.json").write_text("{}")
+    told: list[str] = []
+    again = run(tiny(folder, tmp_path), progress=lambda stage, _: told.append(stage))
+    assert {"finetune", "audit", "report"} == set(told)
+    assert again.audit.per_image == finished.audit.per_image
+
+
+def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) -> None:
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    again = audit_again(copied, seeds=(3, 4))
+    seeds = [r["attack_seed"] for r in again.audit.records if r["subject"] == "edge"]
+    assert seeds == [3, 4]
+    assert again.summary.pruned == finished.summary.pruned
+    assert read_summary(copied).config["audit"]["seeds"] == [3, 4]
+    page = again.report.read_bytes()
+    again.report.unlink()
+    assert rewrite_report(copied).read_bytes() == page
+
+
+def test_what_is_no_finished_run_is_refused(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RunDirectoryError, match="holds no run"):
+        audit_again(tmp_path)
+    with pytest.raises(RunDirectoryError, match="Expected a finished run"):
+        rewrite_report(tmp_path)
+    stop = KeyboardInterrupt()
+
+    def progress(stage: str, _: str) -> None:
+        if stage == "plan":
+            raise stop
+
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny(folder, tmp_path), progress=progress)
+    with pytest.raises(RunDirectoryError, match="no finished edge"):
+        audit_again(tmp_path / "a")
+
+
+def test_changed_images_are_noticed(tmp_path: Path, write_folder: Writer) -> None:
+    images = write_folder(tmp_path / "images", count=18)
+    config = tiny(images, tmp_path / "runs")
+
+    def stop(stage: str, _: str) -> None:
+        if stage == "model":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(config, progress=stop)
+    Image.new("RGB", (16, 16), "white").save(images / "train" / "red" / "000.png")
+    with pytest.raises(RunDirectoryError, match="not those that the run"):
+        run(config)
+
+
+def test_images_are_divided_without_overlap(folder: Path, tmp_path: Path) -> None:
+    images = read_images(tiny(folder, tmp_path))
+    assert (len(images.defender), len(images.attacker)) == (27, 27)
+    keys = [{i.numpy().tobytes() for i in part} for part in
+            (images.defender.images, images.attacker, images.victims)]
+    assert not keys[0] & keys[1] and not keys[1] & keys[2]
+
+
+def test_victims_among_the_attacker_s_images_are_taken_from_him(
+    tmp_path: Path, write_folder: Writer
+) -> None:
+    images = write_folder(tmp_path / "images", count=24)
+    for name in ("red", "blue"):
+        for i in range(8):
+            source = images / "train" / name / f"{i:03d}.png"
+            (images / "test" / name / f"copy{i}.png").write_bytes(source.read_bytes())
+    divided = read_images(replace(tiny(images, tmp_path), audit=AuditConfig(
+        victims=200, attacker_share=0.5)))
+    assert 20 <= len(divided.attacker) < 36
+    assert "byte for byte" in divided.notes[0]
+
+
+BAD: list[tuple[dict[str, object], type[PatrolError], str]] = [
+    ({"data": "no/such/folder"}, InputError, "does not exist"),
+    ({"model": "small_resne"}, InputError, "Did you mean: small_resnet"),
+    ({"model": "alexnet"}, InputError, "alexnet cannot take images of 16x16"),
+    ({"at": "layr2"}, InputError, "Did you mean: layer2"),
+    ({"edge_macs": "10"}, BudgetError, "smallest reachable is"),
+    ({"edge_macs": "1G"}, InputError, "above the dense edge at layer2"),
+    ({"edge_macs": "0.5", "at": None}, InputError, "fraction of a dense edge, but no split"),
+    ({"device": "cuda:99"}, InputError, "is not there"),
+    ({"weights": "none.safetensors"}, InputError, "no file of weights"),
+    ({"batch_size": 64}, InputError, "Add images"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD, ids=lambda v: str(v)[:40])
+def test_bad_input_is_refused_before_any_training(
+    folder: Path, tmp_path: Path, change: dict[str, object], error: type[PatrolError],
+    message: str, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(pipeline, "finetune", None)
+    with pytest.raises(error, match=message):
+        run(replace(tiny(folder, tmp_path), **change))  # type: ignore[arg-type]
+
+
+def harm_no_image(root: Path) -> None:
+    for path in root.rglob("*.png"):
+        path.unlink()
+
+
+def harm_one_class(root: Path) -> None:
+    for part in ("train", "test"):
+        for name in ("red", "green"):
+            for path in (root / part / name).iterdir():
+                path.unlink()
+            (root / part / name).rmdir()
+
+
+def harm_unreadable(root: Path) -> None:
+    (root / "train" / "red" / "003.png").write_bytes(b"no picture")
+
+
+def harm_other_classes(root: Path) -> None:
+    (root / "test" / "red").rename(root / "test" / "rad")
+
+
+def harm_no_test(root: Path) -> None:
+    (root / "test").rename(root / "trial")
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (harm_no_image, "images in each"),
+        (harm_one_class, "at least two classes"),
+        (harm_unreadable, r"red/003\.png cannot be read"),
+        (harm_other_classes, "same classes"),
+        (harm_no_test, "val/ or test/"),
+    ],
+)
+def test_bad_folders(
+    tmp_path: Path, write_folder: Writer, harm: Callable[[Path], None], message: str
+) -> None:
+    root = write_folder(tmp_path / "images", count=4)
+    harm(root)
+    with pytest.raises(InputError, match=message):
+        run(tiny(root, tmp_path / "runs"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_directory_that_holds_something_else(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "thesis.tex").write_text("mine")
+    with pytest.raises(RunDirectoryError, match=r"thesis\.tex"):
+        run(tiny(folder, tmp_path), overwrite=True)
+
+
+def test_labels_outside_the_classes_of_the_model(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "two_outputs_for_test.py").write_text(
+        "from patrol_prune.models import SmallResNet\ndef model(): return SmallResNet(2)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"logits of shape \(1, 3\).*came \(1, 2\)"):
+        run(replace(tiny(folder, tmp_path), model="two_outputs_for_test:model"))
+
+
+def test_given_weights_are_not_trained_again(
+    finished: RunResult, folder: Path, tmp_path: Path
+) -> None:
+    dense = finished.directory / "checkpoints" / "dense" / "weights.safetensors"
+    told: list[str] = []
+    config = replace(tiny(folder, tmp_path), weights=str(dense), normalization="dataset")
+    result = run(config, progress=lambda stage, sentence: told.append(sentence))
+    assert not any("Training small_resnet" in sentence for sentence in told)
+    assert result.summary.dense == finished.summary.dense

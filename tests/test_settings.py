@@ -1,0 +1,96 @@
+"""Settings check themselves and survive a file."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from patrol_prune.errors import InputError
+from patrol_prune.settings import (
+    AuditConfig,
+    PrivacyConfig,
+    RunConfig,
+    ScoreConfig,
+    resolve_device,
+)
+
+CHANGED = RunConfig(
+    data="photos", edge_macs="0.5", at="layer2", weights=None, image_size=64, seed=3,
+    score=ScoreConfig(round_to=8, lip_weight=0.0),
+    audit=AuditConfig(seeds=(0, 1, 2)),
+)
+
+
+@pytest.mark.parametrize("config", [RunConfig("photos", "9.9M"), CHANGED])
+def test_a_file_gives_the_same_settings_back(tmp_path: Path, config: RunConfig) -> None:
+    config.to_yaml(tmp_path / "c.yaml")
+    assert RunConfig.from_yaml(tmp_path / "c.yaml") == config
+
+
+def test_frozen() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        CHANGED.seed = 4  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"image_sise": 64}, r"unknown setting 'image_sise'.*Did you mean: image_size"),
+        ({"score": {"batch": 1}}, r"score has an unknown setting 'batch'.*Did you mean: batches"),
+        ({"image_size": "big"}, "image_size: expected int, came 'big'"),
+        ({"seed": True}, "seed: expected int, came True"),
+        ({"image_size": 8}, "at least 16 pixels, came 8"),
+        ({"batch_size": 1}, "at least 2, for BatchNorm"),
+        ({"name": "../elsewhere"}, "plain folder name"),
+        ({"name": ""}, "plain folder name"),
+        ({"boundary": "cut"}, "keep, prune, came 'cut'"),
+        ({"normalization": "imagent"}, "came 'imagent'"),
+        ({"score": {"batches": 0}}, "at least one calibration batch"),
+        ({"score": {"task_weight": 0, "lip_weight": 0, "adv_weight": 0}}, "one of them positive"),
+        ({"score": {"steps": 0}}, r"score\.steps"),
+        ({"privacy": {"beta": -1}}, r"privacy\.beta"),
+        ({"audit": {"attacks": ["inverse_netwrk"]}}, "Did you mean: inverse_network"),
+        ({"audit": {"seeds": [1, 1]}}, "different seeds"),
+        ({"audit": {"victims": 1}}, "2 victims"),
+        ({"audit": {"attacker_share": 1.0}}, "attacker_share"),
+        ({"finetune": {"lr": 0}}, "lr"),
+        ({"attacker": {"family": "residul"}}, "Did you mean: residual"),
+        ({"data": ""}, "Expected a folder of images"),
+        ({"edge_macs": " "}, "Expected a budget"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    values = {"data": "photos", "edge_macs": "9.9M", **change}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(InputError, match=message):
+        RunConfig.from_yaml(tmp_path / "c.yaml")
+
+
+def test_missing_settings_are_named(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data: photos\n")
+    with pytest.raises(InputError, match=r"c\.yaml lacks edge_macs"):
+        RunConfig.from_yaml(tmp_path / "c.yaml")
+
+
+def test_numbers_may_stand_for_words_and_whole_numbers_for_fractions(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("data: photos\nedge_macs: 0.5\nprivacy: {beta: 3}\n")
+    config = RunConfig.from_yaml(tmp_path / "c.yaml")
+    assert config.edge_macs == "0.5"
+    assert config.privacy == PrivacyConfig(beta=3.0)
+
+
+def test_devices() -> None:
+    assert resolve_device("cpu") == torch.device("cpu")
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert resolve_device("auto").type == expected
+
+
+@pytest.mark.parametrize("name", ["banana", "cuda:99", "meta", "cpu:x", ""])
+def test_a_device_that_is_not_there(name: str) -> None:
+    with pytest.raises(InputError, match=r"is not there .*Here are: cpu"):
+        resolve_device(name)
