@@ -8,6 +8,7 @@ STAMP := .venv/installed
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ". Give one: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo 'Installing into .venv; the first time this fetches PyTorch and takes some minutes.'
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
 

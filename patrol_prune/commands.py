@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import logging
 import re
@@ -18,6 +17,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.errors import InputError, PatrolError
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
@@ -25,7 +25,7 @@ from patrol_prune.pipeline import RunResult, audit_again, run
 from patrol_prune.plan import Plan, plan, short
 from patrol_prune.report import console_table
 from patrol_prune.run_summary import rewrite_report
-from patrol_prune.settings import AuditConfig, RunConfig, ScoreConfig, build
+from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig, build
 from patrol_prune.vehicles import write_vehicles
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -205,7 +205,7 @@ def _complain(message: str) -> None:
 
 
 def _tell(stage: str, sentence: str) -> None:
-    Console().print(Text(f"{stage:9}", style="bold") + Text(sentence), soft_wrap=True)
+    Console().print(Text(f"{stage:9}", style="bold") + Text(sentence.replace("\n", "\n" + 9 * " ")), soft_wrap=True)
 
 
 def _plan(options: Namespace) -> None:
@@ -300,13 +300,14 @@ def demo_config(name: str, runs: str, data: Path, *, seed: int, device: str) -> 
     """Settings that finish within minutes on two CPU cores, and still show the leak."""
     return RunConfig(
         data=str(data), edge_macs="layer1", model="small_resnet", at="layer2", image_size=64,
-        name=name, runs=runs, batch_size=32, device=device, seed=seed,
+        name=name, runs=runs, batch_size=24, device=device, seed=seed,
         train=FinetuneConfig(epochs=8, distill_weight=0.0),
-        score=ScoreConfig(batches=8, surrogate_steps=60),
-        finetune=FinetuneConfig(epochs=5, lr=0.02, surrogate_warmup_steps=40),
+        score=ScoreConfig(batches=10, surrogate_steps=60),
+        privacy=PrivacyConfig(beta=80.0),
+        finetune=FinetuneConfig(epochs=6, lr=0.03, surrogate_warmup_steps=40),
         audit=AuditConfig(victims=100, attacker_share=0.4),
-        attacker=dataclasses.replace(
-            RunConfig("data", "1").attacker, width=32, depth=3, epochs=12, max_extensions=1
+        attacker=InverseNetworkConfig(
+            width=32, depth=3, epochs=16, batch_size=16, max_extensions=1
         ),
     )
 

@@ -19,7 +19,7 @@ from patrol_prune.pixels import Normalization
 
 log = logging.getLogger(__name__)
 TRAIN_NAMES = ("train",)
-TEST_NAMES = ("val", "test")
+TEST_NAMES = ("test", "val")
 MEMORY_LIMIT_GIB = 16.0
 
 
@@ -75,7 +75,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 def find_parts(root: str | Path) -> tuple[Path, Path]:
-    """The folders to train on and to test on: `root/train` and `root/val` or `root/test`."""
+    """The folders to train on and to test on: `root/train`, and `root/test` or else `root/val`."""
     folder = Path(root)
     if not folder.is_dir():
         raise InputError(f"Expected a folder of images, came {folder}, which does not exist.")
@@ -98,7 +98,8 @@ def load_image_folder(
     Args:
         root: a folder with one sub-folder per class.
         image_size: side of the square, in pixels.
-        classes: the classes of the training part; a folder with others is refused.
+        classes: the classes of the training part, whose numbers the labels then are; some may be
+            missing here, others are refused.
 
     Raises:
         InputError: no image, a single class, an unreadable image (named), unknown classes.
@@ -119,12 +120,16 @@ def load_image_folder(
             f"Expected at least two classes below {folder}, came one ({names[0]}). The task loss "
             "needs a choice to make; add the other classes."
         )
-    if classes is not None and names != classes:
-        odd = sorted(set(names) ^ set(classes))
-        raise InputError(
-            f"{folder} and the training part must hold the same classes; these stand in one of "
-            f"them only: {', '.join(odd[:5])}. {nearest(odd[0], [*classes, *names])}"
-        )
+    targets = torch.tensor(listing.targets, dtype=torch.long)
+    if classes is not None:
+        odd = sorted(set(names) - set(classes))
+        if odd:
+            raise InputError(
+                f"{folder} holds {len(odd)} classes that the training part does not: "
+                f"{', '.join(odd[:5])}. {nearest(odd[0], classes)} Remove or rename the folders."
+            )
+        targets = torch.tensor([classes.index(name) for name in names])[targets]
+        names = classes
     needed = len(listing.samples) * 3 * image_size**2 / 2**30
     if needed > MEMORY_LIMIT_GIB:
         raise InputError(
@@ -137,7 +142,7 @@ def load_image_folder(
         images[row] = read_image(Path(path), image_size)
     log.info("read %d images of %d classes from %s", len(images), len(names), folder)
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    return ImageSet(tensor, torch.tensor(listing.targets, dtype=torch.long), names)
+    return ImageSet(tensor, targets, names)
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:

@@ -128,6 +128,13 @@ class TestEachFile:
         lines = path.read_text(encoding="utf-8").splitlines()
         assert len(lines) <= 400, f"{path.name} has {len(lines)} lines"
 
+    def test_functions_are_short(self, path: Path) -> None:
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.FunctionDef):
+                body = node.body[1:] if ast.get_docstring(node) else node.body
+                lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+                assert lines <= 60, f"{node.name} has {lines} lines"
+
     def test_public_signatures_are_annotated(self, path: Path) -> None:
         for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):

@@ -37,6 +37,8 @@ def test_images_are_resized_cropped_and_labelled(folder: Path) -> None:
 
 def test_parts_are_found(folder: Path) -> None:
     assert find_parts(folder) == (folder / "train", folder / "val")
+    _image(folder / "test" / "red" / "0.png", (255, 0, 0))
+    assert find_parts(folder) == (folder / "train", folder / "test")
     with pytest.raises(InputError, match="train/ and val/ or test/"):
         find_parts(folder / "train")
     with pytest.raises(InputError, match="does not exist"):
@@ -62,8 +64,10 @@ def test_an_unreadable_image_is_named(folder: Path) -> None:
 
 
 def test_other_classes_and_labels_outside_are_refused(folder: Path) -> None:
-    with pytest.raises(InputError, match="green"):
+    with pytest.raises(InputError, match="training part does not: red"):
         load_image_folder(folder / "val", 16, classes=("blue", "green"))
+    some = load_image_folder(folder / "val", 16, classes=("azure", "blue", "green", "red"))
+    assert sorted(set(some.labels.tolist())) == [1, 3] and len(some.classes) == 4
     with pytest.raises(InputError, match=r"0\.\.1 for 2 classes, came 2 at position 1"):
         ImageSet(torch.zeros(2, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 2]), ("a", "b"))
 
