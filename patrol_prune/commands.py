@@ -205,7 +205,8 @@ def _complain(message: str) -> None:
 
 
 def _tell(stage: str, sentence: str) -> None:
-    Console().print(Text(f"{stage:9}", style="bold") + Text(sentence.replace("\n", "\n" + 9 * " ")), soft_wrap=True)
+    told = Text(sentence.replace("\n", "\n" + 9 * " "))
+    Console().print(Text(f"{stage:9}", style="bold") + told, soft_wrap=True)
 
 
 def _plan(options: Namespace) -> None:
