@@ -141,12 +141,17 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path, write_folder: Callable[..., Pa
          "--runs", str(tmp_path / "runs"), "--train.epochs", "10000"],
         cwd=root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        # A shell's background jobs ignore the signal, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     first = tmp_path / "runs" / "run" / "checkpoints" / "train" / "epoch-0001"
     deadline = time.monotonic() + 120
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    try:
+        _, error = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, error
     assert "Interrupted" in error and "Traceback" not in error
