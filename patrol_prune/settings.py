@@ -29,22 +29,24 @@ class ScoreConfig:
 
     Attributes:
         task_weight: of what a channel's removal costs the task.
-        lip_weight: of what it does to the edge's Lipschitz constants.
+        lip_weight: of what it does to the edge's Lipschitz constants; off by default, because it
+            cost accuracy and hid nothing where it was measured (docs/method.md).
         adv_weight: of what it does to the surrogate attackers.
         batches: calibration batches.
         surrogate_steps: steps of the surrogate attackers before scoring.
-        max_pruning_ratio: the largest share of a group's channels that may go.
+        max_pruning_ratio: the largest share of a group's channels that may go; first-order scores
+            underrate the last channels of a layer.
         min_channels: the fewest channels a group keeps.
         round_to: kept numbers are multiples of this.
         steps: prune in so many steps, scores refreshed between.
     """
 
     task_weight: float = 1.0
-    lip_weight: float = 0.25
+    lip_weight: float = 0.0
     adv_weight: float = 1.0
     batches: int = 20
     surrogate_steps: int = 150
-    max_pruning_ratio: float = 0.9
+    max_pruning_ratio: float = 0.6
     min_channels: int = 2
     round_to: int | None = None
     steps: int = 1

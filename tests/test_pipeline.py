@@ -267,7 +267,7 @@ def harm_no_test(root: Path) -> None:
         (harm_no_image, "images in each"),
         (harm_one_class, "at least two classes"),
         (harm_unreadable, r"red/003\.png cannot be read"),
-        (harm_other_classes, "same classes"),
+        (harm_other_classes, "that the training part does not"),
         (harm_no_test, "val/ or test/"),
     ],
 )
