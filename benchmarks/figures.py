@@ -92,6 +92,7 @@ def frontier() -> str:
         f"Floor, the mean image: SSIM {first['floor_ssim']:.3f}, MSE {first['floor_mse']:.4f}.",
         render_table(table, columns).strip(),
         verdict(record),
+        not_done(record),
         circumstances(record),
     ])
 
@@ -111,6 +112,11 @@ def verdict(record: dict[str, Any]) -> str:
         f"pruning's and the attacker's SSIM {ratio:.2f} times Taylor pruning's. The goal, within "
         f"1 point and at most 0.40 times, is {'met' if met else 'not met'}."
     )
+
+
+def not_done(record: dict[str, Any]) -> str:
+    missing = record.get("missing", [])
+    return f"Not measured yet (method, split, attack seed): {', '.join(missing)}." * bool(missing)
 
 
 def plot_frontier() -> None:
@@ -145,16 +151,32 @@ def budget() -> str:
         "loop_over_graph_cpu": "its loop, in graph builds",
         "loop_of_budget": "its MACs / budget",
     }
-    text = ("`PatrolPruner.step()` against Torch-Pruning's loop of small steps to the same share of "
-            "the MACs, magnitude scores, alternating in one process; ratios are of processor time.")
+    text = ("`PatrolPruner.step()` against Torch-Pruning's loop of small steps to the same share "
+            "of the MACs, magnitude scores, alternating in one process; ratios are of processor "
+            "time.")
     return "\n\n".join([text, render_table(record["rows"], columns).strip(),
                         circumstances(record)])
 
 
 def grocery() -> str:
     record = load("grocery")
-    keys = {k: k.replace("_", " ") for k in record["rows"][0]}
-    return render_table(record["rows"], keys).strip() + "\n\n" + circumstances(record)
+    first = record["rows"][0]
+    table = [{
+        **row, "method": NAMES[row["method"]], "macs": f"{row['edge_macs'] / 1e6:.2f} M",
+        "bytes": f"{row['feature_bytes'] / 1024:.0f} KiB",
+        "accuracy": f"{100 * row['accuracy']:.1f}%",
+        "plateau": "yes" if row["plateau"] else "no",
+    } for row in record["rows"]]
+    columns = {"method": "method", "split": "split after", "macs": "edge MACs",
+               "bytes": "uploaded", "accuracy": "accuracy", "ssim": "attacker's SSIM",
+               "ssim_worst5": "worst 5%", "mse": "attacker's MSE", "plateau": "plateau"}
+    text = (
+        f"{first['dataset']}, {first['model']} trained from scratch, `patrol-prune run` from the "
+        f"command line, {record['minutes']:.0f} minutes on a busy machine. Attacker: "
+        f"{first['attacker_images']:,} other images; {first['victim_images']} test images. Floor, "
+        f"the mean image: SSIM {first['floor_ssim']:.3f}, MSE {first['floor_mse']:.4f}."
+    )
+    return "\n\n".join([text, render_table(table, columns).strip(), circumstances(record)])
 
 
 RENDERERS: dict[str, Callable[[], str]] = {

@@ -59,6 +59,7 @@ class Frontier:
         attack_epochs: of one schedule of an attacker's training; extended until its plateau.
         workers: processes; each computes with one thread.
         seed: of everything that is drawn.
+        collect: write the record of the rows that are done, and name those that are not.
         only: the names of the methods to do, all of them where empty.
     """
 
@@ -76,6 +77,7 @@ class Frontier:
     attack_epochs: int = 8
     workers: int = 2
     seed: int = 0
+    collect: bool = False
     only: tuple[str, ...] = ()
 
 
@@ -204,7 +206,8 @@ def prune_and_finetune(args: Frontier, data: Data, method: Method, dense: SmallR
     """Score, prune to the budget, repair; the attackers inside are fit on the defender's images."""
     importance = scored(args, data, method, split)
     pruner = pp.PatrolPruner(split.model, split.example_inputs, importance, split=split,
-                             edge_macs=budget, boundary="keep", max_pruning_ratio=args.max_pruning_ratio)
+                             edge_macs=budget, boundary="keep",
+                             max_pruning_ratio=args.max_pruning_ratio)
     pruned = pruner.step()
     objective = objective_for(split, method.alpha, method.beta, args.seed + 10)
     recalibrate_batchnorm(split.model, data.batches(args.seed + 1))
@@ -254,14 +257,19 @@ def scored(args: Frontier, data: Data, method: Method, split: pp.Split) -> Any:
     return importance
 
 
+def row_path(args: Frontier, method: Method, seed: int) -> Path:
+    return args.work / "rows" / f"{method.key}-{seed}.json"
+
+
 def attacked(args: Frontier, data: Data, method: Method, seed: int) -> dict[str, Any]:
     """One row: the method's split under one freshly trained attacker."""
-    path = args.work / "rows" / f"{method.key}-{seed}.json"
+    path = row_path(args, method, seed)
     if path.exists():
         return json.loads(path.read_text())
     split, known = defended(args, data, method)
     # A feature of 16x16 or more has a trunk of four times the cost and converges much sooner.
-    epochs = args.attack_epochs if method.split == "layer3" else args.max(1, args.attack_epochs // 2)
+    shallow = method.split != "layer3"
+    epochs = max(1, args.attack_epochs // 2) if shallow else args.attack_epochs
     config = pp.InverseNetworkConfig(epochs=epochs, max_extensions=1)
     start = time.perf_counter()
     report = pp.audit(split, data.attacker.images, data.victims.images, seeds=(1000 + seed,),
@@ -328,18 +336,26 @@ def main(args: Frontier) -> None:
         work(args)
         return
     args.work.mkdir(parents=True, exist_ok=True)
-    data = Data(args)
-    dense_model(args, data)
-    environment = {**os.environ, "FRONTIER_WORKER": "1", "OMP_NUM_THREADS": "1"}
-    workers = [subprocess.Popen([sys.executable, *sys.argv], env=environment)
-               for _ in range(args.workers)]
-    codes = [worker.wait() for worker in workers]
-    rows = [attacked(args, data, m, s) for m in methods(args) for s in m.attack_seeds]
+    codes: list[int] = []
+    if not args.collect:
+        dense_model(args, Data(args))
+        environment = {**os.environ, "FRONTIER_WORKER": "1", "OMP_NUM_THREADS": "1"}
+        workers = [subprocess.Popen([sys.executable, *sys.argv], env=environment)
+                   for _ in range(args.workers)]
+        codes = [worker.wait() for worker in workers]
+    rows, missing = [], []
+    for method in methods(args):
+        for seed in method.attack_seeds:
+            path = row_path(args, method, seed)
+            if path.exists():
+                rows.append(json.loads(path.read_text()))
+            else:
+                missing.append(path.stem)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()
-                if k not in ("data", "work")}
-    if any(codes):
-        raise SystemExit(f"a worker failed: exit codes {codes}")
-    print(write("frontier", rows, settings=settings, workers_threads=1))
+                if k not in ("data", "work", "collect", "only")}
+    print(write("frontier", rows, settings=settings, workers_threads=1, missing=missing))
+    if any(codes) or missing:
+        raise SystemExit(f"not done: {', '.join(missing)}; exit codes {codes}")
 
 
 if __name__ == "__main__":
