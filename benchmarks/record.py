@@ -41,7 +41,8 @@ def record(benchmark: str, rows: list[dict[str, Any]], **extra: Any) -> dict[str
     cores = os.cpu_count()
     return {
         "benchmark": benchmark,
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT.parent), *sys.argv[1:]]),
+        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT.parent),
+                             *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]),
         "commit": os.environ.get("BENCHMARK_COMMIT") or commit(),
         "date": date.today().isoformat(),
         "device": f"{cpu_name()}, {cores} cores",

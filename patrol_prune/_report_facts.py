@@ -132,6 +132,10 @@ def number(key: str, value: Any) -> str:
     return str(value)
 
 
+AT_THE_FLOOR = 0.02
+"""An SSIM this close to the average picture's says nothing about a difference."""
+
+
 def headline(summary: RunSummary, audit: Audit) -> str:
     """One sentence: what the strongest attacker sees, between ceiling and floor."""
     edge = strongest(audit.records, EDGE)
@@ -145,6 +149,12 @@ def headline(summary: RunSummary, audit: Audit) -> str:
     if ceiling is None:
         text = (
             f"From what the device uploads, the strongest attack tried rebuilds pictures to {seen}"
+        )
+    elif floor is not None and ceiling["ssim"] - floor["ssim"] < AT_THE_FLOOR:
+        text = (
+            f"Cut this deep, even the undefended upload lets the attack tried rebuild pictures to "
+            f"no more than a likeness (SSIM) of {ceiling['ssim']:.2f}; after pruning it is "
+            f"{edge['ssim']:.2f}"
         )
     elif ceiling["ssim"] - edge["ssim"] < 0.01:
         text = (
@@ -183,7 +193,11 @@ def story(summary: RunSummary, audit: Audit) -> list[tuple[str, str]]:
     attack = ATTACKS.get(str(edge.get("attack")), str(edge.get("attack")))
     sees = f"The strongest attack tried is {attack}."
     ceiling, floor = strongest(audit.records, UNDEFENDED), strongest(audit.records, FLOOR)
-    if ceiling is not None and floor is not None and ceiling["ssim"] > floor["ssim"]:
+    if (
+        ceiling is not None
+        and floor is not None
+        and ceiling["ssim"] - floor["ssim"] >= AT_THE_FLOOR
+    ):
         span = ceiling["ssim"] - floor["ssim"]
         left = min(1.0, max(0.0, (edge["ssim"] - floor["ssim"]) / span))
         sees += (

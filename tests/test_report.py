@@ -303,6 +303,16 @@ def test_a_defence_that_fails_is_called_that() -> None:
     assert "hides nothing" not in headline(make_summary(), make_audit())
 
 
+def test_a_cut_that_leaks_nothing_to_begin_with_is_said_to() -> None:
+    audit = make_audit()
+    floor = next(r["ssim"] for r in audit.records if r["subject"] == "floor")
+    for record in audit.records:
+        if record["subject"] == "undefended":
+            record["ssim"] = floor + 0.01
+    text = headline(make_summary(), audit)
+    assert "even the undefended upload" in text and "hides nothing" not in text
+
+
 def test_limits_follow_the_attacks_that_ran() -> None:
     assert any("No white-box" in text for text in limits(make_summary(), make_audit()))
     audit = make_audit()
