@@ -304,8 +304,8 @@ def demo_config(name: str, runs: str, data: Path, *, seed: int, device: str) -> 
         name=name, runs=runs, batch_size=32, device=device, seed=seed,
         train=FinetuneConfig(epochs=12, distill_weight=0.0),
         score=ScoreConfig(batches=10, surrogate_steps=60),
-        privacy=PrivacyConfig(beta=120.0),
-        finetune=FinetuneConfig(epochs=8, lr=0.03, surrogate_warmup_steps=40),
+        privacy=PrivacyConfig(beta=100.0),
+        finetune=FinetuneConfig(epochs=8, lr=0.03, inner_steps=3, surrogate_warmup_steps=60),
         audit=AuditConfig(victims=100, attacker_share=0.4),
         attacker=InverseNetworkConfig(
             width=32, depth=3, epochs=16, batch_size=16, max_extensions=1
