@@ -125,19 +125,18 @@ def plot_frontier() -> None:
 
     record = load("frontier")
     figure, axes = pyplot.subplots(figsize=(7.5, 4.5), layout="constrained")
+    markers = iter("osD^vP*Xph<>d")
     for (method, split), rows in by_method(record["rows"]).items():
         label = NAMES[method].replace("*", "") + f", {split}"
         colour = {"dense": "grey", "taylor": "tab:orange"}.get(method, "tab:blue")
         ssim, accuracy = statistics.mean(r["ssim"] for r in rows), 100 * rows[0]["accuracy"]
-        axes.scatter(ssim, accuracy, color=colour, zorder=3)
-        axes.annotate(label, (ssim, accuracy), fontsize=7, xytext=(4, 3),
-                      textcoords="offset points", ha="right" if ssim > 0.7 else "left")
+        axes.scatter(ssim, accuracy, color=colour, marker=next(markers), label=label, zorder=3)
     floor = record["rows"][0]["floor_ssim"]
     axes.axvline(floor, color="green", linestyle=":", label="floor: the mean image")
     axes.set(xlabel="fresh attacker's SSIM (lower is more private)", ylabel="accuracy in %",
              title=record["rows"][0]["dataset"] + ", equal edge MACs but for the dense splits")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7, loc="center right")
     figure.savefig(ROOT / "docs" / "frontier.png", dpi=110)
     pyplot.close(figure)
 

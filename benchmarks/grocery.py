@@ -35,12 +35,15 @@ class Grocery:
 def rows(run: Path) -> list[dict[str, Any]]:
     summary = json.loads((run / "summary.json").read_text())
     audit = AuditReport.from_json(run / "audit.json")
+    config = summary["config"]
+    lipschitz = config["privacy"]["alpha"] or config["score"]["lip_weight"]
+    patrol = "patrol" if lipschitz else "patrol-adversarial"
     found = []
     for subject, numbers in (("undefended", summary["dense"]), ("edge", summary["pruned"])):
         record = audit.strongest(subject)
         found.append({
             "dataset": "Grocery Store photographs, 128x128, 81 products",
-            "model": summary["model"], "method": "patrol" if subject == "edge" else "dense",
+            "model": summary["model"], "method": patrol if subject == "edge" else "dense",
             "split": summary["split"], "train_seed": summary["seed"],
             **{k: numbers[k] for k in ("edge_macs", "edge_params", "feature_bytes", "accuracy")},
             **{k: record[k] for k in ("attack", "attack_seed", "attacker_images", "victim_images",
