@@ -167,6 +167,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             self.pruning_ratio, iterative_steps
         )
         self._decay: ChannelDecay | None = None
+        self._earlier = list(split.pruning_history)
 
     @property
     def table(self) -> GroupTable:
@@ -308,6 +309,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                     root = table.groups[name].members[0].module
                     yield pruning_group(self.DG, root, gone.tolist())
         self.split.refresh()
+        self.split.pruning_history = [*self._earlier, *self.DG.pruning_history()]
         self._decay = None
         if after is None or self._costs.constant:
             after = count_macs(self.split.edge, self.split.example_inputs).total

@@ -113,6 +113,8 @@ class Split:
     feature_shape: tuple[int, ...]
     edge_layers: dict[str, nn.Module]
     cloud_layers: dict[str, nn.Module]
+    pruning_history: Sequence[Any] = ()
+    """How the model was pruned since it was built, as Torch-Pruning tells it; `save` keeps it."""
 
     def __init__(
         self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor], at: str
@@ -222,8 +224,12 @@ class Split:
 
     def __reduce__(self) -> tuple[Any, ...]:
         if isinstance(self.model, _Composed):
-            return Split.from_modules, (self.model.edge, self.model.cloud, self._inputs)
-        return Split, (self.model, self._inputs, self.at)
+            made: tuple[Any, ...] = Split.from_modules, (
+                self.model.edge, self.model.cloud, self._inputs
+            )
+        else:
+            made = Split, (self.model, self._inputs, self.at)
+        return *made, {"pruning_history": list(self.pruning_history)}
 
 
 class _Composed(nn.Module):

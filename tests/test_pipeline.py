@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,7 +110,7 @@ def test_interrupted_and_resumed_gives_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Stopped by Ctrl-C inside a stage: the second call goes on and ends at the same bits."""
-    from patrol_prune import finetune as module
+    module = sys.modules["patrol_prune.finetune"]
 
     saves = []
     real = module.save_state
