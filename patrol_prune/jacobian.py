@@ -1,0 +1,186 @@
+"""Derivatives of an edge with respect to the pixels, and how many directions they span."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from patrol_prune.errors import InputError
+
+_COPIES = 64
+_SAME = 1e-3
+
+
+def checked_edge(edge: Callable[[Tensor], Tensor], pixels: Tensor) -> int:
+    """Number of outputs `k` per image of an edge that has a Jacobian for each image.
+
+    Raises:
+        InputError: no images, or an edge that is random or mixes the images of a batch.
+    """
+    if pixels.dim() < 2 or pixels.numel() == 0 or not pixels.is_floating_point():
+        raise InputError(
+            f"Expected floating point images [N, C, H, W], came {pixels.dtype} of shape "
+            f"{tuple(pixels.shape)}. Give at least one image on [0, 1]."
+        )
+    with torch.no_grad():
+        first, again, alone = edge(pixels[:2]), edge(pixels[:2]), edge(pixels[:1])
+    if _differ(first, again):
+        raise InputError(
+            "Expected an edge without noise, came one whose outputs differ between two calls. "
+            "Give the part before the noise, and the noise's standard deviation as sigma."
+        )
+    if _differ(first[:1], alone):
+        raise InputError(
+            "Expected an edge that treats each image by itself, came one whose output for an "
+            "image depends on the others. Put the module into evaluation mode."
+        )
+    return first[0].numel()
+
+
+def differentiable(edge: Callable[[Tensor], Tensor], pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """`(x, z)` with `x` a fresh leaf of `pixels` and `z = edge(x)` flattened to `[N, k]`.
+
+    Raises:
+        InputError: gradients do not reach the pixels.
+    """
+    x = pixels.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        z = edge(x).flatten(1)
+    if not _reaches(z, x):
+        raise InputError(
+            "Expected an edge that can be differentiated with respect to the pixels, came one "
+            "that is detached from them. Take no_grad or detach out of it."
+        )
+    return x, z
+
+
+def pull_back(z: Tensor, x: Tensor, v: Tensor) -> Tensor:
+    """`J^T v` of each image, `[N, d]`; parameters' gradients are left alone, the graph kept."""
+    (g,) = torch.autograd.grad(z, x, v, retain_graph=True)
+    return g.flatten(1)
+
+
+def one_output(z: Tensor, index: int) -> Tensor:
+    """The unit vector of output `index`, for every image of `z [N, k]`."""
+    v = torch.zeros_like(z)
+    v[:, index] = 1.0
+    return v
+
+
+def signs(z: Tensor, generator: torch.Generator) -> Tensor:
+    """Independent fair signs in the shape of `z`, drawn on the generator's device."""
+    drawn = torch.randint(0, 2, z.shape, generator=generator, device=generator.device)
+    return (2 * drawn - 1).to(z)
+
+
+@dataclass(frozen=True)
+class JacobianRank:
+    """How many directions of `x` the edge answers to, locally: a diagnostic, not a guarantee.
+
+    Attributes:
+        effective_rank: `[N]`, `exp(-sum p log p)` of the shares `p_i = s_i^2 / sum s^2` of the
+            squared singular values; from 1 to `min(k, d)`, 0 for a zero Jacobian. None where
+            it was not computed exactly.
+        participation_ratio: `[N]`, `(sum s^2)^2 / sum s^4`; never above `effective_rank`.
+        exact: whether the whole Jacobian was computed.
+    """
+
+    effective_rank: Tensor | None
+    participation_ratio: Tensor
+    exact: bool
+
+
+def jacobian_effective_rank(
+    edge: Callable[[Tensor], Tensor],
+    pixels: Tensor,
+    *,
+    exact_limit: int = 2048,
+    probes: int = 64,
+    generator: torch.Generator | None = None,
+) -> JacobianRank:
+    """Effective rank of `dz/dx` at each image (Roy and Vetterli 2007); a diagnostic only.
+
+    It says how many directions carry the local response, not how small a response can be read:
+    without noise even a tiny one can be inverted. Exact up to `exact_limit` outputs. Beyond,
+    `probes` sign vectors `v_i` estimate the participation ratio from `b_i = J^T v_i`:
+    `E ||b||^2 = sum s^2`, `E (b_i . b_j)^2 = sum s^4`.
+
+    Args:
+        edge, pixels, generator: as in `diagonal_fisher_information`.
+        exact_limit: the most outputs `k` for the whole Jacobian (k backward passes an image).
+        probes: sign vectors beyond that, at least 2; the relative error is about `2 / probes`.
+    """
+    outputs = checked_edge(edge, pixels)
+    generator = generator or torch.Generator().manual_seed(0)
+    if outputs <= exact_limit:
+        spectra = [_squared_singular_values(edge, image, outputs) for image in pixels]
+        shares = [s / s.sum().clamp_min(torch.finfo(s.dtype).tiny) for s in spectra]
+        ranks = [p.sum().round() * torch.special.entr(p).sum().exp() for p in shares]
+        ratios = [p.sum().round() / p.square().sum().clamp_min(1e-300) for p in shares]
+        return JacobianRank(torch.stack(ranks), torch.stack(ratios), True)
+    if probes < 2:
+        raise InputError(f"Expected at least 2 probes, came {probes}. Give 16 or more.")
+    limit = min(outputs, pixels[0].numel())
+    ratios = [_sketched_ratio(edge, image, probes, generator).clamp(max=limit) for image in pixels]
+    return JacobianRank(None, torch.stack(ratios), False)
+
+
+def _squared_singular_values(
+    edge: Callable[[Tensor], Tensor], image: Tensor, outputs: int
+) -> Tensor:
+    """Squared singular values of one image's Jacobian, float64 `[min(k, d)]`, on the CPU.
+
+    Copies of the image differentiate one output each: one backward pass gives many rows.
+    """
+    d = image.numel()
+    x, z = differentiable(edge, image.expand(min(_COPIES, outputs), *image.shape))
+    total = torch.zeros(d, d, dtype=torch.float64, device=x.device)
+    kept = []
+    for start in range(0, outputs, len(x)):
+        index = torch.arange(start, min(start + len(x), outputs), device=z.device)
+        v = torch.zeros_like(z)
+        v[torch.arange(len(index), device=z.device), index] = 1.0
+        rows = pull_back(z, x, v)[: len(index)].double()
+        if d < outputs:
+            total += rows.T @ rows
+        else:
+            kept.append(rows)
+    if kept:
+        jacobian = torch.cat(kept)
+        total = jacobian @ jacobian.T
+    return torch.linalg.eigvalsh(total).clamp_min(0.0).cpu()
+
+
+def _sketched_ratio(
+    edge: Callable[[Tensor], Tensor], image: Tensor, probes: int, generator: torch.Generator
+) -> Tensor:
+    """`(sum s^2)^2 / sum s^4` of one image's Jacobian, from `probes` sign vectors."""
+    x, z = differentiable(edge, image[None])
+    b = torch.cat([pull_back(z, x, signs(z, generator)) for _ in range(probes)]).double()
+    products = b @ b.T
+    norms = products.diagonal()
+    pairs = probes * (probes - 1)
+    first = (norms.sum() ** 2 - norms.square().sum()) / pairs
+    second = (products.square().sum() - norms.square().sum()) / pairs
+    if float(second) == 0.0:
+        return torch.zeros((), dtype=torch.float64)
+    return (first / second).clamp_min(1.0).cpu()
+
+
+def _reaches(z: Tensor, x: Tensor) -> bool:
+    """Whether `z` depends on `x` in autograd's graph; parameters of the edge do not count."""
+    if not z.requires_grad:
+        return False
+    (g,) = torch.autograd.grad(
+        z, x, torch.zeros_like(z), retain_graph=True, allow_unused=True
+    )
+    return g is not None
+
+
+def _differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two outputs differ by more than arithmetic can."""
+    scale = a.double().square().mean().sqrt()
+    return bool((a.double() - b.double()).square().mean().sqrt() > _SAME * scale)
