@@ -141,7 +141,8 @@ def finetune(
     Args:
         split: the cut model, or, without an objective, any model.
         train_batches: batches `(x, y)` in model-input space.
-        objective: task, Lipschitz and adversarial terms.
+        objective: task, Lipschitz and adversarial terms; terms of a subclass may carry one more,
+            `penalty`, which is recorded with them.
         config: see `FinetuneConfig`.
         val_batches: accuracy is measured on them after each epoch.
         teacher: the dense model, never trained here.
@@ -253,7 +254,7 @@ class _Trainer:
         terms = self.step_module(x, y, scale)
         loss = terms.total
         values = {"task": terms.task, "lipschitz": terms.lipschitz,
-                  "adversarial": terms.adversarial}
+                  "adversarial": terms.adversarial, "penalty": getattr(terms, "penalty", None)}
         if self.teacher is not None and self.config.distill_weight > 0:
             distilled = self._distillation(x, terms.logits)
             weight = self.config.distill_weight

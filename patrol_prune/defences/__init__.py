@@ -1,0 +1,83 @@
+"""What people compare with: published defences of an upload, under one interface.
+
+    defence = make_defence("gaussian_noise", 0.5)
+    split = defence.apply(split, calibration=x)
+    finetune(split, batches, objective=defence.objective(split, normalization=n, seed=0))
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from patrol_prune.defences.base import Adversary, Defence
+from patrol_prune.defences.bottleneck import Bottleneck
+from patrol_prune.defences.cem_patrol import CemPatrol
+from patrol_prune.defences.disco import Disco
+from patrol_prune.defences.dropout import FeatureDropout
+from patrol_prune.defences.noise import GaussianNoise, LaplacianNoise
+from patrol_prune.defences.nopeek import NoPeek, distance_correlation
+from patrol_prune.defences.quantisation import Quantisation
+from patrol_prune.defences.randomness import RandomUpload
+from patrol_prune.defences.trained import AdversarialOnly, Patrol, Trained
+from patrol_prune.errors import InputError, nearest
+
+DEFENCES: dict[str, type[Defence]] = {
+    defence.name: defence
+    for defence in (Trained, Patrol, AdversarialOnly, CemPatrol, GaussianNoise, LaplacianNoise,
+                    FeatureDropout, Quantisation, NoPeek, Bottleneck, Disco)
+}
+"""Name of each defence to its class."""
+
+
+def make_defence(name: str, strength: float | None = None, **settings: Any) -> Defence:
+    """The defence of that name at that strength.
+
+    Args:
+        name: out of `DEFENCES`.
+        strength: value of the field that the defence is swept over (`swept`); its default
+            where None. A whole number for those that take one.
+        **settings: the defence's other fields.
+
+    Raises:
+        InputError: an unknown name, a setting that it does not have, a value out of range.
+    """
+    if name not in DEFENCES:
+        raise InputError(
+            f"Expected a defence out of {', '.join(DEFENCES)}, came {name!r}. "
+            f"{nearest(name, DEFENCES)}"
+        )
+    kind = DEFENCES[name]
+    types = {field.name: field.type for field in fields(kind)}
+    if strength is not None:
+        if not kind.swept:
+            raise InputError(f"The defence {name!r} has no strength; leave it out.")
+        whole = types[kind.swept] in ("int", int) and float(strength).is_integer()
+        settings = {**settings, kind.swept: int(strength) if whole else strength}
+    unknown = sorted(settings.keys() - types.keys())
+    if unknown:
+        raise InputError(
+            f"The defence {name!r} has no setting {unknown[0]!r}, but {', '.join(types) or 'none'}."
+        )
+    return kind(**settings)
+
+
+__all__ = [
+    "DEFENCES",
+    "AdversarialOnly",
+    "Adversary",
+    "Bottleneck",
+    "CemPatrol",
+    "Defence",
+    "Disco",
+    "FeatureDropout",
+    "GaussianNoise",
+    "LaplacianNoise",
+    "NoPeek",
+    "Patrol",
+    "Quantisation",
+    "RandomUpload",
+    "Trained",
+    "distance_correlation",
+    "make_defence",
+]

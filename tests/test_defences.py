@@ -1,0 +1,526 @@
+"""Each defence against a slow reference, and all of them through training, saving and loading."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from pruning_helpers import cifar_resnet
+from torch import Tensor, nn
+
+import patrol_prune as pp
+from patrol_prune.cost import count_macs, evaluating
+from patrol_prune.data import Batches, ImageSet
+from patrol_prune.defences import (
+    DEFENCES,
+    AdversarialOnly,
+    Adversary,
+    Bottleneck,
+    CemPatrol,
+    Defence,
+    Disco,
+    FeatureDropout,
+    GaussianNoise,
+    LaplacianNoise,
+    NoPeek,
+    Patrol,
+    Quantisation,
+    Trained,
+    distance_correlation,
+    make_defence,
+)
+from patrol_prune.defences.base import calibration_features
+from patrol_prune.defences.disco import ChannelDropper
+from patrol_prune.errors import InputError
+from patrol_prune.finetune import FinetuneConfig, finetune
+from patrol_prune.objective import PatrolObjective
+from patrol_prune.pixels import Normalization
+from patrol_prune.surrogate import SurrogateSpec
+
+NORMALIZATION = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+SMALL = Adversary(images=8, precision="fp32",
+                  surrogates=(SurrogateSpec("residual", 8, 1), SurrogateSpec("transposed", 8)))
+CONFIG = FinetuneConfig(epochs=2, lr=0.02, surrogate_warmup_steps=1, inner_steps=1,
+                        precision="fp32")
+ALL: dict[str, Defence] = {
+    "none": Trained(),
+    "patrol": Patrol(alpha=0.01, beta=1.0, adversary=SMALL),
+    "adversarial_only": AdversarialOnly(beta=1.0, adversary=SMALL),
+    "cem_patrol": CemPatrol(beta=1.0, ratio=0.2, adversary=SMALL),
+    "gaussian_noise": GaussianNoise(0.5),
+    "laplacian_noise": LaplacianNoise(0.5),
+    "feature_dropout": FeatureDropout(0.3),
+    "quantisation": Quantisation(4),
+    "nopeek": NoPeek(0.5, precision="fp32"),
+    "bottleneck": Bottleneck(4, beta=1.0, adversary=SMALL),
+    "disco": Disco(0.5, beta=1.0, adversary=SMALL),
+}
+RANDOM = ("gaussian_noise", "laplacian_noise", "feature_dropout")
+EVERY = pytest.mark.parametrize("defence", ALL.values(), ids=ALL.keys())
+
+
+def inputs(count: int = 32, seed: int = 0) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+def images(count: int = 32) -> ImageSet:
+    pixels = NORMALIZATION.to_pixels(inputs(count, 9))
+    return ImageSet((pixels * 255).to(torch.uint8), torch.arange(count) % 10,
+                    tuple("abcdefghij"))
+
+
+def split(seed: int = 0) -> pp.Split:
+    with torch.random.fork_rng():
+        return pp.Split(cifar_resnet(width=8, seed=seed), torch.zeros(1, 3, 16, 16), at="layer2")
+
+
+def pruned(seed: int = 0) -> pp.Split:
+    found = split(seed)
+    pp.PatrolPruner(found.model, found.example_inputs, _Magnitude(), split=found,
+                    edge_macs=0.6).step()
+    return found
+
+
+class _Magnitude:
+    def __call__(self, group) -> Tensor:  # type: ignore[no-untyped-def]
+        return group[0].dep.target.module.weight.detach().flatten(1).norm(dim=1)
+
+
+def train(found: pp.Split, defence: Defence, **more: object):  # type: ignore[no-untyped-def]
+    objective = defence.objective(found, normalization=NORMALIZATION, seed=3)
+    batches = Batches(images(), 16, normalization=NORMALIZATION, shuffle=True, seed=1)
+    return finetune(found, batches, objective=objective, config=CONFIG, progress=False,
+                    teacher=copy.deepcopy(split().model), **more)  # type: ignore[arg-type]
+
+
+def feature(found: pp.Split, x: Tensor) -> Tensor:
+    with torch.no_grad(), evaluating(found.edge):
+        return found.edge(x)
+
+
+def assert_same_state(one: nn.Module, other: nn.Module) -> None:
+    mine, theirs = one.state_dict(), other.state_dict()
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        assert torch.equal(mine[name], theirs[name]), name
+
+
+class TestEveryDefence:
+    def test_registry(self) -> None:
+        assert {name: type(d) for name, d in ALL.items()} == DEFENCES
+
+    @EVERY
+    def test_training_changes_the_edge_and_resumes_to_the_same_bits(
+        self, defence: Defence, tmp_path: Path
+    ) -> None:
+        whole = defence.apply(split(), calibration=inputs())
+        before = copy.deepcopy(whole.model.state_dict())
+        global_state = torch.get_rng_state()
+        history = train(whole, defence).history
+        assert torch.equal(global_state, torch.get_rng_state())
+        after = whole.model.state_dict()
+        learned = [n for n, p in whole.edge.named_parameters() if p.requires_grad]
+        assert all(not torch.equal(before[f"edge.{n}"], after[f"edge.{n}"]) for n in learned
+                   if f"edge.{n}" in before)
+        assert all(math.isfinite(v) for record in history for v in record.values())
+        assert ("adversarial" in history[0]) == ("adversary" in vars(defence))
+        assert ("penalty" in history[0]) == (defence.name == "nopeek")
+
+        class Killed(Exception):
+            pass
+
+        class Dies(Batches):
+            def __iter__(self):  # type: ignore[no-untyped-def]
+                if self.epoch == 1:
+                    raise Killed
+                return super().__iter__()
+
+        halted = defence.apply(split(), calibration=inputs())
+        objective = defence.objective(halted, normalization=NORMALIZATION, seed=3)
+        with pytest.raises(Killed):
+            finetune(halted, Dies(images(), 16, normalization=NORMALIZATION, shuffle=True, seed=1),
+                     objective=objective, config=CONFIG, progress=False,
+                     teacher=copy.deepcopy(split().model), checkpoint_dir=tmp_path)
+        resumed = defence.apply(split(), calibration=inputs())
+        assert train(resumed, defence, checkpoint_dir=tmp_path, resume=True).resumed_from == 1
+        assert_same_state(whole.model, resumed.model)
+
+    @EVERY
+    def test_a_state_dict_makes_a_fresh_split_the_same_edge(self, defence: Defence) -> None:
+        one = defence.apply(split(), calibration=inputs())
+        other = defence.apply(split(seed=1))
+        feature(one, inputs(1))  # moves a random upload's generator on
+        other.model.load_state_dict(one.model.state_dict())
+        x = inputs(4, 7)
+        assert torch.equal(feature(one, x), feature(other, x))
+        assert torch.isfinite(feature(one, x)).all()
+
+    @EVERY
+    def test_pruned_defended_saved_and_loaded(self, defence: Defence, tmp_path: Path) -> None:
+        one = defence.apply(pruned(), calibration=inputs())
+        pp.save(one, tmp_path / "edge.patrol")
+
+        def factory() -> nn.Module | tuple[nn.Module, nn.Module]:
+            fresh = defence.apply(split(seed=1)) if one.at == "edge" else split(seed=1)
+            return (fresh.edge, fresh.cloud) if one.at == "edge" else fresh.model
+
+        other = pp.load(tmp_path / "edge.patrol", factory)
+        x = inputs(4, 7)
+        if defence.name in RANDOM:
+            for found in (one, other):
+                found.edge.upload.silent = True
+        assert torch.equal(feature(one, x), feature(other, x))
+        z = feature(one, x)
+        with torch.no_grad():
+            assert torch.equal(one.cloud.eval()(z), other.cloud.eval()(z))
+
+    @EVERY
+    def test_modes_grads_and_the_splits_cost_are_kept(self, defence: Defence) -> None:
+        found = split()
+        found.model.train()
+        found.model.bn1.eval()
+        modes = {name: m.training for name, m in found.model.named_modules()}
+        global_state = torch.get_rng_state()
+        made = defence.apply(found, calibration=inputs())
+        assert {name: m.training for name, m in found.model.named_modules()} == modes
+        assert made.model.training
+        still = defence.apply(split(), calibration=inputs()).model
+        layers = [module for module in still.modules() if next(module.children(), None) is None]
+        assert not any(module.training for module in (still, *layers))
+        assert torch.equal(global_state, torch.get_rng_state())
+        assert all(p.grad is None for p in made.model.parameters())
+        macs = count_macs(made.edge, made.example_inputs).total
+        dense = count_macs(split().edge, made.example_inputs).total
+        extra = {"bottleneck": 16 * 4 * 64, "disco": 32 * 64 + 64 * 16}.get(defence.name, 0)
+        assert macs == dense + extra or (defence.name == "cem_patrol" and macs < dense)
+
+    @EVERY
+    def test_the_input_gets_a_gradient(self, defence: Defence) -> None:
+        found = defence.apply(split(), calibration=inputs())
+        x = inputs(2).requires_grad_()
+        with evaluating(found.edge):
+            found.edge(x).square().sum().backward()
+        assert x.grad is not None and float(x.grad.norm()) > 0
+
+    @pytest.mark.parametrize("name", RANDOM)
+    def test_draws_differ_in_evaluation_mode_and_between_copies(self, name: str) -> None:
+        found, x = ALL[name].apply(split(), calibration=inputs()), inputs(2)
+        found.model.eval()
+        twins = [copy.deepcopy(found.edge), copy.deepcopy(found.edge),
+                 pickle.loads(pickle.dumps(found.edge.upload))]
+        twins[2] = nn.Sequential(found.edge.features, twins[2])
+        again = ALL[name].apply(split(), calibration=inputs())
+        again.model.eval()
+        with torch.no_grad():
+            assert torch.equal(found.edge(x), again.edge(x))  # the same seed
+            drawn = [found.edge(x), found.edge(x), *(twin(x) for twin in twins)]
+        for i, a in enumerate(drawn):
+            assert all(not torch.equal(a, b) for b in drawn[:i])
+
+    def test_uncalibrated_uploads_are_nan_until_loaded(self) -> None:
+        for name in ("gaussian_noise", "laplacian_noise", "quantisation"):
+            assert not torch.isfinite(feature(ALL[name].apply(split()), inputs(2))).any(), name
+
+    def test_tokens_and_vectors(self) -> None:
+        for edge in (nn.Flatten(2), nn.Flatten(1)):
+            cloud = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 10))
+            found = pp.Split.from_modules(edge, cloud, torch.zeros(1, 3, 16, 16))
+            for name in (*RANDOM, "quantisation", "bottleneck", "disco"):
+                made = ALL[name].apply(found, calibration=inputs())
+                assert made.model(inputs(2)).shape == (2, 10), name
+
+    def test_bad_calibration_is_refused(self) -> None:
+        for bad in (torch.zeros(0, 3, 16, 16), torch.full((2, 3, 16, 16), float("nan"))):
+            with pytest.raises(InputError):
+                GaussianNoise(0.1).apply(split(), calibration=bad)
+
+    @pytest.mark.parametrize("make", [
+        lambda: GaussianNoise(-1.0), lambda: GaussianNoise(float("nan")),
+        lambda: FeatureDropout(1.0), lambda: Quantisation(0), lambda: Quantisation(2.5),
+        lambda: NoPeek(-1.0), lambda: Bottleneck(0), lambda: Disco(1.0), lambda: CemPatrol(ratio=2),
+        lambda: Patrol(alpha=-1.0), lambda: make_defence("gausian_noise"),
+        lambda: make_defence("none", 1.0), lambda: make_defence("quantisation", 2.5),
+        lambda: make_defence("nopeek", 1.0, bits=3),
+    ])
+    def test_out_of_range_is_refused(self, make: Callable[[], Defence]) -> None:
+        with pytest.raises(InputError):
+            make()
+
+    def test_strength_is_the_swept_field(self) -> None:
+        assert make_defence("quantisation", 4.0) == Quantisation(4)
+        assert make_defence("patrol", 7.0, alpha=0.5) == Patrol(alpha=0.5, beta=7.0)
+        assert make_defence("none") == Trained() and Trained().strength == 0.0
+        for name, kind in DEFENCES.items():
+            if kind.swept:
+                assert make_defence(name, 1 if name in ("quantisation", "bottleneck") else 0.25
+                                    ).strength in (1.0, 0.25)
+
+
+class TestNoise:
+    @pytest.mark.parametrize("kind", [GaussianNoise, LaplacianNoise])
+    def test_moments(self, kind: type[GaussianNoise]) -> None:
+        """Mean 0, the given share of the root mean square, and the family's own kurtosis."""
+        found = kind(0.5, seed=4).apply(split(), calibration=inputs())
+        z = calibration_features(split(), inputs())
+        rms = math.sqrt(sum(v * v for v in z.flatten().tolist()) / z.numel())
+        assert float(found.edge.upload.sigma) == pytest.approx(0.5 * rms, rel=1e-4)
+        clean = torch.ones(400, 16, 8, 8)
+        noise = (found.edge.upload(clean) - clean).double().flatten()
+        deviation = float(noise.std())
+        assert deviation == pytest.approx(0.5 * rms, rel=0.01)
+        assert abs(float(noise.mean())) < 0.01 * deviation
+        kurtosis = float((noise / deviation).pow(4).mean())
+        assert kurtosis == pytest.approx(3.0 if kind is GaussianNoise else 6.0, rel=0.05)
+        assert float((noise[1:] * noise[:-1]).mean()) < 0.01 * deviation**2
+
+    def test_no_noise_is_the_undefended_edge(self) -> None:
+        x = inputs(4)
+        z = feature(GaussianNoise(0.0).apply(split(), calibration=inputs()), x)
+        assert torch.equal(z, feature(split(), x))
+
+    def test_dropped_share_and_mean(self) -> None:
+        upload = FeatureDropout(0.3, seed=2).apply(split()).edge.upload
+        z = upload(torch.ones(200, 16, 8, 8))
+        assert float((z == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
+        assert float(z.mean()) == pytest.approx(1.0, abs=0.02)
+        assert set(z.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+
+
+class TestQuantisation:
+    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
+    def test_eight_bits_are_torchs_own(self) -> None:
+        found, x = Quantisation(8).apply(split(), calibration=inputs()), inputs(8, 5)
+        upload, z = found.edge.upload, feature(split(), x)
+        theirs = torch.quantize_per_channel(z, upload.scale.double(), upload.zero_point, 1,
+                                            torch.quint8).dequantize()
+        torch.testing.assert_close(feature(found, x), theirs, rtol=0, atol=1e-6)
+
+    @pytest.mark.parametrize(("bits", "shift"), [(1, -0.2), (3, -0.2), (8, -0.2), (3, 0.5)])
+    def test_against_a_loop(self, bits: int, shift: float) -> None:
+        found = Quantisation(bits).apply(split(), calibration=inputs())
+        z = calibration_features(split(), inputs()) + shift
+        upload = found.edge.upload
+        upload.calibrate(z)
+        got, levels = upload(z), 2**bits - 1
+        for c in (0, 5):
+            values = z[:2, c].flatten().tolist()
+            low, high = min(0.0, float(z[:, c].min())), max(0.0, float(z[:, c].max()))
+            scale = (high - low) / levels
+            zero = round(-low / scale)
+            expected = [(min(max(round(v / scale) + zero, 0), levels) - zero) * scale
+                        for v in values]
+            torch.testing.assert_close(got[:2, c].flatten(), torch.tensor(expected),
+                                       rtol=0, atol=1e-4 * scale)
+            assert len(got[:, c].unique()) <= 2**bits
+        assert found.edge.upload(z).isfinite().all()
+
+    def test_a_dead_channel_stays_zero(self) -> None:
+        upload = Quantisation(4).apply(split()).edge.upload
+        z = torch.rand(8, 16, 8, 8, generator=torch.Generator().manual_seed(0))
+        z[:, 3] = 0
+        upload.calibrate(z)
+        assert torch.equal(upload(z)[:, 3], z[:, 3])
+
+    def test_gradient_passes_inside_the_range_only(self) -> None:
+        upload = Quantisation(2).apply(split()).edge.upload
+        upload.calibrate(torch.linspace(0, 1, 64).view(1, 1, 8, 8).expand(1, 16, 8, 8))
+        z = torch.full((1, 16, 8, 8), 0.4)
+        z[:, :8] = 3.0
+        z.requires_grad_()
+        upload(z).sum().backward()
+        assert z.grad is not None
+        assert torch.equal(z.grad[0, :, 0, 0], torch.tensor([0.0] * 8 + [1.0] * 8))
+
+
+def slow_distance_correlation(x: list[list[float]], z: list[list[float]]) -> float:
+    """Straight from the definition."""
+    def centred(values: list[list[float]]) -> list[list[float]]:
+        n = len(values)
+        d = [[math.dist(a, b) for b in values] for a in values]
+        rows = [sum(r) / n for r in d]
+        columns = [sum(d[j][k] for j in range(n)) / n for k in range(n)]
+        whole = sum(rows) / n
+        return [[d[j][k] - rows[j] - columns[k] + whole for k in range(n)] for j in range(n)]
+
+    def covariance(a: list[list[float]], b: list[list[float]]) -> float:
+        n = len(a)
+        return sum(a[j][k] * b[j][k] for j in range(n) for k in range(n)) / n**2
+
+    a, b = centred(x), centred(z)
+    return math.sqrt(covariance(a, b) / math.sqrt(covariance(a, a) * covariance(b, b)))
+
+
+class TestNoPeek:
+    def test_distance_correlation_against_a_double_loop(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(12, 3, 4, 4, generator=g)
+        z = torch.tanh(x[:, :1]) + 0.5 * torch.randn(12, 1, 4, 4, generator=g)
+        expected = slow_distance_correlation(x.flatten(1).tolist(), z.flatten(1).tolist())
+        assert float(distance_correlation(x, z)) == pytest.approx(expected, rel=1e-5)
+
+    def test_end_points(self) -> None:
+        g = torch.Generator().manual_seed(1)
+        x = torch.randn(40, 6, generator=g)
+        turned = 3.0 * x @ torch.linalg.qr(torch.randn(6, 6, generator=g))[0] + 7.0
+        assert float(distance_correlation(x, turned)) == pytest.approx(1.0, abs=1e-4)
+        constant = torch.ones(40, 6, requires_grad=True)
+        value = distance_correlation(x, constant)
+        value.backward()
+        assert value.item() < 1e-5 and constant.grad is not None
+        assert distance_correlation(x, torch.full((40, 6), 0.1)).item() < 1e-5
+        assert distance_correlation(x, 1e-9 * x).item() == pytest.approx(1.0, abs=1e-4)
+        assert torch.isfinite(constant.grad).all()
+        line = torch.randn(400, 1, generator=g)
+        other = torch.randn(400, 1, generator=g)
+        assert float(distance_correlation(line, other)) < 0.15
+
+    def test_gradient(self) -> None:
+        g = torch.Generator().manual_seed(2)
+        x, z = torch.randn(6, 3, generator=g), torch.randn(6, 2, generator=g)
+        z.requires_grad_()
+        distance_correlation(x, z).backward()
+        step = torch.zeros_like(z)
+        step[2, 1] = 1e-2
+        with torch.no_grad():
+            slope = (distance_correlation(x, z + step) - distance_correlation(x, z - step)) / 2e-2
+        assert z.grad is not None
+        assert float(z.grad[2, 1]) == pytest.approx(float(slope), rel=0.02)
+
+    def test_total(self) -> None:
+        x, y = inputs(16), torch.arange(16) % 10
+        found = split()
+        terms = NoPeek(2.0, precision="fp32").objective(
+            found, normalization=NORMALIZATION).terms(x, y)
+        expected = distance_correlation(NORMALIZATION.to_pixels(x), found.edge(x))
+        assert terms.penalty.item() == pytest.approx(expected.item(), abs=1e-6)
+        assert terms.total.item() == pytest.approx((terms.task + 2.0 * terms.penalty).item())
+
+    def test_the_weight_trains_it_down(self) -> None:
+        g = torch.Generator().manual_seed(0)
+        colours = torch.rand(32, 3, 1, 1, generator=g).expand(32, 3, 16, 16)
+        coloured = ImageSet((colours * 255).to(torch.uint8), (colours[:, 0, 0, 0] > 0.5).long(),
+                            ("a", "b"))
+        batches = Batches(coloured, 32, normalization=NORMALIZATION, seed=1)
+        config = dataclasses.replace(CONFIG, epochs=15, lr=0.05)
+        penalties = []
+        for weight in (0.0, 20.0):
+            found, defence = split(), NoPeek(weight, precision="fp32")
+            objective = defence.objective(found, normalization=NORMALIZATION)
+            history = finetune(found, batches, objective=objective, config=config,
+                               progress=False).history
+            penalties.append([record["penalty"] for record in (history[0], history[-1])])
+        assert penalties[0][0] == pytest.approx(penalties[1][0])
+        assert penalties[1][1] < 0.6 * penalties[0][1]
+
+
+class TestBottleneck:
+    def test_full_width_is_the_same_network(self) -> None:
+        found, x = Bottleneck(16).apply(split(), calibration=inputs()), inputs(4, 3)
+        with torch.no_grad():
+            torch.testing.assert_close(found.model.eval()(x), split().model.eval()(x),
+                                       rtol=1e-4, atol=1e-4)
+        assert found.feature_shape == (16, 8, 8)
+
+    def test_starts_at_the_least_linear_loss(self) -> None:
+        """The residual variance is the sum of the smallest eigenvalues of the covariance."""
+        found = Bottleneck(5).apply(split(), calibration=inputs())
+        z = calibration_features(split(), inputs())
+        with torch.no_grad():
+            back = found.cloud.receive(found.edge.upload(z))
+        flat = z.movedim(1, -1).flatten(0, 2).double()
+        loss = float((back - z).double().square().sum()) / len(flat)
+        smallest = torch.linalg.eigvalsh(torch.cov(flat.T, correction=0))[:-5].sum()
+        assert loss == pytest.approx(float(smallest), rel=1e-4)
+        assert found.feature_shape == (5, 8, 8)
+        assert Bottleneck(5).upload_bytes(found.feature_shape) == 4 * 5 * 64
+
+    def test_too_wide_is_refused(self) -> None:
+        with pytest.raises(InputError, match="at most the feature's 16"):
+            Bottleneck(17).apply(split())
+
+
+class TestDisco:
+    def test_mask_against_a_loop(self) -> None:
+        dropper = ChannelDropper(16, 6, 1, width=8, temperature=0.1, seed=0)
+        z = torch.rand(5, 16, 4, 4, generator=torch.Generator().manual_seed(3))
+        out = dropper(z)
+        patterns = set()
+        for image in range(5):
+            values = z[image].flatten(1)
+            pooled = torch.cat([values.mean(1), values.square().mean(1).sqrt()])
+            scores = dropper.scorer(pooled).tolist()
+            best = sorted(range(16), key=lambda c: -scores[c])[:6]
+            patterns.add(tuple(sorted(best)))
+            for c in range(16):
+                expected = z[image, c] if c in best else torch.zeros(4, 4)
+                torch.testing.assert_close(out[image, c], expected, rtol=1e-6, atol=1e-6)
+        assert len(patterns) > 1  # the choice depends on the image
+
+    def test_the_scorer_learns(self) -> None:
+        dropper = ChannelDropper(16, 6, 1, width=8, temperature=0.1, seed=0)
+        dropper(inputs(4).repeat(1, 6, 1, 1)[:, :16]).square().sum().backward()
+        assert all(p.grad is not None and float(p.grad.norm()) > 0
+                   for p in dropper.scorer.parameters())
+
+    @pytest.mark.parametrize(("ratio", "kept"), [(0.0, 16), (0.5, 8), (0.3, 12), (0.99, 1)])
+    def test_dropped_share_and_bytes(self, ratio: float, kept: int) -> None:
+        defence = Disco(ratio)
+        found = defence.apply(split())
+        live = feature(found, inputs(8)).abs().flatten(2).sum(2) > 0
+        assert int(live.sum(1).max()) <= kept
+        assert defence.upload_bytes(found.feature_shape) == 4 * kept * 64 + 2
+        if ratio == 0.0:
+            assert torch.equal(feature(found, inputs(8)), feature(split(), inputs(8)))
+
+
+class TestTrainingAlone:
+    def test_terms(self) -> None:
+        found = split()
+        assert Trained().objective(found) is None and Trained().apply(found) is found
+        assert Bottleneck(4).objective(found) is None
+        for defence, alpha, beta in ((Patrol(alpha=0.5, beta=3.0), 0.5, 3.0),
+                                     (AdversarialOnly(3.0), 0.0, 3.0), (CemPatrol(3.0), 0.0, 3.0),
+                                     (Disco(beta=3.0), 0.0, 3.0)):
+            objective = defence.objective(found, normalization=NORMALIZATION, seed=5)
+            assert isinstance(objective, PatrolObjective) and objective.split is found
+            assert (objective.alpha, objective.beta, objective.seed) == (alpha, beta, 5)
+            assert objective.normalization == NORMALIZATION
+
+    def test_upload_bytes(self) -> None:
+        for dense in (Trained(), GaussianNoise(), FeatureDropout(), NoPeek()):
+            assert dense.upload_bytes((16, 8, 8)) == 4096
+        assert Quantisation(8).upload_bytes((16, 8, 8)) == 1024
+        assert Quantisation(3).upload_bytes((5,)) == 2
+
+
+class TestCemPatrol:
+    def test_prunes_the_least_taylor_scores_on_noise(self) -> None:
+        """The middle channels of the first block: removed are those whose zeroing moves S least."""
+        found, defence = split(), CemPatrol(ratio=0.3, seed=6)
+        noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(6))
+        model = split().model
+        gate = torch.ones(8, requires_grad=True)
+        handle = model.layer1[0].conv2.register_forward_pre_hook(
+            lambda _, args: (args[0] * gate.view(1, -1, 1, 1),))
+        model(noise).sum().backward()
+        handle.remove()
+        assert gate.grad is not None
+        least = set(gate.grad.abs().argsort()[:3].tolist())  # 8 - int(8 * 0.7)
+        kept = [c for c in range(8) if c not in least]
+        expected = model.layer1[0].bn1.weight.detach()[kept]  # random, so it tells channels apart
+        assert defence.apply(found) is found
+        assert torch.equal(found.model.layer1[0].bn1.weight, expected)
+        assert found.model.layer2[0].conv1.out_channels == 16 - 5
+        assert found.feature_shape == (16, 8, 8)
+        assert found.model.layer3[0].conv1.out_channels == 32  # the cloud is whole
+
+    def test_five_per_cent_by_default(self) -> None:
+        found = CemPatrol().apply(split())
+        assert found.model.layer1[0].conv1.out_channels == 8 - int(8 * 0.05 + 1)
+        assert found.pruning_history
