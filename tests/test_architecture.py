@@ -16,11 +16,14 @@ ORDER = [
     "errors", "precision", "pixels", "storage", "data",
     "_vehicle_drawing", "_vehicle_scenes", "vehicles", "models",
     "groups", "_tp", "cost", "_trace", "_cuts", "split",
-    "budget", "choice", "metrics", "plan", "masks", "lipschitz", "decoders", "surrogate",
+    "budget", "choice", "metrics", "covariance", "jacobian", "bounds",
+    "plan", "masks", "lipschitz", "decoder_blocks", "decoders", "surrogate",
     "objective", "survivors", "importance", "origins", "regularizer", "pruner",
-    "training_state", "evaluation", "finetune", "checkpoint",
-    "attacks", "audit_report", "audit", "_report_facts", "figures", "report",
-    "rundir", "settings", "preparation", "run_summary", "pipeline", "commands", "cli",
+    "training_state", "evaluation", "finetune", "checkpoint", "defences",
+    "attacks", "access", "audit_choice", "audit_scores",
+    "audit_report", "audit_run", "audit", "_report_facts", "figures", "tables", "report",
+    "rundir", "settings", "preparation", "audit_model", "run_summary",
+    "pipeline", "_audit_command", "commands", "cli",
     "__main__", "__init__",
 ]
 ATTACKS_MAY_IMPORT = {"split", "decoders", "metrics", "errors", "precision", "attacks"}
@@ -28,8 +31,8 @@ ATTACKS_MAY_IMPORT = {"split", "decoders", "metrics", "errors", "precision", "at
 DOORS = {
     "torch_pruning": {"_tp"},
     "fvcore": {"cost"},
-    "jsonargparse": {"commands"},
-    "rich": {"commands", "report"},
+    "jsonargparse": {"commands", "_audit_command"},
+    "rich": {"commands", "_audit_command", "tables"},
     "safetensors": {"storage", "checkpoint"},
     "jinja2": {"report"},
 }

@@ -5,7 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from patrol_prune.decoders import FAMILIES, FeatureStandardizer, _Fold, channel_dim, make_decoder
+from patrol_prune.cost import count_macs
+from patrol_prune.decoder_blocks import Fold, UTrunk
+from patrol_prune.decoders import FAMILIES, FeatureStandardizer, channel_dim, make_decoder
 from patrol_prune.errors import InputError
 
 side = st.integers(1, 20)
@@ -78,7 +80,7 @@ def test_a_pixel_of_the_feature_reaches_its_own_place_in_the_image(
 @pytest.mark.parametrize("size", [(33, 31), (32, 30), (31, 10)])
 def test_folding_a_large_map_loses_and_moves_nothing(size: tuple[int, int]) -> None:
     z = torch.randn(2, 3, *size)
-    fold = _Fold((3, *size), (3, 32, 32))
+    fold = Fold((3, *size), (3, 32, 32))
     folded = fold(z)
     assert folded.shape[1:] == fold.folded_shape
     assert torch.equal(fold.crop(torch.nn.functional.pixel_shuffle(folded, fold.factor)), z)
@@ -95,6 +97,35 @@ def test_same_seed_same_weights_and_the_global_generator_is_untouched(family: st
     assert not torch.equal(one.head.weight, other.head.weight)
 
 
+@pytest.mark.parametrize(("size", "levels"), [((8, 8), 2), ((9, 7), 2), ((3, 9), 0)])
+def test_the_u_lets_opposite_corners_meet_and_keeps_the_size(
+    size: tuple[int, int], levels: int
+) -> None:
+    trunk = UTrunk(16, 2 * levels + 1, size).eval()
+    assert len(trunk.down) == len(trunk.up) == levels
+    assert len(trunk.stages) == 2 * levels + 1
+    for module in trunk.modules():  # the branches start at 0, which would hide them
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.ones_(module.weight)
+    x = torch.randn(2, 16, *size, requires_grad=True)
+    y = trunk(x)
+    assert y.shape == x.shape
+    (gradient,) = torch.autograd.grad(y[0, :, 0, 0].sum(), x)
+    assert bool(gradient[0, :, -1, -1].any()) == (levels > 0)
+    assert not gradient[1].any()
+
+
+def test_the_families_cost_about_the_same_on_a_middle_feature() -> None:
+    macs = {
+        family: count_macs(
+            make_decoder(family, (64, 8, 8), (3, 32, 32)).eval(), torch.zeros(1, 64, 8, 8)
+        ).total
+        for family in ("residual", "unet")
+    }
+    assert macs["residual"] == pytest.approx(50e6, rel=0.05)
+    assert macs["unet"] == pytest.approx(macs["residual"], rel=0.15)
+
+
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(InputError, match="Did you mean: residual"):
         make_decoder("resdiual", (4, 8, 8), (3, 16, 16))
@@ -107,6 +138,18 @@ def test_what_does_not_fit_is_refused() -> None:
         make_decoder("residual", (4, 8, 8), (3, 16, 16), width=0)
     with pytest.raises(InputError, match="came"):
         make_decoder("residual", (4, 8, 8), (3, 16, 16))(torch.randn(2, 4, 8, 9))
+
+
+def test_parts_give_the_statistics_of_the_whole() -> None:
+    z = 1000 + features((4, 3, 3))
+    whole = FeatureStandardizer((4, 3, 3)).fit(z)
+    parts = FeatureStandardizer((4, 3, 3)).fit(part for part in z.split([7, 593]))
+    for one in (whole, parts):
+        torch.testing.assert_close(one.mean, z.double().mean((0, 2, 3)).float())
+        expected = z.double().var((0, 2, 3), correction=0).float()
+        torch.testing.assert_close(one.var, expected, atol=0, rtol=1e-6)
+    with pytest.raises(InputError, match="came none"):
+        FeatureStandardizer((4, 3, 3)).fit([])
 
 
 def features(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:

@@ -1,11 +1,77 @@
-"""What every attack offers, and what it reports about its own training."""
+"""What every attack offers, what it may have, and what it reports about its own training."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from patrol_prune.errors import InputError
+
+EdgeFunction = Callable[[Tensor], Tensor]
+"""Pixels `[N, C, H, W]` on [0, 1] to what is uploaded for them, `[N, ...]`.
+
+It is the real edge: the model's normalisation, noise and quantisation are inside, and every call
+of a random edge draws anew. It can be differentiated with respect to the pixels where the edge
+can.
+"""
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What an attacker may have; an attack reads only what its threat model grants.
+
+    Attributes:
+        pixels: the attacker's own images `[N, C, H, W]`, float32 on [0, 1].
+        z: what the edge uploads for them, `[N, ...]`, one draw where the edge is random; None for
+            an attacker who cannot query it.
+        edge: the real edge (see `EdgeFunction`). A black-box attacker only queries it, a white-box
+            attacker differentiates through it; None where he can do neither.
+        cloud: the frozen second half, `z [N, ...]` to logits; None where it cannot be reached.
+        labels: classes of the attacker's images, `[N]`; None without.
+        observed: uploads of the victim that were overheard, `[M, ...]`, without their images;
+            None without. A victim's image is never among what an attacker gets.
+        shadow_edge: `seed -> module`, the edge's architecture with fresh weights, model input to
+            `z`, without noise; None where the architecture is unknown.
+        random_edge: whether two queries with the same image differ.
+    """
+
+    pixels: Tensor
+    z: Tensor | None = None
+    edge: EdgeFunction | None = None
+    cloud: nn.Module | None = None
+    labels: Tensor | None = None
+    observed: Tensor | None = None
+    shadow_edge: Callable[[int], nn.Module] | None = None
+    random_edge: bool = False
+
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """`(z, pixels)`, for attacks that learn from pairs; an InputError without `z`."""
+        if self.z is None:
+            raise InputError(
+                "This attack learns from features of the attacker's own images, and got none. "
+                "Give Knowledge(z=...), or use an attack that needs no query."
+            )
+        return self.z, self.pixels
+
+    def white_box(self) -> EdgeFunction:
+        """The edge, for attacks that differentiate through it; an InputError without."""
+        if self.edge is None:
+            raise InputError(
+                "A white-box attack needs the edge itself and got none. Give Knowledge(edge=...), "
+                "or use inverse_network, which learns from pairs."
+            )
+        return self.edge
+
+    def first(self, count: int) -> Knowledge:
+        """The same with only the first `count` of the attacker's images."""
+        kept = {name: None if value is None else value[:count]
+                for name, value in (("z", self.z), ("labels", self.labels))}
+        return Knowledge(self.pixels[:count], kept["z"], self.edge, self.cloud, kept["labels"],
+                         self.observed, self.shadow_edge, self.random_edge)
 
 
 @dataclass(frozen=True)
@@ -21,6 +87,9 @@ class FitRecord:
         plateau: whether the held-out loss had stopped improving (see the attack for the rule).
         extensions: how many times the schedule was extended to get there.
         seconds: wall-clock time of the fit.
+        gradient_norm: for attacks that differentiate through the edge, the mean norm of the
+            feature loss's gradient with respect to the pixels at the start; None for others.
+        chosen: the setting that the attack chose on the attacker's own images, as plain data.
     """
 
     history: tuple[float, ...]
@@ -31,10 +100,12 @@ class FitRecord:
     plateau: bool
     extensions: int
     seconds: float
+    gradient_norm: float | None = None
+    chosen: dict[str, Any] | None = None
 
     @property
     def best_loss(self) -> float:
-        """The held-out loss of the weights that were kept."""
+        """The loss of the weights, or the setting, that were kept."""
         return self.history[self.best_epoch]
 
     def as_dict(self) -> dict[str, Any]:
@@ -44,13 +115,19 @@ class FitRecord:
 
 @runtime_checkable
 class Attack(Protocol):
-    """An attack that learns from pairs and then reconstructs; bring your own with these two.
+    """An attack that learns what it can and then reconstructs; bring your own with these two.
 
     `fit` may return a `FitRecord`, or None where there is nothing to record.
     """
 
-    def fit(self, z: Tensor, pixels: Tensor) -> FitRecord | None:
-        """Learn from features `[N, ...]` and their images `[N, C, H, W]` on [0, 1]."""
+    def fit(self, known: Knowledge) -> FitRecord | None:
+        """Learn from what the attacker may have."""
 
     def reconstruct(self, z: Tensor) -> Tensor:
-        """Features `[N, ...]` to pixels `[N, C, H, W]` on [0, 1]."""
+        """Uploads `[N, ...]` to pixels `[N, C, H, W]` on [0, 1]."""
+
+
+def draws_differ(edge: EdgeFunction, pixels: Tensor) -> bool:
+    """Whether two queries of the edge with the same images `[N, C, H, W]` give other features."""
+    with torch.no_grad():
+        return not torch.equal(edge(pixels), edge(pixels))

@@ -2,7 +2,8 @@
 
 He, Zhang and Lee (ACSAC 2019) train a transposed-convolution decoder; residual decoders on
 standardised features are stronger. The attacker needs images and what the edge makes of them,
-nothing of the edge's inside.
+nothing of the edge's inside. A random edge he queries anew in every epoch: what he learns is the
+mean over its draws.
 """
 
 from __future__ import annotations
@@ -17,22 +18,22 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patrol_prune.attacks.base import FitRecord
+from patrol_prune.attacks.base import FitRecord, Knowledge
+from patrol_prune.attacks.training_pairs import TrainingPairs
 from patrol_prune.decoders import FAMILIES, FeatureStandardizer, channel_dim, make_decoder
 from patrol_prune.errors import InputError, TrainingError, nearest
-from patrol_prune.metrics import check_pixels, ssim_loss
+from patrol_prune.metrics import ssim_loss
 from patrol_prune.precision import PRECISIONS, autocast
 
 logger = logging.getLogger(__name__)
 
 LOSSES: tuple[str, ...] = ("mse", "mse+ssim")
-SMALLEST_TRAINING_SET = 20
 SSIM_WEIGHT = 0.1
 """`"mse+ssim"` is `MSE + SSIM_WEIGHT * (1 - SSIM)`."""
 
 _WARM_UP = 0.1
 _LAST_LR = 0.01
-_RESIDENT_BYTES = 4 << 30
+_SMALLEST_SSIM_SIDE = 11
 _SEED_OFFSET = 7_368_787  # so that no surrogate of the same seed starts from the same weights
 
 
@@ -54,6 +55,8 @@ class InverseNetworkConfig:
         max_extensions: how often the schedule is prolonged by half its length when the plateau
             was not reached.
         seed: of the initial weights, the held-out choice and the order of the batches.
+        recompute: query the edge for every batch even though its answers are at hand: slower, and
+            features are never kept. A random edge is always queried anew.
         precision: `"bf16"` trains under autocast, `"fp32"` does not, `"auto"` takes bf16 where the
             device computes it natively. The loss, the held-out loss and reconstructions are
             always float32.
@@ -72,6 +75,7 @@ class InverseNetworkConfig:
     plateau_tolerance: float = 0.02
     max_extensions: int = 2
     seed: int = 0
+    recompute: bool = False
     precision: str = "auto"
 
     def __post_init__(self) -> None:
@@ -91,6 +95,17 @@ class InverseNetworkConfig:
             raise InputError(f"Expected 0 < holdout < 1, came {self.holdout}.")
 
 
+SUITE: dict[str, InverseNetworkConfig] = {
+    "inverse_network": InverseNetworkConfig(),
+    "inverse_network_ssim": InverseNetworkConfig(loss="mse+ssim"),
+    "transposed": InverseNetworkConfig(family="transposed"),
+    "transposed_ssim": InverseNetworkConfig(family="transposed", loss="mse+ssim"),
+    "unet": InverseNetworkConfig(family="unet"),
+    "unet_ssim": InverseNetworkConfig(family="unet", loss="mse+ssim"),
+}
+"""Every family with every loss, by name: none of them is the strongest on every edge."""
+
+
 class InverseNetwork:
     """A decoder that learns to invert features; seeded, and the same seed gives the same result.
 
@@ -106,31 +121,34 @@ class InverseNetwork:
         self.standardizer: FeatureStandardizer | None = None
         self.decoder: nn.Module | None = None
 
-    def fit(self, z: Tensor, pixels: Tensor) -> FitRecord:
+    def fit(self, known: Knowledge) -> FitRecord:
         """Train a fresh decoder to a plateau, and keep the weights of the best held-out epoch.
 
         Images are not flipped or shifted: a feature does not follow its image through either.
 
         Args:
-            z: features `[N, *feature_shape]`, N >= 20.
-            pixels: their images `[N, C, H, W]` on [0, 1], or uint8.
+            known: `pixels` (at least 20 images, float on [0, 1] or uint8) and `z` or `edge`. A
+                random edge is queried anew for every batch, for the held-out loss too.
 
         Raises:
-            InputError: on too few images, on lengths that differ, on NaN or infinity in `z`, on
-                pixels outside [0, 1].
+            InputError: on too few images, on lengths that differ, on NaN or infinity in the
+                features, on pixels outside [0, 1], or under 11 of them a side with SSIM.
             TrainingError: the loss was not finite before the first epoch ended.
         """
-        _check_pairs(z, pixels)
         start = time.perf_counter()
         config = self.config
+        pairs = TrainingPairs(known, self.device, recompute=config.recompute)
+        if "ssim" in config.loss and min(pairs.image_shape[1:]) < _SMALLEST_SSIM_SIDE:
+            raise InputError(
+                f"SSIM takes images of at least {_SMALLEST_SSIM_SIDE} pixels a side, came "
+                f'{pairs.image_shape[1:]}. Use loss="mse".'
+            )
         generator = torch.Generator().manual_seed(config.seed + _SEED_OFFSET)
-        order = torch.randperm(len(z), generator=generator)
-        held = min(len(z) - 2, max(2, round(config.holdout * len(z))))
-        z, pixels = self._resident(z, pixels)
-        self._build(tuple(z.shape[1:]), tuple(pixels.shape[1:]))
-        standardizer, _ = self._parts()
-        standardizer.fit(z)
-        run = _Run(self, z, pixels, order[held:], order[:held], generator)
+        order = torch.randperm(len(pairs), generator=generator)
+        held = min(len(pairs) - 2, max(2, round(config.holdout * len(pairs))))
+        self._build(pairs.feature_shape, pairs.image_shape)
+        self._parts()[0].fit(pairs.features())
+        run = _Run(self, pairs, order[held:], order[:held], generator)
         initial, floor = run.held_out_loss(), run.mean_image_loss()
         run.segment(config.epochs, config.lr)
         extensions = 0
@@ -189,14 +207,8 @@ class InverseNetwork:
 
     def _parts(self) -> tuple[FeatureStandardizer, nn.Module]:
         if self.standardizer is None or self.decoder is None:
-            raise InputError("This attack has not been trained. Call fit(z, pixels) first.")
+            raise InputError("This attack has not been trained. Call fit(Knowledge(...)) first.")
         return self.standardizer, self.decoder
-
-    def _resident(self, z: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        z, pixels = z.detach(), pixels.detach()
-        if 4 * (z.numel() + pixels.numel()) <= _RESIDENT_BYTES:
-            return z.to(self.device), pixels.to(self.device)
-        return z.cpu(), pixels.cpu()
 
 
 class _Run:
@@ -205,15 +217,13 @@ class _Run:
     def __init__(
         self,
         attack: InverseNetwork,
-        z: Tensor,
-        pixels: Tensor,
+        pairs: TrainingPairs,
         train: Tensor,
         held_out: Tensor,
         generator: torch.Generator,
     ) -> None:
         self.attack, self.config, self.generator = attack, attack.config, generator
-        self.z, self.pixels = z, pixels
-        self.train, self.held_out = train, held_out
+        self.pairs, self.train, self.held_out = pairs, train, held_out
         self.decoder = attack._parts()[1]
         self.history: list[float] = []
         self.train_history: list[float] = []
@@ -239,7 +249,7 @@ class _Run:
                 return
 
     def _step(self, batch: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-        z, pixels = self._batch(batch)
+        z, pixels = self.pairs.batch(batch)
         optimizer.zero_grad(set_to_none=True)
         loss = self._loss(pixels, self.attack._forward(z, precision=self.config.precision))
         loss.backward()  # type: ignore[no-untyped-call]
@@ -289,7 +299,7 @@ class _Run:
         self.decoder.eval()
         total = 0.0
         for batch in torch.split(self.held_out, max(64, self.config.batch_size)):
-            z, pixels = self._batch(batch)
+            z, pixels = self.pairs.batch(batch)
             total += len(batch) * float(self._loss(pixels, self.attack._forward(z)))
         return total / len(self.held_out)
 
@@ -297,14 +307,9 @@ class _Run:
     def mean_image_loss(self) -> float:
         """The held-out loss of the mean of the training images."""
         parts = torch.split(self.train, 512)
-        mean = torch.stack([self._batch(part)[1].sum(0) for part in parts]).sum(0)
-        _, pixels = self._batch(self.held_out)
+        mean = torch.stack([self.pairs.images(part).sum(0) for part in parts]).sum(0)
+        pixels = self.pairs.images(self.held_out)
         return float(self._loss(pixels, (mean / len(self.train)).expand_as(pixels)))
-
-    def _batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        index = index.to(self.z.device)
-        z, pixels = self.z[index].to(self.attack.device), self.pixels[index].to(self.attack.device)
-        return z, pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels.float()
 
     def _loss(self, pixels: Tensor, reconstructed: Tensor) -> Tensor:
         loss = functional.mse_loss(reconstructed, pixels)
@@ -319,23 +324,3 @@ def _schedule(progress: float, peak: float) -> float:
         return peak * (_LAST_LR + (1 - _LAST_LR) * progress / _WARM_UP)
     cosine = 0.5 * (1 + math.cos(math.pi * (progress - _WARM_UP) / (1 - _WARM_UP)))
     return peak * (_LAST_LR + (1 - _LAST_LR) * cosine)
-
-
-def _check_pairs(z: Tensor, pixels: Tensor) -> None:
-    if pixels.dim() != 4 or len(z) != len(pixels):
-        raise InputError(
-            f"Expected one feature per image [N, C, H, W], came {tuple(z.shape)} and "
-            f"{tuple(pixels.shape)}. Give the features of these images, in their order."
-        )
-    if len(z) < SMALLEST_TRAINING_SET:
-        raise InputError(
-            f"An attack learns from at least {SMALLEST_TRAINING_SET} images, came {len(z)}. "
-            "Give the attacker more data."
-        )
-    if not all(bool(torch.isfinite(part).all()) for part in torch.split(z, 512)):
-        raise InputError(
-            "Expected finite features, came NaN or infinity. Look at the edge: its weights or "
-            "normalisation are broken, and an attack on it would say nothing."
-        )
-    if pixels.dtype != torch.uint8:
-        check_pixels(pixels, "pixels")

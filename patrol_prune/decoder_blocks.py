@@ -1,0 +1,226 @@
+"""What decoders are built from: a feature laid out as a map, trunks and doublings."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from patrol_prune.errors import InputError
+
+_LINEAR_WEIGHTS = 32_000_000
+_LEVELS = 2
+
+
+class ResidualBlock(nn.Module):
+    """`x + BN(conv3(ReLU(BN(conv3(x)))))`; the last BN's gain starts at 0, so it starts as `x`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        last = nn.BatchNorm2d(width)
+        nn.init.zeros_(last.weight)
+        self.branch = nn.Sequential(
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            last,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[N, width, h, w]` to maps of the same shape."""
+        branch: Tensor = self.branch(x)
+        return x + branch
+
+
+class UTrunk(nn.Module):
+    """An encoder and a decoder around the map with skip connections that add (an hourglass).
+
+    Each level halves the map and doubles its width, as long as a side of 4 is left and at most
+    twice; a residual block costs the same on every level. What lies far apart in the map meets at
+    the bottom, which a few 3x3 convolutions at one resolution do not reach. After Ronneberger et
+    al. (2015) and Newell et al. (2016); the skip is added, not concatenated, which learnt faster.
+
+    Args:
+        width: channels at the map's own resolution.
+        depth: residual blocks in all, spread evenly; what is left over goes to the bottom first.
+        size: `(height, width)` of the map.
+    """
+
+    def __init__(self, width: int, depth: int, size: tuple[int, int]) -> None:
+        super().__init__()
+        levels, side = 0, min(size)
+        while levels < _LEVELS and side >= 4:
+            levels, side = levels + 1, math.ceil(side / 2)
+        stages = 2 * levels + 1
+        # The order in which stages get a block: bottom, then outwards on the decoder's side first.
+        order = sorted(range(stages), key=lambda s: (abs(s - levels), s < levels))
+        counts = [0] * stages
+        for block in range(depth):
+            counts[order[block % stages]] += 1
+        widths = [width << min(s, stages - 1 - s) for s in range(stages)]
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(ResidualBlock(w) for _ in range(count)))
+            for w, count in zip(widths, counts, strict=True)
+        )
+        self.down = nn.ModuleList(
+            nn.Conv2d(w, 2 * w, 3, stride=2, padding=1) for w in widths[:levels]
+        )
+        self.up = nn.ModuleList(nn.Conv2d(2 * w, w, 1) for w in widths[levels + 1 :])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps `[N, width, h, w]` to maps of the same shape."""
+        skips: list[Tensor] = []
+        levels = len(self.down)
+        for stage, down in zip(self.stages, self.down, strict=False):
+            x = stage(x)
+            skips.append(x)
+            x = down(x)
+        x = self.stages[levels](x)
+        for stage, up in zip(self.stages[levels + 1 :], self.up, strict=True):
+            skip = skips.pop()
+            x = stage(skip + functional.interpolate(up(x), size=skip.shape[2:], mode="nearest"))
+        return x
+
+
+def channel_dim(feature_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> int:
+    """Which dimension of a batched feature `[N, *feature_shape]` holds its channels.
+
+    1 for maps `(C, H, W)`; the last for tokens `(T, D)`, vectors `(D,)` and for maps `(H, W, C)`,
+    which are those whose first two sizes have the image's aspect ratio where the last two do not.
+    """
+    if len(feature_shape) < 3:
+        return len(feature_shape)
+    aspect = image_shape[1] / image_shape[2]
+    first = abs(math.log(feature_shape[0] / feature_shape[1] / aspect))
+    last = abs(math.log(feature_shape[1] / feature_shape[2] / aspect))
+    return 3 if first < 1e-6 and last > math.log(1.5) else 1
+
+
+def check_shape(name: str, shape: tuple[int, ...], lengths: tuple[int, ...]) -> None:
+    if len(shape) not in lengths or any(int(s) != s or s < 1 for s in shape):
+        raise InputError(
+            f"Expected {name} of {' or '.join(map(str, lengths))} positive sizes without the "
+            f"batch, came {tuple(shape)}."
+        )
+
+
+def doubling(family: str, width: int, narrower: int) -> nn.Module:
+    """Maps `[N, width, h, w]` to `[N, narrower, 2h, 2w]`, in the manner of `family`."""
+    if family in ("residual", "unet"):
+        steps = [nn.Conv2d(width, 4 * narrower, 3, padding=1), nn.PixelShuffle(2), nn.ReLU()]
+        return nn.Sequential(*steps, *([ResidualBlock(narrower)] if family == "unet" else []))
+    return nn.Sequential(
+        nn.ConvTranspose2d(width, narrower, 4, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(narrower),
+        nn.ReLU(),
+    )
+
+
+def _token_grid(tokens: int, image_shape: tuple[int, ...]) -> tuple[int, int] | None:
+    """The `(h, w)` with `h * w == tokens` of the image's aspect ratio or square, or None."""
+    for aspect in (image_shape[1] / image_shape[2], 1.0):
+        height = round(math.sqrt(tokens * aspect))
+        if height >= 2 and tokens % height == 0:
+            width = tokens // height
+            if width >= 2 and abs(math.log(height / width / aspect)) < 1e-6:
+                return height, width
+    return None
+
+
+class ToMap(nn.Module):
+    """A feature of any shape to a map `[N, *map_shape]`."""
+
+    def __init__(
+        self, feature_shape: tuple[int, ...], image_shape: tuple[int, ...], width: int
+    ) -> None:
+        super().__init__()
+        self.kind = "map"
+        self.linear: nn.Linear | None = None
+        if len(feature_shape) == 3:
+            self.map_shape = tuple(feature_shape)
+            if channel_dim(feature_shape, image_shape) == 3:
+                self.kind, self.map_shape = "last", (feature_shape[2], *feature_shape[:2])
+            return
+        if len(feature_shape) == 2:
+            tokens, channels = feature_shape
+            grid = _token_grid(tokens, image_shape)
+            if grid is not None:
+                self.kind, self.map_shape = "tokens", (channels, *grid)
+                return
+            grid = _token_grid(tokens - 1, image_shape)
+            if grid is not None:
+                self.kind, self.map_shape = "class+tokens", (2 * channels, *grid)
+                return
+        self.kind = "linear"
+        size = math.prod(feature_shape)
+        self.map_shape = _linear_map(size, image_shape, width)
+        self.linear = nn.Linear(size, math.prod(self.map_shape))
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.kind == "map":
+            return z
+        if self.kind == "last":
+            return z.permute(0, 3, 1, 2)
+        if self.linear is not None:
+            flat: Tensor = self.linear(z.flatten(1))
+            return flat.view(-1, *self.map_shape)
+        height, width = self.map_shape[1:]
+        if self.kind == "tokens":
+            return z.transpose(1, 2).reshape(len(z), -1, height, width)
+        patches = z[:, 1:].transpose(1, 2).reshape(len(z), -1, height, width)
+        return torch.cat([patches, z[:, 0, :, None, None].expand_as(patches)], dim=1)
+
+
+def _linear_map(
+    size: int, image_shape: tuple[int, ...], width: int
+) -> tuple[int, int, int]:
+    """A map of 4 to 8 pixels a side (never over half the image), its linear layer kept bounded."""
+
+    def side(pixels: int) -> int:
+        while pixels > 8:
+            pixels = math.ceil(pixels / 2)
+        return max(1, pixels)
+
+    height, map_width = (side(math.ceil(s / 2)) for s in image_shape[1:])
+    if size * width * height * map_width > _LINEAR_WEIGHTS:
+        height, map_width = math.ceil(height / 2), math.ceil(map_width / 2)
+    while width > 1 and size * width * height * map_width > _LINEAR_WEIGHTS:
+        width //= 2
+    return width, height, map_width
+
+
+class Fold(nn.Module):
+    """Pixel-unshuffle of a map larger than half the image; `crop` undoes its padding later."""
+
+    def __init__(self, map_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> None:
+        super().__init__()
+        channels, *size = map_shape
+        halves = [math.ceil(s / 2) for s in image_shape[1:]]
+        self.size = tuple(size)
+        self.factor = max(math.ceil(s / half) for s, half in zip(size, halves, strict=True))
+        self.padding = tuple(-s % self.factor for s in size)
+        height, width = (s + p for s, p in zip(size, self.padding, strict=True))
+        self.padded = (height, width)
+        f = self.factor
+        self.folded_shape = (channels * f * f, height // f, width // f)
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.factor == 1:
+            return z
+        if any(self.padding):
+            mode = "replicate"
+            z = functional.pad(z, (0, self.padding[1], 0, self.padding[0]), mode=mode)
+        return functional.pixel_unshuffle(z, self.factor)
+
+    def crop(self, h: Tensor) -> Tensor:
+        """Cut off the part of an upsampled map that stands for the padding."""
+        if not any(self.padding):
+            return h
+        height, width = (
+            max(1, round(have * size / padded))
+            for have, size, padded in zip(h.shape[2:], self.size, self.padded, strict=True)
+        )
+        return h[:, :, :height, :width]
