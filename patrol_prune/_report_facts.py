@@ -15,10 +15,22 @@ COSTS = ("edge_macs", "edge_params", "feature_bytes", "accuracy")
 EDGE, UNDEFENDED, FLOOR = "edge", "undefended", "floor"
 ATTACKS = {
     "inverse_network": "a decoder network trained on the attacker's own pictures",
+    "inverse_network_ssim": "a decoder network trained for likeness on the attacker's own pictures",
+    "transposed": "a transposed-convolution decoder trained on the attacker's own pictures",
+    "transposed_ssim": "a transposed-convolution decoder trained for likeness",
+    "unet": "a U-shaped decoder trained on the attacker's own pictures",
+    "unet_ssim": "a U-shaped decoder trained for likeness",
+    "linear_inverse": "the best linear decoder, by least squares on the attacker's own pictures",
+    "nearest_image": "answering with the attacker's own picture whose upload is nearest",
     "rmle": "white-box optimisation of the picture (rMLE)",
-    "query_free": "a query-free attack through a shadow edge",
+    "image_prior": "white-box optimisation of an untrained image generator",
+    "query_free_same": "a query-free attack through a shadow edge of the same architecture",
+    "query_free_other": "a query-free attack through a shadow edge of another architecture",
+    "query_free_match": "a query-free attack that matches the distribution of uploads",
     "mean_image": "answering with the mean image",
 }
+_WHITE = ("rmle", "image_prior")
+_AVERAGED = ("ssim", "ssim_worst5", "psnr", "mse", "gmsd", "rank1", "chance1")
 
 
 class Audit(Protocol):
@@ -103,6 +115,38 @@ def strongest(records: Iterable[Mapping[str, Any]], subject: str) -> dict[str, A
     return found[0] if found else None
 
 
+def floor_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The record of the average picture, which needs no upload; the first where there are more."""
+    found = [dict(r) for r in records if r.get("subject") == FLOOR]
+    return next((r for r in found if r.get("attack") == "mean_image"), found[0] if found else None)
+
+
+def attack_rows(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One row per subject, attack and attacker's pictures: means over the seeds.
+
+    Within a subject the highest SSIM comes first; `strongest` marks the row of the subject's
+    strongest single record. What was not measured is None.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    kept = [dict(record) for record in records]
+    for r in kept:
+        pictures = r.get("attacker_images")
+        told = None if pictures is None else f"{pictures:,}"
+        if told is not None and r.get("attacker_data") == "shifted":
+            told += ", other"
+        groups.setdefault((r["subject"], r["attack"], r.get("box"), told), []).append(r)
+    rows = []
+    for (subject, attack, box, told), same in groups.items():
+        row = {"subject": subject, "attack": attack, "box": box, "attacker": told,
+               "seeds": len(same), "strongest": strongest(kept, subject) in same}
+        for key in _AVERAGED:
+            values = [r[key] for r in same if r.get(key) is not None]
+            row[key] = math.fsum(values) / len(values) if values else None
+        rows.append(row)
+    order = {UNDEFENDED: 0, EDGE: 1, FLOOR: 2}
+    return sorted(rows, key=lambda row: (order.get(row["subject"], 3), -float(row["ssim"])))
+
+
 def short(count: float, unit: str = "") -> str:
     """A count in three digits with k, M or G: `short(2359296)` is `2.36 M`."""
     for factor, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -122,7 +166,7 @@ def number(key: str, value: Any) -> str:
     if isinstance(value, float):
         if not math.isfinite(value):
             return "∞" if value > 0 else str(value)
-        if key == "accuracy":
+        if key in ("accuracy", "rank1", "rank5", "chance1", "chance5"):
             return f"{100 * value:.1f}%"
         if key == "mse":
             return f"{value:.4f}"
@@ -144,12 +188,14 @@ def headline(summary: RunSummary, audit: Audit) -> str:
             "Expected the audit to hold at least one record of the subject 'edge', came none. "
             "Attack the edge before you report on it."
         )
-    ceiling, floor = strongest(audit.records, UNDEFENDED), strongest(audit.records, FLOOR)
+    ceiling, floor = strongest(audit.records, UNDEFENDED), floor_of(audit.records)
     seen = f"a likeness (SSIM) of {edge['ssim']:.2f}"
+    tried = len({record["attack"] for record in attacks_on(audit.records, EDGE)})
+    who = "the strongest attack tried"
+    if tried > 1:
+        who = f"the strongest of the {tried} attacks tried, {edge['attack']},"
     if ceiling is None:
-        text = (
-            f"From what the device uploads, the strongest attack tried rebuilds pictures to {seen}"
-        )
+        text = f"From what the device uploads, {who} rebuilds pictures to {seen}"
     elif floor is not None and ceiling["ssim"] - floor["ssim"] < AT_THE_FLOOR:
         text = (
             f"Cut this deep, even the undefended upload lets the attack tried rebuild pictures to "
@@ -158,12 +204,12 @@ def headline(summary: RunSummary, audit: Audit) -> str:
         )
     elif ceiling["ssim"] - edge["ssim"] < 0.01:
         text = (
-            f"The strongest attack tried rebuilds pictures to {seen}, no worse than from the "
+            f"{who[0].upper()}{who[1:]} rebuilds pictures to {seen}, no worse than from the "
             f"undefended upload ({ceiling['ssim']:.2f}): this run hides nothing"
         )
     else:
         text = (
-            f"From what the device uploads, the strongest attack tried rebuilds pictures to {seen} "
+            f"From what the device uploads, {who} rebuilds pictures to {seen} "
             f"instead of {ceiling['ssim']:.2f}"
         )
     if floor is not None:
@@ -192,7 +238,11 @@ def story(summary: RunSummary, audit: Audit) -> list[tuple[str, str]]:
     edge = strongest(audit.records, EDGE) or {}
     attack = ATTACKS.get(str(edge.get("attack")), str(edge.get("attack")))
     sees = f"The strongest attack tried is {attack}."
-    ceiling, floor = strongest(audit.records, UNDEFENDED), strongest(audit.records, FLOOR)
+    undefended = strongest(audit.records, UNDEFENDED)
+    if undefended is not None and undefended["attack"] != edge.get("attack"):
+        name = ATTACKS.get(str(undefended["attack"]), str(undefended["attack"]))
+        sees += f" On the undefended upload it is {name}."
+    ceiling, floor = strongest(audit.records, UNDEFENDED), floor_of(audit.records)
     if (
         ceiling is not None
         and floor is not None
@@ -217,9 +267,10 @@ def limits(summary: RunSummary, audit: Audit) -> list[str]:
         f"Only these attacks were tried: {', '.join(names)}, with {seeds} seed"
         f"{'' if seeds == 1 else 's'}. A stronger or longer attack may see more.",
     ]
-    if "rmle" not in names:
+    if not any(r.get("box") == "white" or r["attack"] in _WHITE for r in edge):
         texts.append("No white-box attack, one that knows the device's weights, was tried.")
-    images = sorted({int(r["attacker_images"]) for r in edge if r.get("attacker_images")})
+    images = sorted({int(r["attacker_images"]) for r in edge
+                     if r.get("attacker_images") and r.get("attacker_data") != "shifted"})
     if images:
         texts.append(
             f"The attacker owned {images[-1]:,} pictures of the same kind as the victims'. One "
@@ -251,12 +302,16 @@ def comparison(summary: RunSummary, audit: Audit) -> list[dict[str, Any]]:
             {"key": key, "label": label, UNDEFENDED: summary.dense[key],
              EDGE: summary.pruned[key], FLOOR: None}
         )
-    best = {name: strongest(audit.records, name) or {} for name in (UNDEFENDED, EDGE, FLOOR)}
+    best = {name: strongest(audit.records, name) or {} for name in (UNDEFENDED, EDGE)}
+    best[FLOOR] = floor_of(audit.records) or {}
     for key, label in (
         ("ssim", "SSIM of the strongest attack (lower hides more)"),
         ("ssim_worst5", "SSIM on the 5% of pictures it rebuilds best"),
         ("psnr", "PSNR in dB (lower hides more)"),
         ("mse", "MSE on [0, 1] pixels (higher hides more)"),
+        ("gmsd", "Perceptual distance, GMSD (higher hides more)"),
+        ("rank1", "Pictures told from all others by what is rebuilt (lower hides more)"),
+        ("chance1", "The same by guessing"),
     ):
         row = {"key": key, "label": label, **{name: r.get(key) for name, r in best.items()}}
         if any(row[name] is not None for name in best):

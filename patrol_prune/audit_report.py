@@ -18,7 +18,10 @@ from PIL import Image
 from patrol_prune.errors import CheckpointError, InputError, nearest
 from patrol_prune.storage import atomic_directory, atomic_write_text, read_whole
 
-METRICS: tuple[str, ...] = ("ssim", "ssim_worst5", "psnr", "mse")
+METRICS: tuple[str, ...] = (
+    "ssim", "ssim_worst5", "ms_ssim", "psnr", "mse", "mse_worst5", "gmsd", "rank1", "rank5",
+)
+_GROUP = ("subject", "attack", "box", "attacker_data", "attacker_images")
 _VERSION = 1
 
 
@@ -27,17 +30,23 @@ class AuditReport:
     """The result of `audit`.
 
     Attributes:
-        records: one flat dict per subject, attack and seed. `subject` is `"edge"`, `"undefended"`
-            (the ceiling) or `"floor"` (the mean image); then `attack`, `attack_seed`,
-            `attacker_images`, `victim_images`; `ssim`, `psnr` (dB, at most 100 per image) and
-            `mse` as means over the victim's images on [0, 1] pixels; `ssim_worst5`, the mean SSIM
-            of the 5% of images that were reconstructed best; `plateau`, `epochs`, `extensions`,
-            `best_epoch`, `held_out_loss`, `seconds` of the attack's training (None where an
-            attack does not tell).
+        records: one flat dict per subject, attack, seed and attacker's images. `subject` is
+            `"edge"`, `"undefended"` (the ceiling) or `"floor"` (the mean image, and the attacker's
+            image whose feature is nearest); then `attack`, `attack_seed`, `box` (`"white"`,
+            `"black"`, `"none"`: what the attacker could do with the edge; None if it does not
+            tell), `attacker_data` (`"same"` or `"shifted"`), `attacker_images`, `victim_images`,
+            `random_edge`; `ssim`, `ms_ssim` (None on small images), `psnr` (dB, at most 100 per
+            image), `mse` and `gmsd` as means over the victim's images on [0, 1] pixels;
+            `ssim_worst5` and `mse_worst5`, the means over the 5% of images that were reconstructed
+            best; `rank1`, `rank5`, `chance1`, `chance5`: how often the reconstruction leads back
+            to its original among all victims, and a guess does; `plateau`, `epochs` (or settings
+            tried), `extensions`, `best_epoch`, `held_out_loss`, `gradient_norm`, `chosen`,
+            `seconds` of the attack's training (None where an attack does not tell).
         flags: one dict per warning: `subject`, `attack`, `attack_seed`, `name`, `meaning`,
-            `advice`.
-        per_image: `"subject/attack/seed"` to the lists `ssim`, `psnr`, `mse` over the victim's
-            images, in their order.
+            `advice`, and `attacker_data` and `attacker_images` where it is about one row.
+        per_image: `"subject/attack/seed"` to the lists `ssim`, `psnr`, `mse`, `gmsd` (and
+            `ms_ssim`) over the victim's images, in their order; rows of other attackers than the
+            one with the most images end in `/same-100`, `/shifted-500` and so on.
         examples: `"originals"` and each subject to uint8 images `[E, H, W, C]`; a subject's are
             the reconstructions of its strongest attack.
         example_indices: which of the victim's images the examples are.
@@ -55,22 +64,28 @@ class AuditReport:
         return tuple(dict.fromkeys(r["subject"] for r in self.records))
 
     def strongest(self, subject: str = "edge") -> dict[str, Any]:
-        """The subject's record with the highest SSIM; an unknown subject is an InputError."""
+        """The subject's record with the highest mean SSIM, whatever attack and seed it is of.
+
+        Whether that attack had reached its plateau makes no difference: it saw what it saw. An
+        unknown subject is an InputError.
+        """
         return max(self._of(subject), key=lambda record: float(record["ssim"]))
 
     def summary(self) -> list[dict[str, Any]]:
-        """One row per subject and attack: mean and spread over the attack's seeds.
+        """One row per subject, attack and attacker's images: mean and spread over the seeds.
 
         `seeds` says how many there were; `ssim_std` and so on are the sample standard deviation
-        (n - 1), None for a single seed; `plateau` is whether every seed reached it.
+        (n - 1), None for a single seed; both are None where a measure was not taken. `plateau` is
+        whether every seed reached it.
         """
-        rows = []
-        for subject in self.subjects:
-            records = self._of(subject)
-            for attack in dict.fromkeys(r["attack"] for r in records):
-                same = [r for r in records if r["attack"] == attack]
-                rows.append(_summarise(subject, attack, same))
-        return rows
+        groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for record in self.records:
+            key = tuple(record.get(name) for name in _GROUP)
+            groups.setdefault(key, []).append(record)
+        return [
+            _summarise(dict(zip(_GROUP, key, strict=True)), records)
+            for key, records in groups.items()
+        ]
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """The report as JSON text; with `path`, also written there.
@@ -146,12 +161,13 @@ class AuditReport:
         return records
 
 
-def _summarise(
-    subject: str, attack: str, records: list[dict[str, Any]]
-) -> dict[str, Any]:
-    row: dict[str, Any] = {"subject": subject, "attack": attack, "seeds": len(records)}
+def _summarise(group: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
+    row: dict[str, Any] = {**group, "seeds": len(records)}
     for metric in METRICS:
-        row[metric], row[f"{metric}_std"] = mean_and_std(r[metric] for r in records)
+        values = [record.get(metric) for record in records]
+        known = [value for value in values if value is not None]
+        whole = len(known) == len(values)
+        row[metric], row[f"{metric}_std"] = mean_and_std(known) if whole else (None, None)
     plateaus = [r["plateau"] for r in records if r["plateau"] is not None]
     row["plateau"] = all(plateaus) if plateaus else None
     return row

@@ -17,11 +17,12 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from patrol_prune._audit_command import add_options, attack
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.errors import InputError, PatrolError
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
-from patrol_prune.pipeline import RunResult, audit_again, run
+from patrol_prune.pipeline import RunResult, run
 from patrol_prune.plan import Plan, plan, short
 from patrol_prune.report import console_table
 from patrol_prune.run_summary import rewrite_report
@@ -33,7 +34,7 @@ OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 USAGE = {
     "plan": "patrol-prune plan --edge-macs BUDGET [--model NAME] [options]",
     "run": "patrol-prune run --data FOLDER --edge-macs BUDGET [--model NAME] [options]",
-    "audit": "patrol-prune audit RUN [options]",
+    "audit": "patrol-prune audit RUN [options] | --model NAME --at LAYER --data FOLDER [options]",
     "report": "patrol-prune report RUN",
     "demo": "patrol-prune demo [options]",
 }
@@ -69,11 +70,13 @@ Example:
 
 Every setting can stand in a file: `--print-config` writes one, `--config FILE` reads it, and
 options after it change it. The same settings resume a run that was interrupted.""",
-    "audit": """Attack the finished edge of a run again, with fresh attackers, and write its report
-anew.
+    "audit": """Attack an edge with fresh attackers: the finished one of a run, whose report is
+written anew, or that of any model, ours or not, cut where you say.
 
-Example, three attackers:
-  patrol-prune audit runs/photos --seeds 0 1 2""",
+Examples, three attackers; every kind of attack; a model of your own:
+  patrol-prune audit runs/photos --seeds 0 1 2
+  patrol-prune audit runs/photos --attacks linear_inverse inverse_network unet rmle
+  patrol-prune audit --model resnet18 --weights photos.safetensors --at layer2 --data photos""",
     "report": """Write the report page of a finished run again from its records.
 
 Example:
@@ -155,10 +158,7 @@ def make_parser() -> ArgumentParser:
     made["run"].add_class_arguments(RunConfig)
     made["run"].add_argument("--overwrite", action="store_true",
                              help="start anew if the directory holds another run")
-    made["audit"].add_argument("run", type=str, help="a run's folder, as in runs/photos")
-    made["audit"].add_argument("--seeds", type=int, nargs="+", help="one fresh attacker for each")
-    made["audit"].add_argument("--attacks", type=str, nargs="+", help="names of attacks")
-    made["audit"].add_argument("--device", type=str, help="where; that of the run without")
+    add_options(made["audit"])
     made["report"].add_argument("run", type=str, help="a run's folder, as in runs/photos")
     made["demo"].add_argument("--name", type=str, default="demo", help="of the run")
     made["demo"].add_argument("--runs", type=str, default="runs", help="the folder of all runs")
@@ -285,12 +285,7 @@ def _conclude(result: RunResult) -> None:
 
 
 def _audit(options: Namespace) -> None:
-    _conclude(
-        audit_again(
-            options.run, attacks=options.attacks, seeds=options.seeds, device=options.device,
-            progress=_tell,
-        )
-    )
+    attack(options.as_dict(), _tell, _conclude)
 
 
 def _report(options: Namespace) -> None:

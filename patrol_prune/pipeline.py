@@ -37,7 +37,7 @@ from patrol_prune.preparation import (
 from patrol_prune.pruner import PatrolPruner
 from patrol_prune.report import RunSummary, write_report
 from patrol_prune.run_summary import SUMMARY, read_summary, summarise
-from patrol_prune.rundir import CONFIG, RunDirectory
+from patrol_prune.rundir import CONFIG, RunDirectory, read_config
 from patrol_prune.settings import FREE_KEYS, RunConfig, resolve_device
 from patrol_prune.split import Split
 from patrol_prune.storage import atomic_write_json, newest_whole
@@ -289,8 +289,11 @@ class _Run:
             self.load(EDGE), self.images.attacker, self.images.victims,
             attacks=config.audit.attacks, seeds=config.audit.seeds,
             normalization=self.images.normalization, undefended=self.load(DENSE),
-            config=config.attacker, device=str(self.device), examples=config.audit.examples,
-            progress=self.say,
+            config=config.attacker, settings={"rmle": config.rmle},
+            attacker_labels=self.images.attacker_labels,
+            attacker_images=(None, *config.audit.attacker_images),
+            check_attacks=config.audit.check_attacks,
+            device=str(self.device), examples=config.audit.examples, progress=self.say,
         )
         found.to_json(self.folder / "audit.json")
         self.folder.finish("audit", ["audit.json", "audit_examples"])
@@ -312,6 +315,8 @@ def audit_again(
     *,
     attacks: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
+    attacker_images: Sequence[int] | None = None,
+    check_attacks: bool | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -321,6 +326,8 @@ def audit_again(
         directory: of the run.
         attacks: names; those of the run without.
         seeds: one fresh attacker for each; those of the run without.
+        attacker_images: attack once more with only so many images each; as in the run without.
+        check_attacks: let every attack invert trivial edges first; as in the run without.
         device: where; that of the run without.
         progress: called with each stage and what happens in it.
 
@@ -331,16 +338,16 @@ def audit_again(
     if not (path / CONFIG).is_file():
         raise RunDirectoryError(f"{path} holds no run: it has no {CONFIG}. Give a run's folder.")
     config = RunConfig.from_yaml(path / CONFIG)
-    chosen = replace(
-        config,
-        device=device or config.device,
-        audit=replace(
-            config.audit, attacks=tuple(attacks or config.audit.attacks),
-            seeds=tuple(config.audit.seeds if seeds is None else seeds),
-        ),
+    own = config.audit
+    who = replace(
+        own, attacks=tuple(attacks or own.attacks),
+        seeds=tuple(own.seeds if seeds is None else seeds),
+        attacker_images=tuple(own.attacker_images if attacker_images is None else attacker_images),
+        check_attacks=own.check_attacks if check_attacks is None else check_attacks,
     )
+    chosen = replace(config, device=device or config.device, audit=who)
     where, images = resolve_device(chosen.device), read_images(config)
-    with RunDirectory(path, config.to_dict()) as folder:
+    with RunDirectory(path, read_config(path / CONFIG)) as folder:
         if not folder.done("finetune"):
             raise RunDirectoryError(
                 f"The run in {path} has no finished edge to attack yet. Resume it first: "

@@ -25,6 +25,7 @@ class Images:
     Attributes:
         defender: what the model is trained, scored and fine-tuned on.
         attacker: what the attacker owns, uint8 `[N, 3, H, W]`; nobody else sees it.
+        attacker_labels: the classes of these, `[N]`.
         test: what accuracy is measured on.
         victims: the part of `test` that is to be reconstructed, uint8 `[N, 3, H, W]`.
         normalization: from pixels to the model's input.
@@ -34,6 +35,7 @@ class Images:
 
     defender: ImageSet
     attacker: Tensor
+    attacker_labels: Tensor
     test: ImageSet
     victims: Tensor
     normalization: Normalization
@@ -67,7 +69,7 @@ def read_images(config: RunConfig) -> Images:
     defender = train.subset(order[attackers:].sort().values)
     count = min(config.audit.victims, len(test))
     victims = test.images[torch.linspace(0, len(test) - 1, count).round().long()]
-    attacker, notes = _without(train.images[order[:attackers].sort().values], victims)
+    attacker, notes = _without(train.subset(order[:attackers].sort().values), victims)
     if len(attacker) < 20 or len(defender) < 2 * config.batch_size:
         raise InputError(
             f"Expected at least 20 training images for the attacker and {2 * config.batch_size} "
@@ -76,14 +78,14 @@ def read_images(config: RunConfig) -> Images:
             "--batch-size."
         )
     return Images(
-        defender, attacker, test, victims, _normalization(config, defender),
-        _digest(train, test), notes,
+        defender, attacker.images, attacker.labels, test, victims,
+        _normalization(config, defender), _digest(train, test), notes,
     )
 
 
-def _without(attacker: Tensor, victims: Tensor) -> tuple[Tensor, tuple[str, ...]]:
+def _without(attacker: ImageSet, victims: Tensor) -> tuple[ImageSet, tuple[str, ...]]:
     seen = {hashlib.sha256(image.numpy().tobytes()).digest() for image in victims}
-    keep = [i for i, image in enumerate(attacker)
+    keep = [i for i, image in enumerate(attacker.images)
             if hashlib.sha256(image.numpy().tobytes()).digest() not in seen]
     if len(keep) == len(attacker):
         return attacker, ()
@@ -92,7 +94,7 @@ def _without(attacker: Tensor, victims: Tensor) -> tuple[Tensor, tuple[str, ...]
         "for byte; they were taken from him."
     )
     logger.warning(note)
-    return attacker[keep], (note,)
+    return attacker.subset(keep), (note,)
 
 
 def _normalization(config: RunConfig, defender: ImageSet) -> Normalization:

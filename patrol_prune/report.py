@@ -19,7 +19,6 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from rich.table import Table
 
 from patrol_prune import figures
 from patrol_prune._report_facts import (
@@ -28,8 +27,10 @@ from patrol_prune._report_facts import (
     UNDEFENDED,
     Audit,
     RunSummary,
+    attack_rows,
     attacks_on,
     comparison,
+    floor_of,
     headline,
     limits,
     number,
@@ -38,68 +39,24 @@ from patrol_prune._report_facts import (
 from patrol_prune.errors import InputError
 from patrol_prune.metrics import ssim
 from patrol_prune.storage import atomic_write_json, atomic_write_text
+from patrol_prune.tables import (
+    ATTACK_COLUMNS,
+    HEADINGS,
+    SUBJECTS,
+    console_table,
+    merged_flags,
+    render_table,
+)
 
 __all__ = ["RunSummary", "console_table", "render_table", "write_report"]
 
 ORIGINAL = "originals"
-HEADINGS = {UNDEFENDED: "Undefended, same cut", EDGE: "PATROL", FLOOR: "Average picture"}
 _ROWS = {
     ORIGINAL: ("Original", "what the camera took"),
     UNDEFENDED: ("Undefended", "rebuilt from the unpruned network's upload, cut at the same place"),
     EDGE: ("PATROL", "rebuilt from the pruned network's upload"),
 }
 _MOST_EXAMPLES = 8
-
-
-def render_table(
-    rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | Mapping[str, str]
-) -> str:
-    """Flat rows as a Markdown table.
-
-    Args:
-        rows: one dictionary per line; a key that is missing shows as a dash.
-        columns: the keys to show, or a mapping from key to heading.
-
-    Example:
-        >>> print(render_table([{"method": "dense", "ssim": 0.71}], ["method", "ssim"]))
-        | method | ssim |
-        | --- | ---: |
-        | dense | 0.710 |
-        <BLANKLINE>
-    """
-    headings = dict(columns) if isinstance(columns, Mapping) else {key: key for key in columns}
-    if not headings:
-        raise InputError("Expected at least one column to show, came none. Name the keys.")
-
-    def cell(text: str) -> str:
-        return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
-
-    def numeric(key: str) -> bool:
-        values = [row[key] for row in rows if row.get(key) is not None]
-        return bool(values) and all(
-            isinstance(v, int | float) and not isinstance(v, bool) for v in values
-        )
-
-    lines = [
-        "| " + " | ".join(cell(heading) for heading in headings.values()) + " |",
-        "| " + " | ".join("---:" if numeric(key) else "---" for key in headings) + " |",
-    ]
-    for row in rows:
-        cells = (cell(number(key, row.get(key))) for key in headings)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def console_table(summary: RunSummary, audit: Audit) -> Table:
-    """The page's main table for a terminal."""
-    table = Table(title=f"{summary.name}: {summary.model} cut after {summary.split}")
-    table.add_column("")
-    for heading in HEADINGS.values():
-        table.add_column(heading, justify="right")
-    for row in comparison(summary, audit):
-        values = (number(row["key"], row[subject]) for subject in HEADINGS)
-        table.add_row(row["label"], *values)
-    return table
 
 
 def write_report(summary: RunSummary, audit: Audit, directory: str | os.PathLike[str]) -> Path:
@@ -123,8 +80,9 @@ def write_report(summary: RunSummary, audit: Audit, directory: str | os.PathLike
         "headline": headline(summary, audit),
         "summary": asdict(summary),
         "comparison": comparison(summary, audit),
+        "attacks": attack_rows(audit.records),
         "records": list(audit.records),
-        "flags": _flags(audit.flags),
+        "flags": merged_flags(audit.flags),
         "limits": limits(summary, audit),
     }
     strip = _picture_rows(audit)
@@ -166,6 +124,9 @@ def _page(
         spread=_spread(audit),
         plots={name: _inline(data) for name, data in plots.items()},
         leak_text=", ".join(f"{label} {value:.3f}" for label, value, _ in _bars(audit)),
+        attacks=twin["attacks"],
+        attack_columns=ATTACK_COLUMNS,
+        subjects=SUBJECTS,
         flags=twin["flags"],
         limits=twin["limits"],
         records=twin["records"],
@@ -234,6 +195,8 @@ def _bars(audit: Audit) -> list[tuple[str, float, list[float]]]:
     bars = []
     for subject, heading in HEADINGS.items():
         records = attacks_on(audit.records, subject)
+        if subject == FLOOR:
+            records = [r for r in records if r == floor_of(audit.records)]
         if records:
             values = [float(record["ssim"]) for record in records]
             bars.append((heading, values[0], values))
@@ -261,7 +224,7 @@ def _plots(
 def _spread(audit: Audit) -> dict[str, str]:
     """Lowest to highest SSIM over attacks and seeds, for each subject with several."""
     texts = {}
-    for subject in HEADINGS:
+    for subject in (UNDEFENDED, EDGE):
         values = [float(record["ssim"]) for record in attacks_on(audit.records, subject)]
         if len(values) > 1:
             texts[subject] = f"{min(values):.3f} to {max(values):.3f} over {len(values)} attacks"
@@ -275,24 +238,6 @@ def _record_keys(records: Sequence[Mapping[str, Any]]) -> list[str]:
             {k: None for k, v in record.items() if v is None or isinstance(v, str | int | float)}
         )
     return list(keys)
-
-
-def _flags(flags: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """One entry per kind of flag, with everywhere it was raised."""
-    merged: dict[str, dict[str, str]] = {}
-    for flag in flags:
-        subject = str(flag.get("subject", ""))
-        where = {EDGE: "PATROL", UNDEFENDED: "undefended"}.get(subject, subject)
-        if flag.get("attack") is not None:
-            where += f", {flag['attack']}"
-        if flag.get("attack_seed") is not None:
-            where += f", seed {flag['attack_seed']}"
-        entry = merged.setdefault(
-            flag["name"],
-            {key: str(flag[key]) for key in ("name", "meaning", "advice")} | {"where": ""},
-        )
-        entry["where"] += ("; " if entry["where"] else "") + where
-    return list(merged.values())
 
 
 def _inline(data: bytes) -> str:

@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from patrol_prune.attacks import ATTACKS, InverseNetworkConfig
+from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.rundir import read_config
@@ -104,6 +105,8 @@ class AuditConfig:
         attacker_share: share of the training images that the attacker owns and the defender
             never sees.
         examples: reconstructions to show.
+        attacker_images: attack once more with only so many of the attacker's images, each.
+        check_attacks: let every attack invert two trivial edges first.
     """
 
     attacks: tuple[str, ...] = ("inverse_network",)
@@ -111,6 +114,8 @@ class AuditConfig:
     victims: int = 500
     attacker_share: float = 0.35
     examples: int = 8
+    attacker_images: tuple[int, ...] = ()
+    check_attacks: bool = False
 
     def __post_init__(self) -> None:
         for name in self.attacks:
@@ -127,6 +132,13 @@ class AuditConfig:
             raise InputError(
                 "Expected at least 2 victims, at least 1 example and an attacker_share in (0, 1), "
                 f"came {self.victims}, {self.examples} and {self.attacker_share}."
+            )
+        if min(self.attacker_images, default=20) < 20 or len(set(self.attacker_images)) < len(
+            self.attacker_images
+        ):
+            raise InputError(
+                "Expected different numbers of at least 20 as audit.attacker_images, came "
+                f"{self.attacker_images}."
             )
 
 
@@ -155,7 +167,8 @@ class RunConfig:
         privacy: the terms that stay on.
         finetune: training after pruning.
         audit: who attacks.
-        attacker: the attacker's network.
+        attacker: the attacker's network; attacks by other names take its size and schedule.
+        rmle: the attack that optimises pixels.
     """
 
     data: str
@@ -181,6 +194,7 @@ class RunConfig:
     attacker: InverseNetworkConfig = field(
         default_factory=lambda: InverseNetworkConfig(width=48, depth=4, epochs=20)
     )
+    rmle: RMLEConfig = field(default_factory=RMLEConfig)
 
     def __post_init__(self) -> None:
         if not self.data:
@@ -260,6 +274,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return str(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is bool and isinstance(value, bool):
+        return value
     if isinstance(hint, type) and (not isinstance(value, hint) or isinstance(value, bool)):
         raise InputError(f"{where}: expected {hint.__name__}, came {value!r}.")
     return value

@@ -1,5 +1,6 @@
 """The audit end to end on a tiny edge, its report on disk, and what it refuses."""
 
+import dataclasses
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.attacks import InverseNetworkConfig
+from patrol_prune.attacks import (
+    FitRecord,
+    InverseNetworkConfig,
+    Knowledge,
+    LinearInverseConfig,
+    registry,
+)
 from patrol_prune.attacks.checks import smooth_images
+from patrol_prune.attacks.query_free_config import QueryFreeConfig
+from patrol_prune.attacks.registry import ATTACKS
+from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.audit import audit, compute_features
 from patrol_prune.audit_report import AuditReport, mean_and_std
 from patrol_prune.errors import CheckpointError, InputError
@@ -41,7 +51,9 @@ def closed_edge() -> SimpleNamespace:
 class Oracle:
     """Knows the victim's images; stands for a perfect attack."""
 
-    def fit(self, z: Tensor, pixels: Tensor) -> None:
+    box = "black"
+
+    def fit(self, known: Knowledge) -> None:
         self.fitted = True
 
     def reconstruct(self, z: Tensor) -> Tensor:
@@ -59,26 +71,35 @@ def report() -> AuditReport:
 def test_the_edge_stands_between_floor_and_ceiling(report: AuditReport) -> None:
     assert [(r["subject"], r["attack"], r["attack_seed"]) for r in report.records] == [
         ("floor", "mean_image", None),
+        ("floor", "nearest_image", None),
         ("edge", "inverse_network", 0),
         ("edge", "inverse_network", 1),
         ("undefended", "inverse_network", 0),
         ("undefended", "inverse_network", 1),
     ]
-    rows = {row["subject"]: row for row in report.summary()}
+    rows = {row["subject"]: row for row in report.summary() if row["attack"] != "nearest_image"}
     assert rows["floor"]["mse"] > rows["edge"]["mse"] > 2 * rows["undefended"]["mse"]
     assert rows["edge"]["ssim"] < rows["undefended"]["ssim"] - 0.2
     for r in report.records:
         assert (r["attacker_images"], r["victim_images"]) == (200, 40)
-        assert r["ssim_worst5"] >= r["ssim"]
+        assert r["ssim_worst5"] >= r["ssim"] and r["mse_worst5"] <= r["mse"]
+        assert (r["attacker_data"], r["ms_ssim"], r["chance1"]) == ("same", None, 1 / 40)
+    boxes = {(r["attack"], r["box"], r["random_edge"]) for r in report.records}
+    assert boxes == {("mean_image", "none", None), ("nearest_image", "black", False),
+                     ("inverse_network", "black", False)}
+    # Who sees an image's details tells it from others; a guess is right once in 40.
+    assert rows["undefended"]["rank1"] > 0.9 and rows["floor"]["rank1"] < 0.1
 
 
 def test_the_floor_is_the_mean_of_the_attackers_images(report: AuditReport) -> None:
     guess = KNOWN.mean(0).expand_as(VICTIM)
-    floor = report.strongest("floor")
+    floor = report.records[0]
     assert floor["mse"] == pytest.approx(float(mse(VICTIM, guess).mean()))
     values = ssim(VICTIM, guess)
     assert floor["ssim"] == pytest.approx(float(values.mean()))
     # The 5% that were reconstructed best are 2 of 40.
+    best = mse(VICTIM, guess).sort().values[:2]
+    assert floor["mse_worst5"] == pytest.approx(float(best.mean()))
     assert floor["ssim_worst5"] == pytest.approx(float(values.sort().values[-2:].mean()))
     assert report.per_image["floor/mean_image/None"]["ssim"] == pytest.approx(values.tolist())
 
@@ -158,7 +179,7 @@ def test_ones_own_attack_and_uint8_images() -> None:
         open_edge(), known, victim, seeds=(0, 1), examples=0, progress=said.append,
         attacks={"instance": oracle, "factory": lambda seed: Oracle()},
     )
-    assert [(r["attack"], r["attack_seed"]) for r in found.records[1:]] == [
+    assert [(r["attack"], r["attack_seed"]) for r in found.records[2:]] == [
         ("instance", 0), ("factory", 0), ("factory", 1)
     ]
     assert not hasattr(oracle, "fitted")
@@ -195,6 +216,14 @@ def test_flags_name_their_subject() -> None:
         ({"attacks": ()}, "one or more attacks"),
         ({"attacks": ("inverse_network", "inverse_network")}, "different names"),
         ({"attacks": (3,)}, "Expected an attack"),
+        ({"attacks": ("query_free_same",)}, "needs the other half"),
+        ({"settings": {"inverse_netwrk": CONFIG}}, "Did you mean: inverse_network"),
+        ({"settings": {"inverse_network": LinearInverseConfig()}}, "as InverseNetworkConfig"),
+        ({"attacker_labels": torch.zeros(3)}, "one class for each of the 200"),
+        ({"attacker_images": (50, 50)}, "different numbers"),
+        ({"attacker_images": (201,)}, "between 1 and the attacker's 200"),
+        ({"shifted_data": IMAGES[150:]}, "also in shifted_data"),
+        ({"shifted_data": KNOWN[..., :14]}, "shifted_data and victim images of one size"),
         ({"seeds": ()}, "seeds"),
         ({"seeds": (1, 1)}, "seeds"),
     ],
@@ -207,3 +236,144 @@ def test_bad_calls_are_refused_before_any_work(change: dict[str, object], messag
     arguments = {"attacker_data": KNOWN, "victim_data": VICTIM} | change
     with pytest.raises(InputError, match=message):
         audit(edge_of(Untouched()), **arguments)  # type: ignore[arg-type]
+
+
+class Curious:
+    """Keeps what it was given."""
+
+    box = "white"
+
+    def __init__(self, seen: list[Knowledge], relative: float = 0.5) -> None:
+        self.seen, self.relative = seen, relative
+
+    def fit(self, known: Knowledge) -> FitRecord:
+        self.seen.append(known)
+        self.mean = known.pixels.mean(0)
+        loss = (self.relative,)
+        return FitRecord(loss, loss, 1.0, 1.0, 0, True, 0, 0.0, chosen={"lr": 0.1, "tried": [1]})
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return self.mean.expand(len(z), -1, -1, -1)
+
+
+class Noisy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = open_edge().edge
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer(x)
+        return z + 0.1 * torch.randn(z.shape, generator=self.generator)
+
+
+def test_an_attacker_gets_the_edge_itself_and_nothing_of_the_victims_images() -> None:
+    seen: list[Knowledge] = []
+    split = SimpleNamespace(edge=Noisy(), cloud=nn.Flatten())
+    labels = torch.arange(len(KNOWN))
+    weight = split.edge.layer[0].weight
+    before = split.edge.generator.get_state()
+
+    def curious(seed: int) -> Curious:
+        return Curious(seen)
+
+    found = audit(split, KNOWN, VICTIM, attacks=(curious,), normalization=NORMALIZATION,
+                  attacker_labels=labels, attacker_images=(50, None), shifted_data=1 - KNOWN)
+    whole, some, shifted = seen
+    assert [len(k.pixels) for k in seen] == [200, 50, 200]
+    assert torch.equal(some.pixels, KNOWN[:50]) and torch.equal(shifted.pixels, 1 - KNOWN)
+    assert whole.labels is not None and some.labels is not None and shifted.labels is None
+    assert torch.equal(whole.labels, labels) and torch.equal(some.labels, labels[:50])
+    assert whole.z is not None and some.z is not None and torch.equal(some.z, whole.z[:50])
+    assert whole.cloud is split.cloud and whole.random_edge
+    assert whole.observed is not None and len(whole.observed) == len(VICTIM)
+    assert [(r["attacker_data"], r["attacker_images"], r["box"], r["chosen"], r["random_edge"])
+            for r in found.records if r["subject"] == "edge"] == [
+        ("same", 200, "white", "lr 0.1", True), ("same", 50, "white", "lr 0.1", True),
+        ("shifted", 200, "white", "lr 0.1", True),
+    ]
+    floors = [(r["attack"], r["attacker_data"]) for r in found.records if r["subject"] == "floor"]
+    assert floors == [("mean_image", "same"), ("mean_image", "shifted"), ("nearest_image", "same")]
+    assert set(found.per_image) >= {"edge/curious/0", "edge/curious/0/same-50"}
+    # Everything is as it was: the noise's generator, the weights' flags and gradients.
+    assert torch.equal(split.edge.generator.get_state(), before)
+    assert weight.requires_grad and weight.grad is None
+    # Each query draws anew, around the true feature, and has a gradient.
+    assert whole.edge is not None
+    split.edge.eval()
+    pixels = KNOWN[:4].clone().requires_grad_()
+    one, two = whole.edge(pixels), whole.edge(pixels)
+    true = split.edge.layer(NORMALIZATION.to_input(KNOWN[:4]))
+    assert not torch.equal(one, two) and 0.05 < float((one - true).detach().std()) < 0.2
+    one.sum().backward()
+    assert pixels.grad is not None and pixels.grad.abs().sum() > 0
+
+
+def test_a_shadow_has_the_architecture_and_none_of_the_weights() -> None:
+    seen: list[Knowledge] = []
+    split = open_edge()
+    audit(split, KNOWN, VICTIM, attacks=(Curious(seen), lambda seed: Curious(seen)))
+    make = seen[-1].shadow_edge
+    assert make is not None
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    one, same, other = make(1), make(1), make(2)
+    assert torch.equal(torch.get_rng_state(), state)
+    original = split.edge.state_dict()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, same.state_dict()[name])
+    assert one[0].weight.shape == split.edge[0].weight.shape
+    assert not torch.equal(one[0].weight, original["0.weight"])
+    assert not torch.equal(one[0].weight, other[0].weight)
+    assert one.training and all(p.requires_grad for p in one.parameters())
+
+
+def test_features_too_large_to_keep_are_not_kept() -> None:
+    seen: list[Knowledge] = []
+    found = audit(open_edge(), KNOWN, VICTIM, largest_features=1000, config=CONFIG,
+                  attacks=(lambda seed: Curious(seen), "linear_inverse"))
+    assert seen[0].z is None and seen[0].edge is not None
+    kept = audit(open_edge(), KNOWN, VICTIM, attacks=("linear_inverse",))
+    assert found.records[-1]["ssim"] == pytest.approx(kept.records[-1]["ssim"], abs=1e-4)
+    assert found.records[1]["mse"] == pytest.approx(kept.records[1]["mse"], rel=1e-3)
+
+
+def test_rmle_begins_at_the_strongest_black_box_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[object] = []
+
+    def spy(config: object, device: str, warm: object) -> Curious:
+        begun.append(warm)
+        return Curious([])
+
+    kind = registry.ATTACKS["rmle"]
+    monkeypatch.setitem(registry.ATTACKS, "rmle", dataclasses.replace(kind, make=spy))
+    attacks = ("rmle", "inverse_network", "linear_inverse")
+    config = dataclasses.replace(CONFIG, epochs=1)
+    found = audit(open_edge(), KNOWN, VICTIM, attacks=attacks, config=config)
+    assert [r["attack"] for r in found.records[2:]] == [
+        "inverse_network", "linear_inverse", "rmle"
+    ]
+    # One epoch reaches less than least squares on the attacker's held-out images.
+    assert [type(warm).__name__ for warm in begun] == ["NoneType", "LinearInverse"]
+    begun.clear()
+    audit(open_edge(), KNOWN, VICTIM, attacks=("rmle",))
+    assert begun == [None, None]
+
+
+@pytest.mark.slow
+def test_every_attack_that_ships_runs_on_a_split_model() -> None:
+    cloud = nn.Sequential(nn.Flatten(), nn.Linear(12 * 8 * 8, 3))
+    split = SimpleNamespace(edge=open_edge().edge, cloud=cloud.eval())
+    z = compute_features(split.edge, KNOWN, NORMALIZATION)
+    labels = cloud(z).argmax(1)
+    short = {
+        "rmle": RMLEConfig(steps=20, tuning_steps=10, tuning_images=4),
+        **{name: QueryFreeConfig(epochs=1, decoder=CONFIG) for name in ATTACKS if "free" in name},
+    }
+    if "image_prior" in ATTACKS:
+        short["image_prior"] = dataclasses.replace(ATTACKS["image_prior"].config, steps=20)
+    found = audit(split, KNOWN, VICTIM, attacks=tuple(ATTACKS), settings=short,
+                  attacker_labels=labels, normalization=NORMALIZATION,
+                  config=dataclasses.replace(CONFIG, epochs=2))
+    assert {r["attack"] for r in found.records} == {*ATTACKS, "mean_image"}
+    assert {r["box"] for r in found.records} == {"black", "white", "none"}

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from patrol_prune import commands
+from patrol_prune.audit_report import AuditReport
 from patrol_prune.cli import main
 from patrol_prune.pipeline import run
 from patrol_prune.settings import RunConfig
@@ -53,6 +54,15 @@ def test_no_command_shows_the_help(capsys: Capture) -> None:
         (["plan", "--edge-macs", "lots", "--model", "small_resnet", "--image-size", "16"], "lots"),
         (["plan", "--edge-macs", "1M", "--classes", "1"], "at least 2 classes"),
         (["audit", "nowhere"], "holds no run"),
+        (["audit"], "either a run's folder or --model"),
+        (["audit", "nowhere", "--model", "m:f"], "came both"),
+        (["audit", "nowhere", "--victims", "3"], "--victims of a run cannot be changed"),
+        (["audit", "--model", "m:f", "--at", "x"], "Expected --data"),
+        (["audit", "--model", "resnet18", "--at", "x", "--data", "y"], "Give --weights"),
+        (["audit", "--model", "m:f", "--at", "x", "--data", "no/such"], "does not exist"),
+        (["audit", "--model", "m:f", "--at", "x", "--data", "y", "--attacks", "rmel"],
+         "Did you mean: rmle"),
+        (["audit", "--model", "m:f", "--at", "x", "--data", "y", "--out", "a.txt"], ".json"),
         (["report", "nowhere"], "finished run"),
     ],
 )
@@ -93,6 +103,37 @@ def test_a_printed_configuration_is_read_back(
     seen[0].to_yaml(tmp_path / "run.yaml")  # as a run directory keeps it
     assert main(["run", "--config", str(tmp_path / "run.yaml")]) == 0
     assert seen[3] == seen[0]
+
+
+def test_any_model_is_audited_where_one_says(
+    tmp_path: Path, write_folder: Callable[..., Path], capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write_folder(tmp_path / "images", count=24)
+    other = write_folder(tmp_path / "other", parts=("all",), count=8)
+    (tmp_path / "anybodys_for_test.py").write_text(
+        "from torch import nn\n"
+        "def model():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(),\n"
+        "                         nn.Linear(8 * 16 * 16, 3))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    call = ["audit", "--model", "anybodys_for_test:model", "--at", "0", "--data", str(folder),
+            "--image-size", "16", "--attacks", "linear_inverse", "transposed", "--epochs", "1",
+            "--victims", "6", "--attacker-images", "25", "--shifted", str(other / "all"),
+            "--out", "found/audit.json", "--device", "cpu"]
+    assert main(call) == 0
+    shown = capsys.readouterr().out
+    assert "What each attack rebuilds" in shown and "linear_inverse" in shown
+    assert "more_data_helps" in shown, shown
+    found = AuditReport.from_json(tmp_path / "found" / "audit.json")
+    rows = {(r["attack"], r["attacker_data"], r["attacker_images"]) for r in found.records
+            if r["subject"] == "edge"}
+    assert rows == {(attack, *own) for attack in ("linear_inverse", "transposed")
+                    for own in (("same", 36), ("same", 25), ("shifted", 24))}
+    assert found.records[0]["victim_images"] == 6 and "edge" in found.examples
+    # One convolution is inverted nearly exactly by least squares.
+    assert found.strongest()["attack"] == "linear_inverse" and found.strongest()["ssim"] > 0.9
 
 
 def test_unknown_key_in_a_file(tmp_path: Path, capsys: Capture) -> None:

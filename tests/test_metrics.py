@@ -26,6 +26,29 @@ def test_ssim_and_psnr_agree_with_piq() -> None:
     )
 
 
+def test_ms_ssim_and_gmsd_agree_with_piq() -> None:
+    x = images(0, (2, 3, 180, 177))
+    y = (x + 0.4 * (images(1, (2, 3, 180, 177)) - 0.5)).clamp(0, 1)
+    # piq leaves each scale's border out, which counts for a little here.
+    expected = piq.multi_scale_ssim(y, x, data_range=1.0, reduction="none")
+    torch.testing.assert_close(metrics.ms_ssim(x, y), expected, atol=3e-3, rtol=0)
+    for shape in ((5, 3, 24, 20), (4, 3, 25, 33), (3, 1, 32, 32)):
+        x = images(0, shape)
+        y = (x + 0.4 * (images(1, shape) - 0.5)).clamp(0, 1)
+        expected = piq.gmsd(x, y, data_range=1.0, reduction="none")
+        torch.testing.assert_close(metrics.gmsd(x, y), expected, atol=1e-5, rtol=0)
+
+
+def test_end_points_of_ms_ssim_and_gmsd() -> None:
+    x = images(2, (2, 3, 176, 176))
+    torch.testing.assert_close(metrics.ms_ssim(x, x), torch.ones(2))
+    assert metrics.gmsd(x, x).tolist() == [0.0, 0.0]
+    grey = torch.full_like(x, 0.5)
+    assert metrics.ms_ssim(x, grey).max() < 0.2 and metrics.gmsd(x, grey).min() > 0.1
+    with pytest.raises(InputError, match="at least 176x176"):
+        metrics.ms_ssim(x[..., :175], x[..., :175])
+
+
 def test_low_contrast_is_measured_against_the_true_range() -> None:
     # With data_range taken from the reconstruction, this would come out near 1.
     grey = 0.5 + 0.01 * (images(0) - 0.5)
@@ -46,7 +69,7 @@ def test_values_by_hand() -> None:
 
 def test_each_image_gets_its_own_value_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = images(0), images(1)
-    whole = {name: getattr(metrics, name)(x, y) for name in ("mse", "psnr", "ssim")}
+    whole = {name: getattr(metrics, name)(x, y) for name in ("mse", "psnr", "ssim", "gmsd")}
     monkeypatch.setattr(metrics, "_CHUNK_PIXELS", 2 * x[0].numel())
     for name, expected in whole.items():
         measure = getattr(metrics, name)
@@ -63,7 +86,7 @@ def test_ssim_loss_is_one_minus_the_mean_and_has_a_gradient() -> None:
     assert y.grad is not None and y.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("name", ["mse", "psnr", "ssim"])
+@pytest.mark.parametrize("name", ["mse", "psnr", "ssim", "ms_ssim", "gmsd"])
 @pytest.mark.parametrize(
     "spoil",
     [

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from patrol_prune import pipeline
@@ -159,6 +160,22 @@ def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) ->
     assert rewrite_report(copied).read_bytes() == page
 
 
+def test_attacked_again_with_other_attacks_and_fewer_images(
+    finished: RunResult, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    settings = yaml.safe_load((copied / "config.yaml").read_text())
+    del settings["rmle"], settings["audit"]["check_attacks"]  # as an earlier release wrote it
+    (copied / "config.yaml").write_text(yaml.safe_dump(settings))
+    again = audit_again(copied, attacks=("linear_inverse", "query_free_match"),
+                        attacker_images=(25,))
+    rows = [(r["attack"], r["box"], r["attacker_images"]) for r in again.audit.records
+            if r["subject"] == "edge"]
+    assert rows == [("linear_inverse", "black", 27), ("query_free_match", "none", 27),
+                    ("linear_inverse", "black", 25), ("query_free_match", "none", 25)]
+    assert "query_free_match" in again.report.read_text(encoding="utf-8")
+
+
 def test_what_is_no_finished_run_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="holds no run"):
         audit_again(tmp_path)
@@ -194,6 +211,10 @@ def test_changed_images_are_noticed(tmp_path: Path, write_folder: Writer) -> Non
 def test_images_are_divided_without_overlap(folder: Path, tmp_path: Path) -> None:
     images = read_images(tiny(folder, tmp_path))
     assert (len(images.defender), len(images.attacker)) == (27, 27)
+    assert images.attacker_labels.shape == (27,)
+    # The folder's images have one hue per class: the brightest channel tells the label.
+    hues = images.attacker.float().mean(dim=(2, 3)).argmax(1)
+    assert torch.equal(hues, images.attacker_labels)
     keys = [{i.numpy().tobytes() for i in part} for part in
             (images.defender.images, images.attacker, images.victims)]
     assert not keys[0] & keys[1] and not keys[1] & keys[2]

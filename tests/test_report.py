@@ -17,10 +17,19 @@ from PIL import Image
 from rich.console import Console
 
 from patrol_prune import figures
-from patrol_prune._report_facts import comparison, headline, limits, number, short, strongest
+from patrol_prune._report_facts import (
+    attack_rows,
+    comparison,
+    headline,
+    limits,
+    number,
+    short,
+    strongest,
+)
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import InputError
 from patrol_prune.report import RunSummary, console_table, render_table, write_report
+from patrol_prune.tables import attack_table, flag_lines
 
 COSTS = ("edge_macs", "edge_params", "feature_bytes", "accuracy")
 
@@ -30,7 +39,9 @@ def record(subject: str, seed: int | None, ssim: float, **more: Any) -> dict[str
         "subject": subject, "attack": "mean_image" if seed is None else "inverse_network",
         "attack_seed": seed, "attacker_images": 1000, "victim_images": 480, "ssim": ssim,
         "psnr": 20.0 * ssim + 9.0, "mse": 0.07 - 0.06 * ssim, "ssim_worst5": ssim + 0.0731,
-        "plateau": None if seed is None else True, "seconds": 12.25, **more,
+        "plateau": None if seed is None else True, "seconds": 12.25,
+        "box": "none" if seed is None else "black", "gmsd": 0.3 - 0.2 * ssim, "rank1": ssim,
+        "chance1": 1 / 480, "attacker_data": "same", **more,
     }
 
 
@@ -151,13 +162,14 @@ def test_all_numbers_are_the_records(html: str) -> None:
     expected: list[Any] = []
     for key in COSTS:
         expected += [s.dense[key], s.pruned[key]]
-    for key in ("ssim", "ssim_worst5", "psnr", "mse"):
+    for key in ("ssim", "ssim_worst5", "psnr", "mse", "gmsd", "rank1", "chance1"):
         expected += [ceiling[key], edge[key], floor[key]]
     assert [float(value) for value, _ in cells] == [float(value) for value in expected]
     for value, text in cells:
         share = 100.0 if text.endswith("%") else 1.0
         shown = float(text.rstrip("%").replace(",", ""))
-        assert shown == pytest.approx(float(value) * share, rel=0.006, abs=0.0006)
+        rounding = 0.06 if share > 1 else 0.0006
+        assert shown == pytest.approx(float(value) * share, rel=0.006, abs=rounding)
     records = [value for kind, value, _ in data if kind == "record"]
     assert records == [
         str(value) for entry in make_audit().records for value in entry.values()
@@ -318,6 +330,54 @@ def test_limits_follow_the_attacks_that_ran() -> None:
     audit = make_audit()
     audit.records.append(record("edge", 0, 0.2, attack="rmle"))
     assert not any("No white-box" in text for text in limits(make_summary(), audit))
+
+
+def mixed() -> AuditReport:
+    audit = make_audit()
+    audit.records += [
+        record("edge", 0, 0.41234, attack="rmle", box="white"),
+        record("edge", 0, 0.35, attack="rmle", box="white", attacker_images=100),
+        record("edge", 0, 0.30, attack="rmle", box="white", attacker_data="shifted"),
+        record("undefended", 0, 0.91, attack="linear_inverse"),
+        record("floor", None, 0.2, attack="nearest_image", box="black"),
+    ]
+    return audit
+
+
+def test_every_attack_has_a_line_and_the_strongest_of_each_subject_is_marked() -> None:
+    rows = attack_rows(mixed().records)
+    assert [(r["subject"], r["attack"], r["attacker"], r["seeds"]) for r in rows] == [
+        ("undefended", "linear_inverse", "1,000", 1), ("undefended", "inverse_network", "1,000", 2),
+        ("edge", "rmle", "1,000", 1), ("edge", "rmle", "100", 1),
+        ("edge", "rmle", "1,000, other", 1), ("edge", "inverse_network", "1,000", 2),
+        ("floor", "nearest_image", "1,000", 1), ("floor", "mean_image", "1,000", 1),
+    ]
+    assert [r["ssim"] for r in rows if r["strongest"]] == [0.91, 0.41234, 0.2]
+    assert rows[5]["ssim"] == pytest.approx((0.28123 + 0.28719) / 2)
+
+
+def test_the_page_names_the_strongest_attack_and_shows_all(tmp_path: Path) -> None:
+    audit = mixed()
+    text = headline(make_summary(), audit)
+    assert "the strongest of the 2 attacks tried, rmle," in text
+    assert "0.41 instead of 0.91" in text and "average picture gives 0.13" in text
+    page = Page(write_report(make_summary(), audit, tmp_path).read_text(encoding="utf-8"))
+    shown = " ".join(page.text.split())
+    assert "white-box optimisation" in shown and "by least squares" in shown
+    assert "Every kind of attack" in shown and "nearest_image" in shown
+    assert "No white-box" not in shown and "owned 1,000 pictures" in shown
+    twin = json.loads((tmp_path / "report.json").read_text())
+    assert [row["attack"] for row in twin["attacks"] if row["strongest"]] == [
+        "linear_inverse", "rmle", "nearest_image"
+    ]
+    console = Console(width=160, file=io.StringIO())
+    console.print(attack_table(audit))
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "0.412" in told and "1,000, other" in told and "nearest_image" in told
+    assert flag_lines(audit.flags) == [
+        "not_converged (PATROL, inverse_network, seed 0; PATROL, inverse_network, seed 1): "
+        "The attack was <still> improving. Raise epochs."
+    ]
 
 
 def test_console_table_shows_the_same_numbers() -> None:

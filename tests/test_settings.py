@@ -22,7 +22,7 @@ from patrol_prune.settings import (
 CHANGED = RunConfig(
     data="photos", edge_macs="0.5", at="layer2", weights=None, image_size=64, seed=3,
     score=ScoreConfig(round_to=8, lip_weight=0.0),
-    audit=AuditConfig(seeds=(0, 1, 2)),
+    audit=AuditConfig(seeds=(0, 1, 2), attacker_images=(100, 1000), check_attacks=True),
 )
 
 
@@ -58,6 +58,9 @@ def test_frozen() -> None:
         ({"audit": {"seeds": [1, 1]}}, "different seeds"),
         ({"audit": {"victims": 1}}, "2 victims"),
         ({"audit": {"attacker_share": 1.0}}, "attacker_share"),
+        ({"audit": {"attacker_images": [10]}}, r"at least 20 as audit\.attacker_images"),
+        ({"audit": {"attacker_images": [50, 50]}}, "different numbers"),
+        ({"audit": {"check_attacks": 1}}, "check_attacks: expected bool, came 1"),
         ({"finetune": {"lr": 0}}, "lr"),
         ({"attacker": {"family": "residul"}}, "Did you mean: residual"),
         ({"data": ""}, "Expected a folder of images"),

@@ -1,50 +1,59 @@
 """Attacks that judge an edge. They know nothing of the defence and check themselves.
 
 An attack is any object with the two methods of `Attack`; `make_attack` builds by name the ones
-that ship here.
+that ship here, and `ATTACKS` says what each of them needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from patrol_prune.attacks.base import Attack, FitRecord
+from patrol_prune.attacks.base import Attack, EdgeFunction, FitRecord, Knowledge, draws_differ
 from patrol_prune.attacks.checks import (
     Flag,
+    check_boxes,
+    check_draws,
     check_features,
     check_fit,
+    check_more_data,
     check_reconstructions,
     self_test,
 )
+from patrol_prune.attacks.image_prior import ImagePrior, ImagePriorConfig
 from patrol_prune.attacks.inverse_network import InverseNetwork, InverseNetworkConfig
-from patrol_prune.errors import InputError, nearest
-
-ATTACKS: dict[str, Callable[[InverseNetworkConfig, str], Attack]] = {
-    "inverse_network": lambda config, device: InverseNetwork(config, device=device),
-}
-"""Name of each attack to the function that makes it."""
-
-
-def make_attack(name: str, config: InverseNetworkConfig, *, device: str = "cpu") -> Attack:
-    """The attack of that name, untrained; an unknown name is an InputError with the nearest."""
-    if name not in ATTACKS:
-        raise InputError(
-            f"Expected an attack out of {', '.join(ATTACKS)}, came {name!r}. "
-            f"{nearest(name, ATTACKS)}"
-        )
-    return ATTACKS[name](config, device)
-
+from patrol_prune.attacks.linear_inverse import LinearInverse, LinearInverseConfig
+from patrol_prune.attacks.nearest_image import NearestImage, NearestImageConfig
+from patrol_prune.attacks.query_free import QueryFree
+from patrol_prune.attacks.query_free_config import QueryFreeConfig
+from patrol_prune.attacks.registry import ATTACKS, AttackKind, kind_of, make_attack
+from patrol_prune.attacks.rmle import RMLE, RMLEConfig
 
 __all__ = [
     "ATTACKS",
+    "RMLE",
     "Attack",
+    "AttackKind",
+    "EdgeFunction",
     "FitRecord",
     "Flag",
+    "ImagePrior",
+    "ImagePriorConfig",
     "InverseNetwork",
     "InverseNetworkConfig",
+    "Knowledge",
+    "LinearInverse",
+    "LinearInverseConfig",
+    "NearestImage",
+    "NearestImageConfig",
+    "QueryFree",
+    "QueryFreeConfig",
+    "RMLEConfig",
+    "check_boxes",
+    "check_draws",
     "check_features",
     "check_fit",
+    "check_more_data",
     "check_reconstructions",
+    "draws_differ",
+    "kind_of",
     "make_attack",
     "self_test",
 ]

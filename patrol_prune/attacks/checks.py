@@ -6,18 +6,26 @@ manner of AutoAttack's checks, Croce and Hein 2020).
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from patrol_prune.attacks.base import Attack, FitRecord
+from patrol_prune.attacks.base import Attack, EdgeFunction, FitRecord, Knowledge
+from patrol_prune.errors import InputError, nearest
 from patrol_prune.metrics import mse
 
 _FELL = 0.99
 _BEATS = 0.98
 _CONTRAST = 0.25
 _INVERTS = 0.2
+_WEAKER = 0.02
+_MORE_HELPS = 0.05
+_CHANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,36 @@ CANNOT_INVERT_IDENTITY = Flag(
     "The attack cannot reconstruct images that are sent as they are.",
     "The attack or its settings are broken; no score that it gives says anything of a defence.",
 )
+CANNOT_INVERT_ONE_CONVOLUTION = Flag(
+    "cannot_invert_one_convolution",
+    "The attack cannot reconstruct images behind a single random 3x3 convolution.",
+    "The attack or its settings are too weak for any real edge: raise its steps or epochs, or "
+    "ignore its scores.",
+)
+WHITE_BOX_WEAKER = Flag(
+    "white_box_weaker_than_black_box",
+    "The attack that knows the device's weights reconstructs worse than one that only queries it.",
+    "Its gradients may be obfuscated, or its prior too weak: judge by the black-box attack, give "
+    "the white-box one a warm start, more restarts and steps, or a smooth stand-in for the part "
+    "that has no gradient.",
+)
+NO_GRADIENT = Flag(
+    "no_gradient",
+    "The edge passes no gradient to its input, or one that is not finite: the white-box attack "
+    "had nothing to follow.",
+    "Its score says nothing. Look for detach(), rounding or an argmax in the edge, and pass the "
+    "gradient straight through it for the audit.",
+)
+MORE_DATA_HELPS = Flag(
+    "more_data_helps",
+    "With more images the attack's error still fell by over 5%: one who owns more sees more.",
+    "Give the attacker more images before the score is believed, or name their number beside it.",
+)
+NOISE_ONLY = Flag(
+    "noise_only",
+    "What the edge sends differs between images no more than between two sendings of one image.",
+    "Check the accuracy: nothing of the image is left in it, for the task neither.",
+)
 
 
 def check_features(z: Tensor) -> list[Flag]:
@@ -69,8 +107,10 @@ def check_features(z: Tensor) -> list[Flag]:
 
 
 def check_fit(record: FitRecord) -> list[Flag]:
-    """Flag a training whose loss did not fall, or was still falling at its end."""
+    """Flag a training whose loss did not fall, or was still falling, or had no gradient."""
     flags = []
+    if record.gradient_norm is not None and not 0.0 < record.gradient_norm < math.inf:
+        flags.append(NO_GRADIENT)
     if not record.best_loss < _FELL * record.initial_loss:
         flags.append(LOSS_DID_NOT_FALL)
     if not record.plateau:
@@ -92,28 +132,132 @@ def check_reconstructions(
     return flags
 
 
+def check_boxes(white: Sequence[float], black: Sequence[float]) -> list[Flag]:
+    """Flag white-box attacks whose best SSIM is under the black-box ones' by more than 0.02.
+
+    Either may be empty; then nothing can be compared and nothing is flagged.
+    """
+    if not white or not black:
+        return []
+    return [WHITE_BOX_WEAKER] if max(white) < max(black) - _WEAKER else []
+
+
+def check_more_data(fewer: float, more: float) -> list[Flag]:
+    """Flag an attack whose mean squared error `more` images lowered by over 5% from `fewer`."""
+    return [MORE_DATA_HELPS] if more < (1.0 - _MORE_HELPS) * fewer else []
+
+
+@torch.no_grad()
+def check_draws(edge: EdgeFunction, pixels: Tensor, *, draws: int = 16) -> list[Flag]:
+    """Flag a random edge whose features do not depend on the image.
+
+    Each of the `N` images `[N, C, H, W]` is sent `draws` times, and two things are looked at. One
+    coordinate: with `B` its variance between the images' means and `W` that within an image,
+    `F = draws * B / W` is 1 on average where the image plays no part, and `F (N - 1)` nearly
+    follows a chi-squared distribution. All coordinates, divided by their `sqrt(W)`: the images'
+    means over one half of the draws against those over the other, `sum_i <a_i, b_i>`, as large as
+    for no random pairing of the images. The flag is raised unless one of them is beyond what
+    chance gives once in 1,000 checks.
+
+    Raises:
+        InputError: fewer than 8 images or 2 draws.
+    """
+    if len(pixels) < 8 or draws < 2:
+        raise InputError(
+            f"Expected at least 8 images and 2 draws to tell noise from images, came "
+            f"{len(pixels)} and {draws}."
+        )
+    centre = edge(pixels).double().flatten(1).mean(0)  # against cancellation in the squares
+    halves, squares = [torch.zeros(()), torch.zeros(())], torch.zeros(())
+    for number in range(draws):
+        z = edge(pixels).double().flatten(1) - centre
+        halves[number % 2], squares = halves[number % 2] + z, squares + z**2
+    means = (halves[0] + halves[1]) / draws
+    within = ((squares - draws * means**2) / (draws - 1)).mean(0)
+    between = means.var(dim=0)
+    live = within > 1e-12 * (within + between).max()
+    if not bool(live.any()) or bool((between[~live] > 1e-12 * between.max()).any()):
+        return []
+    strongest = float((draws * between[live] / within[live]).max())
+    if strongest > _critical(len(pixels) - 1, int(live.sum())):
+        return []
+    a, b = ((half - half.mean(0))[:, live] / within[live].sqrt() for half in halves)
+    return [NOISE_ONLY] if _paired_by_chance(a @ b.T) else []
+
+
+def _paired_by_chance(products: Tensor) -> bool:
+    """Whether the trace of `[N, N]` is no larger than under any of 1,000 random pairings."""
+    generator = torch.Generator().manual_seed(0)
+    count = len(products)
+    orders = torch.rand(round(1 / _CHANCE), count, generator=generator).argsort(dim=1)
+    sums = products[torch.arange(count), orders.to(products.device)].sum(dim=1)
+    return bool(products.trace() <= sums.max())
+
+
+def _critical(freedom: int, coordinates: int) -> float:
+    """What the largest of so many `chi2 / freedom` exceeds by chance once in 1,000 times.
+
+    Wilson and Hilferty's cube-root approximation, with Bonferroni's correction.
+    """
+    z = NormalDist().inv_cdf(1.0 - _CHANCE / coordinates)
+    share = 2.0 / (9.0 * freedom)
+    return float((1.0 - share + z * math.sqrt(share)) ** 3)
+
+
+def _convolve(pixels: Tensor) -> Tensor:
+    """One fixed random 3x3 convolution to 16 channels, of unit gain."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(16, pixels.shape[1], 3, 3, generator=generator).to(pixels)
+    return functional.conv2d(pixels, weight / math.sqrt(9 * pixels.shape[1]), padding=1)
+
+
+SELF_TESTS: dict[str, tuple[Callable[[Tensor], Tensor], Flag]] = {
+    "identity": (torch.Tensor.clone, CANNOT_INVERT_IDENTITY),
+    "one_convolution": (_convolve, CANNOT_INVERT_ONE_CONVOLUTION),
+}
+"""Edges that every attack with access to them has to invert, and the flag if it cannot."""
+
+
 def self_test(
     attack: Attack,
     *,
     image_shape: tuple[int, int, int] = (3, 16, 16),
     images: int = 256,
     seed: int = 0,
+    edges: Sequence[str] = tuple(SELF_TESTS),
 ) -> list[Flag]:
-    """Can this attack invert an edge that sends the image itself?
+    """Can this attack invert an edge that sends the image itself, and one convolution?
 
     It is trained on smooth random images and must reach a fifth of the mean image's error on
     fresh ones. Give a small, short configuration: the answer is about the code and the settings,
-    and comes in seconds.
+    and comes in seconds. The attack is trained anew for each edge; it gets features, and the edge.
+
+    Args:
+        attack: left trained on the last edge.
+        image_shape: `(channels, height, width)`.
+        images: how many to train on.
+        seed: of the images.
+        edges: names out of `SELF_TESTS`.
 
     Returns:
-        An empty list if it can, else `CANNOT_INVERT_IDENTITY`.
+        One flag for each edge that it cannot invert.
     """
     pixels = smooth_images(images + 64, image_shape, seed=seed)
     known, fresh = pixels[:images], pixels[images:]
-    attack.fit(known, known)
-    error = mse(fresh, attack.reconstruct(fresh).to(fresh)).mean()
     floor = mse(fresh, known.mean(0).expand_as(fresh)).mean()
-    return [] if bool(error < _INVERTS * floor) else [CANNOT_INVERT_IDENTITY]
+    flags = []
+    for name in edges:
+        if name not in SELF_TESTS:
+            raise InputError(
+                f"Expected edges out of {', '.join(SELF_TESTS)}, came {name!r}. "
+                f"{nearest(name, SELF_TESTS)}"
+            )
+        edge, flag = SELF_TESTS[name]
+        attack.fit(Knowledge(known, edge(known), edge=edge))
+        error = mse(fresh, attack.reconstruct(edge(fresh)).to(fresh)).mean()
+        if not bool(error < _INVERTS * floor):
+            flags.append(flag)
+    return flags
 
 
 def smooth_images(count: int, image_shape: tuple[int, int, int], *, seed: int = 0) -> Tensor:
@@ -121,6 +265,6 @@ def smooth_images(count: int, image_shape: tuple[int, int, int], *, seed: int = 
     generator = torch.Generator().manual_seed(seed)
     channels, height, width = image_shape
     coarse = torch.rand(count, channels, 4, 4, generator=generator)
-    return torch.nn.functional.interpolate(
+    return functional.interpolate(
         coarse, size=(height, width), mode="bilinear", align_corners=False
     ).clamp(0.0, 1.0)

@@ -112,12 +112,16 @@ class InverseNetwork:
     Args:
         config: its settings.
         device: where it trains; data may live elsewhere and is moved batch by batch.
+
+    Attributes:
+        held_out: after `fit`, indices of the attacker's images that no weight was learnt from.
     """
 
     def __init__(self, config: InverseNetworkConfig | None = None, *, device: str = "cpu") -> None:
         self.config = config or InverseNetworkConfig()
         self.device = torch.device(device)
         autocast(self.device, self.config.precision)  # refuses a precision the device lacks
+        self.held_out: Tensor | None = None
         self.standardizer: FeatureStandardizer | None = None
         self.decoder: nn.Module | None = None
 
@@ -146,6 +150,7 @@ class InverseNetwork:
         generator = torch.Generator().manual_seed(config.seed + _SEED_OFFSET)
         order = torch.randperm(len(pairs), generator=generator)
         held = min(len(pairs) - 2, max(2, round(config.holdout * len(pairs))))
+        self.held_out = order[:held]
         self._build(pairs.feature_shape, pairs.image_shape)
         self._parts()[0].fit(pairs.features())
         run = _Run(self, pairs, order[held:], order[:held], generator)

@@ -130,6 +130,7 @@ class LinearInverse:
     def __init__(self, config: LinearInverseConfig | None = None, *, device: str = "cpu") -> None:
         self.config = config or LinearInverseConfig()
         self.device = torch.device(device)
+        self.held_out: Tensor | None = None
         self._solution: _Solution | None = None
 
     def fit(self, known: Knowledge) -> FitRecord:
@@ -151,6 +152,7 @@ class LinearInverse:
         generator = torch.Generator().manual_seed(self.config.seed)
         order = torch.randperm(len(known.pixels), generator=generator)
         held = max(2, round(self.config.holdout * len(order)))
+        self.held_out = order[:held]
         held_out, train = order[: min(held, 500)], order[held:]
         layout = self._layout(tuple(self._features(known, order[:1]).shape[1:]),
                               tuple(known.pixels.shape[1:]))

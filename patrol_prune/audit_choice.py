@@ -1,0 +1,207 @@
+"""Which attackers an audit has and what they own, checked before any work."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from patrol_prune.attacks import Attack, InverseNetworkConfig
+from patrol_prune.attacks.registry import ATTACKS, kind_of, make_attack, settings_for
+from patrol_prune.errors import InputError, nearest
+from patrol_prune.metrics import check_pixels
+
+AttackChoice = str | Attack | Callable[[int], Attack]
+"""A name, an instance (copied before each fit, and run once), or a function of the seed."""
+
+_SMALLEST_SIDE = 11
+
+
+@dataclass(frozen=True)
+class Factory:
+    """One attack of the audit: its name, how to make it, and the seeds it runs with.
+
+    `learned` says that others may start at its answer, `warm_starts` that it can do so.
+    """
+
+    name: str
+    make: Callable[[int, Attack | None], Attack]
+    seeds: tuple[int, ...]
+    box: str | None = None
+    learned: bool = False
+    warm_starts: bool = False
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Owned:
+    """What one attacker owns: `data` is "same" or "shifted", with the first `count` images."""
+
+    data: str
+    pixels: Tensor
+    labels: Tensor | None
+    count: int
+    mean_image: Tensor = field(repr=False)
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is all that there is of the same kind as the victims' images."""
+        return self.data == "same" and self.count == len(self.pixels)
+
+
+def factories(
+    attacks: Sequence[AttackChoice] | Mapping[str, AttackChoice],
+    config: InverseNetworkConfig | None,
+    settings: Mapping[str, Any],
+    seeds: Sequence[int],
+    device: str,
+) -> list[Factory]:
+    """How to make each attack that was asked for; those that can start warm come last.
+
+    Raises:
+        InputError: an unknown attack or none, names that repeat, settings of no attack that was
+            asked for or of the wrong type, no seed or a repeated one.
+    """
+    seeds = tuple(seeds)
+    if not seeds or len(set(seeds)) != len(seeds):
+        raise InputError(f"Expected one or more different seeds, came {seeds}.")
+    if isinstance(attacks, str):
+        attacks = (attacks,)
+    named = attacks if isinstance(attacks, Mapping) else {_name(a): a for a in attacks}
+    if not named or len(named) != len(attacks):
+        raise InputError(
+            f"Expected one or more attacks of different names, came {[_name(a) for a in attacks]}."
+            " Give a mapping from names to attacks."
+        )
+    for name in settings:
+        if name not in named and name not in ATTACKS:
+            raise InputError(
+                f"Expected settings of an attack of this audit, came {name!r}. "
+                f"{nearest(name, {*named, *ATTACKS})}"
+            )
+    made = [_factory(n, choice, config, settings, seeds, device) for n, choice in named.items()]
+    return sorted(made, key=lambda factory: factory.warm_starts)
+
+
+def _factory(
+    name: str,
+    choice: AttackChoice,
+    config: InverseNetworkConfig | None,
+    settings: Mapping[str, Any],
+    seeds: tuple[int, ...],
+    device: str,
+) -> Factory:
+    if isinstance(choice, str):
+        kind, shown = kind_of(choice), choice
+        own = settings[name] if name in settings else settings_for(choice, config, settings)
+        make_attack(choice, own, device=device)  # wrong settings are refused before any work
+
+        def make(seed: int, warm_start: Attack | None) -> Attack:
+            return make_attack(shown, own, device=device, seed=seed, warm_start=warm_start)
+
+        return Factory(
+            name, make, seeds if kind.seeded else seeds[:1], kind.box,
+            kind.box == "black" and kind.seeded, kind.warm_starts, kind.needs,
+        )
+    if isinstance(choice, Attack):
+        instance = choice
+        return Factory(name, lambda seed, warm: copy.deepcopy(instance), seeds[:1])
+    if callable(choice):
+        return Factory(name, lambda seed, warm: choice(seed), seeds)
+    raise InputError(
+        "Expected an attack as a name, an object with fit and reconstruct, or a function of the "
+        f"seed, came {choice!r}."
+    )
+
+
+def _name(attack: AttackChoice) -> str:
+    if isinstance(attack, str):
+        return attack
+    return str(getattr(attack, "__name__", type(attack).__name__))
+
+
+def pixels_of(data: Tensor, name: str) -> Tensor:
+    """Images `[N, C, H, W]` as float32 on [0, 1] on the CPU, checked."""
+    if not isinstance(data, Tensor) or data.dim() != 4 or len(data) == 0:
+        came = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
+        raise InputError(f"Expected {name} as a tensor [N, C, H, W] with N >= 1, came {came}.")
+    if data.dtype == torch.uint8:
+        return data.detach().cpu().float() / 255.0
+    check_pixels(data, name)
+    return data.detach().cpu().float()
+
+
+def owned(
+    known: Tensor,
+    shifted: Tensor | None,
+    labels: Tensor | None,
+    counts: Sequence[int | None],
+) -> list[Owned]:
+    """One attacker for each number of images, the most first, then one with shifted images.
+
+    Raises:
+        InputError: labels of another length, no number, a repeated one or one out of range.
+    """
+    if labels is not None and tuple(labels.shape) != (len(known),):
+        raise InputError(
+            f"Expected attacker_labels as one class for each of the {len(known)} images, came "
+            f"{tuple(labels.shape)}."
+        )
+    sizes = [len(known) if count is None else count for count in counts]
+    if not sizes or len(set(sizes)) < len(sizes) or not all(1 <= s <= len(known) for s in sizes):
+        raise InputError(
+            "Expected attacker_images as different numbers between 1 and the attacker's "
+            f"{len(known)} images (None for all), came {tuple(counts)}."
+        )
+    made = [
+        Owned("same", known, labels, size, known[:size].mean(dim=0))
+        for size in sorted(sizes, reverse=True)
+    ]
+    if shifted is not None:
+        made.append(Owned("shifted", shifted, None, len(shifted), shifted.mean(dim=0)))
+    return made
+
+
+def check_data(known: Tensor, victim: Tensor, name: str = "attacker_data") -> None:
+    """Refuse images of two sizes, too small for SSIM, or that both sides own (InputError)."""
+    if known.shape[1:] != victim.shape[1:]:
+        raise InputError(
+            f"Expected {name} and victim images of one size, came "
+            f"{tuple(known.shape[1:])} and {tuple(victim.shape[1:])}. Resize one of them."
+        )
+    if min(known.shape[2:]) < _SMALLEST_SIDE:
+        raise InputError(
+            f"SSIM takes images of at least {_SMALLEST_SIDE} pixels a side, came "
+            f"{tuple(known.shape[2:])}. Use larger images."
+        )
+    seen = set(_fingerprints(known))
+    shared = [i for i, print_ in enumerate(_fingerprints(victim)) if print_ in seen]
+    if shared:
+        raise InputError(
+            f"Expected victim images that the attacker does not own, came {len(shared)} of "
+            f"{len(victim)} that are also in {name} (victim_data[{shared[0]}] is the "
+            "first). Remove them from one of the two: an attacker who knows the image proves "
+            "nothing."
+        )
+
+
+def check_needs(made: Sequence[Factory], given: Mapping[str, Any]) -> None:
+    """Refuse an attack that needs what `given` has None of (InputError)."""
+    say = {
+        "cloud": "the other half of the split (split.cloud)",
+        "labels": "classes of the attacker's images (attacker_labels=)",
+    }
+    for factory in made:
+        missing = [say.get(n, n) for n in factory.needs if n in given and given[n] is None]
+        if missing:
+            raise InputError(f"The attack {factory.name} needs {' and '.join(missing)}.")
+
+
+def _fingerprints(pixels: Tensor) -> list[bytes]:
+    images = (pixels * 255).round().to(torch.uint8).numpy()
+    return [hashlib.sha256(image.tobytes()).digest() for image in images]

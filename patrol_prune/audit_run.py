@@ -1,0 +1,266 @@
+"""The state of one audit: what every attacker got, what he made of it, and what was flagged."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from patrol_prune.access import compute_features, edge_function, fresh_twin
+from patrol_prune.attacks import (
+    Attack,
+    FitRecord,
+    Flag,
+    Knowledge,
+    NearestImage,
+    check_boxes,
+    check_draws,
+    check_features,
+    check_fit,
+    check_more_data,
+    check_reconstructions,
+    draws_differ,
+    self_test,
+)
+from patrol_prune.attacks.registry import box_of
+from patrol_prune.audit_choice import Factory, Owned
+from patrol_prune.audit_report import AuditReport, mean_and_std
+from patrol_prune.audit_scores import score
+from patrol_prune.pixels import Normalization
+
+logger = logging.getLogger("patrol_prune.audit")
+
+_CHECKED = 128
+
+
+class AuditRun:
+    """Collects the records of one audit."""
+
+    def __init__(
+        self,
+        attackers: list[Owned],
+        victim: Tensor,
+        normalization: Normalization,
+        batch_size: int,
+        largest_features: int,
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self.attackers, self.victim = attackers, victim
+        self.normalization, self.batch_size, self.progress = normalization, batch_size, progress
+        self.largest_features = largest_features
+        self.result = AuditReport(records=[])
+        self.best: dict[str, tuple[float, Tensor]] = {}
+
+    def say(self, sentence: str) -> None:
+        logger.info(sentence)
+        if self.progress is not None:
+            self.progress(sentence)
+
+    def self_tests(self, made: list[Factory]) -> None:
+        channels = self.victim.shape[1]
+        for factory in made:
+            if factory.box == "none":
+                continue  # without a query, what it finds is one edge of many that would do
+            self.say(f"Checking that {factory.name} inverts trivial edges.")
+            attack = factory.make(factory.seeds[0], None)
+            flags = self_test(attack, image_shape=(channels, 16, 16), images=512)
+            self.flag(flags, "identity", factory.name, factory.seeds[0])
+
+    def floor(self) -> None:
+        for own in self.attackers:
+            if own.data == "shifted" or own is self.attackers[0]:
+                guess = own.mean_image.expand_as(self.victim)
+                self.record("floor", "mean_image", None, guess, own, time.perf_counter())
+
+    def subject(
+        self, subject: str, edge: nn.Module, cloud: nn.Module | None, made: list[Factory]
+    ) -> None:
+        """Attack one edge with every attack and seed, for every attacker."""
+        self.say(f"Computing what the {subject} sends.")
+        z_victim = compute_features(
+            edge, self.victim, self.normalization, batch_size=self.batch_size
+        )
+        whole: dict[str, Knowledge] = {}
+        for own in self.attackers:
+            if own.data not in whole:
+                whole[own.data] = self.knowledge(own, edge, cloud, z_victim)
+                self.check_edge(whole[own.data], subject)
+            known = whole[own.data].first(own.count)
+            if subject == "edge" and own.whole:
+                self.nearest(known, z_victim, own)
+            warm: tuple[float, Attack] | None = None
+            for factory in made:
+                for seed in factory.seeds:
+                    told = "" if own.whole else f" ({own.count} {own.data} images)"
+                    self.say(f"Attacking the {subject} with {factory.name}, seed {seed}{told}.")
+                    start = time.perf_counter()
+                    attack = factory.make(seed, None if warm is None else warm[1])
+                    fit = self.attack(subject, factory, seed, attack, known, z_victim, own, start)
+                    if factory.learned and fit is not None:
+                        reached = fit.best_loss / max(fit.mean_image_loss, 1e-12)
+                        if warm is None or reached < warm[0]:
+                            warm = reached, attack
+        self.compare(subject)
+
+    def attack(
+        self,
+        subject: str,
+        factory: Factory,
+        seed: int,
+        attack: Attack,
+        known: Knowledge,
+        z_victim: Tensor,
+        own: Owned,
+        start: float,
+    ) -> FitRecord | None:
+        """Fit one attack, reconstruct, check and record."""
+        fit = attack.fit(known)
+        guess = attack.reconstruct(z_victim).detach().float().cpu()
+        flags = [] if fit is None else check_fit(fit)
+        flags += check_reconstructions(self.victim, guess, own.mean_image)
+        self.flag(flags, subject, factory.name, seed, own)
+        self.record(
+            subject, factory.name, seed, guess, own, start, fit=fit, box=box_of(attack),
+            random_edge=known.random_edge,
+        )
+        return fit
+
+    def knowledge(
+        self, own: Owned, edge: nn.Module, cloud: nn.Module | None, z_victim: Tensor
+    ) -> Knowledge:
+        """What this attacker may have, with all of his images."""
+        query = edge_function(edge, self.normalization)
+        fits = z_victim[:1].numel() * 4 * len(own.pixels) <= self.largest_features
+        return Knowledge(
+            pixels=own.pixels,
+            z=compute_features(edge, own.pixels, self.normalization, batch_size=self.batch_size)
+            if fits else None,
+            edge=query,
+            cloud=cloud,
+            labels=own.labels,
+            observed=z_victim,
+            shadow_edge=lambda seed: fresh_twin(edge, seed),
+            random_edge=draws_differ(query, own.pixels[:2]),
+        )
+
+    def check_edge(self, known: Knowledge, subject: str) -> None:
+        """Flag an edge that sends the same for every image, or only noise."""
+        assert known.edge is not None
+        some = known.pixels[:_CHECKED]
+        with torch.no_grad():
+            z = known.edge(some) if known.z is None else known.z[:_CHECKED]
+        flags = check_features(z) if len(some) > 1 else []
+        if known.random_edge and not flags and len(some) >= 8:
+            flags = check_draws(known.edge, some)
+        self.flag(flags, subject, None, None)
+
+    def compare(self, subject: str) -> None:
+        """Flag what only shows between attacks: a weak white box, and data that still help."""
+        records = [r for r in self.result.records
+                   if r["subject"] == subject and r["attacker_data"] == "same"]
+        most = [r for r in records if r["attacker_images"] == self.attackers[0].count]
+        best = {box: [r["ssim"] for r in most if r["box"] == box] for box in ("white", "black")}
+        whites = sorted((r for r in most if r["box"] == "white"), key=lambda r: -r["ssim"])
+        if whites:
+            where = whites[0]["attack"], whites[0]["attack_seed"]
+            self.flag(check_boxes(best["white"], best["black"]), subject, *where)
+        sizes = [own.count for own in self.attackers if own.data == "same"]
+        if len(sizes) < 2:
+            return
+        for attack in dict.fromkeys(r["attack"] for r in most):
+            more, fewer = (
+                mean_and_std(r["mse"] for r in records
+                             if r["attack"] == attack and r["attacker_images"] == size)[0]
+                for size in sizes[:2]
+            )
+            self.flag(check_more_data(fewer, more), subject, attack, None)
+
+    def nearest(self, known: Knowledge, z_victim: Tensor, own: Owned) -> None:
+        """The second floor: the attacker's own image whose feature is nearest."""
+        start = time.perf_counter()
+        floor = NearestImage()
+        floor.fit(known)
+        self.record("floor", "nearest_image", None, floor.reconstruct(z_victim), own, start,
+                    box="black", random_edge=known.random_edge)
+
+    def flag(
+        self,
+        flags: list[Flag],
+        subject: str,
+        attack: str | None,
+        seed: int | None,
+        own: Owned | None = None,
+    ) -> None:
+        for flag in flags:
+            where = {"subject": subject, "attack": attack, "attack_seed": seed}
+            if own is not None:
+                where |= {"attacker_data": own.data, "attacker_images": own.count}
+            self.result.flags.append(where | dataclasses.asdict(flag))
+            logger.warning("%s, %s, seed %s: %s", subject, attack, seed, flag.meaning)
+
+    def record(
+        self,
+        subject: str,
+        attack: str,
+        seed: int | None,
+        guess: Tensor,
+        own: Owned,
+        start: float,
+        *,
+        fit: FitRecord | None = None,
+        box: str | None = "none",
+        random_edge: bool | None = None,
+    ) -> None:
+        numbers, per_image = score(self.victim, guess)
+        self.result.records.append({
+            "subject": subject,
+            "attack": attack,
+            "attack_seed": seed,
+            "box": box,
+            "attacker_data": own.data,
+            "attacker_images": own.count,
+            "victim_images": len(self.victim),
+            "random_edge": random_edge,
+            **numbers,
+            "plateau": None if fit is None else fit.plateau,
+            "epochs": None if fit is None else len(fit.history),
+            "extensions": None if fit is None else fit.extensions,
+            "best_epoch": None if fit is None else fit.best_epoch,
+            "held_out_loss": None if fit is None else fit.best_loss,
+            "gradient_norm": None if fit is None else fit.gradient_norm,
+            "chosen": None if fit is None else _in_words(fit.chosen),
+            "seconds": time.perf_counter() - start,
+        })
+        key = "/".join((subject, attack, str(seed)))
+        if own is not self.attackers[0]:
+            key += f"/{own.data}-{own.count}"
+        self.result.per_image[key] = {name: values.tolist() for name, values in per_image.items()}
+        reached = numbers["ssim"]
+        assert reached is not None
+        if subject not in self.best or reached > self.best[subject][0]:
+            self.best[subject] = (reached, guess)
+
+    def report(self, examples: int) -> AuditReport:
+        """The finished report, with evenly spaced examples of each subject's strongest attack."""
+        count = min(examples, len(self.victim))
+        if count > 0:
+            index = torch.linspace(0, len(self.victim) - 1, count).round().long()
+            self.result.example_indices = index.tolist()
+            images = {"originals": self.victim} | {s: g for s, (_, g) in self.best.items()}
+            for name, pixels in images.items():
+                shown = (pixels[index] * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+                self.result.examples[name] = np.ascontiguousarray(shown.numpy())
+        return self.result
+
+
+def _in_words(chosen: dict[str, Any] | None) -> str | None:
+    """The scalars among the settings that an attack chose, `"loss mse, lambda_tv 0.1"`."""
+    if chosen is None:
+        return None
+    return ", ".join(f"{k} {v}" for k, v in chosen.items() if isinstance(v, str | int | float))
