@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import audit_figures
 import matplotlib
 
 from patrol_prune.report import render_table
@@ -38,8 +39,13 @@ def load(name: str) -> dict[str, Any]:
 
 
 def by_method(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
+    """The rows under the strong decoder with all its images, without the defences' sweep."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
+        if (row.get("defence") or row["attack"] != "inverse_network"
+                or row.get("attacker_data") == "shifted" or row["attacker_images"] < 5_000
+                or row.get("victim_images", 1_000) < 1_000):
+            continue
         groups.setdefault((row["method"], row["split"]), []).append(row)
     return dict(sorted(groups.items(), key=lambda g: (ORDER.index(g[0][0]), g[0][1])))
 
@@ -57,6 +63,11 @@ def circumstances(record: dict[str, Any]) -> str:
         f"torch {versions['torch']}, torchvision {versions['torchvision']}, torch-pruning "
         f"{versions['torch-pruning']}; `{record['command'].split(' --')[0]}`."
     )
+
+
+def source(name: str) -> str:
+    """The circumstances of the record `name`."""
+    return circumstances(load(name))
 
 
 def frontier() -> str:
@@ -116,7 +127,7 @@ def verdict(record: dict[str, Any]) -> str:
 
 def not_done(record: dict[str, Any]) -> str:
     missing = record.get("missing", [])
-    return f"Not measured yet (method, split, attack seed): {', '.join(missing)}." * bool(missing)
+    return f"Not measured yet (method, split, attack, seed): {', '.join(missing)}." * bool(missing)
 
 
 def plot_frontier() -> None:
@@ -178,15 +189,22 @@ def grocery() -> str:
     return "\n\n".join([text, render_table(table, columns).strip(), circumstances(record)])
 
 
-RENDERERS: dict[str, Callable[[], str]] = {
-    "frontier": frontier, "budget": budget, "grocery": grocery,
+RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
+    "frontier": ("frontier", frontier),
+    "budget": ("budget", budget),
+    "grocery": ("grocery", grocery),
+    "strongest": ("frontier", lambda: audit_figures.strongest(source("frontier"))),
+    "sweep": ("frontier", lambda: audit_figures.sweep(source("frontier"))),
+    "published": ("published", lambda: audit_figures.published(source("published"))),
+    "throughput": ("throughput", lambda: audit_figures.throughput(source("throughput"))),
 }
+"""Name of each block to the record it needs and the function that renders it."""
 
 
 def render(text: str) -> str:
     """The page with every block that has a record rendered anew."""
-    for name, renderer in RENDERERS.items():
-        if (RESULTS / f"{name}.json").exists():
+    for name, (needed, renderer) in RENDERERS.items():
+        if (RESULTS / f"{needed}.json").exists():
             pattern = rf"(<!-- figures:{name} -->\n).*?(<!-- end:{name} -->)"
             if re.search(pattern, text, re.S):
                 body = renderer()
@@ -204,7 +222,8 @@ def main() -> None:
             print(f"rendered {page.relative_to(ROOT)}")
     if (RESULTS / "frontier.json").exists():
         plot_frontier()
-        print("rendered docs/frontier.png")
+        audit_figures.plot_sweep()
+        print("rendered docs/frontier.png and docs/defences.png")
 
 
 if __name__ == "__main__":

@@ -54,8 +54,24 @@ _WHERE = {
     "rebuild_optimizer": "origins",
     "save": "checkpoint",
     "load": "checkpoint",
+    "Defence": "defences.base",
+    "make_defence": "defences",
+    "Attack": "attacks.base",
+    "FitRecord": "attacks.base",
+    "Knowledge": "attacks.base",
+    "ImagePrior": "attacks.image_prior",
+    "ImagePriorConfig": "attacks.image_prior",
     "InverseNetwork": "attacks.inverse_network",
     "InverseNetworkConfig": "attacks.inverse_network",
+    "LinearInverse": "attacks.linear_inverse",
+    "LinearInverseConfig": "attacks.linear_inverse",
+    "QueryFree": "attacks.query_free",
+    "QueryFreeConfig": "attacks.query_free_config",
+    "RMLE": "attacks.rmle",
+    "RMLEConfig": "attacks.rmle",
+    "conditional_entropy_bound": "bounds",
+    "diagonal_fisher_information": "bounds",
+    "jacobian_effective_rank": "jacobian",
     "AuditReport": "audit",
     "audit": "audit",
 }
@@ -63,12 +79,20 @@ _WHERE = {
 __all__ = sorted([*_WHERE, "__version__"])
 
 if TYPE_CHECKING:
+    from patrol_prune.attacks.base import Attack, FitRecord, Knowledge
+    from patrol_prune.attacks.image_prior import ImagePrior, ImagePriorConfig
     from patrol_prune.attacks.inverse_network import InverseNetwork, InverseNetworkConfig
+    from patrol_prune.attacks.linear_inverse import LinearInverse, LinearInverseConfig
+    from patrol_prune.attacks.query_free import QueryFree
+    from patrol_prune.attacks.query_free_config import QueryFreeConfig
+    from patrol_prune.attacks.rmle import RMLE, RMLEConfig
     from patrol_prune.audit import AuditReport, audit
+    from patrol_prune.bounds import conditional_entropy_bound, diagonal_fisher_information
     from patrol_prune.checkpoint import load, save
     from patrol_prune.cost import count_macs, count_params, edge_macs, feature_bytes
     from patrol_prune.data import Batches, ImageSet, load_image_folder
     from patrol_prune.decoders import make_decoder
+    from patrol_prune.defences import Defence, make_defence
     from patrol_prune.errors import (
         BudgetError,
         CheckpointError,
@@ -80,6 +104,7 @@ if TYPE_CHECKING:
     )
     from patrol_prune.finetune import FinetuneConfig, finetune, recalibrate_batchnorm
     from patrol_prune.importance import GroupPatrolImportance, PatrolImportance
+    from patrol_prune.jacobian import jacobian_effective_rank
     from patrol_prune.lipschitz import block_lipschitz, lipschitz_loss
     from patrol_prune.masks import SoftMasks
     from patrol_prune.objective import PatrolObjective

@@ -15,6 +15,7 @@ from patrol_prune.attacks.rmle import RMLE, RMLEConfig
 from patrol_prune.attacks.white_box import (
     PixelSpace,
     Spectrum,
+    expected_feature,
     feature_error,
     feature_scale,
     feature_slope,
@@ -114,8 +115,8 @@ def test_the_slope_of_the_error_is_its_derivative(loss: str) -> None:
     generator = torch.Generator().manual_seed(0)
     f, z = (torch.randn(4, 3, 5, 2, generator=generator) for _ in range(2))
     f.requires_grad_(True)
-    (expected,) = torch.autograd.grad(feature_error(f, z, loss).sum(), f)
-    assert torch.allclose(feature_slope(f, z, loss), expected, atol=1e-6)
+    (expected,) = torch.autograd.grad(feature_error(f, z, loss, 0.3).sum(), f)
+    assert torch.allclose(feature_slope(f, z, loss, 0.3), expected, atol=1e-6)
     dead = feature_slope(torch.zeros(2, 6), torch.ones(2, 6), loss)
     assert bool(torch.isfinite(dead).all())
 
@@ -250,6 +251,12 @@ def test_a_random_edge_is_averaged() -> None:
     calls.clear()
     attack.reconstruct(noisy(VICTIM))
     assert len(calls) == 1 + ONE.steps + 1
+
+
+def test_the_expected_feature_is_the_mean_of_the_draws() -> None:
+    draws = iter([1.0, 2.0, 6.0])
+    mean = expected_feature(lambda pixels: pixels * next(draws), VICTIM, 3)
+    assert torch.allclose(mean, 3.0 * VICTIM)
 
 
 @pytest.mark.parametrize("how", ["detached", "inference"])

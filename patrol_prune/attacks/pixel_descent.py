@@ -274,11 +274,9 @@ class _Objective:
         with autocast(v.device, descent.config.precision):
             return x, expected_feature(descent.edge, descent.space.to_pixels(x), descent.draws)
 
-    def _mixed(self, f: Tensor, measure: Callable[[Tensor, Tensor, str], Tensor]) -> Tensor:
-        """The measure of the loss of each image, the squared one over the scale."""
-        parts = {name: measure(f, self.z, name) for name in self.losses}
-        if "mse" in parts:
-            parts["mse"] = parts["mse"] / self.descent.scale
+    def _mixed(self, f: Tensor, measure: Callable[..., Tensor]) -> Tensor:
+        """The measure by the loss of each image."""
+        parts = {name: measure(f, self.z, name, self.descent.scale) for name in self.losses}
         first = parts[self.losses[0]]
         if len(parts) == 1:
             return first

@@ -122,15 +122,17 @@ def total_variation(x: Tensor) -> Tensor:
     return total
 
 
-def feature_error(f: Tensor, z: Tensor, loss: str) -> Tensor:
+def feature_error(f: Tensor, z: Tensor, loss: str, scale: float = 1.0) -> Tensor:
     """How far the features `f` of a guess are from the upload `z`, of each image.
 
-    `"mse"` is `mean((f - z)^2)`; `"cosine"` is `1 - <f, z> / (|f| |z|)` on [0, 2], blind to scale.
+    `"mse"` is `mean((f - z)^2) / scale`; `"cosine"` is `1 - <f, z> / (|f| |z|)` on [0, 2], which
+    ignores any scale.
 
     Args:
         f: `[N, ...]`, floating point.
         z: of the same shape.
         loss: one of `LOSSES`.
+        scale: see `feature_scale`.
 
     Returns:
         `[N]`, float32.
@@ -138,18 +140,18 @@ def feature_error(f: Tensor, z: Tensor, loss: str) -> Tensor:
     f, z = f.float().flatten(1), z.float().flatten(1)
     if loss == "cosine":
         return 1.0 - functional.cosine_similarity(f, z, dim=1)
-    return (f - z).square().mean(dim=1)
+    return (f - z).square().mean(dim=1) / scale
 
 
-def feature_slope(f: Tensor, z: Tensor, loss: str) -> Tensor:
-    """`d feature_error(f, z, loss) / d f` of each image, in closed form, of the shape of `f`.
+def feature_slope(f: Tensor, z: Tensor, loss: str, scale: float = 1.0) -> Tensor:
+    """`d feature_error(f, z, loss, scale) / d f` in closed form, of the shape of `f`.
 
     It spares the passes over the features that differentiating the error takes; at shallow edges
     these cost as much as the convolutions.
     """
     f, z = f.detach().float(), z.float()
     if loss == "mse":
-        return (f - z).mul_(2.0 / max(1, f[0].numel()))
+        return (f - z).mul_(2.0 / (scale * max(1, f[0].numel())))
     shape = [-1] + [1] * (f.dim() - 1)
     flat_f, flat_z = f.flatten(1), z.flatten(1)
     norm_f = torch.linalg.vector_norm(flat_f, dim=1).clamp(min=_LEAST_NORM)
