@@ -34,8 +34,8 @@ _MEAN_IMAGES = 2048
 _COMPARABLE = 0.05
 _HELD_OUT_IMAGES = 256
 _PUBLISHED_RMLE = RMLEConfig(
-    losses=("mse",), spaces=("pixels",), lambda_2=(), finalists=1, lambda_tv=(2.0,), relative=False, steps=500, lr=0.1, tuning_images=8,
-    tuning_steps=500, refine=False,
+    losses=("mse",), spaces=("pixels",), lambda_2=(), finalists=1, lambda_tv=(2.0,),
+    relative=False, steps=500, lr=0.1, tuning_images=8, tuning_steps=500, refine=False,
 )
 
 
