@@ -43,7 +43,8 @@ def by_method(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if (row.get("defence") or row["attack"] != "inverse_network"
-                or row.get("attacker_data") == "shifted" or row["attacker_images"] < 5_000
+                or row.get("attacker_data") == "shifted" or row.get("times_as_long", 1) > 1
+                or row["attacker_images"] < 5_000
                 or row.get("victim_images", 1_000) < 1_000):
             continue
         groups.setdefault((row["method"], row["split"]), []).append(row)
@@ -194,8 +195,10 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "budget": ("budget", budget),
     "grocery": ("grocery", grocery),
     "strongest": ("frontier", lambda: audit_figures.strongest(source("frontier"))),
+    "every-attack": ("frontier", lambda: audit_figures.every_attack(source("frontier"))),
     "sweep": ("frontier", lambda: audit_figures.sweep(source("frontier"))),
     "published": ("published", lambda: audit_figures.published(source("published"))),
+    "bounds": ("bounds", lambda: audit_figures.bounds(source("bounds"))),
     "throughput": ("throughput", lambda: audit_figures.throughput(source("throughput"))),
 }
 """Name of each block to the record it needs and the function that renders it."""

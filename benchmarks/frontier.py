@@ -35,7 +35,7 @@ from frontier_methods import (
     methods,
 )
 from jsonargparse import auto_cli
-from record import write
+from record import commit, write
 
 import patrol_prune as pp
 from patrol_prune.attacks.rmle import RMLEConfig
@@ -44,12 +44,12 @@ from patrol_prune.storage import save_state
 
 BLACK = "inverse_network"
 WHITE = ("inverse_network", "rmle")
-LEARNED = ("linear_inverse", "nearest_image", "transposed", "unet", "inverse_network_ssim",
-           "transposed_ssim", "unet_ssim")
-OPTIMISED = ("image_prior",)
+LEARNED = ("linear_inverse", "unet", "inverse_network_ssim")
+MORE_LEARNED = ("nearest_image", "transposed", "unet_ssim", "transposed_ssim")
 WITHOUT_QUERIES = ("query_free_same", "query_free_other", "query_free_match")
 QUERY_FREE_IMAGES = 4_000
 FEWER = (100, 1_000)
+LONG = 3
 KEPT_OF_A_RECORD = (
     "attack", "attacker_data", "attacker_images", "victim_images", "box", "ssim", "ssim_worst5",
     "psnr", "mse", "gmsd", "rank1", "rank5", "chance1", "chance5", "epochs", "plateau",
@@ -82,10 +82,17 @@ def steps(args: Frontier) -> list[Step]:
     for m in (m for m in rows if m.every_attack):
         thorough += [Step(m, "white", WHITE, optimised=True)]
         thorough += [Step(m, name, (name,)) for name in LEARNED]
-        thorough += [Step(m, name, (name,), optimised=True) for name in OPTIMISED]
-        thorough += [Step(m, name, (name,), fewer=QUERY_FREE_IMAGES) for name in WITHOUT_QUERIES]
+        if m.name == "dense":  # a ceiling, not a competitor
+            continue
+        thorough += [Step(m, "long")]
+        thorough += [Step(m, "image_prior", ("image_prior",), optimised=True)]
+        thorough += [Step(m, name, (name,), fewer=QUERY_FREE_IMAGES)
+                     for name in WITHOUT_QUERIES[:1]]
         thorough += [Step(m, str(count), fewer=count) for count in FEWER]
         thorough += [Step(m, "shifted", shifted=True)] * (args.shifted is not None)
+        thorough += [Step(m, name, (name,)) for name in MORE_LEARNED]
+        thorough += [Step(m, name, (name,), fewer=QUERY_FREE_IMAGES)
+                     for name in WITHOUT_QUERIES[1:]]
     # The models that matter meet each attack in turn, so that an interrupted run compares them.
     groups = list(dict.fromkeys(step.group for step in thorough))
     thorough.sort(key=lambda step: groups.index(step.group))
@@ -102,6 +109,7 @@ def attack_config(args: Frontier, step: Step) -> pp.InverseNetworkConfig:
     """
     shallow = step.method.split != "layer3"
     epochs = max(1, args.attack_epochs // 2) if shallow else args.attack_epochs
+    epochs *= LONG if step.group == "long" else 1
     if step.fewer is not None or step.shifted:
         images = step.fewer or 2_640
         epochs = min(100, epochs * args.attacker_images // images)
@@ -122,14 +130,21 @@ def attacked(args: Frontier, data: Data, step: Step) -> list[dict[str, Any]]:
         assert args.shifted is not None
         other = load_image_folder(args.shifted / "train", 32)
         images, labels = other.images, None
-    victims = data.victims.images[: args.optimised_images if step.optimised else None]
+    count = args.optimised_images
+    victims = data.victims.images[: count if step.optimised else None]
     report = pp.audit(split, images, victims, attacks=step.attacks, seeds=(1000 + step.seed,),
                       attacker_labels=labels, normalization=NORMALIZATION, device=args.device,
                       config=attack_config(args, step), examples=8,
                       settings={"rmle": RMLEConfig(steps=400, tuning_images=8, tuning_steps=60)})
     floor = next(r for r in report.records if r["subject"] == "floor")
-    rows = [row_of(args, step, split, known, record, floor) for record in report.records
-            if record["subject"] == "edge"]
+    rows = []
+    for record in report.records:
+        # The floor of nearest images is asked for here as an attack.
+        if record["subject"] != "edge" and record["attack"] not in step.attacks:
+            continue
+        key = f"{record['subject']}/{record['attack']}/{record['attack_seed']}"
+        each = {name: report.per_image[key][name][:count] for name in ("ssim", "mse")}
+        rows.append({**row_of(args, step, split, known, record, floor), **first_images(each)})
     for row in rows:
         row["attack_seconds"] = time.perf_counter() - start
         row["flags"] = sorted({f["name"] for f in report.flags
@@ -145,6 +160,15 @@ def attacked(args: Frontier, data: Data, step: Step) -> list[dict[str, Any]]:
     return rows
 
 
+def first_images(each: dict[str, list[float]]) -> dict[str, float | int]:
+    """The same figures over the images that every attack met, optimising ones included."""
+    ssim = sorted(each["ssim"], reverse=True)
+    worst = max(1, round(0.05 * len(ssim)))
+    return {"first_images": len(ssim), "first_ssim": sum(ssim) / len(ssim),
+            "first_ssim_worst5": sum(ssim[:worst]) / worst,
+            "first_mse": sum(each["mse"]) / len(each["mse"])}
+
+
 def row_of(args: Frontier, step: Step, split: pp.Split, known: dict[str, Any],
            record: dict[str, Any], floor: dict[str, Any]) -> dict[str, Any]:
     method = step.method
@@ -157,10 +181,18 @@ def row_of(args: Frontier, step: Step, split: pp.Split, known: dict[str, Any],
         "attack_seed": step.seed, "floor_ssim": floor["ssim"], "floor_mse": floor["mse"],
         **{k: record.get(k) for k in KEPT_OF_A_RECORD},
         "attacker_data": "shifted" if step.shifted else "same",
+        "times_as_long": LONG if step.group == "long" else 1,
         **{k: known.get(k) for k in ("accuracy", "accuracy_before_finetuning", "surrogate_mse",
                                      "kept")},
-        "train_seconds": known["seconds"],
+        "train_seconds": known["seconds"], "made_with": made_with(args),
     }
+
+
+def made_with(args: Frontier) -> dict[str, Any]:
+    """The settings that a row depends on, and the commit that measured it."""
+    free = ("data", "work", "shifted", "workers", "threads", "collect", "only")
+    settings = {k: v for k, v in asdict(args).items() if k not in free}
+    return {**settings, "commit": os.environ.get("BENCHMARK_COMMIT") or commit()}
 
 
 def work(args: Frontier) -> None:
@@ -204,7 +236,7 @@ def main(args: Frontier) -> None:
                    for _ in range(args.workers)]
         codes = [worker.wait() for worker in workers]
     rows, missing, seen = [], [], set()
-    for step in steps(args):
+    for step in steps(replace(args, only=())):
         path = row_path(args, step)
         if not path.exists():
             missing.append(step.key)
@@ -212,15 +244,20 @@ def main(args: Frontier) -> None:
         content = json.loads(path.read_text())
         for row in content if isinstance(content, list) else [content]:
             again = (step.method.key, step.seed, row["attack"], row["attacker_images"],
-                     row.get("attacker_data"), row["victim_images"])
+                     row.get("attacker_data"), row.get("victim_images", args.test_images),
+                     row.get("times_as_long", 1))
             rows += [row] * (again not in seen)
             seen.add(again)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(args).items()
-                if k not in ("data", "work", "shifted", "collect", "only")}
+    settings = {k: v for k, v in made_with(args).items() if k != "commit"}
+    odd = sorted({row["method"] + "-" + row["split"] for row in rows
+                  if {**settings, **row.get("made_with", {"seed": None})} != {
+                      **settings, "commit": row.get("made_with", {}).get("commit")}})
     print(write("frontier", rows, settings=settings, workers_threads=args.threads,
-                missing=missing))
-    if any(codes) or missing:
-        raise SystemExit(f"not done: {', '.join(missing)}; exit codes {codes}")
+                shifted=args.shifted and args.shifted.name, missing=missing,
+                with_other_settings=odd))
+    asked = [step.key for step in steps(args) if step.key in missing]
+    if any(codes) or asked:
+        raise SystemExit(f"not done: {', '.join(asked)}; exit codes {codes}")
 
 
 if __name__ == "__main__":

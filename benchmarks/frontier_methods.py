@@ -126,6 +126,7 @@ def methods(args: Frontier) -> list[Method]:
         Method("patrol-finetune-only", "layer3", "taylor", 0.0, 0.0, a, b),
         replace(patrol, name="patrol-lipschitz", score_beta=0.0, beta=0.0, attack_seeds=(0,),
                 every_attack=False),
+        Method("magnitude", "layer3", "magnitude"),
         Method("dense", "layer2"),
         Method("dense", "layer1"),
         Method("taylor", "layer2", "taylor"),
@@ -136,10 +137,11 @@ def methods(args: Frontier) -> list[Method]:
 
 SWEEP: dict[str, tuple[float, ...]] = {
     "none": (0.0,),
+    "patrol": (40.0, 160.0),
     "gaussian_noise": (1.0, 0.5, 2.0),
-    "adversarial_only": (40.0, 160.0),
     "bottleneck": (8.0, 2.0),
     "nopeek": (1.0, 8.0),
+    "adversarial_only": (40.0, 160.0),
     "quantisation": (8.0, 2.0, 1.0),
     "disco": (0.5, 0.8),
     "feature_dropout": (0.5, 0.8),
@@ -150,17 +152,21 @@ SWEEP: dict[str, tuple[float, ...]] = {
 
 
 def swept(args: Frontier) -> list[Method]:
-    """Every defence at each of its strengths on the Taylor-pruned model, and PATROL at its own."""
+    """Every defence at each of its strengths on the Taylor-pruned model, PATROL's among them.
+
+    `patrol-more` goes on with PATROL's own model, which has had five epochs of it before.
+    """
     points = [
-        Method(name, "layer3", defence=name, strength=strength, start="taylor-layer3")
+        Method(f"with-{name}", "layer3", defence=name, strength=strength, alpha=args.alpha,
+               start="taylor-layer3")
         for name, strengths in SWEEP.items()
         for strength in strengths
     ]
-    own = [Method("patrol-more", "layer3", defence="patrol", strength=strength, alpha=args.alpha,
-                  start="patrol-layer3") for strength in (10.0, 40.0, 160.0)]
-    # Round-robin over the defences, so that an interrupted sweep has a point of each.
+    own = Method("patrol-more", "layer3", defence="patrol", strength=args.beta, alpha=args.alpha,
+                 start="patrol-layer3")
+    # Each defence's first strength comes first, so that an interrupted sweep has a point of each.
     first = [p for p in points if p.strength == SWEEP[p.defence][0]]
-    return [*own[1:2], *first, *own[2:], *own[:1], *[p for p in points if p not in first]]
+    return [own, *first, *[p for p in points if p not in first]]
 
 
 class Data:

@@ -90,7 +90,9 @@ def _audit_model(given: dict[str, Any], tell: Callable[[str, str], None]) -> Non
     epochs = config.pop("epochs", None)
     for name in ("at", "data"):
         if name not in config:
-            raise InputError(f"Expected --{name} beside --model, came none.")
+            raise InputError(
+                f"Expected --{name} beside --model, came none. See: patrol-prune audit --help"
+            )
     chosen = build(ModelAudit, config, "the command line")
     chosen = replace(
         chosen, audit=replace(chosen.audit, **{k: _tupled(v) for k, v in who.items()}),

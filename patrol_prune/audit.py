@@ -18,6 +18,7 @@ from patrol_prune.access import compute_features, lent
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.audit_choice import (
     AttackChoice,
+    check_counts,
     check_data,
     check_needs,
     factories,
@@ -58,7 +59,7 @@ def audit(
     examples: int = 8,
     batch_size: int = 128,
     check_attacks: bool = False,
-    largest_features: int = 2 << 30,
+    largest_feature_bytes: int = 2 << 30,
     progress: Callable[[str], None] | None = None,
 ) -> AuditReport:
     """Reconstruct the victim's images from what the edge sends, and measure how well that went.
@@ -83,12 +84,13 @@ def audit(
         settings: settings of attacks by their name, `{"rmle": RMLEConfig(...)}`; seeds replaced.
         attacker_labels: classes `[N]` of `attacker_data`, for attacks through the cloud.
         attacker_images: attack with so many of the attacker's images, None for all; one row each.
-        shifted_data: other images of the attacker's, unlike the victim's; one more row each.
+        shifted_data: other images of the attacker's, unlike the victim's; one more row each, but
+            for attacks that need labels, which these have not.
         device: where attackers train.
         examples: how many reconstructions to keep as images.
         batch_size: images per forward pass of the edge.
         check_attacks: also let every attack invert two trivial edges first (`self_test`).
-        largest_features: bytes of the attacker's features to keep in memory; of larger ones,
+        largest_feature_bytes: of the attacker's features to keep in memory; of larger ones,
             attacks are given the edge alone and query it batch by batch.
         progress: called with one sentence before each step; they are logged in any case.
 
@@ -96,7 +98,8 @@ def audit(
         InputError: before any work, on data that is not on [0, 1], differs in shape, is too small
             for SSIM (11 pixels) or shared between attacker and victim; on an unknown attack, no
             attack, no seed or a repeated seed, settings of another attack, or an attack that needs
-            a cloud or labels that are not there.
+            a cloud, labels or more images than there are; before any attack, on features that are
+            not finite.
     """
     made = factories(attacks, config, settings or {}, seeds, device)
     known, victim = pixels_of(attacker_data, "attacker_data"), pixels_of(victim_data, "victim_data")
@@ -104,16 +107,19 @@ def audit(
     shifted = None if shifted_data is None else pixels_of(shifted_data, "shifted_data")
     if shifted is not None:
         check_data(shifted, victim, "shifted_data")
-    check_needs(made, {"cloud": getattr(split, "cloud", None), "labels": attacker_labels})
+    subjects = {"edge": split} | ({} if undefended is None else {"undefended": undefended})
+    for half in subjects.values():
+        check_needs(made, {"cloud": getattr(half, "cloud", None), "labels": attacker_labels})
+    attackers = owned(known, shifted, attacker_labels, attacker_images)
+    check_counts(made, attackers)
     run = AuditRun(
-        owned(known, shifted, attacker_labels, attacker_images), victim,
-        normalization or Normalization(), batch_size, largest_features, progress,
+        attackers, victim,
+        normalization or Normalization(), batch_size, largest_feature_bytes, progress,
     )
     with torch.random.fork_rng(devices=[]):
         if check_attacks:
             run.self_tests(made)
         run.floor()
-        subjects = {"edge": split} | ({} if undefended is None else {"undefended": undefended})
         for subject, half in subjects.items():
             cloud = getattr(half, "cloud", None)
             with lent(half.edge, *([cloud] if isinstance(cloud, nn.Module) else [])):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from patrol_prune.attacks import Attack, InverseNetworkConfig
 from patrol_prune.attacks.registry import ATTACKS, kind_of, make_attack, settings_for
+from patrol_prune.attacks.training_pairs import SMALLEST_TRAINING_SET
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.metrics import check_pixels
 
@@ -26,7 +27,8 @@ _SMALLEST_SIDE = 11
 class Factory:
     """One attack of the audit: its name, how to make it, and the seeds it runs with.
 
-    `learned` says that others may start at its answer, `warm_starts` that it can do so.
+    `learned` says that others may start at its answer, `warm_starts` that it can do so, `fewest`
+    how many images it has to own.
     """
 
     name: str
@@ -36,6 +38,7 @@ class Factory:
     learned: bool = False
     warm_starts: bool = False
     needs: tuple[str, ...] = ()
+    fewest: int = 1
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,9 @@ def _factory(
         return Factory(
             name, make, seeds if kind.seeded else seeds[:1], kind.box,
             kind.box == "black" and kind.seeded, kind.warm_starts, kind.needs,
+            (2 if kind.box == "white" else SMALLEST_TRAINING_SET) if kind.seeded else 1,
         )
-    if isinstance(choice, Attack):
+    if isinstance(choice, Attack) and not isinstance(choice, type):
         instance = choice
         return Factory(name, lambda seed, warm: copy.deepcopy(instance), seeds[:1])
     if callable(choice):
@@ -200,6 +204,17 @@ def check_needs(made: Sequence[Factory], given: Mapping[str, Any]) -> None:
         missing = [say.get(n, n) for n in factory.needs if n in given and given[n] is None]
         if missing:
             raise InputError(f"The attack {factory.name} needs {' and '.join(missing)}.")
+
+
+def check_counts(made: Sequence[Factory], attackers: Sequence[Owned]) -> None:
+    """Refuse an attack that needs more images than one of the attackers owns (InputError)."""
+    for own in attackers:
+        for factory in made:
+            if own.count < factory.fewest:
+                raise InputError(
+                    f"The attack {factory.name} needs at least {factory.fewest} images, came "
+                    f"{own.count} ({own.data}). Give the attacker more, or leave the attack out."
+                )
 
 
 def _fingerprints(pixels: Tensor) -> list[bytes]:

@@ -41,7 +41,8 @@ class AuditReport:
             best; `rank1`, `rank5`, `chance1`, `chance5`: how often the reconstruction leads back
             to its original among all victims, and a guess does; `plateau`, `epochs` (or settings
             tried), `extensions`, `best_epoch`, `held_out_loss`, `gradient_norm`, `chosen`,
-            `seconds` of the attack's training (None where an attack does not tell).
+            `seconds` of the attack's training (None where an attack does not tell, or where a
+            number is not finite).
         flags: one dict per warning: `subject`, `attack`, `attack_seed`, `name`, `meaning`,
             `advice`, and `attacker_data` and `attacker_images` where it is about one row.
         per_image: `"subject/attack/seed"` to the lists `ssim`, `psnr`, `mse`, `gmsd` (and

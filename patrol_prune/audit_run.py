@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -32,6 +33,7 @@ from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
 from patrol_prune.audit_scores import score
+from patrol_prune.errors import InputError
 from patrol_prune.pixels import Normalization
 
 logger = logging.getLogger("patrol_prune.audit")
@@ -48,12 +50,12 @@ class AuditRun:
         victim: Tensor,
         normalization: Normalization,
         batch_size: int,
-        largest_features: int,
+        largest_feature_bytes: int,
         progress: Callable[[str], None] | None,
     ) -> None:
         self.attackers, self.victim = attackers, victim
         self.normalization, self.batch_size, self.progress = normalization, batch_size, progress
-        self.largest_features = largest_features
+        self.largest_feature_bytes = largest_feature_bytes
         self.result = AuditReport(records=[])
         self.best: dict[str, tuple[float, Tensor]] = {}
 
@@ -65,10 +67,10 @@ class AuditRun:
     def self_tests(self, made: list[Factory]) -> None:
         channels = self.victim.shape[1]
         for factory in made:
-            if factory.box == "none":
+            attack = factory.make(factory.seeds[0], None)
+            if (factory.box or box_of(attack)) == "none":
                 continue  # without a query, what it finds is one edge of many that would do
             self.say(f"Checking that {factory.name} inverts trivial edges.")
-            attack = factory.make(factory.seeds[0], None)
             flags = self_test(attack, image_shape=(channels, 16, 16), images=512)
             self.flag(flags, "identity", factory.name, factory.seeds[0])
 
@@ -86,16 +88,24 @@ class AuditRun:
         z_victim = compute_features(
             edge, self.victim, self.normalization, batch_size=self.batch_size
         )
+        if not bool(torch.isfinite(z_victim).all()):
+            raise InputError(
+                f"Expected finite features, came NaN or infinity of the {subject}. Look at its "
+                "weights and the normalisation: an attack on it would say nothing."
+            )
         whole: dict[str, Knowledge] = {}
         for own in self.attackers:
             if own.data not in whole:
                 whole[own.data] = self.knowledge(own, edge, cloud, z_victim)
                 self.check_edge(whole[own.data], subject)
             known = whole[own.data].first(own.count)
-            if subject == "edge" and own.whole:
+            if subject == "edge" and own is self.attackers[0]:
                 self.nearest(known, z_victim, own)
             warm: tuple[float, Attack] | None = None
             for factory in made:
+                if "labels" in factory.needs and own.labels is None:
+                    self.say(f"Leaving {factory.name} out: the {own.data} images have no labels.")
+                    continue
                 for seed in factory.seeds:
                     told = "" if own.whole else f" ({own.count} {own.data} images)"
                     self.say(f"Attacking the {subject} with {factory.name}, seed {seed}{told}.")
@@ -136,7 +146,7 @@ class AuditRun:
     ) -> Knowledge:
         """What this attacker may have, with all of his images."""
         query = edge_function(edge, self.normalization)
-        fits = z_victim[:1].numel() * 4 * len(own.pixels) <= self.largest_features
+        fits = z_victim[:1].numel() * 4 * len(own.pixels) <= self.largest_feature_bytes
         return Knowledge(
             pixels=own.pixels,
             z=compute_features(edge, own.pixels, self.normalization, batch_size=self.batch_size)
@@ -232,8 +242,8 @@ class AuditRun:
             "epochs": None if fit is None else len(fit.history),
             "extensions": None if fit is None else fit.extensions,
             "best_epoch": None if fit is None else fit.best_epoch,
-            "held_out_loss": None if fit is None else fit.best_loss,
-            "gradient_norm": None if fit is None else fit.gradient_norm,
+            "held_out_loss": None if fit is None else _finite(fit.best_loss),
+            "gradient_norm": None if fit is None else _finite(fit.gradient_norm),
             "chosen": None if fit is None else _in_words(fit.chosen),
             "seconds": time.perf_counter() - start,
         })
@@ -257,6 +267,11 @@ class AuditRun:
                 shown = (pixels[index] * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
                 self.result.examples[name] = np.ascontiguousarray(shown.numpy())
         return self.result
+
+
+def _finite(value: float | None) -> float | None:
+    """None for what JSON has no word for; a flag tells of it."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _in_words(chosen: dict[str, Any] | None) -> str | None:

@@ -68,6 +68,10 @@ class FisherLeakage:
     def any_attacker(self, prior_information: float) -> float:
         """Van Trees' bound, for biased attackers too: `1 / (mean(dFIL) + J / d)`.
 
+        It bounds the MSE averaged over all images, and `mean(dFIL)` estimates theirs from those
+        given: the images have to be drawn from the victim's distribution. The edge has to be
+        continuous; where it jumps (rounding, a hard choice of channels), the bound does not hold.
+
         Args:
             prior_information: `J / d`, with `J = E ||grad log p(x)||^2` the Fisher information of
                 the images' density `p`, which must be differentiable and vanish at its borders.
@@ -96,7 +100,8 @@ def diagonal_fisher_information(
     An attacker without bias (`E[x_hat | x] = x` around this x) errs by `MSE(x) >= 1 / dFIL(x)`
     (Cramer and Rao, then `Tr(F^-1) Tr(F) >= d^2`; Maeng et al., NeurIPS 2023). Real attackers
     are biased and may do better. `Tr(J^T J) = E ||J^T v||^2` for independent signs `v`
-    (Hutchinson), by one vector-Jacobian product each.
+    (Hutchinson), by one vector-Jacobian product each. Where the edge jumps at x, `J` does not see
+    it and nothing follows; kinks (ReLU, max-pooling) have probability zero and do no harm.
 
     Args:
         edge: pixels `[N, C, H, W]` to `z [N, ...]`, normalisation inside, **noise left out**, in
@@ -107,8 +112,8 @@ def diagonal_fisher_information(
         generator: draws the signs; None for a fresh one of seed 0.
 
     Raises:
-        InputError: on `sigma` or `probes` not positive, an edge that is random, mixes images or
-            cannot be differentiated.
+        InputError: on `sigma` or `probes` not positive, an edge that is random, mixes images,
+            cannot be differentiated or has a slope that is not finite.
     """
     _check_sigma(sigma)
     outputs = checked_edge(edge, pixels)
@@ -228,6 +233,10 @@ def conditional_entropy_bound(
         InputError: on arguments outside the above, or on NaN.
     """
     _check_sigma(sigma)
+    if levels is not None and levels < 2:
+        raise InputError(f"Expected at least 2 grey levels (256 for 8 bits), came {levels}.")
+    if entropy is not None and not math.isfinite(entropy):
+        raise InputError(f"Expected entropy as finite nats or None, came {entropy}.")
     flat = _check_features(z, pixel_values, shrinkage)
     labels = _check_groups(groups, len(flat), flat.device)
     information = diagonal = used = 0.0
@@ -272,7 +281,12 @@ def _check_sigma(sigma: float) -> None:
 
 
 def _check_slope(edge: Callable[[Tensor], Tensor], pixels: Tensor, dfil: Tensor) -> None:
-    """Refuse a slope of zero at every image where the outputs say otherwise."""
+    """Refuse a slope that is no number, or zero at every image where the outputs say otherwise."""
+    if not bool(torch.isfinite(dfil).all()):
+        raise InputError(
+            "Expected an edge with a finite slope at every image, came NaN or infinity. Look for a "
+            "root, a norm or a logarithm at 0 in the edge; there the bound is unknown, not large."
+        )
     if float(dfil.max()) > 0 or len(pixels) < 2:
         return
     with torch.no_grad():

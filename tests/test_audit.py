@@ -330,7 +330,7 @@ def test_a_shadow_has_the_architecture_and_none_of_the_weights() -> None:
 
 def test_features_too_large_to_keep_are_not_kept() -> None:
     seen: list[Knowledge] = []
-    found = audit(open_edge(), KNOWN, VICTIM, largest_features=1000, config=CONFIG,
+    found = audit(open_edge(), KNOWN, VICTIM, largest_feature_bytes=1000, config=CONFIG,
                   attacks=(lambda seed: Curious(seen), "linear_inverse"))
     assert seen[0].z is None and seen[0].edge is not None
     kept = audit(open_edge(), KNOWN, VICTIM, attacks=("linear_inverse",))

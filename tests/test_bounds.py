@@ -193,6 +193,9 @@ class TestFisher:
             diagonal_fisher_information(edge, x, 0.0)
         with pytest.raises(InputError, match="prior_information above 0"):
             diagonal_fisher_information(edge, x, 1.0).any_attacker(0.0)
+        for images in (x, x[:1]):  # the root has an infinite slope at 0, times 0 is NaN
+            with pytest.raises(InputError, match="finite slope"):
+                diagonal_fisher_information(lambda v: (0 * v).sqrt(), images, 1.0)
         constant = diagonal_fisher_information(lambda v: 0 * v, x, 1.0)
         assert constant.mse_bound == math.inf
 
@@ -300,6 +303,8 @@ class TestEntropy:
             (dict(shrinkage=1.5), "shrinkage on"),
             (dict(groups=torch.tensor([0, 0, 0, 1, 1, 2])), "a group of 1"),
             (dict(groups=torch.zeros(5, dtype=torch.long)), "one integer group"),
+            (dict(entropy=math.nan), "finite nats"),
+            (dict(entropy=0.0, levels=1), "2 grey levels"),
         ]
         for arguments, message in cases:
             with pytest.raises(InputError, match=message):

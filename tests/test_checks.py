@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune.attacks import (
+    FitRecord,
     InverseNetworkConfig,
     Knowledge,
     LinearInverse,
     LinearInverseConfig,
     check_boxes,
     check_draws,
+    check_fit,
     check_more_data,
     self_test,
 )
@@ -135,6 +137,12 @@ def test_a_gradient_that_misleads_makes_the_white_box_the_weaker() -> None:
     assert "white_box_weaker_than_black_box" not in {
         name for name, _ in flags(Open(), "linear_inverse", cold)
     }
+    # A warm start lends it the black box's score, and hides that the gradient is of no use.
+    for edge, useless in ((Scrambled(), True), (Open(), False)):
+        found = flags(edge, "inverse_network", "rmle", config=replace(LEARNED, epochs=2),
+                      settings={"rmle": replace(OPTIMISED, lambda_start=(1e3,))})
+        assert ("white_box_weaker_than_black_box", "rmle") not in found
+        assert (("no_better_than_warm_start", "rmle") in found) is useless
     assert check_boxes([0.5], [0.51]) == check_boxes([], [0.9]) == check_boxes([0.9], []) == []
     assert len(check_boxes([0.1, 0.5], [0.53, 0.2])) == 1
 
@@ -231,3 +239,14 @@ def test_an_audit_runs_the_self_tests() -> None:
         ("contrast_collapsed", "Guesses"),
     } <= found
     assert not any(attack == "linear_inverse" for _, attack in found)
+
+
+@pytest.mark.parametrize(
+    ("start", "reached", "flagged"),
+    [(0.5, 0.499, True), (0.5, 0.49, False), (None, 0.5, False), (9e-4, 9e-4, False)],
+)
+def test_a_warm_start_has_to_be_improved(
+    start: float | None, reached: float, flagged: bool
+) -> None:
+    record = FitRecord((reached,), (reached,), 1.0, 1.0, 0, True, 0, 0.0, start_loss=start)
+    assert [f.name for f in check_fit(record)] == ["no_better_than_warm_start"] * flagged

@@ -129,10 +129,22 @@ def test_a_short_training_is_prolonged_and_says_that_it_did_not_converge() -> No
     config = dataclasses.replace(SMALL, epochs=4, max_extensions=1)
     result = InverseNetwork(config).fit(pairs())
     assert (result.extensions, len(result.history), result.plateau) == (1, 6, False)
-    # Everything counts as a plateau under a tolerance of 100%.
-    tolerant = dataclasses.replace(config, plateau_tolerance=1.0)
+    # Everything counts as a plateau under a tolerance of 100%, but only once it was prolonged.
+    tolerant = dataclasses.replace(config, plateau_tolerance=1.0, max_extensions=3)
     result = InverseNetwork(tolerant).fit(pairs())
-    assert (result.extensions, len(result.history), result.plateau) == (0, 4, True)
+    assert (result.extensions, len(result.history), result.plateau) == (1, 6, True)
+    never = InverseNetwork(dataclasses.replace(tolerant, max_extensions=0)).fit(pairs())
+    assert (never.extensions, len(never.history), never.plateau) == (0, 4, False)
+
+
+def test_the_quiet_end_of_a_schedule_is_no_plateau() -> None:
+    # The last epochs of six gain nothing, as the learning rate is next to zero; more epochs do.
+    config = dataclasses.replace(SMALL, epochs=6, max_extensions=0)
+    short = InverseNetwork(config).fit(pairs())
+    longer = InverseNetwork(dataclasses.replace(config, max_extensions=2)).fit(pairs())
+    assert short.history[-2] < 1.02 * short.history[-1]
+    assert longer.best_loss < 0.9 * short.best_loss
+    assert not short.plateau and longer.extensions == 2
 
 
 def test_features_that_say_nothing_stop_early_and_the_best_epoch_is_kept() -> None:

@@ -207,6 +207,9 @@ def test_a_warm_start_is_used_where_it_is_better_on_own_images() -> None:
     record = attack.fit(Knowledge(KNOWN, edge=lossy))
     assert start.learnt_from == 36
     assert record.chosen is not None and record.chosen["warm"]
+    assert record.start_loss is not None and record.best_loss < record.start_loss
+    own = mse(KNOWN, start.reconstruct(lossy(KNOWN)))
+    assert float(own.min()) < record.start_loss < float(own.max())
     assert {entry["warm"] for entry in record.chosen["tried"]} == {False, True}
     assert {*QUICK.lambda_start} <= {entry["lambda_start"] for entry in record.chosen["tried"]}
     cold, _ = fitted(QUICK, z=None, edge=lossy)
@@ -231,7 +234,7 @@ def test_a_useless_warm_start_is_not_used_and_held_out_images_choose() -> None:
     attack = RMLE(dataclasses.replace(QUICK, steps=20), warm_start=start)
     record = attack.fit(Knowledge(KNOWN, edge=short_sighted))
     assert start.learnt_from == 0
-    assert record.chosen is not None and not record.chosen["warm"]
+    assert record.chosen is not None and not record.chosen["warm"] and record.start_loss is None
 
 
 def test_a_random_edge_is_averaged() -> None:

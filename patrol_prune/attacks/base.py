@@ -90,6 +90,8 @@ class FitRecord:
         gradient_norm: for attacks that differentiate through the edge, the mean norm of the
             feature loss's gradient with respect to the pixels at the start; None for others.
         chosen: the setting that the attack chose on the attacker's own images, as plain data.
+        start_loss: for an attack that chose to begin at another attack's answer, what that answer
+            scores, in the unit of `history`; None for others.
     """
 
     history: tuple[float, ...]
@@ -102,6 +104,7 @@ class FitRecord:
     seconds: float
     gradient_norm: float | None = None
     chosen: dict[str, Any] | None = None
+    start_loss: float | None = None
 
     @property
     def best_loss(self) -> float:

@@ -26,6 +26,7 @@ _INVERTS = 0.2
 _WEAKER = 0.02
 _MORE_HELPS = 0.05
 _CHANCE = 1e-3
+_NEGLIGIBLE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ WHITE_BOX_WEAKER = Flag(
     "the white-box one a warm start, more restarts and steps, or a smooth stand-in for the part "
     "that has no gradient.",
 )
+NO_BETTER_THAN_WARM_START = Flag(
+    "no_better_than_warm_start",
+    "The white-box attack began at a black-box attack's answer and did not improve it by 1%: its "
+    "gradients were of no use, and what it scores it owes to that attack.",
+    "They may be obfuscated: run it without a black-box attack to start from, and compare; give "
+    "it more restarts and steps.",
+)
 NO_GRADIENT = Flag(
     "no_gradient",
     "The edge passes no gradient to its input, or one that is not finite: the white-box attack "
@@ -107,12 +115,20 @@ def check_features(z: Tensor) -> list[Flag]:
 
 
 def check_fit(record: FitRecord) -> list[Flag]:
-    """Flag a training whose loss did not fall, or was still falling, or had no gradient."""
+    """Flag a training whose loss did not fall, or was still falling, or had no gradient.
+
+    One that began at another attack's answer has to improve that, or else leave less than a
+    thousandth of the mean image's error.
+    """
     flags = []
     if record.gradient_norm is not None and not 0.0 < record.gradient_norm < math.inf:
         flags.append(NO_GRADIENT)
     if not record.best_loss < _FELL * record.initial_loss:
         flags.append(LOSS_DID_NOT_FALL)
+    if record.start_loss is not None and not record.best_loss < max(
+        _FELL * record.start_loss, _NEGLIGIBLE * record.mean_image_loss
+    ):
+        flags.append(NO_BETTER_THAN_WARM_START)
     if not record.plateau:
         flags.append(NOT_CONVERGED)
     return flags

@@ -32,6 +32,7 @@ SSIM_WEIGHT = 0.1
 """`"mse+ssim"` is `MSE + SSIM_WEIGHT * (1 - SSIM)`."""
 
 _WARM_UP = 0.1
+_NEGLIGIBLE = 1e-3
 _LAST_LR = 0.01
 _SMALLEST_SSIM_SIDE = 11
 _SEED_OFFSET = 7_368_787  # so that no surrogate of the same seed starts from the same weights
@@ -50,10 +51,12 @@ class InverseNetworkConfig:
         batch_size: images per step.
         patience: epochs without a better held-out loss after which the fit stops early.
         holdout: share of the attacker's images that only chooses the epoch and detects the plateau.
-        plateau_tolerance: the fit has reached its plateau when the best held-out loss improved by
-            less than this share over the last fifth of the epochs.
-        max_extensions: how often the schedule is prolonged by half its length when the plateau
-            was not reached.
+        plateau_tolerance: the fit has reached its plateau when prolonging it lowered the best
+            held-out loss by less than this share, when patience ran out, or when the loss is under
+            a thousandth of the mean image's. A loss that stands still at the end of a schedule
+            says nothing: the learning rate is next to zero there.
+        max_extensions: how often the schedule is prolonged by half its length, from half the peak
+            learning rate; without any, only patience can tell a plateau.
         seed: of the initial weights, the held-out choice and the order of the batches.
         recompute: query the edge for every batch even though its answers are at hand: slower, and
             features are never kept. A random edge is always queried anew.
@@ -157,9 +160,9 @@ class InverseNetwork:
         initial, floor = run.held_out_loss(), run.mean_image_loss()
         run.segment(config.epochs, config.lr)
         extensions = 0
-        while not run.done and not run.plateau() and extensions < config.max_extensions:
+        while not run.plateau(floor) and not run.diverged and extensions < config.max_extensions:
             extensions += 1
-            logger.info("not at a plateau after %d epochs, prolonging", len(run.history))
+            logger.info("prolonging after %d epochs, to see whether it helps", len(run.history))
             run.segment(max(1, config.epochs // 2), config.lr / 2)
         run.restore_best()
         return FitRecord(
@@ -168,7 +171,7 @@ class InverseNetwork:
             initial_loss=initial,
             mean_image_loss=floor,
             best_epoch=run.best_epoch,
-            plateau=run.plateau() and not run.diverged,
+            plateau=run.plateau(floor) and not run.diverged,
             extensions=extensions,
             seconds=time.perf_counter() - start,
         )
@@ -234,6 +237,7 @@ class _Run:
         self.train_history: list[float] = []
         self.best_epoch, self.best_loss = -1, math.inf
         self.best_state: dict[str, Tensor] = {}
+        self.marks: list[float] = []
         self.diverged = self.done = False
 
     def segment(self, epochs: int, peak_lr: float) -> None:
@@ -251,7 +255,8 @@ class _Run:
                 losses.append(self._step(batch, optimizer))
             self._end_epoch(float(torch.stack(losses).mean()))
             if self.done:
-                return
+                break
+        self.marks.append(self.best_loss)
 
     def _step(self, batch: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         z, pixels = self.pairs.batch(batch)
@@ -289,13 +294,13 @@ class _Run:
         self.decoder.load_state_dict(self.best_state)
         self.decoder.eval()
 
-    def plateau(self) -> bool:
-        """Whether the best held-out loss improved by less than the tolerance at the end."""
-        fifth = max(1, len(self.history) // 5)
-        earlier = self.history[:-fifth]
-        if not earlier:
+    def plateau(self, floor: float) -> bool:
+        """Whether more training helps no more; `floor` is the mean image's held-out loss."""
+        if self.done or self.best_loss < _NEGLIGIBLE * floor:
+            return True
+        if len(self.marks) < 2:
             return False
-        before, now = min(earlier), min(self.history)
+        before, now = self.marks[-2:]
         return before - now <= self.config.plateau_tolerance * before
 
     @torch.no_grad()

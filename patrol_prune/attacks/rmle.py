@@ -80,7 +80,8 @@ class RMLE:
 
         The record's `history` is their error by the criterion with each setting of
         `chosen["tried"]`, the last of them, the finalists, with all `steps`; `train_history` is
-        what was minimised; `initial_loss` and `mean_image_loss` are the error of the mean image.
+        what was minimised; `initial_loss` and `mean_image_loss` are the error of the mean image,
+        `start_loss` that of the warm start where it was chosen.
 
         Raises:
             InputError: no edge, fewer than two images, pixels or features out of range.
@@ -125,6 +126,7 @@ class RMLE:
                 "steps": self.steps,
                 "tried": [{**asdict(setting), "steps": steps} for setting, steps in tuning.tried],
             },
+            start_loss=tuning.start_error() if self.setting.warm else None,
         )
 
     def reconstruct(self, z: Tensor) -> Tensor:
@@ -214,6 +216,11 @@ class _Tuning:
         finalists = self._ranked()[: config.finalists]
         bare = replace(finalists[0], lambda_tv=least, lambda_2=0.0, lambda_start=0.0)
         return self._try([*finalists, bare], config.steps)
+
+    def start_error(self) -> float:
+        """Mean error of the warm start itself, before any step."""
+        guesses = self.starts[True].clamp(0.0, 1.0)
+        return float(error_by(self.config.criterion, self.originals, guesses).mean())
 
     def _ranked(self) -> list[Setting]:
         """The settings that were tried, the best first, each once."""

@@ -58,8 +58,9 @@ class GaussianNoise(Defence):
     calibration inputs, fixed at `apply` in the buffer `split.edge.upload.sigma`. Fine-tuning may
     scale the feature up against it; the strength that counts is what the audit meets.
 
-    Source: Dwork et al., Calibrating Noise to Sensitivity, TCC 2006, for the idea; the baseline of
-    He, Zhang and Lee, IEEE IoT-J 2020, and of Titcombe et al., ICLR DPML workshop 2021.
+    Source: the noise defence of He, Zhang and Lee, IEEE IoT-J 2020. Here it is relative to
+    the feature, and on in training. It is not calibrated to a sensitivity: no differential privacy
+    is claimed.
 
     Attributes:
         sigma: standard deviation relative to the feature's root mean square; more is stronger.
@@ -89,8 +90,9 @@ class GaussianNoise(Defence):
 class LaplacianNoise(GaussianNoise):
     """Laplacian noise on `z`, of the same standard deviation as `GaussianNoise` at that sigma.
 
-    Its scale parameter is `b = sigma / sqrt(2)`. Source: as for `GaussianNoise`; Titcombe et al.
-    (Practical Defences Against Model Inversion Attacks for Split Neural Networks, 2021) use it.
+    Its scale parameter is `b = sigma / sqrt(2)`. Source: Titcombe et al., Practical Defences
+    Against Model Inversion Attacks for Split Neural Networks, ICLR DPML workshop 2021. The bounds
+    of `bounds` are not for this noise.
     """
 
     name: ClassVar[str] = "laplacian_noise"
