@@ -241,7 +241,7 @@ def published(circumstances: str) -> str:
         "none of them used to train the network. Floor, the mean image: PSNR "
         f"{first['floor_psnr']:.2f} dB, SSIM {first['floor_ssim']:.3f}. A query-free attack "
         "counts as reached within 2 dB of the published PSNR (measured there with other data); "
-        "a row that does not beat the mean image in PSNR and in SSIM says so, whatever was published.",
+        "a row that does not beat the mean image in PSNR and SSIM says so, whatever was published.",
         render_table(table, columns).strip(),
         f"Not measured: {', '.join(missing)}." * bool(missing), circumstances,
     ]))

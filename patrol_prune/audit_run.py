@@ -29,11 +29,12 @@ from patrol_prune.attacks import (
     draws_differ,
     self_test,
 )
+from patrol_prune.attacks.checks import ATTACK_FAILED
 from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
 from patrol_prune.audit_scores import score
-from patrol_prune.errors import InputError
+from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.pixels import Normalization
 
 logger = logging.getLogger("patrol_prune.audit")
@@ -116,6 +117,11 @@ class AuditRun:
                         reached = fit.best_loss / max(fit.mean_image_loss, 1e-12)
                         if warm is None or reached < warm[0]:
                             warm = reached, attack
+        if all(r["subject"] != subject for r in self.result.records):
+            raise TrainingError(
+                f"Every attack on the {subject} broke off, so nothing is known of it. Lower the "
+                "attacks' learning rates, or use fp32.", step=0, term="reconstruction",
+            )
         self.compare(subject)
 
     def attack(
@@ -129,9 +135,14 @@ class AuditRun:
         own: Owned,
         start: float,
     ) -> FitRecord | None:
-        """Fit one attack, reconstruct, check and record."""
-        fit = attack.fit(known)
-        guess = attack.reconstruct(z_victim).detach().float().cpu()
+        """Fit one attack, reconstruct, check and record; one that breaks off is flagged."""
+        try:
+            fit = attack.fit(known)
+            guess = attack.reconstruct(z_victim).detach().float().cpu()
+        except TrainingError as error:
+            self.say(f"{factory.name} broke off: {error}")
+            self.flag([ATTACK_FAILED], subject, factory.name, seed, own)
+            return None
         flags = [] if fit is None else check_fit(fit)
         flags += check_reconstructions(self.victim, guess, own.mean_image)
         self.flag(flags, subject, factory.name, seed, own)

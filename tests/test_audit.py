@@ -23,7 +23,7 @@ from patrol_prune.attacks.registry import ATTACKS
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.audit import audit, compute_features
 from patrol_prune.audit_report import AuditReport, mean_and_std
-from patrol_prune.errors import CheckpointError, InputError
+from patrol_prune.errors import CheckpointError, InputError, TrainingError
 from patrol_prune.metrics import mse, ssim
 from patrol_prune.pixels import Normalization
 
@@ -236,6 +236,22 @@ def test_bad_calls_are_refused_before_any_work(change: dict[str, object], messag
     arguments = {"attacker_data": KNOWN, "victim_data": VICTIM} | change
     with pytest.raises(InputError, match=message):
         audit(edge_of(Untouched()), **arguments)  # type: ignore[arg-type]
+
+
+class Exploding(Oracle):
+    """An attack whose loss becomes NaN."""
+
+    def fit(self, known: Knowledge) -> None:
+        raise TrainingError("The loss was not finite.", step=3, term="reconstruction")
+
+
+def test_an_attack_that_breaks_off_is_flagged_and_the_others_go_on() -> None:
+    split = open_edge()
+    report = audit(split, KNOWN, VICTIM, attacks={"exploding": Exploding(), "oracle": Oracle()})
+    assert [r["attack"] for r in report.records if r["subject"] == "edge"] == ["oracle"]
+    assert ("attack_failed", "exploding") in [(f["name"], f["attack"]) for f in report.flags]
+    with pytest.raises(TrainingError, match="Every attack"):
+        audit(split, KNOWN, VICTIM, attacks={"exploding": Exploding()})
 
 
 class Curious:

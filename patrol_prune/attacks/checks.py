@@ -43,6 +43,12 @@ LOSS_DID_NOT_FALL = Flag(
     "The attack's held-out loss stayed within 1% of its value before training: it learnt nothing.",
     "Check the learning rate and the pairing of features and images; ignore this attack's score.",
 )
+ATTACK_FAILED = Flag(
+    "attack_failed",
+    "The attack broke off: its loss became NaN or infinite. It has no score.",
+    "Lower its learning rate or use fp32. If it differentiates through the edge, look for a "
+    "gradient that is NaN: a defence may hide behind it.",
+)
 NOT_CONVERGED = Flag(
     "not_converged",
     "The attack was still improving when its training ended: a longer one reconstructs better.",

@@ -71,7 +71,8 @@ def identification_ranks(
     for part, true in zip(torch.split(queries, chunk), torch.split(truth, chunk), strict=True):
         similarity = part.double() @ wide.T
         own = similarity.gather(1, true.to(similarity.device)[:, None])
-        ranks.append(_places(similarity, own))
+        nearer, equal = _places(similarity, own)
+        ranks.append(nearer + equal // 2)
     return torch.cat(ranks)
 
 
@@ -86,7 +87,8 @@ def identify(
     """Which of the candidate images is the reconstruction of?
 
     The candidates of image `n` are itself and the `candidates - 1` images behind it in
-    `originals`, around the end. Everything is compared by cosine similarity.
+    `originals`, around the end. Everything is compared by cosine similarity; among equally
+    similar candidates the original is found with the probability of a guess between them.
 
     Args:
         originals: images `[N, C, H, W]` on [0, 1], N >= 2.
@@ -113,14 +115,10 @@ def identify(
         raise InputError(f"Expected candidates in 2..{count}, came {candidates}.")
     gallery = _embed(originals, embed, chunk)
     queries = _embed(reconstructions.to(originals.device), embed, chunk)
-    if among == count:
-        truth = torch.arange(count, device=gallery.device)
-        ranks = identification_ranks(queries, gallery, truth, chunk=chunk)
-    else:
-        ranks = _windowed_ranks(queries, gallery, among, chunk)
+    nearer, equal = _windowed_places(queries, gallery, among, chunk)
     return Identification(
-        rank1=float((ranks < 1).double().mean()),
-        rank5=float((ranks < 5).double().mean()),
+        rank1=_share_among(1, nearer, equal),
+        rank5=_share_among(5, nearer, equal),
         chance1=1 / among,
         chance5=min(1.0, 5 / among),
         candidates=among,
@@ -191,25 +189,42 @@ def _embed(pixels: Tensor, embed: Embed | None, chunk: int) -> Tensor:
     return functional.normalize(embedded.float(), dim=1)
 
 
-def _windowed_ranks(queries: Tensor, gallery: Tensor, among: int, chunk: int) -> Tensor:
-    """Ranks where image `n` stands among `n, n + 1, ... n + among - 1`, modulo N."""
+def _windowed_places(
+    queries: Tensor, gallery: Tensor, among: int, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """`_places` where image `n` stands among `n, n + 1, ... n + among - 1`, modulo N."""
+    _check_embeddings(queries, gallery, torch.arange(len(queries)))
+    whole = among == len(gallery)
     offsets = torch.arange(among, device=gallery.device)
-    size = max(1, min(chunk, _GATHERED // (among * gallery.shape[1])))
-    ranks = []
+    size = chunk if whole else max(1, min(chunk, _GATHERED // (among * gallery.shape[1])))
+    wide, parts = gallery.double(), []
     for rows in torch.split(torch.arange(len(queries), device=gallery.device), size):
-        near = gallery[(rows[:, None] + offsets) % len(gallery)].double()
-        similarity = torch.einsum("nd,ngd->ng", queries[rows].double(), near)
-        ranks.append(_places(similarity, similarity[:, :1]))
-    return torch.cat(ranks)
+        part = queries[rows].double()
+        if whole:
+            similarity = part @ wide.T
+            own = similarity.gather(1, rows[:, None])
+        else:
+            near = wide[(rows[:, None] + offsets) % len(gallery)]
+            similarity = torch.einsum("nd,ngd->ng", part, near)
+            own = similarity[:, :1]
+        parts.append(_places(similarity, own))
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
-def _places(similarity: Tensor, own: Tensor) -> Tensor:
-    """Ranks `[N]` of the own similarity `[N, 1]` in `[N, G]`, in the middle of its equals."""
-    # What differs by rounding alone is equal: identical candidates must tie.
+def _places(similarity: Tensor, own: Tensor) -> tuple[Tensor, Tensor]:
+    """How many candidates of `[N, G]` are nearer than the own one `[N, 1]`, how many equally near.
+
+    What differs by rounding alone is equal: identical candidates must tie.
+    """
     slack = 1e-9 * similarity.abs().amax(1, keepdim=True)
     nearer = (similarity > own + slack).sum(1)
     equal = ((similarity - own).abs() <= slack).sum(1) - 1
-    return nearer + equal // 2
+    return nearer, equal
+
+
+def _share_among(first: int, nearer: Tensor, equal: Tensor) -> float:
+    """Probability of standing among the `first`, equals in random order, mean over queries."""
+    return float(((first - nearer).double() / (equal + 1)).clamp(0.0, 1.0).mean())
 
 
 def _check_embeddings(queries: Tensor, gallery: Tensor, truth: Tensor) -> None:
