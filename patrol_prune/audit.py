@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune.access import compute_features, lent
-from patrol_prune.attacks import InverseNetworkConfig
+from patrol_prune.attacks import DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.audit_choice import (
     AttackChoice,
     check_counts,
@@ -46,7 +46,7 @@ def audit(
     attacker_data: Tensor,
     victim_data: Tensor,
     *,
-    attacks: Sequence[AttackChoice] | Mapping[str, AttackChoice] = ("inverse_network",),
+    attacks: Sequence[AttackChoice] | Mapping[str, AttackChoice] = DEFAULT_ATTACKS,
     seeds: Sequence[int] = (0,),
     normalization: Normalization | None = None,
     undefended: HasEdge | None = None,

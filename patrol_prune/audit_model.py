@@ -53,11 +53,7 @@ class ModelAudit:
     out: str = "audit.json"
     device: str = "auto"
     seed: int = 0
-    audit: AuditConfig = field(
-        default_factory=lambda: AuditConfig(
-            attacks=("linear_inverse", "inverse_network", "rmle"), attacker_share=0.5
-        )
-    )
+    audit: AuditConfig = field(default_factory=lambda: AuditConfig(attacker_share=0.5))
     attacker: InverseNetworkConfig = field(
         default_factory=lambda: InverseNetworkConfig(width=48, depth=4, epochs=20)
     )

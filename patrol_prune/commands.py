@@ -19,6 +19,7 @@ from rich.text import Text
 
 from patrol_prune._audit_command import add_options, attack
 from patrol_prune.attacks import InverseNetworkConfig
+from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.errors import InputError, PatrolError
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
@@ -302,6 +303,7 @@ def demo_config(name: str, runs: str, data: Path, *, seed: int, device: str) -> 
         privacy=PrivacyConfig(beta=100.0),
         finetune=FinetuneConfig(epochs=8, lr=0.03, inner_steps=3, surrogate_warmup_steps=60),
         audit=AuditConfig(victims=100, attacker_share=0.4),
+        rmle=RMLEConfig(steps=100, tuning_images=4, tuning_steps=25),
         attacker=InverseNetworkConfig(
             width=32, depth=3, epochs=16, batch_size=16, max_extensions=1
         ),

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import torch
 import yaml
 
-from patrol_prune.attacks import ATTACKS, InverseNetworkConfig
+from patrol_prune.attacks import ATTACKS, DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
@@ -109,7 +109,7 @@ class AuditConfig:
         check_attacks: let every attack invert two trivial edges first.
     """
 
-    attacks: tuple[str, ...] = ("inverse_network",)
+    attacks: tuple[str, ...] = DEFAULT_ATTACKS
     seeds: tuple[int, ...] = (0,)
     victims: int = 500
     attacker_share: float = 0.35

@@ -94,20 +94,25 @@ def attack_table(audit: Audit) -> Table:
     return table
 
 
-def flag_lines(flags: Sequence[Mapping[str, Any]]) -> list[str]:
-    """One line for each kind of flag: what it means, what to do, and where it was raised."""
+def flag_lines(flags: Sequence[Mapping[str, Any]], *, edge: str = "PATROL") -> list[str]:
+    """One line for each kind of flag: what it means, what to do, and where it was raised.
+
+    `edge` is what the audited half is called; a model from elsewhere is not PATROL's.
+    """
     return [
         f"{flag['name']} ({flag['where']}): {flag['meaning']} {flag['advice']}"
-        for flag in merged_flags(flags)
+        for flag in merged_flags(flags, edge=edge)
     ]
 
 
-def merged_flags(flags: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def merged_flags(
+    flags: Sequence[Mapping[str, Any]], *, edge: str = "PATROL"
+) -> list[dict[str, str]]:
     """One entry per kind of flag, with everywhere it was raised."""
     merged: dict[str, dict[str, str]] = {}
     for flag in flags:
         subject = str(flag.get("subject", ""))
-        where = {EDGE: "PATROL", UNDEFENDED: "undefended"}.get(subject, subject)
+        where = {EDGE: edge, UNDEFENDED: "undefended"}.get(subject, subject)
         if flag.get("attack") is not None:
             where += f", {flag['attack']}"
         if flag.get("attack_seed") is not None:

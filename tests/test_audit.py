@@ -63,7 +63,8 @@ class Oracle:
 @pytest.fixture(scope="module")
 def report() -> AuditReport:
     return audit(
-        closed_edge(), KNOWN, VICTIM, seeds=(0, 1), undefended=open_edge(), config=CONFIG,
+        closed_edge(), KNOWN, VICTIM, attacks=("inverse_network",), seeds=(0, 1),
+        undefended=open_edge(), config=CONFIG,
         normalization=NORMALIZATION, examples=5,
     )
 
@@ -164,7 +165,8 @@ def test_the_edge_is_left_as_it_was_and_attacked_in_evaluation_mode() -> None:
 
 def test_the_same_seed_gives_the_same_records() -> None:
     config = InverseNetworkConfig(width=8, depth=0, epochs=1, max_extensions=0)
-    one, two = (audit(open_edge(), KNOWN, VICTIM, config=config, seeds=(4,)) for _ in range(2))
+    one, two = (audit(open_edge(), KNOWN, VICTIM, attacks="inverse_network",
+                            config=config, seeds=(4,)) for _ in range(2))
     for a, b in zip(one.records, two.records, strict=True):
         assert {k: v for k, v in a.items() if k != "seconds"} == {
             k: v for k, v in b.items() if k != "seconds"
@@ -192,7 +194,8 @@ def test_flags_name_their_subject() -> None:
     dead = edge_of(nn.Conv2d(3, 4, 1))
     nn.init.zeros_(dead.edge[0].weight)
     config = InverseNetworkConfig(width=8, depth=0, epochs=2, max_extensions=0, lr=0.0)
-    found = audit(dead, KNOWN, VICTIM, config=config, check_attacks=True)
+    found = audit(dead, KNOWN, VICTIM, attacks="inverse_network", config=config,
+                  check_attacks=True)
     names = {(f["subject"], f["name"]) for f in found.flags}
     assert {
         ("identity", "cannot_invert_identity"),

@@ -36,7 +36,8 @@ def tiny(folder: Path, runs: Path, name: str = "a") -> RunConfig:
         train=FinetuneConfig(epochs=1, distill_weight=0.0),
         score=ScoreConfig(batches=1, surrogate_steps=1),
         finetune=FinetuneConfig(epochs=2, surrogate_warmup_steps=1, inner_steps=1),
-        audit=AuditConfig(victims=8, attacker_share=0.5, examples=2),
+        audit=AuditConfig(attacks=("inverse_network",), victims=8, attacker_share=0.5,
+                          examples=2),
         attacker=InverseNetworkConfig(width=4, depth=0, epochs=1, max_extensions=0),
     )
 

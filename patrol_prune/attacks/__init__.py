@@ -23,11 +23,18 @@ from patrol_prune.attacks.linear_inverse import LinearInverse, LinearInverseConf
 from patrol_prune.attacks.nearest_image import NearestImage, NearestImageConfig
 from patrol_prune.attacks.query_free import QueryFree
 from patrol_prune.attacks.query_free_config import QueryFreeConfig
-from patrol_prune.attacks.registry import ATTACKS, AttackKind, kind_of, make_attack
+from patrol_prune.attacks.registry import (
+    ATTACKS,
+    DEFAULT_ATTACKS,
+    AttackKind,
+    kind_of,
+    make_attack,
+)
 from patrol_prune.attacks.rmle import RMLE, RMLEConfig
 
 __all__ = [
     "ATTACKS",
+    "DEFAULT_ATTACKS",
     "RMLE",
     "Attack",
     "AttackKind",

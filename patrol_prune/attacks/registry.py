@@ -83,6 +83,9 @@ ATTACKS: dict[str, AttackKind] = {
 }
 """Name of each attack to what it is."""
 
+DEFAULT_ATTACKS: tuple[str, ...] = ("linear_inverse", "inverse_network", "rmle")
+"""What an audit runs unless asked otherwise: two that learn, one through the edge's weights."""
+
 _BOXES: dict[type, Box] = {
     InverseNetwork: "black", LinearInverse: "black", NearestImage: "black", RMLE: "white",
     ImagePrior: "white", QueryFree: "none",
