@@ -42,6 +42,8 @@ class Throughput:
         steps: of the attack, both ways.
         chunk: batch size of the many; 0 is what the attack chooses itself.
         turns: of both ways.
+        precisions: of the edge, both ways the same; the first convolution is always "fp32", as
+            bfloat16 is too coarse for it.
         threads: of torch.
         device: where both run.
         publish: whether the result is written to `results/throughput.json`.
@@ -56,6 +58,7 @@ class Throughput:
     steps: int = 10
     chunk: int = 0
     turns: int = 3
+    precisions: tuple[str, ...] = ("fp32", "auto")
     threads: int = 2
     device: str = "cpu"
     publish: bool = True
@@ -84,11 +87,13 @@ def timed(work: Callable[[], Tensor], device: str) -> tuple[float, float, Tensor
     return time.perf_counter() - wall, time.process_time() - cpu, result
 
 
-def attack_of(config: Throughput, batch_size: int | None, known: Knowledge) -> RMLE:
+def attack_of(
+    config: Throughput, batch_size: int | None, known: Knowledge, precision: str
+) -> RMLE:
     """The attack with one setting, ready to reconstruct."""
     settings = RMLEConfig(
         losses=("mse",), spaces=("pixels",), lambda_tv=(1e-3,), lambda_2=(), steps=2,
-        tuning_steps=2, tuning_images=2, refine=False,
+        tuning_steps=2, tuning_images=2, refine=False, precision=precision,
     )  # fmt: skip
     attack = RMLE(replace(settings, batch_size=batch_size), device=config.device)
     attack.fit(known)
@@ -96,14 +101,16 @@ def attack_of(config: Throughput, batch_size: int | None, known: Knowledge) -> R
     return attack
 
 
-def measure(config: Throughput, entry: str, images: Tensor) -> dict[str, Any]:
+def measure(
+    config: Throughput, entry: str, images: Tensor, precision: str
+) -> dict[str, Any]:
     """One row: both ways in turns, the order of the ways changing from turn to turn."""
     edge = edge_of(entry).to(config.device)
     with torch.no_grad():
         z = edge(images.to(config.device))
     known = Knowledge(images, edge=edge)
-    ways = {"together": (attack_of(config, config.chunk or None, known), z),
-            "alone": (attack_of(config, 1, known), z[: config.alone])}  # fmt: skip
+    ways = {"together": (attack_of(config, config.chunk or None, known, precision), z),
+            "alone": (attack_of(config, 1, known, precision), z[: config.alone])}  # fmt: skip
     seconds: dict[str, list[float]] = {f"{way}_{clock}": [] for way in ways
                                        for clock in ("wall", "cpu")}  # fmt: skip
     errors: dict[str, float] = {}
@@ -127,6 +134,9 @@ def measure(config: Throughput, entry: str, images: Tensor) -> dict[str, Any]:
         "images": config.images,
         "batch_size": ways["together"][0].batch_size,
         "steps": config.steps,
+        "alone": config.alone,
+        "turns": config.turns,
+        "precision": precision,
         "device": config.device,
         **{f"ms_per_image_{name}": round(1000 * statistics.median(values), 2)
            for name, values in seconds.items()},
@@ -142,8 +152,10 @@ def main(config: Throughput) -> None:
     images = smooth_images(config.images, (3, 32, 32), seed=1)
     rows = []
     for entry in config.edges:
-        rows.append(measure(config, entry, images))
-        print(rows[-1], flush=True)
+        for precision in config.precisions:
+            if precision == "fp32" or not entry.endswith("conv11"):
+                rows.append(measure(config, entry, images, precision))
+                print(rows[-1], flush=True)
     if config.publish:
         print(write("throughput", rows))
 
