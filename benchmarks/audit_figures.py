@@ -64,6 +64,8 @@ def load(name: str) -> dict[str, Any]:
 def attack_name(row: Row) -> str:
     """The attack's name as tables say it, with the attacker's data where it is not the usual."""
     name = ATTACKS.get(row["attack"], row["attack"])
+    if row.get("began_with") == "inverse_network_ssim":
+        return f"{name} by the MSE + SSIM decoder"
     if row.get("attacker_data") == "shifted":
         return f"{name}, {row['attacker_images']:,} images of another kind"
     if row.get("times_as_long", 1) > 1:
@@ -121,7 +123,7 @@ def strongest(circumstances: str) -> str:
         verdict(groups),
         f"{first['dataset']}, split after layer3, over the same {first['first_images']} test "
         f"images. Floor, the mean image: SSIM {first['floor_ssim']:.3f}, MSE "
-        f"{first['floor_mse']:.4f}. The dense model is a ceiling: it is over the budget.",
+        f"{first['floor_mse']:.4f}. The dense model is over the budget.",
         render_table(head, columns).strip(), circumstances,
     ]))
 

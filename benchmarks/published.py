@@ -109,8 +109,6 @@ def steps(args: Published) -> list[Step]:
         ("rmle", "rmle", False),
         ("query_free", "query_free", False),
         ("rmle_published", "rmle", True),
-        ("transposed", "inverse_network", False),
-        ("query_free_other", "query_free", False),
     ) if not args.only or name in args.only]
     return [Step(at, *one) for one in listed for at in SPLITS]
 
@@ -192,8 +190,6 @@ def made(args: Published, step: Step) -> Attack:
     attacks: dict[str, Callable[[], Attack]] = {
         "linear_inverse": lambda: LinearInverse(device=device),
         "inverse_network": lambda: InverseNetwork(decoder_config(step.at), device=device),
-        "transposed": lambda: InverseNetwork(decoder_config(step.at, family="transposed"),
-                                             device=device),
         "rmle": lambda: RMLE(
             RMLEConfig(steps=args.rmle_steps, tuning_images=6, tuning_steps=40,
                        precision=precision),
@@ -201,8 +197,6 @@ def made(args: Published, step: Step) -> Attack:
         "rmle_published": lambda: RMLE(RMLEConfig.published(LAMBDA_TV[step.at]), device=device),
         "query_free": lambda: QueryFree(QueryFreeConfig(mode="shadow_same", **blind),
                                         device=device),
-        "query_free_other": lambda: QueryFree(
-            QueryFreeConfig(mode="shadow_other", **blind), device=device),
     }
     return attacks[step.attack]()
 
