@@ -221,7 +221,7 @@ def test_flags_name_their_subject() -> None:
         ({"attacks": (3,)}, "Expected an attack"),
         ({"attacks": ("query_free_same",)}, "needs the other half"),
         ({"settings": {"inverse_netwrk": CONFIG}}, "Did you mean: inverse_network"),
-        ({"settings": {"inverse_network": LinearInverseConfig()}}, "as InverseNetworkConfig"),
+        ({"settings": {"rmle": LinearInverseConfig()}}, "as RMLEConfig"),
         ({"attacker_labels": torch.zeros(3)}, "one class for each of the 200"),
         ({"attacker_images": (50, 50)}, "different numbers"),
         ({"attacker_images": (201,)}, "between 1 and the attacker's 200"),
