@@ -302,10 +302,10 @@ def demo_config(name: str, runs: str, data: Path, *, seed: int, device: str) -> 
         score=ScoreConfig(batches=10, surrogate_steps=60),
         privacy=PrivacyConfig(beta=100.0),
         finetune=FinetuneConfig(epochs=8, lr=0.03, inner_steps=3, surrogate_warmup_steps=60),
-        audit=AuditConfig(victims=100, attacker_share=0.4),
-        rmle=RMLEConfig(steps=100, tuning_images=4, tuning_steps=25),
+        audit=AuditConfig(victims=64, attacker_share=0.4),
+        rmle=RMLEConfig(steps=50, tuning_images=3, tuning_steps=15, refine=False),
         attacker=InverseNetworkConfig(
-            width=32, depth=3, epochs=16, batch_size=16, max_extensions=1
+            width=32, depth=3, epochs=12, batch_size=16, max_extensions=1
         ),
     )
 
