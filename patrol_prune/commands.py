@@ -82,8 +82,8 @@ Examples, three attackers; every kind of attack; a model of your own:
 
 Example:
   patrol-prune report runs/photos""",
-    "demo": """The whole path on rendered vehicles, offline, in about ten minutes on two CPU cores. The
-report shows whether an attacker can still read the number plates.
+    "demo": """The whole path on rendered vehicles, offline, in about ten minutes on two CPU
+cores. The report shows whether an attacker can still read the number plates.
 
 Example:
   patrol-prune demo --name demo""",
