@@ -14,6 +14,7 @@ stopped; several workers may share the directory.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -53,6 +54,8 @@ WITHOUT_QUERIES = ("query_free_same", "query_free_other", "query_free_match")
 QUERY_FREE_IMAGES = 4_000
 FEWER = (100, 1_000)
 LONG = 3
+EARLIER = "earlier"
+"""The base of rows whose models were trained before this working directory."""
 KEPT_OF_A_RECORD = (
     "attack", "attacker_data", "attacker_images", "victim_images", "box", "ssim", "ssim_worst5",
     "psnr", "mse", "gmsd", "rank1", "rank5", "chance1", "chance5", "epochs", "plateau",
@@ -180,6 +183,7 @@ def row_of(args: Frontier, step: Step, split: pp.Split, known: dict[str, Any],
     return {
         "dataset": DATASET, "model": f"resnet18-cifar-w{args.width}", "method": method.name,
         "defence": method.defence or None, "strength": method.strength if method.defence else None,
+        "recipe": method.recipe or None, "base": base(args),
         "split": method.split, "train_seed": args.seed,
         "edge_macs": pp.edge_macs(split), "edge_params": pp.count_params(split.edge),
         "feature_bytes": known["feature_bytes"],
@@ -189,14 +193,21 @@ def row_of(args: Frontier, step: Step, split: pp.Split, known: dict[str, Any],
         "began_with": step.attacks[0] if record["attack"] == "rmle" else None,
         "times_as_long": LONG if step.group == "long" else 1,
         **{k: known.get(k) for k in ("accuracy", "accuracy_before_finetuning", "surrogate_mse",
-                                     "kept")},
+                                     "surrogate_ssim", "kept")},
         "train_seconds": known["seconds"], "made_with": made_with(args),
     }
 
 
+def base(args: Frontier) -> str:
+    """Which training of the dense model the row goes back to: the same settings on another
+    machine give other weights.
+    """
+    return hashlib.sha256((args.work / "baseline" / "manifest.json").read_bytes()).hexdigest()[:8]
+
+
 def made_with(args: Frontier) -> dict[str, Any]:
     """The settings that a row depends on, and the commit that measured it."""
-    free = ("data", "work", "shifted", "workers", "threads", "collect", "only")
+    free = ("data", "work", "shifted", "workers", "threads", "collect", "only", "earlier")
     settings = {k: v for k, v in asdict(args).items() if k not in free}
     return {**settings, "commit": os.environ.get("BENCHMARK_COMMIT") or commit()}
 
@@ -226,6 +237,35 @@ def claim_is_ours(claim: Path) -> bool:
         return not alive or owner == str(os.getpid())
 
 
+def collected(args: Frontier) -> tuple[list[dict[str, Any]], list[str]]:
+    """The rows that are done, each once, and the steps that are not.
+
+    Rows of the earlier record follow where this working directory has none of the kind.
+    """
+    rows: list[dict[str, Any]] = []
+    missing, seen = [], set()
+    for step in steps(replace(args, only=())):
+        path = row_path(args, step)
+        if not path.exists():
+            missing.append(step.key)
+            continue
+        content = json.loads(path.read_text())
+        for row in content if isinstance(content, list) else [content]:
+            rows += [row] * (kind_of(args, row) not in seen)
+            seen.add(kind_of(args, row))
+    earlier = [] if args.earlier is None else json.loads(args.earlier.read_text())["rows"]
+    rows += [{"base": EARLIER, **row} for row in earlier if kind_of(args, row) not in seen]
+    return rows, missing
+
+
+def kind_of(args: Frontier, row: dict[str, Any]) -> tuple[Any, ...]:
+    """What tells a row from another: the method and who attacked it with what."""
+    return (row["method"], row.get("recipe"), row.get("strength"), row["split"],
+            row["attack_seed"], row["attack"], row["attacker_images"],
+            row.get("attacker_data") or "same", row.get("victim_images", args.test_images),
+            row.get("times_as_long") or 1, row.get("began_with") or BLACK)
+
+
 def main(args: Frontier) -> None:
     args = replace(args, work=args.work.expanduser(), data=args.data.expanduser(),
                    shifted=args.shifted and args.shifted.expanduser())
@@ -241,19 +281,7 @@ def main(args: Frontier) -> None:
         workers = [subprocess.Popen([sys.executable, *sys.argv], env=environment)
                    for _ in range(args.workers)]
         codes = [worker.wait() for worker in workers]
-    rows, missing, seen = [], [], set()
-    for step in steps(replace(args, only=())):
-        path = row_path(args, step)
-        if not path.exists():
-            missing.append(step.key)
-            continue
-        content = json.loads(path.read_text())
-        for row in content if isinstance(content, list) else [content]:
-            again = (step.method.key, step.seed, row["attack"], row["attacker_images"],
-                     row.get("attacker_data"), row.get("victim_images", args.test_images),
-                     row.get("times_as_long", 1), row.get("began_with") or BLACK)
-            rows += [row] * (again not in seen)
-            seen.add(again)
+    rows, missing = collected(args)
     settings = {k: v for k, v in made_with(args).items() if k != "commit"}
     odd = sorted({row["method"] + "-" + row["split"] for row in rows
                   if {**settings, **row.get("made_with", {"seed": None})} != {

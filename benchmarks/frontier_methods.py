@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from frontier_recipes import RECIPES
 from torch.nn import functional as F
 
 import patrol_prune as pp
 from patrol_prune.data import Batches, ImageSet, find_parts, load_image_folder
-from patrol_prune.defences import Adversary, Defence, make_defence
+from patrol_prune.defences import Defence, make_defence
 from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
 from patrol_prune.finetune import FinetuneConfig, finetune
 from patrol_prune.models import SmallResNet
@@ -25,7 +26,7 @@ from patrol_prune.storage import load_state, save_state
 
 NORMALIZATION = Normalization((0.491, 0.482, 0.447), (0.247, 0.243, 0.262))
 DATASET = "CIFAR-10 (JPEG copy)"
-ADVERSARIAL_IMAGES = 64
+ADVERSARIAL = ("patrol", "adversarial_only", "bottleneck", "disco", "cem_patrol")
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Frontier:
         device: where to train and attack.
         seed: of everything that is drawn.
         collect: write the record of the rows that are done, and name those that are not.
+        earlier: a record of an earlier run; of what this one has not measured, its rows are kept.
         only: the names of the methods to do, all of them where empty.
     """
 
@@ -81,6 +83,7 @@ class Frontier:
     device: str = "cpu"
     seed: int = 0
     collect: bool = False
+    earlier: Path | None = None
     only: tuple[str, ...] = ()
 
 
@@ -104,11 +107,13 @@ class Method:
     defence: str = ""
     strength: float = 0.0
     start: str = ""
+    recipe: str = ""
 
     @property
     def key(self) -> str:
         swept = f"-{self.strength:g}" if self.defence else ""
-        return f"{self.name}{swept}-{self.split}"
+        recipe = f"@{self.recipe}" if self.recipe else ""
+        return f"{self.name}{recipe}{swept}-{self.split}"
 
 
 def methods(args: Frontier) -> list[Method]:
@@ -151,6 +156,13 @@ SWEEP: dict[str, tuple[float, ...]] = {
 """Each defence and its strengths (see the defence for what the number is), most telling first."""
 
 
+INSIDE: dict[str, tuple[float, ...]] = {
+    "mse": (40.0,), "large": (40.0, 160.0), "renewed": (40.0,), "pool": (40.0,),
+    "features": (40.0,), "long": (40.0,),
+}
+"""PATROL's fine-tuning with other attackers inside (`frontier_recipes`) and its strengths."""
+
+
 def swept(args: Frontier) -> list[Method]:
     """Every defence at each of its strengths on the Taylor-pruned model, PATROL's among them.
 
@@ -162,6 +174,9 @@ def swept(args: Frontier) -> list[Method]:
         for name, strengths in SWEEP.items()
         for strength in strengths
     ]
+    points += [replace(p, recipe=recipe, alpha=0.0, strength=strength)
+               for p in points if p.defence == "patrol" and p.strength == SWEEP["patrol"][0]
+               for recipe, strengths in INSIDE.items() for strength in strengths]
     own = Method("patrol-more", "layer3", defence="patrol", strength=args.beta, alpha=args.alpha,
                  start="patrol-layer3")
     # Each defence's first strength comes first, so that an interrupted sweep has a point of each.
@@ -194,7 +209,10 @@ class Data:
         self.victims = self.test.subset(victims)
 
     def batches(self, seed: int, *, augment: bool = True, images: int | None = None) -> Batches:
-        indices = None if images is None else torch.arange(min(images, len(self.train)))
+        """The defender's images; the first so many, or with a negative number all the others."""
+        indices = None if images is None else torch.arange(len(self.train))[:images]
+        if images is not None and images < 0:
+            indices = torch.arange(len(self.train))[-images:]
         return Batches(self.train, 128, normalization=NORMALIZATION, augment=augment,
                        shuffle=True, seed=seed, indices=indices)
 
@@ -257,8 +275,11 @@ def defended(args: Frontier, data: Data, method: Method) -> tuple[pp.Split, dict
 
 def defence_of(method: Method) -> Defence:
     """The defence at the method's strength; attackers inside see as much as elsewhere here."""
-    inside = method.defence in ("patrol", "adversarial_only", "bottleneck", "disco", "cem_patrol")
-    settings = {"adversary": Adversary(images=ADVERSARIAL_IMAGES)} if inside else {}
+    settings: dict[str, Any] = {}
+    if method.defence in ADVERSARIAL:
+        settings["adversary"] = RECIPES[method.recipe].adversary()
+    if method.defence == "patrol":
+        settings["alpha"] = method.alpha
     strength = None if method.defence == "none" else method.strength
     return make_defence(method.defence, strength, **settings)
 
@@ -274,16 +295,20 @@ def with_defence(args: Frontier, data: Data, method: Method) -> tuple[pp.Split, 
     def make() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         start = time.perf_counter()
         objective = defence.objective(split, normalization=NORMALIZATION, seed=args.seed + 30)
-        config = FinetuneConfig(epochs=args.sweep_epochs, lr=args.sweep_lr, seed=args.seed)
+        recipe = RECIPES[method.recipe]
+        config = recipe.config(FinetuneConfig(epochs=args.sweep_epochs, lr=args.sweep_lr,
+                                              seed=args.seed))
+        rest = data.batches(args.seed + 6, images=-args.sweep_images) if recipe.pool else None
         result = finetune(split, data.batches(args.seed + 5, images=args.sweep_images),
                           objective=objective, config=config, teacher=dense_model(args, data)[0],
-                          progress=False, resume=True, device=args.device,
+                          progress=False, resume=True, device=args.device, surrogate_batches=rest,
                           checkpoint_dir=args.work / "checkpoints" / method.key)
+        known = believed(args, data, objective)
         split.model.cpu()
         measured = accuracy(split.model, data.test_batches())
         seconds = time.perf_counter() - start
         print(f"{method.key}: accuracy {measured:.4f} in {seconds:.0f} s", flush=True)
-        return split.model.state_dict(), {"accuracy": measured, "seconds": seconds,
+        return split.model.state_dict(), {"accuracy": measured, "seconds": seconds, **known,
                                           "history": result.history}
 
     tensors, meta = kept(args.work / "models" / method.key, make)
@@ -308,22 +333,30 @@ def prune_and_finetune(args: Frontier, data: Data, method: Method, dense: SmallR
     result = finetune(split, data.batches(args.seed + 2), objective=objective, config=config,
                       teacher=copy.deepcopy(dense), progress=False, resume=True,
                       device=args.device, checkpoint_dir=args.work / "checkpoints" / method.key)
-    believed = None
-    if method.beta:
-        believed = objective.fit_surrogates(data.batches(args.seed + 3, augment=False), 100)
+    known = believed(args, data, objective)
     split.model.cpu()
     return {
         "accuracy": accuracy(split.model, data.test_batches()),
         "accuracy_before_finetuning": before,
-        "surrogate_mse": believed,
+        **known,
         "kept": {name: list(counts) for name, counts in pruned.kept.items()},
         "history": result.history,
     }
 
 
+def believed(args: Frontier, data: Data, objective: pp.PatrolObjective | None) -> dict[str, Any]:
+    """What the attackers inside get out of the victims' images, after some steps more."""
+    if objective is None or objective.beta == 0:
+        return {}
+    objective.fit_surrogates(data.batches(args.seed + 3, augment=False), 100)
+    victims = Batches(data.victims, 500, normalization=NORMALIZATION)
+    belief = objective.belief(victims)
+    return {"surrogate_mse": belief.mse, "surrogate_ssim": belief.ssim}
+
+
 def objective_for(split: pp.Split, alpha: float, beta: float, seed: int) -> pp.PatrolObjective:
     return pp.PatrolObjective(split, F.cross_entropy, alpha=alpha, beta=beta, seed=seed,
-                              adversarial_images=ADVERSARIAL_IMAGES, normalization=NORMALIZATION)
+                              adversarial_images=RECIPES[""].images, normalization=NORMALIZATION)
 
 
 def scored(args: Frontier, data: Data, method: Method, split: pp.Split) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -15,10 +15,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+from patrol_prune.distillation import Distiller
 from patrol_prune.errors import CheckpointError, InputError, TrainingError
 from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
+from patrol_prune.image_pool import ImagePool, TrainBatches, start_epoch
+from patrol_prune.lipschitz import frozen_statistics
 from patrol_prune.objective import ObjectiveTerms, PatrolObjective
-from patrol_prune.precision import PRECISIONS, autocast
+from patrol_prune.precision import PRECISIONS, autocast, channels_last_is_safe
 from patrol_prune.split import Split
 from patrol_prune.storage import load_state, newest_whole, save_state
 from patrol_prune.training_state import pack_state, unpack_state
@@ -35,13 +38,6 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
-class TrainBatches(Protocol):
-    """Anything with a length that yields `(x, y)`; `set_epoch` is called where it exists."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]: ...
-
-
 @dataclass(frozen=True)
 class FinetuneConfig:
     """Settings of one training stage.
@@ -56,8 +52,11 @@ class FinetuneConfig:
         clip_norm: largest gradient norm.
         distill_weight: share of the task loss that is distillation from the teacher, in [0, 1].
         distill_temperature: of the distillation.
+        feature_weight: weight of the distance to the teacher's features before its last linear
+            layer, relative to their size; both need as many.
         inner_steps: surrogate steps for each step of the model.
         surrogate_warmup_steps: steps of the surrogates alone before the first epoch.
+        renew_every: after so many steps of the model the weakest surrogate starts anew; 0 never.
         precision: "auto", "fp32" or "bf16".
         seed: recorded with the run; the batches carry their own.
     """
@@ -71,8 +70,10 @@ class FinetuneConfig:
     clip_norm: float = 5.0
     distill_weight: float = 0.7
     distill_temperature: float = 4.0
+    feature_weight: float = 0.0
     inner_steps: int = 2
     surrogate_warmup_steps: int = 100
+    renew_every: int = 0
     precision: str = "auto"
     seed: int = 0
 
@@ -85,6 +86,7 @@ class FinetuneConfig:
         bad += [name for name, value in shares.items() if not 0 <= value <= 1]
         counts = {"epochs": self.epochs, "inner_steps": self.inner_steps,
                   "surrogate_warmup_steps": self.surrogate_warmup_steps,
+                  "renew_every": self.renew_every, "feature_weight": self.feature_weight,
                   "weight_decay": self.weight_decay}
         bad += [name for name, value in counts.items() if not value >= 0]
         bad += [] if self.precision in PRECISIONS else ["precision"]
@@ -121,6 +123,7 @@ def finetune(
     train_batches: TrainBatches,
     *,
     objective: PatrolObjective | None = None,
+    surrogate_batches: TrainBatches | None = None,
     config: FinetuneConfig | None = None,
     val_batches: Iterable[tuple[Tensor, Tensor]] | None = None,
     teacher: nn.Module | None = None,
@@ -132,7 +135,8 @@ def finetune(
     """Train the whole model, with the objective's privacy terms where one is given.
 
     Without an objective the loss is cross-entropy. With a teacher,
-    `(1 - w) * task + w * T^2 * KL(teacher || model)` at temperature `T` takes the task's place.
+    `(1 - w) * task + w * T^2 * KL(teacher || model)` at temperature `T` takes the task's place
+    (`distillation.py`), and the distance of the last features may be added.
     The model is trained in place and left in the mode it came in.
 
     Under `accelerate launch` every process trains on its own batches, gradients are averaged, and
@@ -143,6 +147,9 @@ def finetune(
         train_batches: batches `(x, y)` in model-input space.
         objective: task, Lipschitz and adversarial terms; terms of a subclass may carry one more,
             `penalty`, which is recorded with them.
+        surrogate_batches: other images for the surrogates' inner steps, so that they cannot
+            memorise those on which they are asked; the edge runs once more for each. Without
+            them they learn from the model's own batch and the one before.
         config: see `FinetuneConfig`.
         val_batches: accuracy is measured on them after each epoch.
         teacher: the dense model, never trained here.
@@ -163,6 +170,8 @@ def finetune(
         raise InputError("The objective watches another model than the one to train; build it "
                          "on the same Split.")
     trainer = _Trainer(model, objective, config, teacher, torch.device(device), len(train_batches))
+    if surrogate_batches is not None:
+        trainer.pool = ImagePool(surrogate_batches)
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     result = FinetuneResult(optimizer=trainer.optimizer)
     modes = [(module, module.training) for module in model.modules()]
@@ -170,8 +179,10 @@ def finetune(
         if resume and directory is not None:
             _resume(trainer, result, directory)
         if result.resumed_from == 0:
-            trainer.warm_up_surrogates(train_batches)
+            trainer.warm_up_surrogates(surrogate_batches or train_batches)
         for epoch in range(result.resumed_from, config.epochs):
+            if trainer.pool is not None:
+                trainer.pool.restart(epoch)
             record = trainer.train_epoch(epoch, train_batches, progress)
             if val_batches is not None:
                 record["accuracy"] = accuracy(model, val_batches, device=device)
@@ -180,6 +191,7 @@ def finetune(
             if directory is not None and trainer.accelerator.is_main_process:
                 _save(trainer, result, directory, epoch + 1)
     finally:
+        trainer.close()
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         for module, mode in modes:
             module.training = mode
@@ -202,7 +214,7 @@ class _Trainer:
         self.model, self.objective, self.config, self.teacher = model, objective, config, teacher
         self.device = device if self.accelerator.num_processes == 1 else self.accelerator.device
         model.to(self.device)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and channels_last_is_safe(model):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if teacher is not None:
             teacher.to(self.device).eval()
@@ -218,19 +230,28 @@ class _Trainer:
             self.step_module = self.accelerator.prepare(self.step_module)
         self.batches = batches
         self.replay: tuple[Tensor, Tensor] | None = None
+        self.pool: ImagePool | None = None
+        self.distiller: Distiller | None = None
+        if teacher is not None and max(config.distill_weight, config.feature_weight) > 0:
+            self.distiller = Distiller(model, teacher, config.distill_temperature,
+                                       features=config.feature_weight > 0)
+
+    def close(self) -> None:
+        """Take what it put on the models off again."""
+        if self.distiller is not None:
+            self.distiller.close()
 
     def warm_up_surrogates(self, batches: TrainBatches) -> None:
         """Let the attackers inside catch up with the edge as it is."""
         if self.objective is not None and self.objective.beta > 0:
             steps = self.config.surrogate_warmup_steps
             if steps:
+                start_epoch(batches, 0)
                 self.objective.fit_surrogates(batches, steps)
 
     def train_epoch(self, epoch: int, batches: TrainBatches, progress: bool) -> dict[str, float]:
         """One pass; returns the mean of every term."""
-        set_epoch = getattr(batches, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
+        start_epoch(batches, epoch)
         self.model.train()
         sums: dict[str, float] = {}
         count = 0
@@ -255,11 +276,15 @@ class _Trainer:
         loss = terms.total
         values = {"task": terms.task, "lipschitz": terms.lipschitz,
                   "adversarial": terms.adversarial, "penalty": getattr(terms, "penalty", None)}
-        if self.teacher is not None and self.config.distill_weight > 0:
-            distilled = self._distillation(x, terms.logits)
+        if self.distiller is not None:
+            with autocast(self.device, self.config.precision):
+                distilled, distance = self.distiller(x, terms.logits)
             weight = self.config.distill_weight
             loss = loss + weight * (distilled - terms.task)
             values["distillation"] = distilled
+            if distance is not None:
+                loss = loss + self.config.feature_weight * distance
+                values["features"] = distance
         self._refuse_nonfinite(step, {**values, "total": loss})
         self.optimizer.zero_grad(set_to_none=True)
         self.accelerator.backward(loss)
@@ -267,13 +292,28 @@ class _Trainer:
         self.optimizer.step()
         if self.objective is not None and self.objective.beta > 0:
             self._inner_steps(terms.z.detach(), x)
+            every = self.config.renew_every
+            if every and (step + 1) % every == 0:
+                self.objective.surrogates.renew_weakest()
         return {k: float(v.detach()) for k, v in values.items() if v is not None}
 
     def _inner_steps(self, z: Tensor, x: Tensor) -> None:
-        """The first inner step is on this batch, the others on the one before."""
+        """Steps of the surrogates: on the pool's images where there is one.
+
+        Without one, the first step is on this batch and the others on the one before.
+        """
         assert self.objective is not None
         pixels = self.objective.normalization.to_pixels(x)
         self.objective.surrogates.observe(z, pixels)
+        if self.pool is not None:
+            edge = self.objective.split.edge
+            for _ in range(self.config.inner_steps):
+                other = self.pool.next_images().to(self.device)
+                with torch.no_grad(), frozen_statistics(edge):
+                    with autocast(self.device, self.config.precision):
+                        seen = edge(other).float()
+                self.objective.update_surrogates(seen, other)
+            return
         for number in range(self.config.inner_steps):
             use = (z, x) if number == 0 or self.replay is None else self.replay
             self.objective.update_surrogates(*use)
@@ -288,18 +328,6 @@ class _Trainer:
         _check_targets(logits, y)
         task = F.cross_entropy(logits, y)
         return ObjectiveTerms(task, None, None, task, None, logits, logits)
-
-    def _distillation(self, x: Tensor, logits: Tensor) -> Tensor:
-        assert self.teacher is not None
-        with torch.no_grad(), autocast(self.device, self.config.precision):
-            target = self.teacher(x).float()
-        temperature = self.config.distill_temperature
-        return temperature**2 * F.kl_div(
-            F.log_softmax(logits / temperature, 1),
-            F.log_softmax(target / temperature, 1),
-            log_target=True,
-            reduction="batchmean",
-        )
 
     def _refuse_nonfinite(self, step: int, values: dict[str, Tensor | None]) -> None:
         for name, value in values.items():

@@ -20,7 +20,8 @@ from torchmetrics.functional.image import (
 from patrol_prune.errors import InputError
 
 _CHUNK_PIXELS = 4_000_000
-_SSIM_KERNEL = 11
+SSIM_SIDE = 11
+"""The fewest pixels a side for `ssim`: its window."""
 _SSIM_SIGMA = 1.5
 MS_SSIM_SIDE = 176
 """The fewest pixels a side for `ms_ssim`: four halvings must leave the window's 11."""
@@ -67,9 +68,9 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     [-1, 1]; 1 for identical images.
     """
     _check_pair(x, y)
-    if min(x.shape[2:]) < _SSIM_KERNEL:
+    if min(x.shape[2:]) < SSIM_SIDE:
         raise InputError(
-            f"SSIM takes images of at least {_SSIM_KERNEL}x{_SSIM_KERNEL} pixels, came "
+            f"SSIM takes images of at least {SSIM_SIDE}x{SSIM_SIDE} pixels, came "
             f"{tuple(x.shape[2:])}. Use mse or psnr, or larger images."
         )
     return _in_chunks(_ssim, x, y)
@@ -111,6 +112,11 @@ def gmsd(x: Tensor, y: Tensor) -> Tensor:
 def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
     """`1 - mean SSIM` of `y` against `x`, a differentiable scalar; not validated, not chunked."""
     return 1.0 - _ssim(x, y).mean()
+
+
+def ssim_values(x: Tensor, y: Tensor) -> Tensor:
+    """SSIM of each image `y` against `x`, shape `[N]`, differentiable; not validated."""
+    return _ssim(x, y)
 
 
 def _mse(x: Tensor, y: Tensor) -> Tensor:

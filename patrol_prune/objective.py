@@ -54,6 +54,17 @@ class ObjectiveTerms:
     logits: Tensor
 
 
+@dataclass(frozen=True)
+class Belief:
+    """What the attackers inside reconstruct: means over images of the best surrogate's figures.
+
+    `mse` on [0, 1] pixels; `ssim` is NaN for images of under 11 pixels a side.
+    """
+
+    mse: float
+    ssim: float
+
+
 class PatrolObjective:
     """Task loss, Lipschitz term and adversarial-reconstruction term over a split.
 
@@ -72,6 +83,9 @@ class PatrolObjective:
             images of a batch; all of them where None. Fewer are cheaper and noisier.
         surrogates: architectures of the attackers inside.
         surrogate_lr: learning rate of the attackers inside.
+        surrogate_loss: what they minimise and the model maximises: "mse" is the paper's form,
+            "mse+ssim" decodes far more near the mean image, "auto" is the latter where the images
+            are large enough (`reconstruction_error`).
         normalization: the map from pixels on [0, 1] to the model's input.
         precision: "auto", "fp32" or "bf16" arithmetic of the edge, the cloud and the surrogates.
         seed: of the perturbations and the surrogates' initial weights.
@@ -91,6 +105,7 @@ class PatrolObjective:
         adversarial_images: int | None = None,
         surrogates: Sequence[SurrogateSpec] = DEFAULT_SURROGATES,
         surrogate_lr: float = 2e-3,
+        surrogate_loss: str = "auto",
         normalization: Normalization | None = None,
         precision: str = "auto",
         seed: int = 0,
@@ -114,6 +129,7 @@ class PatrolObjective:
         self.normalization = normalization or Normalization()
         self.precision = precision
         self.specs, self.surrogate_lr, self.seed = tuple(surrogates), surrogate_lr, seed
+        self.surrogate_loss = surrogate_loss
         self.generator = torch.Generator().manual_seed(seed)
         self._surrogates: SurrogateEnsemble | None = None
 
@@ -124,7 +140,8 @@ class PatrolObjective:
         if self._surrogates is None or self._surrogates.feature_shape != shape:
             _, channels, height, width = self.example_shape
             self._surrogates = SurrogateEnsemble(
-                shape, (channels, height, width), self.specs, lr=self.surrogate_lr, seed=self.seed
+                shape, (channels, height, width), self.specs, lr=self.surrogate_lr,
+                loss=self.surrogate_loss, seed=self.seed,
             )
         device = next(self.split.model.parameters()).device
         if self._surrogates.mean_image.device != device:
@@ -198,6 +215,28 @@ class PatrolObjective:
                 if done == before:
                     raise InputError("Expected batches to fit the surrogates on, came none.")
         return error
+
+    @torch.no_grad()
+    def belief(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Belief:
+        """What the surrogates get out of these images, the best of them on each; nothing learns.
+
+        The edge runs in evaluation mode, as it is deployed. Give images that neither the model
+        nor the surrogates were trained on: what a fresh, stronger attacker gets beyond it is the
+        surrogate gap.
+
+        Raises:
+            InputError: no batch.
+        """
+        device = next(self.split.model.parameters()).device
+        found: list[tuple[Tensor, Tensor]] = []
+        with evaluating(self.split.edge):
+            for x, _ in batches:
+                pixels = self.normalization.to_pixels(x.to(device))
+                found.append(self.surrogates.believed(self.split.edge(x.to(device)), pixels))
+        if not found:
+            raise InputError("Expected batches to measure the surrogates on, came none.")
+        mse, ssim = (torch.cat(values) for values in zip(*found, strict=True))
+        return Belief(float(mse.mean()), float(ssim.mean()))
 
     def _adversarial(self, z: Tensor, x: Tensor) -> Tensor:
         z, x = z[: self.adversarial_images], x[: self.adversarial_images]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from patrol_prune.errors import InputError
 
 PRECISIONS = ("auto", "fp32", "bf16")
+
+_FEWEST_STRIDED = 8
 
 
 def has_native_bf16(device: torch.device | str) -> bool:
@@ -20,6 +23,23 @@ def has_native_bf16(device: torch.device | str) -> bool:
             for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
         )
     return False
+
+
+def channels_last_is_safe(model: nn.Module) -> bool:
+    """Whether training `model` in the channels-last layout computes within its own memory.
+
+    On processors without AVX-512, the gradient of a 1x1 convolution of stride above 1 on fewer
+    than 8 channels, as pruning leaves them, writes past its buffers there and ends the process
+    (torch 2.14, "double free or corruption"; 8 channels and more, and the contiguous layout, were
+    clean under a checking allocator).
+    """
+    return not any(
+        isinstance(m, nn.Conv2d)
+        and max(m.kernel_size) == 1
+        and max(m.stride) > 1
+        and m.in_channels < _FEWEST_STRIDED
+        for m in model.modules()
+    )
 
 
 def autocast(device: torch.device | str, precision: str = "auto") -> torch.autocast:

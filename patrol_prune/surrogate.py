@@ -9,8 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune.decoders import FeatureStandardizer, channel_dim, make_decoder
-from patrol_prune.errors import InputError
+from patrol_prune.errors import InputError, nearest
+from patrol_prune.metrics import SSIM_SIDE, ssim_values
 from patrol_prune.precision import autocast
+
+SURROGATE_LOSSES = ("auto", "mse", "mse+ssim")
+SSIM_WEIGHT = 0.1
+"""`"mse+ssim"` is `MSE + SSIM_WEIGHT * (1 - SSIM)`; the mean image's is about 0.06 + 0.08."""
+
+_MEMORY = 0.98
 
 
 @dataclass(frozen=True)
@@ -28,26 +35,50 @@ DEFAULT_SURROGATES = (
 )
 
 
+def reconstruction_error(pixels: Tensor, guess: Tensor, loss: str = "mse") -> Tensor:
+    """How far `guess` is from `pixels`, per image, shape `[B]`, differentiable.
+
+    `"mse"`: `||x - g||^2 / n`, with `n` the number of pixel values. `"mse+ssim"`: that, and
+    `SSIM_WEIGHT * (1 - SSIM(x, g))`: near the mean image MSE alone teaches a decoder little.
+
+    Args:
+        pixels: images `[B, C, H, W]` on [0, 1]; at least 11 pixels a side for SSIM.
+        guess: their reconstructions.
+        loss: which of the two.
+    """
+    error = (guess - pixels).square().flatten(1).mean(1)
+    if loss == "mse":
+        return error
+    return error + SSIM_WEIGHT * (1.0 - ssim_values(pixels, guess))
+
+
 class SurrogateEnsemble(nn.Module):
     """Decoders of different shape, trained to reconstruct `x` from what the edge uploads.
 
     They see standardised features, so that scaling `z` hides nothing. What counts is the error of
     the best of them per image, at most that of the mean image: beyond it nothing is more private.
 
-        L_adv(x) = min( min_s ||x - d_s(z)||^2 / n,  ||x - mean image||^2 / n )
+        L_adv(x) = min( min_s e(x, d_s(z)),  e(x, mean image) )
 
-    with `n` the number of pixel values, pixels on [0, 1].
+    with `e` of `reconstruction_error`, pixels on [0, 1].
 
     Args:
         feature_shape: of `z`, without the batch.
         image_shape: `(channels, height, width)`.
         specs: at least two of different shape are worth their cost; one is allowed.
         lr: of Adam, which trains every surrogate.
+        loss: "mse", the paper's; "mse+ssim", whose decoders see more; "auto" takes the latter
+            for images of at least 11 pixels a side.
         seed: of the initial weights.
+
+    Attributes:
+        running: `[S]`, each surrogate's recent training error; infinite before its first step.
     """
 
     mean_image: Tensor
     seen: Tensor
+    running: Tensor
+    renewals: Tensor
 
     def __init__(
         self,
@@ -56,36 +87,40 @@ class SurrogateEnsemble(nn.Module):
         specs: Sequence[SurrogateSpec] = DEFAULT_SURROGATES,
         *,
         lr: float = 2e-3,
+        loss: str = "auto",
         seed: int = 0,
     ) -> None:
         super().__init__()
         if not specs:
             raise InputError("Expected at least one surrogate, came none. Leave beta at 0 instead.")
+        self.loss = _chosen_loss(loss, image_shape)
         self.feature_shape, self.image_shape = tuple(feature_shape), image_shape
         self.specs, self.lr, self.seed = tuple(specs), lr, seed
         self.decoders = nn.ModuleList(
-            make_decoder(
-                spec.family, feature_shape, image_shape,
-                width=spec.width, depth=spec.depth, seed=seed + index,
-            )
-            for index, spec in enumerate(specs)
+            self._fresh(index, seed + index) for index in range(len(self.specs))
         )
         dim = channel_dim(tuple(feature_shape), image_shape)
         self.standardizer = FeatureStandardizer(tuple(feature_shape), dim=dim)
         self.register_buffer("mean_image", torch.full(image_shape, 0.5))
         self.register_buffer("seen", torch.tensor(0.0))
+        self.register_buffer("running", torch.full((len(self.specs),), float("inf")))
+        self.register_buffer("renewals", torch.tensor(0))
         self.optimizer = torch.optim.Adam(self.decoders.parameters(), lr=lr)
 
-    def errors(self, z: Tensor, pixels: Tensor, *, precision: str = "auto") -> Tensor:
-        """Squared error per surrogate and image, shape `[S, B]`, in squared pixel units."""
+    def guesses(self, z: Tensor, *, precision: str = "auto") -> list[Tensor]:
+        """What each surrogate makes of `z`: S tensors `[B, C, H, W]`, float32 on (0, 1)."""
         if z.dim() == 4:  # one layout whatever came: faster, and the same bits after a resume
             z = z.contiguous(memory_format=torch.channels_last)
         with autocast(z.device, precision):
             standard = self.standardizer(z)
-            guesses = [decoder(standard) for decoder in self.decoders]
-        return torch.stack(
-            [(guess.float() - pixels).square().flatten(1).mean(1) for guess in guesses]
-        )
+            return [decoder(standard).float() for decoder in self.decoders]
+
+    def errors(self, z: Tensor, pixels: Tensor, *, precision: str = "auto") -> Tensor:
+        """`e` per surrogate and image, shape `[S, B]`."""
+        return torch.stack([
+            reconstruction_error(pixels, guess, self.loss)
+            for guess in self.guesses(z, precision=precision)
+        ])
 
     def strongest(self, z: Tensor, pixels: Tensor, *, precision: str = "auto") -> Tensor:
         """`L_adv` per image, shape `[B]`; gradients flow to `z`, never to the decoders."""
@@ -97,8 +132,30 @@ class SurrogateEnsemble(nn.Module):
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
-        ceiling = (self.mean_image - pixels).square().flatten(1).mean(1)
+        mean = self.mean_image.expand_as(pixels)
+        ceiling = reconstruction_error(pixels, mean, self.loss)
         return torch.minimum(errors.min(0).values, ceiling)
+
+    @torch.no_grad()
+    def believed(self, z: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """`(mse [B], ssim [B])`: what the surrogate with the smallest `e` on an image gets there.
+
+        In float32 and in evaluation mode, as an attacker would use the decoders. SSIM is NaN for
+        images of under 11 pixels a side.
+        """
+        modes = [decoder.training for decoder in self.decoders]
+        self.decoders.eval()
+        try:
+            guesses = self.guesses(z, precision="fp32")
+        finally:
+            for decoder, mode in zip(self.decoders, modes, strict=True):
+                decoder.train(mode)
+        errors = torch.stack([reconstruction_error(pixels, g, self.loss) for g in guesses])
+        best = errors.argmin(0)
+        guess = torch.stack(guesses)[best, torch.arange(len(z), device=z.device)]
+        mse = reconstruction_error(pixels, guess)
+        small = min(self.image_shape[1:]) < SSIM_SIDE
+        return mse, torch.full_like(mse, float("nan")) if small else ssim_values(pixels, guess)
 
     def observe(self, z: Tensor, pixels: Tensor) -> None:
         """Move the feature statistics and the mean image towards this batch."""
@@ -114,4 +171,46 @@ class SurrogateEnsemble(nn.Module):
             errors = self.errors(z.detach(), pixels, precision=precision).mean(1)
             errors.sum().backward()
         self.optimizer.step()
-        return errors.detach()
+        errors = errors.detach()
+        known = torch.isfinite(self.running)
+        self.running.copy_(torch.where(known, torch.lerp(errors, self.running, _MEMORY), errors))
+        return errors
+
+    def renew_weakest(self) -> int:
+        """Start the surrogate with the largest running error anew, and say which one it was.
+
+        A model that has learnt to hide from these very decoders has not hidden from a fresh one.
+        Its weights are new, its optimiser's moments and its running error forgotten; the others
+        guard the image meanwhile, as the best of all counts.
+        """
+        index = int(torch.where(torch.isfinite(self.running), self.running, -1.0).argmax())
+        self.renewals += 1
+        fresh = self._fresh(index, self.seed + index + 1000 * int(self.renewals))
+        own = self.decoders[index]
+        own.load_state_dict(fresh.state_dict())
+        for parameter in own.parameters():
+            self.optimizer.state.pop(parameter, None)
+        self.running[index] = float("inf")
+        return index
+
+    def _fresh(self, index: int, seed: int) -> nn.Module:
+        spec = self.specs[index]
+        return make_decoder(
+            spec.family, self.feature_shape, self.image_shape,
+            width=spec.width, depth=spec.depth, seed=seed,
+        )
+
+
+def _chosen_loss(loss: str, image_shape: tuple[int, int, int]) -> str:
+    if loss not in SURROGATE_LOSSES:
+        raise InputError(
+            f"Expected a surrogate loss out of {', '.join(SURROGATE_LOSSES)}, came {loss!r}. "
+            f"{nearest(loss, SURROGATE_LOSSES)}"
+        )
+    large = min(image_shape[1:]) >= SSIM_SIDE
+    if loss == "mse+ssim" and not large:
+        raise InputError(
+            f"SSIM takes images of at least {SSIM_SIDE} pixels a side, came {image_shape[1:]}. "
+            'Use surrogate_loss="mse".'
+        )
+    return ("mse+ssim" if large else "mse") if loss == "auto" else loss

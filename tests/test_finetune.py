@@ -78,9 +78,21 @@ def test_plain_training_learns_and_leaves_the_mode() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+def _pool() -> Batches:
+    """Three batches: more are asked for in an epoch, so that it is gone through again."""
+    return Batches(_images(48), 16, shuffle=True, seed=7)
+
+
+HARDER = dataclasses.replace(CONFIG, renew_every=3, feature_weight=0.5)
+
+
+@pytest.mark.parametrize("config, pooled", [(CONFIG, False), (HARDER, False), (HARDER, True)])
+def test_a_resumed_run_ends_with_the_same_bits(
+    tmp_path: Path, config: FinetuneConfig, pooled: bool
+) -> None:
     whole = _split()
-    _train(whole)
+    pool = {"surrogate_batches": _pool()} if pooled else {}
+    _train(whole, config, **pool)
 
     class Killed(Exception):
         pass
@@ -96,14 +108,40 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
                                 precision="fp32")
     with pytest.raises(Killed):
         finetune(halted, Dies(_images(), 16, shuffle=True, augment=True, seed=1),
-                 objective=objective, config=CONFIG, teacher=copy.deepcopy(_split().model),
-                 checkpoint_dir=tmp_path, progress=False)
+                 objective=objective, config=config, teacher=copy.deepcopy(_split().model),
+                 checkpoint_dir=tmp_path, progress=False, **pool)
     resumed = _split()
-    result = _train(resumed, checkpoint_dir=tmp_path, resume=True)
+    result = _train(resumed, config, checkpoint_dir=tmp_path, resume=True, **pool)
     assert result.resumed_from == 2 and len(result.history) == 3
     for (name, a), b in zip(whole.model.state_dict().items(),
                             resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_surrogates_learn_from_the_pool_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Tensor] = []
+    step = PatrolObjective.update_surrogates
+
+    def spy(self: PatrolObjective, z: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        seen.append(x.clone())
+        return step(self, z, x)
+
+    monkeypatch.setattr(PatrolObjective, "update_surrogates", spy)
+    split = _split()
+    _train(split, dataclasses.replace(CONFIG, epochs=1), surrogate_batches=_pool())
+    assert len(seen) == CONFIG.surrogate_warmup_steps + 4 * CONFIG.inner_steps
+    allowed = {tuple(image.flatten().tolist()) for image in _images(48).pixels()}
+    assert all(tuple(image.flatten().tolist()) in allowed for x in seen for image in x)
+
+
+def test_the_weakest_surrogate_is_renewed_on_time_and_features_are_recorded() -> None:
+    split = _split()
+    objective = PatrolObjective(split, F.cross_entropy, beta=1.0, surrogates=SPECS)
+    result = finetune(split, Batches(_images(), 16), objective=objective, config=HARDER,
+                      teacher=copy.deepcopy(_split().model), progress=False)
+    assert int(objective.surrogates.renewals) == 3 * 4 // HARDER.renew_every
+    assert 0 < result.history[-1]["features"] < 10
+    assert not any(m._forward_pre_hooks for m in split.model.modules())
 
 
 def test_resume_refuses_other_settings(tmp_path: Path) -> None:

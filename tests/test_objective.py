@@ -152,6 +152,23 @@ def test_fitting_leaves_modes_statistics_and_global_generator() -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_belief_is_the_mean_over_all_images_and_nothing_learns() -> None:
+    split = _split()
+    objective = _objective(split)
+    x, _ = _batch()
+    objective.fit_surrogates([(x, _)], 3)
+    before = {k: v.clone() for k, v in objective.surrogates.state_dict().items()}
+    belief = objective.belief([(x[:5], _[:5]), (x[5:], _[5:])])
+    split.model.eval()
+    mse = objective.surrogates.believed(split.edge(x), x)[0]
+    assert belief.mse == pytest.approx(float(mse.mean()), rel=1e-4)
+    assert belief.ssim != belief.ssim  # images of 8 pixels have none
+    after = objective.surrogates.state_dict()
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
+    with pytest.raises(InputError, match="came none"):
+        objective.belief([])
+
+
 def test_pixels_are_compared_whatever_the_model_eats() -> None:
     split = _split()
     normal = Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))

@@ -16,7 +16,7 @@ from patrol_prune.attacks.base import EdgeFunction, Knowledge
 from patrol_prune.attacks.query_free_config import QueryFreeConfig
 from patrol_prune.attacks.shadow import FeatureMoments, OtherEdge
 from patrol_prune.errors import InputError, TrainingError
-from patrol_prune.precision import autocast
+from patrol_prune.precision import autocast, channels_last_is_safe
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class ShadowTrainer:
         self, shadow: nn.Module, parameters: list[nn.Parameter],
         optimizer: torch.optim.Optimizer, batch: Tensor, with_cloud: bool,
     ) -> Tensor:
-        x = self._to_input(self._pixels(batch)).contiguous(memory_format=torch.channels_last)
+        x = self._to_input(self._pixels(batch)).contiguous(memory_format=layout_of(shadow))
         with autocast(self.device, self.config.precision):
             z = shadow(x)
         loss = self._loss(z.float(), batch, with_cloud=with_cloud)
@@ -136,7 +136,7 @@ class ShadowTrainer:
             shadow = OtherEdge(self.image_shape, self.feature_shape, width=self.config.width,
                                positive=self.positive, seed=seed)
         shadow = shadow.requires_grad_(True).to(self.device)
-        return shadow.to(memory_format=torch.channels_last)
+        return shadow.to(memory_format=layout_of(shadow))
 
     def _observe(self, observed: Tensor) -> None:
         observed = observed.detach().to(self.device).float()
@@ -192,3 +192,9 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         if cuda:
             torch.cuda.manual_seed(seed)
         yield
+
+
+def layout_of(shadow: nn.Module) -> torch.memory_format:
+    """The faster layout, where it computes within its own memory."""
+    safe = channels_last_is_safe(shadow)
+    return torch.channels_last if safe else torch.contiguous_format

@@ -96,12 +96,14 @@ class Adversary:
         images: the first so many images of a batch are attacked; all of them where None.
         surrogates: their architectures.
         lr: their learning rate.
+        loss: "mse", "mse+ssim" or "auto", see `PatrolObjective`.
         precision: "auto", "fp32" or "bf16" arithmetic of edge, cloud and surrogates.
     """
 
     images: int | None = None
     surrogates: tuple[SurrogateSpec, ...] = DEFAULT_SURROGATES
     lr: float = 2e-3
+    loss: str = "auto"
     precision: str = "auto"
 
     def objective(
@@ -117,8 +119,8 @@ class Adversary:
         """`L_task + alpha sum_i k_i - beta L_adv` with these attackers."""
         return PatrolObjective(
             split, task_loss, alpha=alpha, beta=beta, adversarial_images=self.images,
-            surrogates=self.surrogates, surrogate_lr=self.lr, normalization=normalization,
-            precision=self.precision, seed=seed,
+            surrogates=self.surrogates, surrogate_lr=self.lr, surrogate_loss=self.loss,
+            normalization=normalization, precision=self.precision, seed=seed,
         )
 
 

@@ -1,0 +1,60 @@
+"""How hard the attackers inside training are: what the frontier varies for one defence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from patrol_prune.defences import Adversary
+from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.surrogate import DEFAULT_SURROGATES, SurrogateSpec
+
+LARGE = (
+    SurrogateSpec("residual", width=48, depth=4),
+    SurrogateSpec("unet", width=32, depth=4),
+    SurrogateSpec("transposed", width=48),
+)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One setting of the inner problem.
+
+    Attributes:
+        surrogates: the attackers inside.
+        loss: theirs.
+        images: of each batch that they see; all where None.
+        inner_steps: of theirs for each of the model.
+        renew_every: steps after which the weakest of them starts anew.
+        pool: they learn from images that the model is not trained on: the rest of the defender's.
+        feature_weight: of the distance to the dense model's last features.
+        epochs: as many times the sweep's.
+    """
+
+    surrogates: tuple[SurrogateSpec, ...] = DEFAULT_SURROGATES
+    loss: str = "auto"
+    images: int | None = 64
+    inner_steps: int = 2
+    renew_every: int = 0
+    pool: bool = False
+    feature_weight: float = 0.0
+    epochs: int = 1
+
+    def adversary(self) -> Adversary:
+        return Adversary(images=self.images, surrogates=self.surrogates, loss=self.loss)
+
+    def config(self, config: FinetuneConfig) -> FinetuneConfig:
+        """`config` with this recipe's part of it."""
+        return replace(config, inner_steps=self.inner_steps, renew_every=self.renew_every,
+                       feature_weight=self.feature_weight, epochs=self.epochs * config.epochs)
+
+
+RECIPES: dict[str, Recipe] = {
+    "": Recipe(),
+    "mse": Recipe(loss="mse"),
+    "large": Recipe(surrogates=LARGE, images=None),
+    "renewed": Recipe(surrogates=LARGE, images=None, renew_every=60),
+    "pool": Recipe(surrogates=LARGE, images=None, pool=True),
+    "features": Recipe(surrogates=LARGE, images=None, feature_weight=1.0),
+    "long": Recipe(surrogates=LARGE, images=None, epochs=3),
+}
+"""By name; "" is what every defence with an adversarial term gets."""

@@ -1,0 +1,96 @@
+"""Distillation from the dense model: its answers, and the features its last layer reads.
+
+Source: Hinton, Vinyals and Dean, Distilling the Knowledge in a Neural Network, 2015; features as
+in Romero et al., FitNets, ICLR 2015, at the last linear layer's input.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from patrol_prune.errors import InputError
+
+
+def logit_distance(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """`T^2 * KL(softmax(target / T) || softmax(logits / T))`, mean over the batch `[B, K]`."""
+    return temperature**2 * F.kl_div(
+        F.log_softmax(logits / temperature, 1),
+        F.log_softmax(target / temperature, 1),
+        log_target=True,
+        reduction="batchmean",
+    )
+
+
+def feature_distance(features: Tensor, target: Tensor) -> Tensor:
+    """`||h - t||^2 / ||t||^2` over the whole batch, of features `[B, ...]`; 0 for equal ones."""
+    return (features - target).square().sum() / target.square().sum().clamp_min(1e-12)
+
+
+class _Tap:
+    """Forward pre-hook: keeps what its layer was last given."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        self.seen: Tensor | None = None
+        self.handle = layer.register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.seen = args[0]
+
+
+class Distiller:
+    """Both distances between a model in training and a teacher that stands still.
+
+    Its hooks stay on both models until `close`.
+
+    Args:
+        model: the one that learns.
+        teacher: the dense model.
+        temperature: of the softened answers.
+        features: compare the inputs of the last linear layers too.
+
+    Raises:
+        InputError: with `features`, a model or a teacher without a linear layer, or layers that
+            read different numbers of features.
+    """
+
+    def __init__(
+        self, model: nn.Module, teacher: nn.Module, temperature: float, *, features: bool = False
+    ) -> None:
+        self.teacher, self.temperature = teacher, temperature
+        self.taps: tuple[_Tap, _Tap] | None = None
+        if features:
+            own, theirs = _last_linear(model), _last_linear(teacher)
+            if own.in_features != theirs.in_features:
+                raise InputError(
+                    f"Expected last layers that read as many features, came {own.in_features} and "
+                    f"the teacher's {theirs.in_features}. Set feature_weight to 0."
+                )
+            self.taps = _Tap(own), _Tap(theirs)
+
+    def __call__(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`(logit distance, feature distance or None)`; call it after the model ran on `x`."""
+        with torch.no_grad():
+            target = self.teacher(x).float()
+        distance = logit_distance(logits, target, self.temperature)
+        if self.taps is None:
+            return distance, None
+        own, theirs = (tap.seen for tap in self.taps)
+        assert own is not None and theirs is not None
+        return distance, feature_distance(own.float(), theirs.float())
+
+    def close(self) -> None:
+        """Take the hooks off both models."""
+        for tap in self.taps or ():
+            tap.handle.remove()
+
+
+def _last_linear(model: nn.Module) -> nn.Linear:
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    if not layers:
+        raise InputError(
+            f"Expected a model with a linear layer to compare features before, came "
+            f"{type(model).__name__} with none. Set feature_weight to 0."
+        )
+    return layers[-1]

@@ -1,0 +1,55 @@
+"""Distances to the teacher, and that nothing of them stays behind."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from patrol_prune.distillation import Distiller, feature_distance, logit_distance
+from patrol_prune.errors import InputError
+
+
+def _net(width: int = 5) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(width)
+        return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+
+
+def test_logit_distance_is_the_divergence_written_out() -> None:
+    own, target = torch.tensor([[1.0, 0.0, -1.0]]), torch.tensor([[0.0, 2.0, 0.5]])
+    p, q = (target / 2).softmax(1), (own / 2).softmax(1)
+    expected = 4 * (p * (p / q).log()).sum()
+    torch.testing.assert_close(logit_distance(own, target, 2.0), expected)
+    assert float(logit_distance(own, own, 2.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_feature_distance_ends() -> None:
+    t = torch.tensor([[3.0, 4.0]])
+    assert float(feature_distance(t, t)) == 0.0
+    assert float(feature_distance(torch.zeros_like(t), t)) == 1.0
+
+
+def test_features_are_what_the_last_layers_read() -> None:
+    model, teacher, x = _net(), _net(), torch.randn(6, 4)
+    with torch.no_grad():
+        teacher[0].weight.add_(0.1)
+    distiller = Distiller(model, teacher, 4.0, features=True)
+    logits = model(x)
+    distance, features = distiller(x, logits)
+    own, theirs = F.relu(model[0](x)), F.relu(teacher[0](x)).detach()
+    torch.testing.assert_close(features, feature_distance(own, theirs))
+    torch.testing.assert_close(distance, logit_distance(logits, teacher(x), 4.0))
+    features.backward()
+    assert model[0].weight.grad is not None and teacher[0].weight.grad is None
+    distiller.close()
+    assert not model[2]._forward_pre_hooks and not teacher[2]._forward_pre_hooks
+
+
+def test_other_widths_and_models_without_a_linear_layer_are_refused() -> None:
+    with pytest.raises(InputError, match="read as many features, came 5 and the teacher's 6"):
+        Distiller(_net(5), _net(6), 4.0, features=True)
+    with pytest.raises(InputError, match="with none"):
+        Distiller(nn.Conv2d(3, 3, 1), _net(5), 4.0, features=True)
+    assert not _net(5)[2]._forward_pre_hooks
