@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,13 @@ DEFENCES = {
     "with-bottleneck": "bottleneck, no adversary",
     "with-disco": "DISCO-style dropping, β 10",
     "with-cem_patrol": "CEM's \"PATROL\" baseline",
+}
+INSIDE = {
+    "mse": "surrogates of MSE alone", "large": "three larger surrogates on whole batches",
+    "renewed": "larger surrogates, the weakest renewed",
+    "pool": "larger surrogates with images of their own",
+    "features": "larger surrogates, features distilled",
+    "long": "larger surrogates, three times as long",
 }
 STRENGTHS = {
     "patrol": "β {:g}", "adversarial_only": "β {:g}", "gaussian_noise": "σ {:g} of the RMS",
@@ -178,6 +186,35 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
     )
 
 
+def defence_name(row: Row) -> str:
+    """The defence, the attackers inside where they are not the usual ones, and its base."""
+    inside = f", {INSIDE[row['recipe']]}" if row.get("recipe") else ""
+    return DEFENCES[row["method"]] + inside + (" †" if row.get("base") == "earlier" else "")
+
+
+def surrogate_gap(circumstances: str) -> str:
+    """What the attackers inside believed against what a fresh one got."""
+    rows = [r for r in load("frontier")["rows"] if r.get("surrogate_ssim") is not None]
+    if not rows:
+        return "Not measured yet."
+    table = [{
+        "defence": defence_name(row),
+        "strength": STRENGTHS.get(row["defence"], "").format(row["strength"]),
+        "believed": f"{row['surrogate_mse']:.4f}", "mse": f"{row['mse']:.4f}",
+        "gap": f"{row['surrogate_mse'] / row['mse']:.2f}",
+        "ssim": f"{row['surrogate_ssim']:.3f} / {row['ssim']:.3f}",
+    } for row in rows]
+    columns = {"defence": "trained against", "strength": "strength",
+               "believed": "MSE the surrogates get", "mse": "MSE the fresh attacker gets",
+               "gap": "ratio", "ssim": "SSIM, surrogates / fresh attacker"}
+    near = sum(row["surrogate_mse"] <= 1.25 * row["mse"] for row in rows)
+    return "\n\n".join([
+        "The best surrogate of each image against the fresh residual decoder (MSE + SSIM), over "
+        f"the same 1,000 test images. Within the goal of 25% in {near} of {len(rows)} rows.",
+        render_table(table, columns).strip(), circumstances,
+    ])
+
+
 def sweep(circumstances: str) -> str:
     """Every defence at each strength: accuracy against the attacker's SSIM."""
     record = load("frontier")
@@ -187,10 +224,11 @@ def sweep(circumstances: str) -> str:
     settings = record["settings"]
     missing = [m for m in record.get("missing", []) if m.startswith(("with-", "patrol-more-"))]
     table = []
-    for row in sorted(rows, key=lambda r: (list(DEFENCES).index(r["method"]), r["strength"])):
+    for row in sorted(rows, key=lambda r: (list(DEFENCES).index(r["method"]),
+                                           r.get("recipe") or "", r["strength"])):
         strength = STRENGTHS.get(row["defence"], "").format(row["strength"])
         table.append({
-            "defence": DEFENCES[row["method"]], "strength": strength,
+            "defence": defence_name(row), "strength": strength,
             "accuracy": f"{100 * row['accuracy']:.1f}%", "ssim": f"{row['ssim']:.3f}",
             "worst": f"{row['ssim_worst5']:.3f}", "mse": f"{row['mse']:.4f}",
             "macs": f"{row['edge_macs'] / 1e6:.2f} M",
@@ -211,7 +249,9 @@ def sweep(circumstances: str) -> str:
         "1,000 test images. The last PATROL row goes on with PATROL's own pruned model, which "
         f"had {settings['finetune_epochs']} epochs of {settings['train_images']:,} images with it "
         "before. Edge MACs are equal but where the table says otherwise; quantisation and a "
-        "bottleneck upload less.", render_table(table, columns).strip(),
+        "bottleneck upload less. Rows with † stand on an earlier training of the same models (dense "
+        "84.6%), whose weights were not kept: compare them with their own \"none\".",
+        render_table(table, columns).strip(),
         f"Not measured: {', '.join(missing)}." * bool(missing), circumstances,
     ])
 
@@ -312,12 +352,13 @@ def plot_sweep() -> None:
     if not rows:
         return
     figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
-    markers = iter("ovs^D<>Pp*hX")
-    for method in (m for m in DEFENCES if any(r["method"] == m for r in rows)):
-        same = sorted((r for r in rows if r["method"] == method), key=lambda r: r["ssim"])
-        bold = {"linewidth": 2.2, "color": "black"} if "patrol" in method[:11] else {}
+    markers = itertools.cycle("ovs^D<>Pp*hX")
+    names = dict.fromkeys(defence_name(r) for m in DEFENCES for r in rows if r["method"] == m)
+    for name in names:
+        same = sorted((r for r in rows if defence_name(r) == name), key=lambda r: r["ssim"])
+        bold = {"linewidth": 2.2, "color": "black"} if name.startswith("PATROL") else {}
         axes.plot([r["ssim"] for r in same], [100 * r["accuracy"] for r in same],
-                  marker=next(markers), label=DEFENCES[method], alpha=0.85, **bold)
+                  marker=next(markers), label=name, alpha=0.85, **bold)
     axes.axvline(rows[0]["floor_ssim"], color="green", linestyle=":", label="floor: mean image")
     axes.set(xlabel="fresh attacker's SSIM (lower is more private)", ylabel="accuracy in %",
              title="Defences over their own strength (edge MACs and uploads: see the table)")

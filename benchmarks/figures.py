@@ -197,6 +197,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "strongest": ("frontier", lambda: audit_figures.strongest(source("frontier"))),
     "every-attack": ("frontier", lambda: audit_figures.every_attack(source("frontier"))),
     "sweep": ("frontier", lambda: audit_figures.sweep(source("frontier"))),
+    "gap": ("frontier", lambda: audit_figures.surrogate_gap(source("frontier"))),
     "published": ("published", lambda: audit_figures.published(source("published"))),
     "bounds": ("bounds", lambda: audit_figures.bounds(source("bounds"))),
     "throughput": ("throughput", lambda: audit_figures.throughput(source("throughput"))),

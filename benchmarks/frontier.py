@@ -56,6 +56,7 @@ FEWER = (100, 1_000)
 LONG = 3
 EARLIER = "earlier"
 """The base of rows whose models were trained before this working directory."""
+LEARNT_MSE = ("patrol", "disco", "adversarial_only", "cem_patrol")
 KEPT_OF_A_RECORD = (
     "attack", "attacker_data", "attacker_images", "victim_images", "box", "ssim", "ssim_worst5",
     "psnr", "mse", "gmsd", "rank1", "rank5", "chance1", "chance5", "epochs", "plateau",
@@ -253,9 +254,17 @@ def collected(args: Frontier) -> tuple[list[dict[str, Any]], list[str]]:
         for row in content if isinstance(content, list) else [content]:
             rows += [row] * (kind_of(args, row) not in seen)
             seen.add(kind_of(args, row))
-    earlier = [] if args.earlier is None else json.loads(args.earlier.read_text())["rows"]
-    rows += [{"base": EARLIER, **row} for row in earlier if kind_of(args, row) not in seen]
-    return rows, missing
+    record = {"rows": []} if args.earlier is None else json.loads(args.earlier.read_text())
+    earlier = [of_earlier(row) for row in record["rows"]]
+    return rows + [row for row in earlier if kind_of(args, row) not in seen], missing
+
+
+def of_earlier(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of an earlier record, with what such rows did not say yet: the surrogates of that
+    time learnt MSE alone.
+    """
+    learnt_mse = row.get("defence") in LEARNT_MSE and "recipe" not in row
+    return {"base": EARLIER, "recipe": "mse" if learnt_mse else None, **row}
 
 
 def kind_of(args: Frontier, row: dict[str, Any]) -> tuple[Any, ...]:

@@ -227,6 +227,8 @@ class _Run:
             outcome = pruner.step()
             for name, (now, before) in outcome.kept.items():
                 kept[name] = (now, kept.get(name, (now, before))[1])
+            if config.score.between_epochs and step + 1 < config.score.steps:
+                self.repair(split, step)
         recalibrate_batchnorm(
             split.model, training_batches(config, self.images, augment=False, offset=3),
             device=self.device,
@@ -247,7 +249,29 @@ class _Run:
             alpha=(privacy.alpha or 1.0) if score.lip_weight else 0.0,
             beta=(privacy.beta or 1.0) if score.adv_weight else 0.0,
             noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
-            normalization=self.images.normalization, seed=self.config.seed,
+            surrogate_loss=privacy.surrogate_loss, normalization=self.images.normalization,
+            seed=self.config.seed,
+        )
+
+    def training_objective(self, split: Split) -> PatrolObjective:
+        """The objective that the model is fine-tuned with."""
+        privacy = self.config.privacy
+        return PatrolObjective(
+            split, F.cross_entropy, alpha=privacy.alpha, beta=privacy.beta,
+            noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
+            surrogate_loss=privacy.surrogate_loss, normalization=self.images.normalization,
+            seed=self.config.seed + 1, precision=self.config.finetune.precision,
+        )
+
+    def repair(self, split: Split, step: int) -> None:
+        """Fine-tune between two pruning steps."""
+        epochs = self.config.score.between_epochs
+        self.say(f"Fine-tuning for {epochs} epochs before the next pruning step.")
+        finetune(
+            split, training_batches(self.config, self.images, augment=True, offset=20 + step),
+            objective=self.training_objective(split),
+            config=replace(self.config.finetune, epochs=epochs),
+            teacher=self.load(DENSE).model, progress=self.bars, device=self.device,
         )
 
     def score(self, importance: PatrolImportance, step: int) -> None:
@@ -262,14 +286,9 @@ class _Run:
             importance.accumulate(x.to(self.device), y.to(self.device))
 
     def do_finetune(self) -> None:
-        config, privacy = self.config, self.config.privacy
+        config = self.config
         split, teacher = self.load(PRUNED), self.load(DENSE)
-        objective = PatrolObjective(
-            split, F.cross_entropy, alpha=privacy.alpha, beta=privacy.beta,
-            noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
-            normalization=self.images.normalization, seed=config.seed + 1,
-            precision=config.finetune.precision,
-        )
+        objective = self.training_objective(split)
         self.say(f"Fine-tuning for {config.finetune.epochs} epochs with the privacy terms on.")
         directory = self.folder / "checkpoints" / "finetune"
         result = finetune(

@@ -40,6 +40,7 @@ class ScoreConfig:
         min_channels: the fewest channels a group keeps.
         round_to: kept numbers are multiples of this.
         steps: prune in so many steps, scores refreshed between.
+        between_epochs: epochs of fine-tuning, privacy terms on, between two steps.
     """
 
     task_weight: float = 1.0
@@ -51,6 +52,7 @@ class ScoreConfig:
     min_channels: int = 2
     round_to: int | None = None
     steps: int = 1
+    between_epochs: int = 0
 
     def __post_init__(self) -> None:
         weights = (self.task_weight, self.lip_weight, self.adv_weight)
@@ -63,10 +65,11 @@ class ScoreConfig:
                 f"Expected at least one calibration batch to score channels on, came "
                 f"score.batches={self.batches}."
             )
-        if self.surrogate_steps < 0 or self.steps < 1:
+        if min(self.surrogate_steps, self.between_epochs) < 0 or self.steps < 1:
             raise InputError(
-                "Expected score.surrogate_steps of at least 0 and score.steps of at least 1, came "
-                f"{self.surrogate_steps} and {self.steps}."
+                "Expected score.surrogate_steps and score.between_epochs of at least 0 and "
+                f"score.steps of at least 1, came {self.surrogate_steps}, {self.between_epochs} "
+                f"and {self.steps}."
             )
 
 
@@ -77,12 +80,15 @@ class PrivacyConfig:
     Attributes:
         alpha: weight of the block-wise Lipschitz constants.
         beta: weight of the surrogate attackers' reconstruction error.
+        surrogate_loss: of these attackers: "mse+ssim" sees more than the paper's "mse"; "auto"
+            takes it where the images have at least 11 pixels a side.
         noise_std: standard deviation of the Lipschitz perturbation, in input units.
         lipschitz_form: "scale_free", or "paper", which scaling games can fool.
     """
 
     alpha: float = 0.0
     beta: float = 40.0
+    surrogate_loss: Literal["auto", "mse", "mse+ssim"] = "auto"
     noise_std: float = 0.1
     lipschitz_form: Literal["scale_free", "paper"] = "scale_free"
 
