@@ -249,8 +249,8 @@ def sweep(circumstances: str) -> str:
         "1,000 test images. The last PATROL row goes on with PATROL's own pruned model, which "
         f"had {settings['finetune_epochs']} epochs of {settings['train_images']:,} images with it "
         "before. Edge MACs are equal but where the table says otherwise; quantisation and a "
-        "bottleneck upload less. Rows with † stand on an earlier training of the same models (dense "
-        "84.6%), whose weights were not kept: compare them with their own \"none\".",
+        "bottleneck upload less. Rows with † stand on an earlier training of the same models "
+        "(dense 84.6%), whose weights were not kept: compare them with their own \"none\".",
         render_table(table, columns).strip(),
         f"Not measured: {', '.join(missing)}." * bool(missing), circumstances,
     ])
