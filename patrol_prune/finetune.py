@@ -90,8 +90,8 @@ class FinetuneConfig:
         bad += [] if self.precision in PRECISIONS else ["precision"]
         if bad:
             raise InputError(
-                f"FinetuneConfig: out of range: {', '.join(bad)}. Rates are positive, shares lie "
-                f"in [0, 1], counts are at least 0, precision is one of {PRECISIONS}."
+                f"{type(self).__name__}: out of range: {', '.join(bad)}. Rates are positive, "
+                f"shares lie in [0, 1], counts are at least 0, precision is one of {PRECISIONS}."
             )
 
 
@@ -162,7 +162,20 @@ def finetune(
     if objective is not None and objective.split.model is not model:
         raise InputError("The objective watches another model than the one to train; build it "
                          "on the same Split.")
-    trainer = _Trainer(model, objective, config, teacher, torch.device(device), len(train_batches))
+    trainer = Trainer(model, objective, config, teacher, torch.device(device), len(train_batches))
+    return drive(trainer, train_batches, val_batches, checkpoint_dir, resume, progress)
+
+
+def drive(
+    trainer: Trainer,
+    train_batches: TrainBatches,
+    val_batches: Iterable[tuple[Tensor, Tensor]] | None,
+    checkpoint_dir: str | Path | None,
+    resume: bool,
+    progress: bool,
+) -> FinetuneResult:
+    """Run a trainer's epochs with its checkpoints; arguments and result as in `finetune`."""
+    model = trainer.model
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     result = FinetuneResult(optimizer=trainer.optimizer)
     modes = [(module, module.training) for module in model.modules()]
@@ -171,10 +184,10 @@ def finetune(
             _resume(trainer, result, directory)
         if result.resumed_from == 0:
             trainer.warm_up_surrogates(train_batches)
-        for epoch in range(result.resumed_from, config.epochs):
+        for epoch in range(result.resumed_from, trainer.config.epochs):
             record = trainer.train_epoch(epoch, train_batches, progress)
             if val_batches is not None:
-                record["accuracy"] = accuracy(model, val_batches, device=device)
+                record["accuracy"] = accuracy(model, val_batches, device=trainer.device)
             result.history.append(record)
             log.info("epoch %d: %s", epoch + 1, record)
             if directory is not None and trainer.accelerator.is_main_process:
@@ -186,8 +199,8 @@ def finetune(
     return result
 
 
-class _Trainer:
-    """State of a training stage; `finetune` drives it."""
+class Trainer:
+    """State of a training stage; `drive` runs it. A subclass may do more after every step."""
 
     def __init__(
         self,
@@ -265,9 +278,20 @@ class _Trainer:
         self.accelerator.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
+        self.after_step(step)
         if self.objective is not None and self.objective.beta > 0:
             self._inner_steps(terms.z.detach(), x)
         return {k: float(v.detach()) for k, v in values.items() if v is not None}
+
+    def after_step(self, step: int) -> None:
+        """What a subclass does behind the optimiser's step."""
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a subclass puts into the checkpoint besides: tensors, and JSON."""
+        return {}, {}
+
+    def load_extra(self, tensors: dict[str, Tensor], meta: dict[str, Any], path: str) -> None:
+        """Put back what `extra_state` gave."""
 
     def _inner_steps(self, z: Tensor, x: Tensor) -> None:
         """The first inner step is on this batch, the others on the one before."""
@@ -330,21 +354,23 @@ def _check_targets(logits: Tensor, y: Tensor) -> None:
         )
 
 
-def _save(trainer: _Trainer, result: FinetuneResult, directory: Path, epoch: int) -> None:
+def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int) -> None:
     surrogates = None
     if trainer.objective is not None and trainer.objective.beta > 0:
         surrogates = trainer.objective.surrogates
+    more, about = trainer.extra_state()
     tensors, meta = pack_state(trainer.model, trainer.optimizer, surrogates)
     if trainer.objective is not None:
         tensors["generator"] = trainer.objective.generator.get_state()
     if trainer.replay is not None:
         tensors["replay.z"], tensors["replay.x"] = trainer.replay
-    meta.update(epoch=epoch, history=result.history, config=asdict(trainer.config))
+    tensors.update(more)
+    meta.update(about, epoch=epoch, history=result.history, config=asdict(trainer.config))
     directory.mkdir(parents=True, exist_ok=True)
     save_state(directory / f"epoch-{epoch:04d}", tensors, meta)
 
 
-def _resume(trainer: _Trainer, result: FinetuneResult, directory: Path) -> None:
+def _resume(trainer: Trainer, result: FinetuneResult, directory: Path) -> None:
     newest = newest_whole(directory) if directory.is_dir() else None
     if newest is None:
         return
@@ -367,6 +393,7 @@ def _resume(trainer: _Trainer, result: FinetuneResult, directory: Path) -> None:
     if "replay.z" in tensors:
         trainer.replay = (tensors["replay.z"].to(trainer.device),
                           tensors["replay.x"].to(trainer.device))
+    trainer.load_extra(tensors, meta, str(newest))
     result.history = list(meta["history"])
     result.resumed_from = int(meta["epoch"])
     log.info("resumed from %s", newest)
