@@ -37,6 +37,7 @@ _WHERE = {
     "SplitPoint": "split",
     "split_points": "split",
     "SoftMasks": "masks",
+    "fold_masks": "folding",
     "Plan": "plan",
     "plan": "plan",
     "block_lipschitz": "lipschitz",
@@ -47,10 +48,14 @@ _WHERE = {
     "PatrolObjective": "objective",
     "PatrolImportance": "importance",
     "GroupPatrolImportance": "importance",
+    "MaskImportance": "mask_importance",
     "PatrolPruner": "pruner",
     "FinetuneConfig": "finetune",
     "finetune": "finetune",
     "recalibrate_batchnorm": "finetune",
+    "LearnedMasks": "learned_masks",
+    "MaskConfig": "learned_masks",
+    "learn_masks": "learned_masks",
     "rebuild_optimizer": "origins",
     "save": "checkpoint",
     "load": "checkpoint",
@@ -103,9 +108,12 @@ if TYPE_CHECKING:
         UnsupportedModelError,
     )
     from patrol_prune.finetune import FinetuneConfig, finetune, recalibrate_batchnorm
+    from patrol_prune.folding import fold_masks
     from patrol_prune.importance import GroupPatrolImportance, PatrolImportance
     from patrol_prune.jacobian import jacobian_effective_rank
+    from patrol_prune.learned_masks import LearnedMasks, MaskConfig, learn_masks
     from patrol_prune.lipschitz import block_lipschitz, lipschitz_loss
+    from patrol_prune.mask_importance import MaskImportance
     from patrol_prune.masks import SoftMasks
     from patrol_prune.objective import PatrolObjective
     from patrol_prune.origins import rebuild_optimizer

@@ -108,7 +108,7 @@ def choose(
 
     Structures are removed in the order of score per saved MAC, the cut is found by bisection on
     the closed form, then what still fits is put back, best score first, and small exchanges close
-    the gap to the budget. A group is never emptied.
+    the gap to the budget, unless all that went scores 0. A group is never emptied.
 
     Args:
         model: the edge's cost.
@@ -156,6 +156,17 @@ def smallest(
     flat = {n: torch.zeros(len(model.segments(n))) for n in groups}
     ladders = [_ladder(model, n, s, limits, start.get(n)) for n, s in flat.items()]
     return _floor_macs(model, ladders)
+
+
+def must_stay(group: ChannelGroup, scores: Tensor, limits: Limits) -> Tensor:
+    """`[C]` bool: the channels that no budget takes, the best ones down to the group's floor."""
+    units = group.channels // group.tie
+    unit_scores = scores.detach().double().cpu().numpy().reshape(group.tie, units).sum(axis=0)
+    protected = _protected_units(group, unit_scores, limits)
+    fewest = _allowed(units, group.tie, int(protected.sum()), limits, group.channels)[-1]
+    stay = np.zeros(units, bool)
+    stay[np.lexsort((-unit_scores, ~protected))[:fewest]] = True
+    return torch.from_numpy(np.tile(stay, group.tie))
 
 
 def require_reachable(budget: int, floor: int, dense: int) -> None:
@@ -257,10 +268,15 @@ class _Search:
         )
         state = self._after(order[:count])
         self._refill(state)
-        if self.model.macs_of_sizes(state.sizes) >= _ENOUGH * self.budget:
+        if self.model.macs_of_sizes(state.sizes) >= _ENOUGH * self.budget or self._is_free(state):
             return state
         few = math.prod(len(ladder) + 1 for ladder in self.ladders) <= _FEW
         return self._best_of_all() if few else self._exchange(state)
+
+    def _is_free(self, state: _State) -> bool:
+        """Whether all that went scores exactly 0: no exchange for something of worth is wanted."""
+        pairs = zip(self.ladders, state.taken, strict=True)
+        return all(not ladder.scores[:t].any() for ladder, t in pairs)
 
     def _by_density(self) -> Ints:
         """Ladder numbers, one entry per rung, in the order of removal."""

@@ -171,6 +171,11 @@ class SoftMasks:
         """Masked groups where zero only approximates removal -> the layers that cause it."""
         return {n: layers for n, layers in self.table.inexact().items() if n in self.channels}
 
+    @property
+    def is_attached(self) -> bool:
+        """Whether the model runs masked at present."""
+        return self._depth > 0
+
     def parameters(self) -> list[nn.Parameter]:
         """The masks, in the table's order."""
         return list(self.channels.values())

@@ -1,0 +1,89 @@
+"""Hardening without a jump: masks become part of the weights that read the channels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.groups import CONV, Member
+from patrol_prune.masks import SoftMasks
+
+
+def fold_masks(masks: SoftMasks) -> None:
+    """Multiply every mask into the input weights of its consumers; exact.
+
+        w[:, idxs] <- w[:, idxs] * m[root_idxs]
+
+    Afterwards the model alone gives what the masked model gave, and a channel whose mask is zero
+    is read by nobody, so that its removal changes nothing either. The masks are then 1 where they
+    were not zero and 0 where they were: attached again, they change nothing.
+
+    Where a group crosses the split (`boundary="prune"`), the cloud's consumers take the mask. The
+    feature itself is then uploaded without it: its channels differ from the masked ones by one
+    constant factor each. That neither hides nor shows anything, because an attacker who
+    standardises every channel first, as ours and the surrogates do, divides that factor out.
+
+    Args:
+        masks: of the model in its present shape, not attached.
+
+    Raises:
+        InputError: the model was pruned since the masks were made, or they are attached.
+        UnsupportedModelError: two consumers share one weight but not one mask.
+    """
+    if masks.is_attached:
+        raise InputError("Expected masks that are not attached: they would act twice. Leave "
+                         "`with masks.attached()` first.")
+    if not masks.table.is_current():
+        raise InputError(
+            "Expected the model these masks were made for, came one that was pruned since. Fold "
+            "before pruning."
+        )
+    factors = _factors(masks)
+    with torch.no_grad():
+        for module, factor in factors.values():
+            weight = _weight(module)
+            weight.mul_(_as_weight(module, factor).to(weight.device, weight.dtype))
+        for mask in masks.channels.values():
+            mask.copy_((mask != 0).to(mask.dtype))
+
+
+def _factors(masks: SoftMasks) -> dict[int, tuple[nn.Module, Tensor]]:
+    """Weight -> (a layer that holds it, `[C_in]` factor), once per weight."""
+    layers: dict[int, tuple[nn.Module, Tensor]] = {}
+    for name, mask in masks.channels.items():
+        for member in masks.table.groups[name].consumers:
+            fresh = (member.module, torch.ones(member.width, device=mask.device))
+            _multiply(layers.setdefault(id(member.module), fresh)[1], member, mask.detach())
+    by_weight: dict[int, tuple[nn.Module, Tensor]] = {}
+    for module, factor in layers.values():
+        known = by_weight.setdefault(id(_weight(module)), (module, factor))
+        if not torch.equal(known[1], factor):
+            raise UnsupportedModelError(
+                f"Two layers share the weight of a {type(module).__name__} and read channels with "
+                "different masks: it cannot be folded. Give each layer its own weight."
+            )
+    return by_weight
+
+
+def _multiply(factor: Tensor, member: Member, mask: Tensor) -> None:
+    factor[member.idxs] = factor[member.idxs] * mask[member.root_idxs].to(factor.dtype)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _as_weight(module: nn.Module, factor: Tensor) -> Tensor:
+    """`[C_in]` factors in the shape that multiplies the layer's weight."""
+    if isinstance(module, nn.Linear):
+        return factor
+    assert isinstance(module, CONV)
+    spatial = (1,) * len(module.kernel_size)
+    if module.transposed:
+        return factor.view(-1, 1, *spatial)
+    per_group = factor.view(module.groups, -1)
+    rows = per_group.repeat_interleave(module.out_channels // module.groups, dim=0)
+    return rows.view(*rows.shape, *spatial)

@@ -1,0 +1,325 @@
+"""Masks and weights trained together on the whole objective, down to a budget of edge MACs.
+
+    min_{theta, m}  L + sum_i alpha_i k_i - beta * L_adv + gamma * sum_s c_s |m_s| / sum_s c_s
+
+The surrogates take their inner steps as in `finetune`. After every step of the weights the masks
+take a proximal gradient step (`shrinkage.py`), which reaches exact zeros. A controller moves gamma
+so that the edge MACs of the channels with a mask above zero follow a straight line from the dense
+edge to the budget. They are counted, not expected: a smooth expectation such as the MACs at
+`sum_s m_s` channels falls also while all masks shrink together and none is near zero, and meeting
+the budget with it says nothing of the edge that will run. At the end of the schedule the last few
+masks above the budget are zeroed, and the weights train on with the masks as they are.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patrol_prune.budget import MacModel, budget_as_count, check_budget
+from patrol_prune.choice import Limits
+from patrol_prune.errors import CheckpointError, InputError, UnsupportedModelError
+from patrol_prune.finetune import drive
+from patrol_prune.finetune_config import FinetuneConfig
+from patrol_prune.folding import fold_masks
+from patrol_prune.image_pool import TrainBatches
+from patrol_prune.mask_importance import MaskImportance
+from patrol_prune.masks import SoftMasks
+from patrol_prune.objective import ObjectiveTerms, PatrolObjective
+from patrol_prune.pruner import PatrolPruner, PruneResult
+from patrol_prune.shrinkage import Shrinker, adapted, scheduled_macs
+from patrol_prune.split import Split
+from patrol_prune.trainer import Trainer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MaskConfig(FinetuneConfig):
+    """Settings of learning masks; those of the weights and the surrogates are `FinetuneConfig`'s.
+
+    Attributes:
+        mask_lr: eta, the rate of the masks' gradient step; plain, without momentum.
+        gamma: the penalty's weight at the start; the controller takes it from there.
+        gain: of the controller, in e-folds of gamma over the whole schedule for an error as large
+            as all that has to go.
+        schedule_share: share of all steps over which the edge MACs come down; afterwards the
+            masks stay as they are and the weights train on.
+        refresh: steps between two computations of the structures' costs `c_s`.
+        keep_scale: see `Shrinker`.
+        max_pruning_ratio: largest share of a group's channels whose mask may be zero.
+        min_channels: channels of every group whose mask stays above zero.
+    """
+
+    mask_lr: float = 0.1
+    gamma: float = 1.0
+    gain: float = 100.0
+    schedule_share: float = 0.6
+    refresh: int = 10
+    keep_scale: bool = True
+    max_pruning_ratio: float = 1.0
+    min_channels: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        positive = {"mask_lr": self.mask_lr, "gamma": self.gamma, "gain": self.gain}
+        bad = [name for name, value in positive.items() if not value > 0]
+        bad += [] if 0 < self.schedule_share <= 1 else ["schedule_share"]
+        bad += [] if self.refresh >= 1 else ["refresh"]
+        if bad:
+            raise InputError(
+                f"MaskConfig: out of range: {', '.join(bad)}. mask_lr, gamma and gain are "
+                "positive, schedule_share lies in (0, 1], refresh is at least 1."
+            )
+        Limits(self.min_channels, self.max_pruning_ratio)
+
+    @property
+    def limits(self) -> Limits:
+        """The floors per group."""
+        return Limits(self.min_channels, self.max_pruning_ratio)
+
+
+@dataclass
+class LearnedMasks:
+    """Masks that meet a budget, and how they came to.
+
+    Attributes:
+        masks: the masks; the model's weights belong to them and not without them.
+        budget: edge MACs allowed.
+        dense_edge_macs: edge MACs without masks.
+        edge_macs: edge MACs of the channels whose mask is not zero, at most `budget`.
+        projected: channels that were zeroed at the end of the schedule to meet the budget, which
+            the penalty had not brought to zero.
+        gamma_history: gamma behind every step of the schedule.
+        edge_macs_history: edge MACs behind every step of the schedule.
+        records: one flat record per epoch: means of the terms, and gamma, edge_macs and
+            zero_channels at its end.
+        resumed_from: the epoch that training went on from.
+    """
+
+    masks: SoftMasks
+    budget: int
+    dense_edge_macs: int
+    edge_macs: int
+    projected: int = 0
+    gamma_history: list[float] = field(default_factory=list)
+    edge_macs_history: list[int] = field(default_factory=list)
+    records: list[dict[str, float]] = field(default_factory=list)
+    resumed_from: int = 0
+
+    @property
+    def channels(self) -> dict[str, Tensor]:
+        """Group name -> `[C]` mask, copies on the CPU, of the groups that were learned."""
+        return _values(self.masks)
+
+    def harden(self) -> PruneResult:
+        """Fold the masks into the weights and remove the channels whose mask is zero.
+
+        `split.model` then computes alone what the masked model computed, to rounding. The masks
+        are used up, as they are of the wider model.
+        """
+        masks, split = self.masks, self.masks.split
+        assert split is not None
+        importance = MaskImportance(masks)
+        fold_masks(masks)
+        pruner = PatrolPruner(split.model, split.example_inputs, importance, split=split,
+                              edge_macs=self.edge_macs, boundary=masks.boundary)
+        return pruner.step()
+
+
+def learn_masks(
+    split: Split,
+    train_batches: TrainBatches,
+    objective: PatrolObjective,
+    *,
+    edge_macs: float,
+    config: MaskConfig | None = None,
+    boundary: str = "keep",
+    teacher: nn.Module | None = None,
+    val_batches: Iterable[tuple[Tensor, Tensor]] | None = None,
+    checkpoint_dir: str | Path | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    device: str | torch.device = "cpu",
+) -> LearnedMasks:
+    """Train the weights and the masks of the edge's channels down to a budget.
+
+    Masks sit on the groups that `PatrolPruner` could prune at this `boundary`, but for those with
+    a layer that normalises over channels, where a zero is no removal. The model is trained in
+    place; call `harden()` on the result to get the small one.
+
+    Args:
+        split: the cut model.
+        train_batches: batches `(x, y)` in model-input space.
+        objective: of this split; alpha and beta of 0 leave the task and the penalty.
+        edge_macs: a fraction in (0, 1] of the dense edge, or a count.
+        config: see `MaskConfig`.
+        boundary: "keep" leaves the groups that cross the split without a mask, "prune" does not.
+        teacher: the dense model, for distillation; never trained here.
+        val_batches: accuracy of the masked model is measured on them after each epoch.
+        checkpoint_dir: one checkpoint per epoch is written there, whole or not at all.
+        resume: go on from the newest whole checkpoint in `checkpoint_dir`.
+        progress: show a bar.
+        device: where to train.
+
+    Raises:
+        BudgetError: the groups at their floors cost more than the budget.
+        InputError: no batch, an objective of another model, a budget that is none, more than one
+            process.
+        UnsupportedModelError: nothing on the edge can carry a mask.
+        TrainingError: a loss that is NaN or infinite, with the step and the term.
+        CheckpointError: the checkpoint to resume from is of another budget or boundary.
+    """
+    config = config or MaskConfig()
+    check_budget(edge_macs)
+    if len(train_batches) == 0:
+        raise InputError("Expected at least one batch to train on, came none.")
+    if objective.split.model is not split.model:
+        raise InputError("The objective watches another model than the one to train; build it "
+                         "on the same Split.")
+    masks = SoftMasks(split.model, split.example_inputs, split=split, boundary=boundary)
+    costs = MacModel(split, masks.table)
+    budget = budget_as_count(edge_macs, costs.dense)
+    trainer = _MaskTrainer(masks, costs, budget, objective, config, teacher,
+                           torch.device(device), len(train_batches))
+    with masks.attached():
+        trained = drive(trainer, train_batches, val_batches, checkpoint_dir, resume, progress)
+    trainer.freeze()
+    return LearnedMasks(
+        masks, budget, costs.dense, trainer.shrinker.macs(_values(masks)), trainer.projected,
+        trainer.gammas, trainer.macs, trained.history, trained.resumed_from,
+    )  # fmt: skip
+
+
+class _MaskTrainer(Trainer):
+    """A training stage whose masks take a proximal step behind every step of the weights."""
+
+    config: MaskConfig
+
+    def __init__(
+        self,
+        masks: SoftMasks,
+        costs: MacModel,
+        budget: int,
+        objective: PatrolObjective,
+        config: MaskConfig,
+        teacher: nn.Module | None,
+        device: torch.device,
+        batches: int,
+    ) -> None:
+        super().__init__(masks.model, objective, config, teacher, device, batches)
+        if self.accelerator.num_processes > 1:
+            raise InputError("Expected one process: the masks' gradients are not averaged.")
+        names = tuple(_values(masks))
+        if not names:
+            raise UnsupportedModelError(
+                "No channel group of the edge can carry a mask. Choose a deeper split point or "
+                "boundary='prune'."
+            )
+        self.masks = masks
+        self.shrinker = Shrinker(costs, names, config.limits, budget,
+                                 keep_scale=config.keep_scale)
+        self.steps = max(1, round(config.schedule_share * config.epochs * batches))
+        self.gamma, self.frozen, self.projected = config.gamma, False, 0
+        self.gammas: list[float] = []
+        self.macs: list[int] = []
+        self.shares: dict[str, Tensor] = {}
+
+    def train_epoch(self, epoch: int, batches: TrainBatches, progress: bool) -> dict[str, float]:
+        """One pass; the means of the terms, and where the masks stand."""
+        record = super().train_epoch(epoch, batches, progress)
+        values = _values(self.masks)
+        zeros = sum(int((v == 0).sum()) for v in values.values())
+        return {**record, "gamma": self.gamma, "edge_macs": self.shrinker.macs(values),
+                "zero_channels": zeros}
+
+    def after_step(self, step: int) -> None:
+        """The masks' proximal gradient step, and gamma's."""
+        if self.frozen:
+            return
+        moved = self._gradient_step()
+        if step % self.config.refresh == 0 or not self.shares:
+            self.shares = self.shrinker.shares(_values(self.masks))
+        dense, budget = self.shrinker.costs.dense, self.shrinker.budget
+        target = scheduled_macs(step + 1, self.steps, dense, budget)
+        done = self.shrinker.step(moved, self.config.mask_lr * self.gamma, self.shares, target)
+        error = (done.unlimited - target) / max(1, dense - budget)
+        self.gamma = adapted(self.gamma, error, self.config.gain, self.steps)
+        self._write(done.values)
+        self.gammas.append(self.gamma)
+        self.macs.append(done.macs)
+        if step + 1 >= self.steps:
+            self.freeze()
+
+    def freeze(self) -> None:
+        """Meet the budget by the smallest masks per MAC, and leave the masks alone from here on."""
+        if not self.frozen:
+            before = _values(self.masks)
+            after = self.shrinker.project(before)
+            self.projected = sum(int(((before[n] != 0) & (after[n] == 0)).sum()) for n in before)
+            self._write(after)
+            self.frozen = True
+            logger.info("edge MACs %d (budget %d), %d channels projected",
+                        self.shrinker.macs(after), self.shrinker.budget, self.projected)
+        for mask in self.masks.parameters():
+            mask.requires_grad_(False)
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The masks, their costs and the controller."""
+        tensors = {f"masks.{n}": v for n, v in _values(self.masks).items()}
+        tensors.update({f"shares.{n}": v for n, v in self.shares.items()})
+        about = {"budget": self.shrinker.budget, "gamma": self.gamma, "frozen": self.frozen,
+                 "projected": self.projected, "gammas": self.gammas, "macs": self.macs}
+        return tensors, {"learned_masks": about}
+
+    def load_extra(self, tensors: dict[str, Tensor], meta: dict[str, Any], path: str) -> None:
+        """Put back what `extra_state` gave."""
+        about = meta.get("learned_masks", {})
+        theirs = {k[6:]: v for k, v in tensors.items() if k.startswith("masks.")}
+        mine = _values(self.masks)
+        if about.get("budget") != self.shrinker.budget or theirs.keys() != mine.keys():
+            raise CheckpointError(
+                f"The checkpoint {path} is of other masks: {len(theirs)} groups and a budget of "
+                f"{about.get('budget')} MACs, here {len(mine)} and {self.shrinker.budget}. Resume "
+                "with the same split, boundary and budget, or start in another directory.",
+                path=path,
+            )
+        self._write(theirs)
+        self.shares = {k[7:]: v for k, v in tensors.items() if k.startswith("shares.")}
+        self.gamma, self.projected = float(about["gamma"]), int(about["projected"])
+        self.gammas, self.macs = list(about["gammas"]), list(about["macs"])
+        self.frozen = bool(about["frozen"])
+        if self.frozen:
+            self.freeze()
+
+    def _terms(self, x: Tensor, y: Tensor, beta_scale: float) -> ObjectiveTerms:
+        assert self.objective is not None
+        return self.objective.terms(x, y, masks=self.masks, beta_scale=beta_scale)
+
+    def _gradient_step(self) -> dict[str, Tensor]:
+        """`m - eta * dJ/dm` behind the clipped gradient, on the CPU; the gradients are used up."""
+        masks = {n: m for n, m in self.masks.channels.items() if n not in self.masks.inexact}
+        nn.utils.clip_grad_norm_(masks.values(), self.config.clip_norm)
+        moved = {}
+        for name, mask in masks.items():
+            gradient = 0.0 if mask.grad is None else self.config.mask_lr * mask.grad
+            moved[name] = (mask.detach() - gradient).cpu()
+        for mask in self.masks.parameters():
+            mask.grad = None
+        return moved
+
+    def _write(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            self.masks.set(name, value)
+
+
+def _values(masks: SoftMasks) -> dict[str, Tensor]:
+    """Group name -> `[C]` mask on the CPU, of the groups where a zero is a removal."""
+    return {n: m.detach().cpu().clone() for n, m in masks.channels.items()
+            if n not in masks.inexact}

@@ -1,0 +1,190 @@
+"""How learned masks get to zero: the proximal step, its costs, and the controller of its force.
+
+The masks carry `gamma * sum_s c_s |m_s| / sum_s c_s`, where `c_s` is the number of edge MACs that
+the removal of structure s saves. Its proximal step after a gradient step of rate eta is
+
+    m_s <- max(m_s - eta * gamma * c_s / sum_s c_s, 0)
+
+and reaches exact zeros. Tied channels move as one, and a group keeps its floor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from patrol_prune.budget import Ints, MacModel
+from patrol_prune.choice import Limits, choose, must_stay, require_reachable, smallest
+from patrol_prune.groups import ChannelGroup
+
+Values = dict[str, Tensor]
+
+_ALIVE = 1e-2
+_LARGEST_CHANGE = 0.7
+_HALVINGS = 12
+
+
+def soft_threshold(m: Tensor, threshold: Tensor) -> Tensor:
+    """`max(m - threshold, 0)`, the proximal map of `threshold * |m|` on masks `m >= 0`."""
+    return (m - threshold).clamp_min(0.0)
+
+
+def scheduled_macs(step: int, steps: int, dense: int, budget: int) -> int:
+    """Edge MACs wanted after `step` of `steps`: a straight line from `dense` to `budget`."""
+    return round(dense - (dense - budget) * min(1.0, step / max(1, steps)))
+
+
+def adapted(gamma: float, error: float, gain: float, steps: int) -> float:
+    """`gamma * exp(gain * error / steps)`, at most a factor of two per step.
+
+    Args:
+        gamma: the present force.
+        error: edge MACs above the schedule (below it: negative), over those that have to go.
+        gain: e-folds of gamma over the whole schedule for an error of 1.
+        steps: of the schedule.
+    """
+    change = gain * error / max(1, steps)
+    return gamma * math.exp(min(_LARGEST_CHANGE, max(-_LARGEST_CHANGE, change)))
+
+
+@dataclass(frozen=True)
+class Shrunk:
+    """What one proximal step did.
+
+    Attributes:
+        values: group name -> `[C]` masks after it.
+        macs: edge MACs of the channels whose mask is not zero.
+        unlimited: what they would be, had the schedule not cut the step short.
+    """
+
+    values: Values
+    macs: int
+    unlimited: int
+
+
+class Shrinker:
+    """Shrinks the masks of an edge's channel groups.
+
+    Args:
+        costs: the edge's MACs in closed form, at the widths of the masks.
+        names: the masked groups.
+        limits: floors per group.
+        budget: edge MACs to come down to.
+        keep_scale: give what a step takes from a group's masks back as one common factor. Weights
+            and BatchNorm behind a group undo any common factor of its masks, so that without
+            this all masks of a group go down side by side and cross zero in no useful order.
+
+    Raises:
+        BudgetError: the groups at their floors cost more than the budget.
+    """
+
+    def __init__(
+        self,
+        costs: MacModel,
+        names: tuple[str, ...],
+        limits: Limits,
+        budget: int,
+        *,
+        keep_scale: bool = True,
+    ) -> None:
+        self.costs, self.names, self.limits = costs, names, limits
+        self.budget, self.keep_scale = budget, keep_scale
+        require_reachable(budget, smallest(costs, names, limits=limits), costs.dense)
+        self._units = {name: _unit_patterns(costs, self._group(name)) for name in names}
+
+    def macs(self, values: Mapping[str, Tensor]) -> int:
+        """Edge MACs of the channels whose mask is not zero."""
+        return self.costs.macs({n: v.nonzero().flatten() for n, v in values.items()})
+
+    def shares(self, values: Mapping[str, Tensor]) -> Values:
+        """Group name -> `[C]`, `c_s / sum_s c_s` at the present sizes; tied channels share `c`."""
+        sizes = self.costs.sizes.copy()
+        for name, value in values.items():
+            np.subtract.at(sizes, self.costs.segments(name)[(value == 0).numpy()], 1)
+        now = self.costs.macs_of_sizes(sizes)
+        saved = {}
+        for name in self.names:
+            patterns, which = self._units[name]
+            fewer = np.maximum(sizes - patterns, 0)
+            tie = self._group(name).tie
+            per_unit = (now - self.costs.macs_of_sizes(fewer))[which] / tie
+            saved[name] = torch.from_numpy(np.tile(per_unit, tie)).float()
+        total = max(1.0, sum(float(s.sum()) for s in saved.values()))
+        return {name: s / total for name, s in saved.items()}
+
+    def step(
+        self, values: Mapping[str, Tensor], force: float, shares: Mapping[str, Tensor], target: int
+    ) -> Shrunk:
+        """One proximal step, cut short where it would bring the edge below `target` MACs.
+
+        Args:
+            values: group name -> `[C]` masks behind the gradient step, of any sign.
+            force: eta * gamma.
+            shares: as `shares` gave them.
+            target: the schedule's edge MACs.
+        """
+        tied = {n: _tied(v, self._group(n).tie) for n, v in values.items()}
+        stay = {n: must_stay(self._group(n), v, self.limits) for n, v in tied.items()}
+
+        def shrunk(part: float) -> Values:
+            return {n: self._shrink(v, part * force * shares[n], stay[n]) for n, v in tied.items()}
+
+        whole = shrunk(1.0)
+        unlimited = self.macs(whole)
+        if unlimited >= target or force == 0:
+            return Shrunk(whole, unlimited, unlimited)
+        part = _largest(lambda p: self.macs(shrunk(p)) >= target)
+        values = shrunk(part)
+        return Shrunk(values, self.macs(values), unlimited)
+
+    def project(self, values: Mapping[str, Tensor]) -> Values:
+        """The masks at the budget: of the smallest per MAC as many are zeroed as are too many."""
+        kept = choose(self.costs, values, self.budget, limits=self.limits)
+        result = {}
+        for name, value in values.items():
+            result[name] = torch.zeros_like(value)
+            result[name][kept[name]] = value[kept[name]]
+        return result
+
+    def _shrink(self, value: Tensor, threshold: Tensor, stay: Tensor) -> Tensor:
+        positive = value.clamp_min(0.0)
+        lowest = torch.where(stay, torch.tensor(_ALIVE), torch.tensor(0.0))
+        new = torch.maximum(soft_threshold(value, threshold), lowest)
+        if self.keep_scale and float(positive.sum()) > 0:
+            new = new * (positive.sum() / new.sum())
+        return new
+
+    def _group(self, name: str) -> ChannelGroup:
+        return self.costs.table.groups[name]
+
+
+def _largest(holds: Callable[[float], bool]) -> float:
+    """The largest part in [0, 1) found by bisection for which `holds`; 0 if it never does."""
+    low, high = 0.0, 1.0
+    for _ in range(_HALVINGS):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _tied(value: Tensor, tie: int) -> Tensor:
+    """Tied channels take their mean."""
+    if tie == 1:
+        return value
+    mean = value.view(tie, -1).mean(0)
+    return mean.repeat(tie)
+
+
+def _unit_patterns(costs: MacModel, group: ChannelGroup) -> tuple[Ints, Ints]:
+    """Kinds of tied unit of a group: `[K, S]` cost variables each takes away; `[U]` each's kind."""
+    segments = costs.segments(group.name).reshape(group.tie, -1)
+    patterns = np.zeros((segments.shape[1], len(costs.sizes)), np.int64)
+    for row in segments:
+        patterns[np.arange(len(row)), row] += 1
+    kinds, which = np.unique(patterns, axis=0, return_inverse=True)
+    return kinds, which.reshape(-1)

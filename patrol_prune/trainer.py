@@ -1,0 +1,196 @@
+"""The state of one training stage and its steps; `finetune` and `learn_masks` drive it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from patrol_prune.distillation import Distiller
+from patrol_prune.errors import InputError, TrainingError
+from patrol_prune.finetune_config import FinetuneConfig, learning_rate
+from patrol_prune.image_pool import ImagePool, TrainBatches, start_epoch
+from patrol_prune.lipschitz import frozen_statistics
+from patrol_prune.objective import ObjectiveTerms, PatrolObjective
+from patrol_prune.precision import autocast, channels_last_is_safe
+
+
+class _Step(nn.Module):
+    """One forward of everything trainable, as a module, so that DDP can wrap it."""
+
+    def __init__(self, model: nn.Module, forward: Callable[..., ObjectiveTerms]) -> None:
+        super().__init__()
+        self.model = model
+        self._forward = forward
+
+    def forward(self, x: Tensor, y: Tensor, beta_scale: float) -> ObjectiveTerms:
+        return self._forward(x, y, beta_scale)
+
+
+class Trainer:
+    """State of a training stage; `drive` runs it. A subclass may do more after every step."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        objective: PatrolObjective | None,
+        config: FinetuneConfig,
+        teacher: nn.Module | None,
+        device: torch.device,
+        batches: int,
+    ) -> None:
+        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        self.model, self.objective, self.config, self.teacher = model, objective, config, teacher
+        self.device = device if self.accelerator.num_processes == 1 else self.accelerator.device
+        model.to(self.device)
+        if self.device.type == "cpu" and channels_last_is_safe(model):
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if teacher is not None:
+            teacher.to(self.device).eval()
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if not trainable:
+            raise InputError("Expected parameters to train, but every one has requires_grad=False.")
+        self.optimizer = torch.optim.SGD(
+            trainable, lr=config.lr, momentum=config.momentum,
+            weight_decay=config.weight_decay, nesterov=config.momentum > 0,
+        )
+        self.step_module = _Step(model, self._terms)
+        if self.accelerator.num_processes > 1:
+            self.step_module = self.accelerator.prepare(self.step_module)
+        self.batches = batches
+        self.replay: tuple[Tensor, Tensor] | None = None
+        self.pool: ImagePool | None = None
+        self.distiller: Distiller | None = None
+        if teacher is not None and max(config.distill_weight, config.feature_weight) > 0:
+            self.distiller = Distiller(model, teacher, config.distill_temperature,
+                                       features=config.feature_weight > 0)
+
+    def close(self) -> None:
+        """Take what it put on the models off again."""
+        if self.distiller is not None:
+            self.distiller.close()
+
+    def warm_up_surrogates(self, batches: TrainBatches) -> None:
+        """Let the attackers inside catch up with the edge as it is, on the pool if there is one."""
+        batches = batches if self.pool is None else self.pool.batches
+        if self.objective is not None and self.objective.beta > 0:
+            steps = self.config.surrogate_warmup_steps
+            if steps:
+                start_epoch(batches, 0)
+                self.objective.fit_surrogates(batches, steps)
+
+    def train_epoch(self, epoch: int, batches: TrainBatches, progress: bool) -> dict[str, float]:
+        """One pass; returns the mean of every term."""
+        start_epoch(batches, epoch)
+        self.model.train()
+        sums: dict[str, float] = {}
+        count = 0
+        hidden = not progress or not self.accelerator.is_main_process
+        bar = tqdm(batches, desc=f"epoch {epoch + 1}/{self.config.epochs}", disable=hidden,
+                   leave=False)
+        for index, (x, y) in enumerate(bar):
+            values = self._train_step(epoch * self.batches + index, x.to(self.device),
+                                      y.to(self.device))
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value * len(x)
+            count += len(x)
+            bar.set_postfix({k: f"{v / count:.4f}" for k, v in sums.items()}, refresh=False)
+        return {"epoch": epoch + 1, **{name: total / count for name, total in sums.items()}}
+
+    def _train_step(self, step: int, x: Tensor, y: Tensor) -> dict[str, float]:
+        total_steps = self.batches * self.config.epochs
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(step, total_steps, self.config)
+        scale = min(1.0, (step + 1) / max(1.0, self.config.beta_warmup * total_steps))
+        terms = self.step_module(x, y, scale)
+        loss = terms.total
+        values = {"task": terms.task, "lipschitz": terms.lipschitz,
+                  "adversarial": terms.adversarial, "penalty": getattr(terms, "penalty", None)}
+        if self.distiller is not None:
+            with autocast(self.device, self.config.precision):
+                distilled, distance = self.distiller(x, terms.logits)
+            weight = self.config.distill_weight
+            loss = loss + weight * (distilled - terms.task)
+            values["distillation"] = distilled
+            if distance is not None:
+                loss = loss + self.config.feature_weight * distance
+                values["features"] = distance
+        self._refuse_nonfinite(step, {**values, "total": loss})
+        self.optimizer.zero_grad(set_to_none=True)
+        self.accelerator.backward(loss)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        self.optimizer.step()
+        self.after_step(step)
+        if self.objective is not None and self.objective.beta > 0:
+            self._inner_steps(terms.z.detach(), x)
+            every = self.config.renew_every
+            if every and (step + 1) % every == 0:
+                self.objective.surrogates.renew_weakest()
+        return {k: float(v.detach()) for k, v in values.items() if v is not None}
+
+    def after_step(self, step: int) -> None:
+        """What a subclass does behind the optimiser's step."""
+
+    def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a subclass puts into the checkpoint besides: tensors, and JSON."""
+        return {}, {}
+
+    def load_extra(self, tensors: dict[str, Tensor], meta: dict[str, Any], path: str) -> None:
+        """Put back what `extra_state` gave."""
+
+    def _inner_steps(self, z: Tensor, x: Tensor) -> None:
+        """Steps of the surrogates: on the pool's images where there is one.
+
+        Without one, the first step is on this batch and the others on the one before.
+        """
+        assert self.objective is not None
+        pixels = self.objective.normalization.to_pixels(x)
+        self.objective.surrogates.observe(z, pixels)
+        if self.pool is not None:
+            edge = self.objective.split.edge
+            for _ in range(self.config.inner_steps):
+                other = self.pool.next_images().to(self.device)
+                with torch.no_grad(), frozen_statistics(edge):
+                    with autocast(self.device, self.config.precision):
+                        seen = edge(other).float()
+                self.objective.update_surrogates(seen, other)
+            return
+        for number in range(self.config.inner_steps):
+            use = (z, x) if number == 0 or self.replay is None else self.replay
+            self.objective.update_surrogates(*use)
+        self.replay = (z, x)
+
+    def _terms(self, x: Tensor, y: Tensor, beta_scale: float) -> ObjectiveTerms:
+        if self.objective is not None:
+            return self.objective.terms(x, y, beta_scale=beta_scale)
+        with autocast(self.device, self.config.precision):
+            logits = self.model(x)
+        logits = logits.float()
+        _check_targets(logits, y)
+        task = F.cross_entropy(logits, y)
+        return ObjectiveTerms(task, None, None, task, None, logits, logits)
+
+    def _refuse_nonfinite(self, step: int, values: dict[str, Tensor | None]) -> None:
+        for name, value in values.items():
+            if value is not None and not math.isfinite(float(value.detach())):
+                raise TrainingError(
+                    f"The {name} term became {float(value.detach())} at step {step}. The last "
+                    "checkpoint is kept. Lower the learning rate, beta or alpha, or check the data "
+                    "for NaN, then resume.",
+                    step=step,
+                    term=name,
+                )
+
+
+def _check_targets(logits: Tensor, y: Tensor) -> None:
+    if logits.dim() == 2 and not y.is_floating_point() and int(y.max()) >= logits.shape[1]:
+        raise InputError(
+            f"Labels must lie in 0..{logits.shape[1] - 1}, as the model has {logits.shape[1]} "
+            f"outputs; came {int(y.max())}. Give the model as many outputs as there are classes."
+        )
