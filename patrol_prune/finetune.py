@@ -142,7 +142,7 @@ def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int)
     more, about = trainer.extra_state()
     tensors, meta = pack_state(trainer.model, trainer.optimizer, surrogates)
     if trainer.objective is not None:
-        tensors["generator"] = trainer.objective.generator.get_state()
+        tensors.update(trainer.objective.state())
     if trainer.replay is not None:
         tensors["replay.z"], tensors["replay.x"] = trainer.replay
     tensors.update(more)
@@ -170,7 +170,7 @@ def _resume(trainer: Trainer, result: FinetuneResult, directory: Path) -> None:
         surrogates = trainer.objective.surrogates
     unpack_state(tensors, meta, trainer.model, trainer.optimizer, surrogates, str(newest))
     if trainer.objective is not None:
-        trainer.objective.generator.set_state(tensors["generator"])
+        trainer.objective.load_state(tensors, str(newest))
     if "replay.z" in tensors:
         trainer.replay = (tensors["replay.z"].to(trainer.device),
                           tensors["replay.x"].to(trainer.device))

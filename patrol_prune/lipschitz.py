@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from patrol_prune.errors import InputError
 
-LipschitzForm = Literal["paper", "scale_free"]
+LipschitzForm = Literal["scale_free", "paper", "spectral"]
+SampledForm = Literal["paper", "scale_free"]
 Reduction = Literal["max", "mean"]
 TINY = 1e-12
 
@@ -22,7 +23,7 @@ def block_lipschitz(
     x: Tensor,
     delta: Tensor,
     *,
-    form: LipschitzForm = "paper",
+    form: SampledForm = "paper",
     reduction: Reduction = "max",
 ) -> Tensor:
     """Local Lipschitz constant of every block of a chain, estimated with one perturbation.
@@ -96,7 +97,7 @@ def frozen_statistics(module: nn.Module) -> Iterator[None]:
             layer.momentum = momentum
 
 
-def _size(difference: Tensor, reference: Tensor, form: LipschitzForm) -> Tensor:
+def _size(difference: Tensor, reference: Tensor, form: SampledForm) -> Tensor:
     """`||D||` per image, over `||h||` where the form is scale-free. Shape `[B]`."""
     size = torch.linalg.vector_norm(difference.flatten(1), dim=1)
     if form == "paper":

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from patrol_prune.lipschitz import (
 )
 from patrol_prune.pixels import Normalization
 from patrol_prune.precision import autocast
+from patrol_prune.spectral import SpectralBounds
 from patrol_prune.split import Split
 from patrol_prune.surrogate import DEFAULT_SURROGATES, SurrogateEnsemble, SurrogateSpec
 
@@ -75,7 +76,8 @@ class PatrolObjective:
             out.
         beta: weight of the adversarial reconstruction error; 0 leaves it out.
         noise_std: standard deviation of the Lipschitz perturbation, in input units.
-        lipschitz_form: "paper" or "scale_free", see `block_lipschitz`.
+        lipschitz_form: "paper" or "scale_free", see `block_lipschitz`; or "spectral", see
+            `SpectralBounds`, which looks at no image and no noise.
         lipschitz_reduction: "max" or "mean" over the batch.
         lipschitz_images: the first so many images of a batch are perturbed; the term is computed
             in full precision, where the rest may be mixed.
@@ -88,7 +90,11 @@ class PatrolObjective:
             are large enough (`reconstruction_error`).
         normalization: the map from pixels on [0, 1] to the model's input.
         precision: "auto", "fp32" or "bf16" arithmetic of the edge, the cloud and the surrogates.
-        seed: of the perturbations and the surrogates' initial weights.
+        seed: of the perturbations, the surrogates' initial weights and the spectral form's vectors.
+
+    Raises:
+        InputError: a setting out of its range.
+        UnsupportedModelError: the spectral form does not know an operator of the edge.
     """
 
     def __init__(
@@ -121,6 +127,11 @@ class PatrolObjective:
             raise InputError(
                 f"Expected adversarial_images of at least 2 or None, came {adversarial_images}."
             )
+        if lipschitz_form not in get_args(LipschitzForm):
+            raise InputError(
+                f"Expected lipschitz_form out of {', '.join(get_args(LipschitzForm))}, came "
+                f"{lipschitz_form!r}."
+            )
         self.split, self.task_loss = split, task_loss
         self.alpha, self.beta, self.noise_std = alpha, float(beta), noise_std
         self.uses_lipschitz = max(alphas) > 0
@@ -132,6 +143,42 @@ class PatrolObjective:
         self.surrogate_loss = surrogate_loss
         self.generator = torch.Generator().manual_seed(seed)
         self._surrogates: SurrogateEnsemble | None = None
+        self._spectral: SpectralBounds | None = None
+        if self.uses_spectral:
+            self.spectral  # noqa: B018  an edge it cannot read is refused here
+
+    @property
+    def uses_spectral(self) -> bool:
+        """Whether the Lipschitz term is the bound from spectral norms."""
+        return self.uses_lipschitz and self.lipschitz_form == "spectral"
+
+    @property
+    def spectral(self) -> SpectralBounds:
+        """The bounds of the edge's blocks, with their vectors; fresh ones after pruning."""
+        if self._spectral is None or not self._spectral.fits(self.split.blocks):
+            self._spectral = SpectralBounds(
+                self.split.blocks, self.split.example_inputs, seed=self.seed
+            )
+        return self._spectral
+
+    def state(self) -> dict[str, Tensor]:
+        """What training carries from step to step, but for the weights and the surrogates."""
+        tensors = {"generator": self.generator.get_state()}
+        if self.uses_spectral:
+            tensors |= {f"spectral.{k}": v for k, v in self.spectral.state().items()}
+        return tensors
+
+    def load_state(self, tensors: Mapping[str, Tensor], path: str) -> None:
+        """Put back what `state` gave, from among `tensors`.
+
+        Raises:
+            CheckpointError: the edge or the Lipschitz form is another one; `path` is named.
+        """
+        self.generator.set_state(tensors["generator"])
+        if self.uses_spectral:
+            prefix = "spectral."
+            vectors = {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
+            self.spectral.load_state(vectors, path)
 
     @property
     def surrogates(self) -> SurrogateEnsemble:
@@ -244,6 +291,9 @@ class PatrolObjective:
         return self.surrogates.strongest(z, pixels, precision=self.precision).mean()
 
     def _block_lipschitz(self, x: Tensor) -> Tensor:
+        if self.lipschitz_form == "spectral":
+            with autocast(x.device, "fp32"):
+                return self.spectral()
         part = x[: self.lipschitz_images]
         noise = torch.randn(part.shape, generator=self.generator) * self.noise_std
         with autocast(x.device, "fp32"), frozen_statistics(self.split.edge):

@@ -39,6 +39,7 @@ from patrol_prune.report import RunSummary, write_report
 from patrol_prune.run_summary import SUMMARY, read_summary, summarise
 from patrol_prune.rundir import CONFIG, RunDirectory, read_config
 from patrol_prune.settings import FREE_KEYS, RunConfig, resolve_device
+from patrol_prune.spectral_rules import read_blocks
 from patrol_prune.split import Split
 from patrol_prune.storage import atomic_write_json, newest_whole
 
@@ -158,6 +159,11 @@ class _Run:
             boundary=config.boundary, max_pruning_ratio=config.score.max_pruning_ratio,
             min_channels=config.score.min_channels,
         )
+        if config.privacy.lipschitz_form == "spectral" and (
+            config.privacy.alpha or config.score.lip_weight
+        ):  # an edge that form cannot read is refused before any training
+            chosen = Split(model, self.images.example(), at=made.recommended)
+            read_blocks(chosen.blocks, chosen.example_inputs)
         atomic_write_json(self.folder / "plan.json", made.to_json())
         self.say(made.text)
         self.folder.finish("plan", ["plan.json"], at=made.recommended,

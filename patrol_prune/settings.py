@@ -17,6 +17,7 @@ from patrol_prune.attacks import ATTACKS, DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.rundir import read_config
 from patrol_prune.storage import atomic_write_text
 
@@ -83,20 +84,26 @@ class PrivacyConfig:
         surrogate_loss: of these attackers: "mse+ssim" sees more than the paper's "mse"; "auto"
             takes it where the images have at least 11 pixels a side.
         noise_std: standard deviation of the Lipschitz perturbation, in input units.
-        lipschitz_form: "scale_free", or "paper", which scaling games can fool.
+        lipschitz_form: "scale_free"; or "paper", which scaling games can fool; or "spectral", a
+            bound from the layers' norms, which they can fool as well.
     """
 
     alpha: float = 0.0
     beta: float = 40.0
     surrogate_loss: Literal["auto", "mse", "mse+ssim"] = "auto"
     noise_std: float = 0.1
-    lipschitz_form: Literal["scale_free", "paper"] = "scale_free"
+    lipschitz_form: LipschitzForm = "scale_free"
 
     def __post_init__(self) -> None:
         if self.alpha < 0 or self.beta < 0 or self.noise_std <= 0:
             raise InputError(
                 "Expected privacy.alpha and privacy.beta of at least 0 and a positive "
                 f"privacy.noise_std, came {self.alpha}, {self.beta} and {self.noise_std}."
+            )
+        if self.lipschitz_form not in get_args(LipschitzForm):
+            raise InputError(
+                f"Expected privacy.lipschitz_form out of {', '.join(get_args(LipschitzForm))}, "
+                f"came {self.lipschitz_form!r}."
             )
 
 

@@ -21,6 +21,7 @@ from patrol_prune.finetune import (
     learning_rate,
     recalibrate_batchnorm,
 )
+from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.surrogate import SurrogateSpec
 
@@ -56,9 +57,14 @@ def _split() -> pp.Split:
         return pp.Split(Net(), torch.zeros(1, 3, 8, 8), at="conv2")
 
 
-def _train(split: pp.Split, config: FinetuneConfig = CONFIG, **more: object):
-    objective = PatrolObjective(split, F.cross_entropy, alpha=0.01, beta=1.0, surrogates=SPECS,
-                                precision="fp32")
+def _objective(split: pp.Split, form: LipschitzForm = "scale_free") -> PatrolObjective:
+    return PatrolObjective(split, F.cross_entropy, alpha=0.01, beta=1.0, surrogates=SPECS,
+                           precision="fp32", lipschitz_form=form)
+
+
+def _train(split: pp.Split, config: FinetuneConfig = CONFIG, *,
+           form: LipschitzForm = "scale_free", **more: object):
+    objective = _objective(split, form)
     batches = Batches(_images(), 16, shuffle=True, augment=True, seed=1)
     teacher = copy.deepcopy(_split().model)
     return finetune(split, batches, objective=objective, config=config, teacher=teacher,
@@ -86,13 +92,17 @@ def _pool() -> Batches:
 HARDER = dataclasses.replace(CONFIG, renew_every=3, feature_weight=0.5)
 
 
-@pytest.mark.parametrize("config, pooled", [(CONFIG, False), (HARDER, False), (HARDER, True)])
+@pytest.mark.parametrize(
+    "config, pooled, form",
+    [(CONFIG, False, "scale_free"), (CONFIG, False, "spectral"), (HARDER, False, "scale_free"),
+     (HARDER, True, "scale_free")],
+)
 def test_a_resumed_run_ends_with_the_same_bits(
-    tmp_path: Path, config: FinetuneConfig, pooled: bool
+    tmp_path: Path, config: FinetuneConfig, pooled: bool, form: LipschitzForm
 ) -> None:
     whole = _split()
     pool = {"surrogate_batches": _pool()} if pooled else {}
-    _train(whole, config, **pool)
+    _train(whole, config, form=form, **pool)
 
     class Killed(Exception):
         pass
@@ -104,14 +114,13 @@ def test_a_resumed_run_ends_with_the_same_bits(
             return super().__iter__()
 
     halted = _split()
-    objective = PatrolObjective(halted, F.cross_entropy, alpha=0.01, beta=1.0, surrogates=SPECS,
-                                precision="fp32")
     with pytest.raises(Killed):
         finetune(halted, Dies(_images(), 16, shuffle=True, augment=True, seed=1),
-                 objective=objective, config=config, teacher=copy.deepcopy(_split().model),
-                 checkpoint_dir=tmp_path, progress=False, **pool)
+                 objective=_objective(halted, form), config=config,
+                 teacher=copy.deepcopy(_split().model), checkpoint_dir=tmp_path, progress=False,
+                 **pool)
     resumed = _split()
-    result = _train(resumed, config, checkpoint_dir=tmp_path, resume=True, **pool)
+    result = _train(resumed, config, form=form, checkpoint_dir=tmp_path, resume=True, **pool)
     assert result.resumed_from == 2 and len(result.history) == 3
     for (name, a), b in zip(whole.model.state_dict().items(),
                             resumed.model.state_dict().values(), strict=True):
@@ -149,6 +158,13 @@ def test_resume_refuses_other_settings(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="lr"):
         _train(_split(), dataclasses.replace(CONFIG, epochs=1, lr=0.2), checkpoint_dir=tmp_path,
                resume=True)
+
+
+def test_resume_refuses_another_lipschitz_form(tmp_path: Path) -> None:
+    _train(_split(), dataclasses.replace(CONFIG, epochs=1), checkpoint_dir=tmp_path)
+    with pytest.raises(CheckpointError, match="Lipschitz form"):
+        _train(_split(), dataclasses.replace(CONFIG, epochs=1), form="spectral",
+               checkpoint_dir=tmp_path, resume=True)
 
 
 def test_a_nan_stops_with_step_and_term_and_keeps_the_checkpoint(tmp_path: Path) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch_pruning as tp
 from torch import nn
 from torch.nn import functional as F
 
 import patrol_prune as pp
-from patrol_prune.errors import InputError
+from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.pixels import Normalization
+from patrol_prune.spectral import SpectralBounds
 from patrol_prune.surrogate import SurrogateEnsemble, SurrogateSpec
 
 SPECS = (SurrogateSpec("residual", 8, 1), SurrogateSpec("transposed", 8))
@@ -184,7 +186,57 @@ def test_bad_settings_are_refused() -> None:
     split = _split()
     with pytest.raises(InputError, match="beta >= 0"):
         _objective(split, beta=-1.0)
+    with pytest.raises(InputError, match="lipschitz_form out of scale_free, paper, spectral"):
+        _objective(split, lipschitz_form="papr")
     with pytest.raises(InputError, match="at least one surrogate"):
         SurrogateEnsemble((4, 4, 4), (3, 8, 8), ())
     with pytest.raises(InputError, match="came none"):
         _objective(split).fit_surrogates([], 3)
+
+
+def test_the_spectral_form_is_the_bound_of_every_block() -> None:
+    split = _split()
+    x, y = _batch()
+    objective = _objective(split, beta=0.0, lipschitz_form="spectral", seed=5)
+    before = objective.generator.get_state()
+    terms = objective.terms(x, y)
+    bounds = SpectralBounds(split.blocks, x, seed=5)
+    assert terms.block_lipschitz is not None and terms.lipschitz is not None
+    torch.testing.assert_close(terms.block_lipschitz, bounds(), rtol=1e-2, atol=0.0)
+    torch.testing.assert_close(terms.lipschitz, 0.1 * terms.block_lipschitz.sum())
+    assert torch.equal(objective.generator.get_state(), before)
+    terms.total.backward()
+    assert all(p.grad is not None for p in (split.model.conv1.weight, split.model.bn1.weight))
+
+
+def test_the_spectral_form_follows_a_pruned_edge() -> None:
+    split = _split()
+    split.model.eval()
+    x, y = _batch()
+    objective = _objective(split, beta=0.0, lipschitz_form="spectral")
+    wide, scores = objective.spectral, tp.importance.GroupMagnitudeImportance()
+    pp.PatrolPruner(split.model, x, scores, split=split, edge_macs=0.6).step()
+    assert objective.spectral is not wide and objective.spectral is objective.spectral
+    terms = objective.terms(x, y)
+    fresh = _objective(split, beta=0.0, lipschitz_form="spectral").terms(x, y)
+    assert terms.block_lipschitz is not None and fresh.block_lipschitz is not None
+    assert torch.equal(terms.block_lipschitz, fresh.block_lipschitz)
+
+
+def test_the_spectral_form_scores_channels() -> None:
+    split = _split()
+    split.model.eval()
+    importance = pp.PatrolImportance(_objective(split, beta=0.0, lipschitz_form="spectral"))
+    importance.accumulate(*_batch())
+    changes = importance.raw["lipschitz"]
+    assert any(bool(v.any()) for v in changes.values())
+    assert all(bool((v <= 0).all()) for v in changes.values())  # a removal never raises a norm
+
+
+def test_an_edge_the_spectral_form_cannot_read_is_refused_at_once() -> None:
+    split = _split()
+    split.model.bn1 = nn.GroupNorm(2, 6)
+    split.refresh()
+    with pytest.raises(UnsupportedModelError, match=r"GroupNorm \(bn1\)"):
+        _objective(split, lipschitz_form="spectral")
+    _objective(split, lipschitz_form="spectral", alpha=0.0)

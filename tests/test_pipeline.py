@@ -18,13 +18,19 @@ from patrol_prune import pipeline
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.checkpoint import load, read_info
 from patrol_prune.cost import edge_macs
-from patrol_prune.errors import BudgetError, InputError, PatrolError, RunDirectoryError
+from patrol_prune.errors import (
+    BudgetError,
+    InputError,
+    PatrolError,
+    RunDirectoryError,
+    UnsupportedModelError,
+)
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
 from patrol_prune.pipeline import RunResult, audit_again, run
 from patrol_prune.preparation import read_images
 from patrol_prune.run_summary import read_summary, rewrite_report
-from patrol_prune.settings import AuditConfig, RunConfig, ScoreConfig
+from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig
 
 Writer = Callable[..., Path]
 
@@ -331,3 +337,15 @@ def test_given_weights_are_not_trained_again(
     result = run(config, progress=lambda stage, sentence: told.append(sentence))
     assert not any("Training small_resnet" in sentence for sentence in told)
     assert result.summary.dense == finished.summary.dense
+
+
+def test_an_edge_without_a_spectral_bound_is_refused_before_training(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = replace(
+        tiny(folder, tmp_path), model="mobilenet_v3_small", image_size=32, at="features.4",
+        edge_macs="0.9", privacy=PrivacyConfig(alpha=0.1, lipschitz_form="spectral"),
+    )
+    with pytest.raises(UnsupportedModelError, match="spectral.*mul"):
+        run(config)
+    assert not (tmp_path / "a" / "checkpoints").exists()

@@ -22,6 +22,7 @@ from patrol_prune.settings import (
 CHANGED = RunConfig(
     data="photos", edge_macs="0.5", at="layer2", weights=None, image_size=64, seed=3,
     score=ScoreConfig(round_to=8, lip_weight=0.0),
+    privacy=PrivacyConfig(alpha=0.1, lipschitz_form="spectral"),
     audit=AuditConfig(seeds=(0, 1, 2), attacker_images=(100, 1000), check_attacks=True),
 )
 
@@ -54,6 +55,7 @@ def test_frozen() -> None:
         ({"score": {"task_weight": 0, "lip_weight": 0, "adv_weight": 0}}, "one of them positive"),
         ({"score": {"steps": 0}}, r"score\.steps"),
         ({"privacy": {"beta": -1}}, r"privacy\.beta"),
+        ({"privacy": {"lipschitz_form": "spectrl"}}, "paper, spectral, came 'spectrl'"),
         ({"audit": {"attacks": ["inverse_netwrk"]}}, "Did you mean: inverse_network"),
         ({"audit": {"seeds": [1, 1]}}, "different seeds"),
         ({"audit": {"victims": 1}}, "2 victims"),
