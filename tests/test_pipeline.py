@@ -349,3 +349,26 @@ def test_an_edge_without_a_spectral_bound_is_refused_before_training(
     with pytest.raises(UnsupportedModelError, match="spectral.*mul"):
         run(config)
     assert not (tmp_path / "a" / "checkpoints").exists()
+
+
+def test_the_model_is_trained_between_two_pruning_steps(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[int, int]] = []
+    finetune = pipeline.finetune
+
+    def spy(split, *args, **more):  # type: ignore[no-untyped-def]
+        if hasattr(split, "edge"):
+            trained.append((more["config"].epochs, edge_macs(split)))
+        return finetune(split, *args, **more)
+
+    monkeypatch.setattr(pipeline, "finetune", spy)
+    config = tiny(folder, tmp_path)
+    config = replace(config, score=replace(config.score, steps=2, between_epochs=1))
+    result = run(config)
+    (between, halfway), (after, final) = trained
+    assert (between, after) == (1, config.finetune.epochs)
+    dense, budget = result.summary.dense["edge_macs"], result.summary.plan["budget"]
+    assert final == result.summary.pruned["edge_macs"] <= budget
+    assert budget < halfway < dense
+    assert abs(halfway - (dense + budget) / 2) < 0.05 * dense
