@@ -27,6 +27,7 @@ NAMES = {
     "magnitude": "magnitude pruning",
     "patrol": "**PATROL** (Lipschitz and adversarial)",
     "patrol-adversarial": "PATROL, adversarial term only",
+    "patrol-masks": "PATROL, learned masks, adversarial term only",
     "patrol-lipschitz": "PATROL, Lipschitz term only",
     "patrol-score-only": "PATROL's score, plain fine-tuning",
     "patrol-finetune-only": "Taylor's score, PATROL's fine-tuning",

@@ -25,16 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frontier_methods import (
-    DATASET,
-    NORMALIZATION,
-    Data,
-    Frontier,
-    Method,
-    defended,
-    dense_model,
-    methods,
-)
+from frontier_methods import DATASET, Frontier, Method, methods
+from frontier_models import NORMALIZATION, Data, defended, dense_model
 from jsonargparse import auto_cli
 from record import commit, write
 

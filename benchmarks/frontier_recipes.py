@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from patrol_prune.defences import Adversary
 from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.surrogate import DEFAULT_SURROGATES, SurrogateSpec
 
 LARGE = (
@@ -28,6 +29,8 @@ class Recipe:
         pool: they learn from images that the model is not trained on: the rest of the defender's.
         feature_weight: of the distance to the dense model's last features.
         epochs: as many times the sweep's.
+        alpha: weight of each block's Lipschitz constant.
+        lipschitz_form: of that term.
     """
 
     surrogates: tuple[SurrogateSpec, ...] = DEFAULT_SURROGATES
@@ -38,6 +41,8 @@ class Recipe:
     pool: bool = False
     feature_weight: float = 0.0
     epochs: int = 1
+    alpha: float = 0.0
+    lipschitz_form: LipschitzForm = "scale_free"
 
     def adversary(self) -> Adversary:
         return Adversary(images=self.images, surrogates=self.surrogates, loss=self.loss)
@@ -56,5 +61,8 @@ RECIPES: dict[str, Recipe] = {
     "pool": Recipe(surrogates=LARGE, images=None, pool=True),
     "features": Recipe(surrogates=LARGE, images=None, feature_weight=1.0),
     "long": Recipe(surrogates=LARGE, images=None, epochs=3),
+    "lipschitz-paper": Recipe(alpha=0.02, lipschitz_form="paper"),
+    "lipschitz-scale-free": Recipe(alpha=0.02),
+    "lipschitz-spectral": Recipe(alpha=0.002, lipschitz_form="spectral"),
 }
 """By name; "" is what every defence with an adversarial term gets."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from patrol_prune.cost import device_of, evaluating, feature_bytes
 from patrol_prune.errors import InputError
+from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.objective import PatrolObjective, TaskLoss
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
@@ -113,12 +114,14 @@ class Adversary:
         *,
         beta: float,
         alpha: float = 0.0,
+        lipschitz_form: LipschitzForm = "scale_free",
         normalization: Normalization | None,
         seed: int,
     ) -> PatrolObjective:
         """`L_task + alpha sum_i k_i - beta L_adv` with these attackers."""
         return PatrolObjective(
-            split, task_loss, alpha=alpha, beta=beta, adversarial_images=self.images,
+            split, task_loss, alpha=alpha, beta=beta, lipschitz_form=lipschitz_form,
+            adversarial_images=self.images,
             surrogates=self.surrogates, surrogate_lr=self.lr, surrogate_loss=self.loss,
             normalization=normalization, precision=self.precision, seed=seed,
         )

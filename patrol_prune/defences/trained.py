@@ -8,6 +8,7 @@ from typing import ClassVar
 from torch.nn import functional as F
 
 from patrol_prune.defences.base import Adversary, Defence, check_at_least
+from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.objective import PatrolObjective, TaskLoss
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
@@ -28,8 +29,9 @@ class Patrol(Defence):
     Ding et al., PATROL, WACV 2024.
 
     Attributes:
-        alpha: weight of each block's Lipschitz constant (scale-free form).
+        alpha: weight of each block's Lipschitz constant.
         beta: weight of the adversarial error; more is stronger.
+        lipschitz_form: "paper", "scale_free" or "spectral", see `PatrolObjective`.
         adversary: the attackers inside.
     """
 
@@ -38,6 +40,7 @@ class Patrol(Defence):
 
     alpha: float = 0.01
     beta: float = 40.0
+    lipschitz_form: LipschitzForm = "scale_free"
     adversary: Adversary = field(default_factory=Adversary)
 
     def __post_init__(self) -> None:
@@ -54,6 +57,7 @@ class Patrol(Defence):
     ) -> PatrolObjective:
         """See `Defence.objective`."""
         return self.adversary.objective(split, task_loss, alpha=self.alpha, beta=self.beta,
+                                        lipschitz_form=self.lipschitz_form,
                                         normalization=normalization, seed=seed)
 
 
