@@ -46,24 +46,25 @@ class MaskConfig(FinetuneConfig):
 
     Attributes:
         mask_lr: eta, the rate of the masks' gradient step; plain, without momentum.
-        gamma: the penalty's weight at the start; the controller takes it from there.
+        gamma: the penalty's weight at the start, over the one that brings a mask of 1 at average
+            cost to 0 in the time of the schedule; the controller takes it from there.
         gain: of the controller, in e-folds of gamma over the whole schedule for an error as large
             as all that has to go.
-        schedule_share: share of all steps over which the edge MACs come down; afterwards the
-            masks stay as they are and the weights train on.
+        schedule_share: share of all steps after which the edge MACs are at the budget; they come
+            down once the `warmup`, in which the masks follow their gradients alone, is over.
+            Afterwards the masks stay as they are and the weights train on.
         refresh: steps between two computations of the structures' costs `c_s`.
-        keep_scale: see `Shrinker`.
-        max_pruning_ratio: largest share of a group's channels whose mask may be zero.
-        min_channels: channels of every group whose mask stays above zero.
+        max_pruning_ratio: largest share of a group's channels whose mask may be zero; the others,
+            those with the largest masks, pay no penalty.
+        min_channels: channels of every group whose mask stays above zero, likewise.
     """
 
-    mask_lr: float = 0.1
+    mask_lr: float = 0.2
     gamma: float = 1.0
-    gain: float = 100.0
+    gain: float = 30.0
     schedule_share: float = 0.6
     refresh: int = 10
-    keep_scale: bool = True
-    max_pruning_ratio: float = 1.0
+    max_pruning_ratio: float = 0.5
     min_channels: int = 1
 
     def __post_init__(self) -> None:
@@ -223,10 +224,13 @@ class _MaskTrainer(Trainer):
                 "boundary='prune'."
             )
         self.masks = masks
-        self.shrinker = Shrinker(costs, names, config.limits, budget,
-                                 keep_scale=config.keep_scale)
-        self.steps = max(1, round(config.schedule_share * config.epochs * batches))
-        self.gamma, self.frozen, self.projected = config.gamma, False, 0
+        self.shrinker = Shrinker(costs, names, config.limits, budget)
+        total = config.epochs * batches
+        self.end = max(1, round(config.schedule_share * total))
+        self.start = min(round(config.warmup * total), self.end - 1)
+        structures = sum(len(m) for m in _values(masks).values())
+        self.gamma = config.gamma * structures / (config.mask_lr * (self.end - self.start))
+        self.frozen, self.projected = False, 0
         self.gammas: list[float] = []
         self.macs: list[int] = []
         self.shares: dict[str, Tensor] = {}
@@ -247,14 +251,17 @@ class _MaskTrainer(Trainer):
         if step % self.config.refresh == 0 or not self.shares:
             self.shares = self.shrinker.shares(_values(self.masks))
         dense, budget = self.shrinker.costs.dense, self.shrinker.budget
-        target = scheduled_macs(step + 1, self.steps, dense, budget)
-        done = self.shrinker.step(moved, self.config.mask_lr * self.gamma, self.shares, target)
-        error = (done.unlimited - target) / max(1, dense - budget)
-        self.gamma = adapted(self.gamma, error, self.config.gain, self.steps)
+        steps, passed = self.end - self.start, step + 1 - self.start
+        target = scheduled_macs(passed, steps, dense, budget)
+        force = self.config.mask_lr * self.gamma if passed > 0 else 0.0
+        done = self.shrinker.step(moved, force, self.shares, target)
+        if passed > 0:
+            error = (done.unlimited - target) / max(1, dense - budget)
+            self.gamma = adapted(self.gamma, error, self.config.gain, steps)
         self._write(done.values)
         self.gammas.append(self.gamma)
         self.macs.append(done.macs)
-        if step + 1 >= self.steps:
+        if step + 1 >= self.end:
             self.freeze()
 
     def freeze(self) -> None:

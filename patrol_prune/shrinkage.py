@@ -5,7 +5,10 @@ the removal of structure s saves. Its proximal step after a gradient step of rat
 
     m_s <- max(m_s - eta * gamma * c_s / sum_s c_s, 0)
 
-and reaches exact zeros. Tied channels move as one, and a group keeps its floor.
+and reaches exact zeros. Tied channels move as one. The channels that hold a group's floor, the
+largest masks, pay nothing (a trimmed L1 norm): no budget takes them. Without that all masks of a
+group go down side by side, because the weights and BatchNorm behind it undo any common factor of
+them, and cross zero in no useful order.
 """
 
 from __future__ import annotations
@@ -36,7 +39,7 @@ def soft_threshold(m: Tensor, threshold: Tensor) -> Tensor:
 
 def scheduled_macs(step: int, steps: int, dense: int, budget: int) -> int:
     """Edge MACs wanted after `step` of `steps`: a straight line from `dense` to `budget`."""
-    return round(dense - (dense - budget) * min(1.0, step / max(1, steps)))
+    return round(dense - (dense - budget) * min(1.0, max(0.0, step / max(1, steps))))
 
 
 def adapted(gamma: float, error: float, gain: float, steps: int) -> float:
@@ -75,9 +78,6 @@ class Shrinker:
         names: the masked groups.
         limits: floors per group.
         budget: edge MACs to come down to.
-        keep_scale: give what a step takes from a group's masks back as one common factor. Weights
-            and BatchNorm behind a group undo any common factor of its masks, so that without
-            this all masks of a group go down side by side and cross zero in no useful order.
 
     Raises:
         BudgetError: the groups at their floors cost more than the budget.
@@ -89,11 +89,8 @@ class Shrinker:
         names: tuple[str, ...],
         limits: Limits,
         budget: int,
-        *,
-        keep_scale: bool = True,
     ) -> None:
-        self.costs, self.names, self.limits = costs, names, limits
-        self.budget, self.keep_scale = budget, keep_scale
+        self.costs, self.names, self.limits, self.budget = costs, names, limits, budget
         require_reachable(budget, smallest(costs, names, limits=limits), costs.dense)
         self._units = {name: _unit_patterns(costs, self._group(name)) for name in names}
 
@@ -132,7 +129,7 @@ class Shrinker:
         stay = {n: must_stay(self._group(n), v, self.limits) for n, v in tied.items()}
 
         def shrunk(part: float) -> Values:
-            return {n: self._shrink(v, part * force * shares[n], stay[n]) for n, v in tied.items()}
+            return {n: _trimmed(v, part * force * shares[n], stay[n]) for n, v in tied.items()}
 
         whole = shrunk(1.0)
         unlimited = self.macs(whole)
@@ -151,16 +148,13 @@ class Shrinker:
             result[name][kept[name]] = value[kept[name]]
         return result
 
-    def _shrink(self, value: Tensor, threshold: Tensor, stay: Tensor) -> Tensor:
-        positive = value.clamp_min(0.0)
-        lowest = torch.where(stay, torch.tensor(_ALIVE), torch.tensor(0.0))
-        new = torch.maximum(soft_threshold(value, threshold), lowest)
-        if self.keep_scale and float(positive.sum()) > 0:
-            new = new * (positive.sum() / new.sum())
-        return new
-
     def _group(self, name: str) -> ChannelGroup:
         return self.costs.table.groups[name]
+
+
+def _trimmed(value: Tensor, threshold: Tensor, stay: Tensor) -> Tensor:
+    """The soft threshold of all but those that stay, which stay above zero."""
+    return torch.where(stay, value.clamp_min(_ALIVE), soft_threshold(value, threshold))
 
 
 def _largest(holds: Callable[[float], bool]) -> float:
