@@ -6,10 +6,11 @@ killed goes on where it was, to the same result.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -87,12 +88,32 @@ def run(
         PatrolError: whatever is wrong with the settings, the images, the model or the directory,
             as a sentence; as far as possible before any training.
     """
+    with _opened(config, overwrite, progress, bars) as work:
+        return work.go()
+
+
+def train_dense(
+    config: RunConfig, *, progress: Progress | None = None, bars: bool = False
+) -> Path:
+    """The stages of `run` up to the dense model, and no further: the path of its weights.
+
+    Runs with other settings after that stage may share them as their `weights`. Raises as `run`.
+    """
+    with _opened(config, False, progress, bars) as work:
+        work.do(STAGES[: STAGES.index("model") + 1])
+        return work.folder / DENSE / checkpoint.WEIGHTS
+
+
+@contextlib.contextmanager
+def _opened(
+    config: RunConfig, overwrite: bool, progress: Progress | None, bars: bool
+) -> Iterator[_Run]:
     device = resolve_device(config.device)
     images = read_images(config)
     incoming_model(config, len(images.classes))
     path = Path(config.runs) / config.name
     with RunDirectory(path, config.to_dict(), overwrite=overwrite, free_keys=FREE_KEYS) as folder:
-        return _Run(config, folder, images, device, progress, bars).go()
+        yield _Run(config, folder, images, device, progress, bars)
 
 
 class _Run:
@@ -107,13 +128,17 @@ class _Run:
         self.stage = ""
 
     def go(self, again: Sequence[str] = ()) -> RunResult:
-        """Every stage in order; the first that is not done makes the later ones due as well.
-
-        Args:
-            again: stages to do in any case.
-        """
+        """Every stage; `again` names those to do in any case."""
         self.folder.forget(again)
-        for number, stage in enumerate(STAGES):
+        self.do(STAGES)
+        result = AuditReport.from_json(self.folder / "audit.json")
+        return RunResult(
+            self.folder.path, read_summary(self.folder.path), result, self.folder / "report.html"
+        )
+
+    def do(self, stages: Sequence[str]) -> None:
+        """These, in order; the first that is not done makes all later ones due as well."""
+        for number, stage in enumerate(stages):
             self.stage = stage
             if self.folder.done(stage):
                 self.check_images()
@@ -121,10 +146,6 @@ class _Run:
             self.folder.forget(STAGES[number:])
             self.folder.event("stage begins", stage=stage)
             getattr(self, f"do_{stage}")()
-        result = AuditReport.from_json(self.folder / "audit.json")
-        return RunResult(
-            self.folder.path, read_summary(self.folder.path), result, self.folder / "report.html"
-        )
 
     def say(self, sentence: str) -> None:
         logger.info("%s: %s", self.stage, sentence)
@@ -288,7 +309,8 @@ class _Run:
         found = audit(
             self.load(EDGE), self.images.attacker, self.images.victims,
             attacks=config.audit.attacks, seeds=config.audit.seeds,
-            normalization=self.images.normalization, undefended=self.load(DENSE),
+            normalization=self.images.normalization,
+            undefended=self.load(DENSE) if config.audit.undefended else None,
             config=config.attacker, settings={"rmle": config.rmle},
             attacker_labels=self.images.attacker_labels,
             attacker_images=(None, *config.audit.attacker_images),
