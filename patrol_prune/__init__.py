@@ -25,6 +25,8 @@ _WHERE = {
     "TrainingError": "errors",
     "CheckpointError": "errors",
     "RunDirectoryError": "errors",
+    "UnmetLimitsError": "errors",
+    "MissingPackageError": "errors",
     "Normalization": "pixels",
     "ImageSet": "data",
     "Batches": "data",
@@ -79,6 +81,10 @@ _WHERE = {
     "jacobian_effective_rank": "jacobian",
     "AuditReport": "audit",
     "audit": "audit",
+    "TuneConfig": "tune_settings",
+    "TuneResult": "tune_result",
+    "TuneTrial": "tune_result",
+    "tune": "tune",
 }
 
 __all__ = sorted([*_WHERE, "__version__"])
@@ -102,9 +108,11 @@ if TYPE_CHECKING:
         BudgetError,
         CheckpointError,
         InputError,
+        MissingPackageError,
         PatrolError,
         RunDirectoryError,
         TrainingError,
+        UnmetLimitsError,
         UnsupportedModelError,
     )
     from patrol_prune.finetune import FinetuneConfig, finetune, recalibrate_batchnorm
@@ -122,6 +130,9 @@ if TYPE_CHECKING:
     from patrol_prune.pruner import PatrolPruner
     from patrol_prune.split import Split, SplitPoint, split_points
     from patrol_prune.surrogate import SurrogateEnsemble, SurrogateSpec
+    from patrol_prune.tune import tune
+    from patrol_prune.tune_result import TuneResult, TuneTrial
+    from patrol_prune.tune_settings import TuneConfig
 
 
 def __getattr__(name: str) -> Any:

@@ -14,7 +14,8 @@ from rich.text import Text
 from patrol_prune.attacks import ATTACKS
 from patrol_prune.audit_model import ModelAudit, audit_model
 from patrol_prune.errors import InputError
-from patrol_prune.pipeline import RunResult, audit_again
+from patrol_prune.pipeline import RunResult
+from patrol_prune.reaudit import audit_again
 from patrol_prune.settings import build
 from patrol_prune.tables import attack_table, flag_lines
 

@@ -1,4 +1,4 @@
-"""`patrol-prune plan | run | audit | report | demo`.
+"""`patrol-prune plan | run | tune | audit | report | demo`.
 
 Exit codes: 0 done, 2 something in the call is wrong (one message says what), 130 interrupted.
 """

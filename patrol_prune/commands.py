@@ -17,6 +17,7 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
+from patrol_prune import _tune_command
 from patrol_prune._audit_command import add_options, attack
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
@@ -35,6 +36,7 @@ OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
 USAGE = {
     "plan": "patrol-prune plan --edge-macs BUDGET [--model NAME] [options]",
     "run": "patrol-prune run --data FOLDER --edge-macs BUDGET [--model NAME] [options]",
+    "tune": "patrol-prune tune --data FOLDER --edge-macs BUDGET [--min-accuracy SHARE] [options]",
     "audit": "patrol-prune audit RUN [options] | --model NAME --at LAYER --data FOLDER [options]",
     "report": "patrol-prune report RUN",
     "demo": "patrol-prune demo [options]",
@@ -47,6 +49,7 @@ EXAMPLES = {
   patrol-prune demo
   patrol-prune plan --model resnet18 --image-size 128 --edge-macs 200M
   patrol-prune run --data photos --model resnet18 --edge-macs 200M --name photos
+  patrol-prune tune --data photos --model resnet18 --edge-macs 200M --min-accuracy 0.8
   patrol-prune audit runs/photos --seeds 0 1 2
   patrol-prune report runs/photos
 
@@ -71,6 +74,23 @@ Example:
 
 Every setting can stand in a file: `--print-config` writes one, `--config FILE` reads it, and
 options after it change it. The same settings resume a run that was interrupted.""",
+    "tune": """Search beta, alpha, the split and how much of the budget to use, for your own model,
+images and limits. What is asked for is that of `run`, and limits:
+
+  --min-accuracy SHARE        the least accuracy, or
+  --max-accuracy-drop SHARE   how far below the dense model's it may lie
+  --max-feature-bytes N       the most that is uploaded per image
+  --trials N                  finished trials of the whole study
+  --storage WHERE             a database's URL or a file, for workers on several machines
+
+Example:
+  patrol-prune tune --data photos --model resnet18 --edge-macs 200M --max-accuracy-drop 0.02
+
+The same command started again goes on; started twice, both work on one study. What comes out is a
+front of trials, each with settings for `patrol-prune run --config`. A trial's attack is short: it
+ranks, and only the full run says what an attacker sees.
+
+It needs Optuna: pip install 'optuna>=4'""",
     "audit": """Attack an edge with fresh attackers: the finished one of a run, whose report is
 written anew, or that of any model, ours or not, cut where you say.
 
@@ -160,6 +180,7 @@ def make_parser() -> ArgumentParser:
     made["run"].add_argument("--overwrite", action="store_true",
                              help="start anew if the directory holds another run")
     add_options(made["audit"])
+    _tune_command.add_options(made["tune"])
     made["report"].add_argument("run", type=str, help="a run's folder, as in runs/photos")
     made["demo"].add_argument("--name", type=str, default="demo", help="of the run")
     made["demo"].add_argument("--runs", type=str, default="runs", help="the folder of all runs")
@@ -168,6 +189,7 @@ def make_parser() -> ArgumentParser:
     made["demo"].add_argument("--overwrite", action="store_true", help="start anew")
     summaries = {
         "plan": "where to cut, and how hard to prune there", "run": "the whole path on your images",
+        "tune": "search good settings for your images and limits",
         "audit": "attack a finished run again", "report": "write a run's page again",
         "demo": "the whole path on rendered vehicles, offline",
     }
@@ -285,6 +307,10 @@ def _conclude(result: RunResult) -> None:
     console.print(Text(f"Report: {result.report.resolve()}"), soft_wrap=True)
 
 
+def _tune(options: Namespace) -> None:
+    _tune_command.search(options.as_dict(), _tell, sys.stderr.isatty())
+
+
 def _audit(options: Namespace) -> None:
     attack(options.as_dict(), _tell, _conclude)
 
@@ -321,5 +347,5 @@ def _demo(options: Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[Any], None]] = {
-    "plan": _plan, "run": _run, "audit": _audit, "report": _report, "demo": _demo,
+    "plan": _plan, "run": _run, "tune": _tune, "audit": _audit, "report": _report, "demo": _demo,
 }

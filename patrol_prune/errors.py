@@ -52,6 +52,14 @@ class RunDirectoryError(PatrolError):
     """The run directory holds something else than this run."""
 
 
+class UnmetLimitsError(PatrolError):
+    """No trial of a search keeps to the limits; the message says which is the hardest to meet."""
+
+
+class MissingPackageError(PatrolError):
+    """An optional package is not installed; the message says what to type."""
+
+
 def nearest(name: str, names: Iterable[str], count: int = 5) -> str:
     """The sentence that offers the names closest to a misspelt one, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.3)

@@ -18,6 +18,7 @@ from patrol_prune.errors import InputError
 INK, MUTED, PALE = "#1d2733", "#5b6673", "#d5dce4"
 ACCENT, WARM, GREY = "#0b6e69", "#b5482a", "#8a94a0"
 _MOST_NAMED_LAYERS = 60
+_MARKS = "os^Dv<>p"
 _TERMS = {
     "accuracy": "Accuracy on held-out pictures (%)",
     "task": "Task loss",
@@ -172,3 +173,63 @@ def training(history: Sequence[Mapping[str, Any]]) -> bytes:
     figure.supxlabel("epoch of fine-tuning", fontsize=8, color=MUTED, y=0.01)
     figure.tight_layout(pad=0.5)
     return _png(figure)
+
+
+def front(
+    trials: Sequence[tuple[int, str, float, float, bool]],
+    numbers: Sequence[int],
+    *,
+    floor: float | None = None,
+) -> bytes:
+    """Accuracy against SSIM: (number, split, SSIM, accuracy, whether every limit is met).
+
+    Args:
+        trials: of a search.
+        numbers: those on the front, which are joined and named.
+        floor: the least accuracy that is allowed.
+    """
+    figure = Figure(figsize=(7.6, 4.4))
+    axes = figure.subplots()
+    splits = sorted({split for _, split, _, _, _ in trials})
+    for i, split in enumerate(splits):
+        for met, marker, colour, size in ((True, _MARKS[i % len(_MARKS)], GREY, 34),
+                                          (False, "x", PALE, 26)):
+            points = [(x, 100 * y) for _, s, x, y, able in trials if s == split and able == met]
+            if points:
+                axes.scatter([x for x, _ in points], [y for _, y in points], marker=marker,
+                             color=colour, s=size, linewidth=1.2, zorder=2)
+    best = sorted((x, 100 * y, n, s) for n, s, x, y, _ in trials if n in set(numbers))
+    if best:
+        axes.step([x for x, *_ in best], [y for _, y, *_ in best], where="post", color=ACCENT,
+                  linewidth=1.4, zorder=3)
+    for x, y, number, split in best:
+        axes.scatter([x], [y], marker=_MARKS[splits.index(split) % len(_MARKS)], color=ACCENT,
+                     s=46, zorder=4)
+        axes.annotate(str(number), (x, y), xytext=(-4, 5), textcoords="offset points", ha="right",
+                      fontsize=8, color=INK)
+    if floor is not None:
+        axes.axhline(100 * floor, color=WARM, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        axes.annotate(f"least accuracy {100 * floor:.1f}%", (1.0, 100 * floor), ha="right",
+                      xycoords=("axes fraction", "data"), xytext=(0, 3), fontsize=8, color=WARM,
+                      textcoords="offset points")
+    _name_the_marks(axes, splits, any(not able for *_, able in trials), bool(best))
+    axes.margins(0.08)
+    axes.set_xlabel("SSIM of a short attack (further left, the picture is less like)", fontsize=8,
+                    color=MUTED)
+    axes.set_ylabel("accuracy after a short fine-tuning (%)", fontsize=8, color=MUTED)
+    axes.grid(color=PALE, linewidth=0.5, zorder=0)
+    _plain(axes)
+    figure.tight_layout(pad=0.5)
+    return _png(figure)
+
+
+def _name_the_marks(axes: Axes, splits: Sequence[str], missed: bool, best: bool) -> None:
+    marks = [(_MARKS[i % len(_MARKS)], GREY, f"cut after {split}")
+             for i, split in enumerate(splits)]
+    marks += [("x", PALE, "misses a limit")] if missed else []
+    for marker, color, label in marks:
+        axes.scatter([], [], marker=marker, color=color, label=_literal(label), s=30)
+    if best:
+        axes.plot([], [], color=ACCENT, linewidth=1.4, label="front, with numbers of trials")
+    axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0),
+                borderaxespad=0.2)

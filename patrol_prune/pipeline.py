@@ -6,10 +6,11 @@ killed goes on where it was, to the same result.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from patrol_prune.preparation import (
 from patrol_prune.pruner import PatrolPruner
 from patrol_prune.report import RunSummary, write_report
 from patrol_prune.run_summary import SUMMARY, read_summary, summarise
-from patrol_prune.rundir import CONFIG, RunDirectory, read_config
+from patrol_prune.rundir import RunDirectory
 from patrol_prune.settings import FREE_KEYS, RunConfig, resolve_device
 from patrol_prune.spectral_rules import read_blocks
 from patrol_prune.split import Split
@@ -88,15 +89,35 @@ def run(
         PatrolError: whatever is wrong with the settings, the images, the model or the directory,
             as a sentence; as far as possible before any training.
     """
+    with _opened(config, overwrite, progress, bars) as work:
+        return work.go()
+
+
+def train_dense(
+    config: RunConfig, *, progress: Progress | None = None, bars: bool = False
+) -> Path:
+    """The stages of `run` up to the dense model, and no further: the path of its weights.
+
+    Runs with other settings after that stage may share them as their `weights`. Raises as `run`.
+    """
+    with _opened(config, False, progress, bars) as work:
+        work.do(STAGES[: STAGES.index("model") + 1])
+        return work.folder / DENSE / checkpoint.WEIGHTS
+
+
+@contextlib.contextmanager
+def _opened(
+    config: RunConfig, overwrite: bool, progress: Progress | None, bars: bool
+) -> Iterator[Work]:
     device = resolve_device(config.device)
     images = read_images(config)
     incoming_model(config, len(images.classes))
     path = Path(config.runs) / config.name
     with RunDirectory(path, config.to_dict(), overwrite=overwrite, free_keys=FREE_KEYS) as folder:
-        return _Run(config, folder, images, device, progress, bars).go()
+        yield Work(config, folder, images, device, progress, bars)
 
 
-class _Run:
+class Work:
     """One run; a method for each stage."""
 
     def __init__(
@@ -108,13 +129,17 @@ class _Run:
         self.stage = ""
 
     def go(self, again: Sequence[str] = ()) -> RunResult:
-        """Every stage in order; the first that is not done makes the later ones due as well.
-
-        Args:
-            again: stages to do in any case.
-        """
+        """Every stage; `again` names those to do in any case."""
         self.folder.forget(again)
-        for number, stage in enumerate(STAGES):
+        self.do(STAGES)
+        result = AuditReport.from_json(self.folder / "audit.json")
+        return RunResult(
+            self.folder.path, read_summary(self.folder.path), result, self.folder / "report.html"
+        )
+
+    def do(self, stages: Sequence[str]) -> None:
+        """These, in order; the first that is not done makes all later ones due as well."""
+        for number, stage in enumerate(stages):
             self.stage = stage
             if self.folder.done(stage):
                 self.check_images()
@@ -122,10 +147,6 @@ class _Run:
             self.folder.forget(STAGES[number:])
             self.folder.event("stage begins", stage=stage)
             getattr(self, f"do_{stage}")()
-        result = AuditReport.from_json(self.folder / "audit.json")
-        return RunResult(
-            self.folder.path, read_summary(self.folder.path), result, self.folder / "report.html"
-        )
 
     def say(self, sentence: str) -> None:
         logger.info("%s: %s", self.stage, sentence)
@@ -313,7 +334,8 @@ class _Run:
         found = audit(
             self.load(EDGE), self.images.attacker, self.images.victims,
             attacks=config.audit.attacks, seeds=config.audit.seeds,
-            normalization=self.images.normalization, undefended=self.load(DENSE),
+            normalization=self.images.normalization,
+            undefended=self.load(DENSE) if config.audit.undefended else None,
             config=config.attacker, settings={"rmle": config.rmle},
             attacker_labels=self.images.attacker_labels,
             attacker_images=(None, *config.audit.attacker_images),
@@ -333,52 +355,6 @@ class _Run:
         )
         self.say(f"The report is {page}.")
         self.folder.finish("report", [SUMMARY, "report.html", "figures"])
-
-
-def audit_again(
-    directory: str | Path,
-    *,
-    attacks: Sequence[str] | None = None,
-    seeds: Sequence[int] | None = None,
-    attacker_images: Sequence[int] | None = None,
-    check_attacks: bool | None = None,
-    device: str | None = None,
-    progress: Progress | None = None,
-) -> RunResult:
-    """Attack the finished edge of a run once more, with other attackers, and report anew.
-
-    Args:
-        directory: of the run.
-        attacks: names; those of the run without.
-        seeds: one fresh attacker for each; those of the run without.
-        attacker_images: attack once more with only so many images each; as in the run without.
-        check_attacks: let every attack invert trivial edges first; as in the run without.
-        device: where; that of the run without.
-        progress: called with each stage and what happens in it.
-
-    Raises:
-        RunDirectoryError: there is no run, or it has no finished edge yet.
-    """
-    path = Path(directory)
-    if not (path / CONFIG).is_file():
-        raise RunDirectoryError(f"{path} holds no run: it has no {CONFIG}. Give a run's folder.")
-    config = RunConfig.from_yaml(path / CONFIG)
-    own = config.audit
-    who = replace(
-        own, attacks=tuple(attacks or own.attacks),
-        seeds=tuple(own.seeds if seeds is None else seeds),
-        attacker_images=tuple(own.attacker_images if attacker_images is None else attacker_images),
-        check_attacks=own.check_attacks if check_attacks is None else check_attacks,
-    )
-    chosen = replace(config, device=device or config.device, audit=who)
-    where, images = resolve_device(chosen.device), read_images(config)
-    with RunDirectory(path, read_config(path / CONFIG)) as folder:
-        if not folder.done("finetune"):
-            raise RunDirectoryError(
-                f"The run in {path} has no finished edge to attack yet. Resume it first: "
-                f"patrol-prune run --config {path / CONFIG}"
-            )
-        return _Run(chosen, folder, images, where, progress, False).go(again=("audit", "report"))
 
 
 def _budget(made: Plan) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -97,11 +98,16 @@ def _without(attacker: ImageSet, victims: Tensor) -> tuple[ImageSet, tuple[str, 
     return attacker.subset(keep), (note,)
 
 
+def normalization_kind(config: RunConfig) -> Literal["dataset", "imagenet", "none"]:
+    """The kind of normalization that is meant, also where the settings say "auto"."""
+    if config.normalization != "auto":
+        return config.normalization
+    stock = config.weights is not None and ":" not in config.model
+    return "imagenet" if stock else "dataset"
+
+
 def _normalization(config: RunConfig, defender: ImageSet) -> Normalization:
-    kind = config.normalization
-    if kind == "auto":
-        stock = config.weights is not None and ":" not in config.model
-        kind = "imagenet" if stock else "dataset"
+    kind = normalization_kind(config)
     if kind == "imagenet":
         return Normalization.imagenet()
     if kind == "none":

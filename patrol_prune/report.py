@@ -38,7 +38,7 @@ from patrol_prune._report_facts import (
 )
 from patrol_prune.errors import InputError
 from patrol_prune.metrics import ssim
-from patrol_prune.storage import atomic_write_json, atomic_write_text
+from patrol_prune.storage import atomic_write_bytes, atomic_write_json, atomic_write_text
 from patrol_prune.tables import (
     ATTACK_COLUMNS,
     HEADINGS,
@@ -89,7 +89,7 @@ def write_report(summary: RunSummary, audit: Audit, directory: str | os.PathLike
     plots = _plots(summary, audit, strip)
     page = _page(summary, audit, twin, strip, plots)
     for name, data in plots.items():
-        _write_bytes(directory / "figures" / f"{name}.png", data)
+        atomic_write_bytes(directory / "figures" / f"{name}.png", data)
     atomic_write_json(directory / "report.json", _finite(twin))
     atomic_write_text(directory / "report.html", page)
     return directory / "report.html"
@@ -257,17 +257,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return value
-
-
-def _write_bytes(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

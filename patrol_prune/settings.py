@@ -120,6 +120,7 @@ class AuditConfig:
         examples: reconstructions to show.
         attacker_images: attack once more with only so many of the attacker's images, each.
         check_attacks: let every attack invert two trivial edges first.
+        undefended: attack the split before pruning as well: the ceiling.
     """
 
     attacks: tuple[str, ...] = DEFAULT_ATTACKS
@@ -129,6 +130,7 @@ class AuditConfig:
     examples: int = 8
     attacker_images: tuple[int, ...] = ()
     check_attacks: bool = False
+    undefended: bool = True
 
     def __post_init__(self) -> None:
         for name in self.attacks:
@@ -245,7 +247,7 @@ class RunConfig:
         atomic_write_text(path, yaml.safe_dump(self.to_dict(), sort_keys=False))
 
     @classmethod
-    def from_yaml(cls, path: str | os.PathLike[str]) -> RunConfig:
+    def from_yaml(cls: type[Config], path: str | os.PathLike[str]) -> Config:
         """The settings in a file; an unknown key or a wrong type is an `InputError`."""
         return build(cls, read_config(path), str(path))
 

@@ -26,6 +26,11 @@ ATTACK_COLUMNS = {
     "ssim": "SSIM", "ssim_worst5": "worst 5%", "psnr": "PSNR", "mse": "MSE", "gmsd": "GMSD",
     "rank1": "Rank 1", "chance1": "by chance",
 }
+TRIAL_COLUMNS = {
+    "number": "Trial", "split": "Cut after", "edge_macs": "Edge MACs",
+    "feature_bytes": "Bytes sent", "beta": "beta", "alpha": "alpha", "accuracy": "Accuracy",
+    "ssim": "SSIM, short attack",
+}
 _IN_A_TERMINAL = ("attack", "attacker", "ssim", "ssim_worst5", "psnr", "mse", "rank1")
 
 
@@ -91,6 +96,26 @@ def attack_table(audit: Audit) -> Table:
         cells = (number(key, row[key]) for key in _IN_A_TERMINAL)
         table.add_row(SUBJECTS.get(row["subject"], row["subject"]), *cells,
                       style="bold" if row["strongest"] else None)
+    return table
+
+
+def front_table(
+    rows: Sequence[Mapping[str, Any]], *, title: str, caption: str
+) -> Table:
+    """Trials of a search, one line each.
+
+    Args:
+        rows: of `TuneTrial`s as dictionaries.
+        title: above.
+        caption: below.
+    """
+    table = Table(title=title, caption=caption, caption_justify="left")
+    for key, heading in TRIAL_COLUMNS.items():
+        left = key == "split"
+        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+    for row in rows:
+        shown = {**row, "beta": f"{row['beta']:.3g}", "alpha": f"{row['alpha']:g}"}
+        table.add_row(*(number(key, shown[key]) for key in TRIAL_COLUMNS))
     return table
 
 

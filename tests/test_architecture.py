@@ -25,7 +25,9 @@ ORDER = [
     "attacks", "access", "audit_choice", "audit_scores",
     "audit_report", "audit_run", "audit", "_report_facts", "figures", "tables", "report",
     "rundir", "settings", "preparation", "audit_model", "run_summary",
-    "pipeline", "_audit_command", "commands", "cli",
+    "pipeline", "reaudit",
+    "tune_settings", "tune_result", "tune_report", "tune_space", "tune_workers",
+    "tune_study", "tune", "_audit_command", "_tune_command", "commands", "cli",
     "__main__", "__init__",
 ]
 ATTACKS_MAY_IMPORT = {"split", "decoders", "metrics", "errors", "precision", "attacks"}
@@ -33,8 +35,9 @@ ATTACKS_MAY_IMPORT = {"split", "decoders", "metrics", "errors", "precision", "at
 DOORS = {
     "torch_pruning": {"_tp"},
     "fvcore": {"cost"},
-    "jsonargparse": {"commands", "_audit_command"},
-    "rich": {"commands", "_audit_command", "tables"},
+    "jsonargparse": {"commands", "_audit_command", "_tune_command"},
+    "rich": {"commands", "_audit_command", "_tune_command", "tables"},
+    "optuna": {"tune_study"},
     "safetensors": {"storage", "checkpoint"},
     "jinja2": {"report"},
 }

@@ -23,7 +23,7 @@ from patrol_prune.settings import RunConfig
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize("command", ["plan", "run", "audit", "report", "demo"])
+@pytest.mark.parametrize("command", ["plan", "run", "tune", "audit", "report", "demo"])
 def test_help_teaches_with_an_example(command: str, capsys: Capture) -> None:
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out
@@ -53,6 +53,16 @@ def test_no_command_shows_the_help(capsys: Capture) -> None:
         (["plan", "--edge-macs", "1M", "--model", "resnt18"], "Did you mean: resnet18"),
         (["plan", "--edge-macs", "lots", "--model", "small_resnet", "--image-size", "16"], "lots"),
         (["plan", "--edge-macs", "1M", "--classes", "1"], "at least 2 classes"),
+        (["tune", "--data", "x"], "--edge-macs"),
+        (["tune", "--data", "x", "--edge-macs", "1M", "--trails", "3"], "--trails"),
+        (["tune", "--data", "x", "--edge-macs", "1M", "--trials", "0"], "at least one trial"),
+        (["tune", "--data", "x", "--edge-macs", "1M", "--min-accuracy", "80"], "0.8 is 80%"),
+        (["tune", "--data", "x", "--edge-macs", "1M", "--beta-range", "[9,1]"], "--beta-range"),
+        (["tune", "--data", "x", "--edge-macs", "1M", "--beta-range", "5"], "--beta-range"),
+        (["tune", "--data", "x", "--edge-macs", "1M", "--trial-attacks", "[rmel]"],
+         "Did you mean: rmle"),
+        (["tune", "--data", "no/such", "--edge-macs", "1M"], "does not exist"),
+        (["tune", "--config", "none.yaml"], "none.yaml"),
         (["audit", "nowhere"], "holds no run"),
         (["audit"], "either a run's folder or --model"),
         (["audit", "nowhere", "--model", "m:f"], "came both"),

@@ -27,8 +27,9 @@ from patrol_prune.errors import (
 )
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
-from patrol_prune.pipeline import RunResult, audit_again, run
+from patrol_prune.pipeline import RunResult, run
 from patrol_prune.preparation import read_images
+from patrol_prune.reaudit import audit_again
 from patrol_prune.run_summary import read_summary, rewrite_report
 from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig
 

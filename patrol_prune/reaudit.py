@@ -1,0 +1,59 @@
+"""The finished edge of a run under other attackers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from patrol_prune.errors import RunDirectoryError
+from patrol_prune.pipeline import Progress, RunResult, Work
+from patrol_prune.preparation import read_images
+from patrol_prune.rundir import CONFIG, RunDirectory, read_config
+from patrol_prune.settings import RunConfig, resolve_device
+
+
+def audit_again(
+    directory: str | Path,
+    *,
+    attacks: Sequence[str] | None = None,
+    seeds: Sequence[int] | None = None,
+    attacker_images: Sequence[int] | None = None,
+    check_attacks: bool | None = None,
+    device: str | None = None,
+    progress: Progress | None = None,
+) -> RunResult:
+    """Attack the finished edge of a run once more, with other attackers, and report anew.
+
+    Args:
+        directory: of the run.
+        attacks: names; those of the run without.
+        seeds: one fresh attacker for each; those of the run without.
+        attacker_images: attack once more with only so many images each; as in the run without.
+        check_attacks: let every attack invert trivial edges first; as in the run without.
+        device: where; that of the run without.
+        progress: called with each stage and what happens in it.
+
+    Raises:
+        RunDirectoryError: there is no run, or it has no finished edge yet.
+    """
+    path = Path(directory)
+    if not (path / CONFIG).is_file():
+        raise RunDirectoryError(f"{path} holds no run: it has no {CONFIG}. Give a run's folder.")
+    config = RunConfig.from_yaml(path / CONFIG)
+    own = config.audit
+    who = replace(
+        own, attacks=tuple(attacks or own.attacks),
+        seeds=tuple(own.seeds if seeds is None else seeds),
+        attacker_images=tuple(own.attacker_images if attacker_images is None else attacker_images),
+        check_attacks=own.check_attacks if check_attacks is None else check_attacks,
+    )
+    chosen = replace(config, device=device or config.device, audit=who)
+    where, images = resolve_device(chosen.device), read_images(config)
+    with RunDirectory(path, read_config(path / CONFIG)) as folder:
+        if not folder.done("finetune"):
+            raise RunDirectoryError(
+                f"The run in {path} has no finished edge to attack yet. Resume it first: "
+                f"patrol-prune run --config {path / CONFIG}"
+            )
+        return Work(chosen, folder, images, where, progress, False).go(again=("audit", "report"))

@@ -1,0 +1,215 @@
+"""Search beta, alpha, the split and the budget's use for one's own model, images and limits.
+
+Each trial is a short run of the pipeline from one dense model that all trials share. What comes out
+is the front between accuracy and the strongest attack's SSIM, among the trials that keep to the
+limits, and for each of its points the settings that train it in full.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from patrol_prune.errors import InputError
+from patrol_prune.pipeline import Progress, RunResult, run, train_dense
+from patrol_prune.plan import short
+from patrol_prune.preparation import incoming_model, read_images
+from patrol_prune.rundir import CONFIG
+from patrol_prune.settings import resolve_device
+from patrol_prune.tune_report import write_results
+from patrol_prune.tune_result import Limits, TuneResult, TuneTrial
+from patrol_prune.tune_settings import (
+    FREE_IN_A_TUNE,
+    Point,
+    TuneConfig,
+    dense_config,
+    trial_config,
+)
+from patrol_prune.tune_space import Space, search_space
+from patrol_prune.tune_study import SharedStudy, masked, require_optuna
+from patrol_prune.tune_workers import is_free, one_at_a_time
+
+logger = logging.getLogger(__name__)
+
+SETTINGS = "tune.yaml"
+TRIALS = "trials"
+POLL_SECONDS = 2.0
+GIVE_UP_AFTER = 3
+_HEAVY = ("checkpoints", "edge.patrol")
+
+
+def tune(
+    config: TuneConfig, *, progress: Progress | None = None, bars: bool = False
+) -> TuneResult:
+    """Work on the study until it has its trials, and write what came out.
+
+    Any number of processes may do so at once, on one machine or several; a study that was
+    interrupted goes on. The folder is `config.runs/config.name`.
+
+    Args:
+        config: what is tuned, how it is searched, and the limits.
+        progress: called with a stage and a sentence.
+        bars: show progress bars while the dense model trains.
+
+    Returns:
+        The whole study's trials; the front is empty where no trial keeps to the limits, and
+        `why_empty` then says which is the hardest to meet.
+
+    Raises:
+        MissingPackageError: Optuna is not installed.
+        PatrolError: whatever is wrong with the settings, the images, the model or the storage.
+    """
+    require_optuna()
+    resolve_device(config.device)
+    folder = Path(config.runs) / config.name
+    if (folder / CONFIG).is_file():
+        raise InputError(f"{folder} holds a run. Give the search another --name.")
+    images = read_images(config)
+    model, _ = incoming_model(config, len(images.classes))
+    space = search_space(config, model, images.example())
+    folder.mkdir(parents=True, exist_ok=True)
+    with SharedStudy(config.name, config.storage, folder, config.seed) as study:
+        places = [asdict(candidate) for candidate in space.candidates]
+        study.join(
+            {**config.to_dict(), "images": images.digest, "places": places}, FREE_IN_A_TUNE
+        )
+        _keep_settings(config, folder)
+        _Search(config, folder, space, study, progress, bars).go()
+        result = TuneResult(
+            folder, study.trials(), study.failures(), config.trials, _shown(config)
+        )
+        return write_results(config, result, _dense_weights(folder))
+
+
+class _Search:
+    """One worker's share of the study."""
+
+    def __init__(
+        self, config: TuneConfig, folder: Path, space: Space, study: SharedStudy,
+        progress: Progress | None, bars: bool,
+    ) -> None:
+        self.config, self.folder, self.space, self.study = config, folder, space, study
+        self.progress, self.bars = progress, bars
+        self.last_told = ""
+
+    def say(self, stage: str, sentence: str) -> None:
+        logger.info("%s: %s", stage, sentence)
+        if self.progress is not None and sentence != self.last_told:
+            self.progress(stage, sentence)
+        self.last_told = sentence
+
+    def go(self) -> None:
+        """Trials until the study has enough of them, or this worker's time is up."""
+        config, end = self.config, time.monotonic() + (self.config.timeout or float("inf"))
+        while True:
+            for number in self.study.release_dead():
+                _lighten(self.folder / TRIALS / f"{number:04d}")
+            finished, running = self.study.counts()
+            if finished >= config.trials:
+                return
+            if time.monotonic() >= end:
+                self.say("tune", f"Time is up with {finished} of {config.trials} trials.")
+                return
+            self.stop_if_hopeless()
+            if finished + running >= config.trials:
+                self.say("tune", f"Waiting for {running} trial(s) of other workers.")
+                time.sleep(POLL_SECONDS)
+                continue
+            self.study.work(partial(self.attempt, dense=self.dense()), config.trials)
+
+    def stop_if_hopeless(self) -> None:
+        failures = self.study.failures()
+        if len(failures) >= GIVE_UP_AFTER and not self.study.trials():
+            number, reason = sorted(failures.items())[-1]
+            raise InputError(
+                f"The first {len(failures)} trials all failed; the search stops here. Trial "
+                f"{number}: {reason}"
+            )
+
+    def dense(self) -> Path:
+        """The dense model's weights; the first worker on this disk trains them."""
+        lock = self.folder / "dense.lock"
+        if not is_free(lock):
+            self.say("dense", "Waiting for the worker that trains the dense model.")
+        with one_at_a_time(lock):
+            candidate = self.space.candidates[0]
+            point = Point(candidate.name, candidate.most_edge_macs, 0.0, 0.0)
+            return train_dense(
+                dense_config(self.config, point, self.folder), bars=self.bars,
+                progress=lambda stage, told: self.say("dense", told) if stage == "model" else None,
+            )
+
+    def attempt(self, trial: Any, dense: Path) -> TuneTrial:
+        """A short run with the values that the study proposes."""
+        begun, point = time.monotonic(), self.suggest(trial)
+        count = f"{trial.number} of {self.config.trials}"
+        self.say(
+            "trial", f"{count}: cut after {point.split}, {short(point.edge_macs)} MACs, "
+            f"beta {point.beta:.3g}, alpha {point.alpha:g}.",
+        )
+        folder = self.folder / TRIALS / f"{trial.number:04d}"
+        try:
+            result = run(trial_config(self.config, point, dense, folder), overwrite=True)
+        finally:
+            _lighten(folder)
+        found = self.found(trial.number, point, result, time.monotonic() - begun)
+        missed = [name.replace("_", " ") for name, excess in found.excess.items() if excess > 0]
+        self.say(
+            "trial", f"{count}: accuracy {100 * found.accuracy:.1f}%, SSIM {found.ssim:.3f} by "
+            f"{found.attack}" + (f"; misses the limit of {', '.join(missed)}." if missed else "."),
+        )
+        return found
+
+    def suggest(self, trial: Any) -> Point:
+        config = self.config
+        names = [candidate.name for candidate in self.space.candidates]
+        split = trial.suggest_categorical("split", names)
+        share = trial.suggest_float("budget_share", *config.budget_range)
+        return Point(
+            split=split,
+            edge_macs=self.space[split].edge_macs(share),
+            beta=trial.suggest_float("beta", *config.beta_range, log=True),
+            alpha=trial.suggest_categorical("alpha", config.alpha_choices),
+        )
+
+    def found(self, number: int, point: Point, result: RunResult, seconds: float) -> TuneTrial:
+        config, summary = self.config, result.summary
+        strongest, dense = result.audit.strongest("edge"), summary.dense["accuracy"]
+        floor = config.min_accuracy
+        if config.max_accuracy_drop is not None:
+            floor = max(0.0, dense - config.max_accuracy_drop)
+        return TuneTrial(
+            number=number, split=point.split, edge_macs_asked=point.edge_macs, beta=point.beta,
+            alpha=point.alpha, accuracy=float(summary.pruned["accuracy"]),
+            ssim=float(strongest["ssim"]), attack=str(strongest["attack"]),
+            edge_macs=int(summary.pruned["edge_macs"]),
+            feature_bytes=int(summary.pruned["feature_bytes"]), dense_accuracy=float(dense),
+            limits=Limits(self.space.budget_edge_macs, floor, config.max_feature_bytes),
+            seconds=round(seconds, 1),
+        )
+
+
+def _dense_weights(folder: Path) -> Path:
+    return folder / "dense" / "checkpoints" / "dense" / "weights.safetensors"
+
+
+def _lighten(folder: Path) -> None:
+    """Drop a trial's weights: its records and page stay, a chosen point is trained anew."""
+    for name in _HEAVY:
+        shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _shown(config: TuneConfig) -> dict[str, Any]:
+    storage = None if config.storage is None else masked(config.storage)
+    return {**config.to_dict(), "storage": storage}
+
+
+def _keep_settings(config: TuneConfig, folder: Path) -> None:
+    """As a file that `--config` reads; a database's password stays out of it."""
+    if not (folder / SETTINGS).exists():
+        replace(config, storage=_shown(config)["storage"]).to_yaml(folder / SETTINGS)

@@ -1,0 +1,196 @@
+"""What a search for good settings can be told: everything a run can, and how to search."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from patrol_prune.attacks import ATTACKS
+from patrol_prune.errors import InputError, nearest
+from patrol_prune.preparation import normalization_kind
+from patrol_prune.settings import RunConfig
+
+AUTO = "auto"
+FREE_IN_A_TUNE = ("trials", "timeout", "storage", "data", "device", "runs", "name")
+"""May differ between the workers of one study, and when it is resumed; the images are compared."""
+
+
+@dataclass(frozen=True)
+class TuneConfig(RunConfig):
+    """A search over beta, alpha, the split and the share of the budget that is used.
+
+    The settings of a run say what is tuned, and how the chosen point is trained in full; `at`, if
+    given, is the only split tried, and `privacy.alpha` and `privacy.beta` are searched.
+
+    Attributes:
+        name: of the study, and of its folder.
+        trials: finished trials of the whole study, whoever ran them.
+        timeout: seconds after which this worker begins no further trial.
+        storage: where the study is kept: a URL of a database (sqlite:///study.db), or a path for
+            Optuna's journal; without it a journal in the study's folder.
+        splits: places to cut that are tried; auto means the deepest that fit, by the plan.
+        most_splits: how many places auto tries.
+        max_channel_ratio: auto leaves out a place where a larger share of channels has to go.
+        budget_range: least and largest share of the budget that a trial's edge may take.
+        beta_range: least and largest weight of the surrogate attackers; sampled on a log scale.
+        alpha_choices: weights of the Lipschitz term that are tried.
+        min_accuracy: the least accuracy, in [0, 1].
+        max_accuracy_drop: how far below the dense model's the accuracy may lie, in [0, 1].
+        max_feature_bytes: the most that may be uploaded per image, as float32.
+        trial_epochs: epochs of fine-tuning in a trial.
+        trial_attacks: the attacks of a trial; the strongest ranks it.
+        trial_attack_epochs: epochs of an attacker's training in a trial.
+        trial_victims: images to be reconstructed in a trial.
+    """
+
+    name: str = "tune"
+    trials: int = 30
+    timeout: float | None = None
+    storage: str | None = None
+    splits: tuple[str, ...] = (AUTO,)
+    most_splits: int = 4
+    max_channel_ratio: float = 0.6
+    budget_range: tuple[float, float] = (0.5, 1.0)
+    beta_range: tuple[float, float] = (5.0, 200.0)
+    alpha_choices: tuple[float, ...] = (0.0, 0.01)
+    min_accuracy: float | None = None
+    max_accuracy_drop: float | None = None
+    max_feature_bytes: int | None = None
+    trial_epochs: int = 3
+    trial_attacks: tuple[str, ...] = ("inverse_network_ssim",)
+    trial_attack_epochs: int = 8
+    trial_victims: int = 100
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_search()
+        self._check_limits()
+        self._check_trials()
+
+    def _check_search(self) -> None:
+        if self.trials < 1 or (self.timeout is not None and not self.timeout > 0):
+            raise InputError(
+                "Expected at least one trial and a timeout of more than 0 seconds, came "
+                f"{self.trials} and {self.timeout}."
+            )
+        if self.storage is not None and not self.storage.strip():
+            raise InputError("Expected a URL or a path as storage, came an empty one.")
+        if not self.splits or len(set(self.splits)) < len(self.splits) or (
+            AUTO in self.splits and len(self.splits) > 1
+        ):
+            raise InputError(
+                f"Expected splits to be auto alone, or different names, came {self.splits}."
+            )
+        if self.most_splits < 1 or not 0.0 < self.max_channel_ratio < 1.0:
+            raise InputError(
+                "Expected most_splits of at least 1 and max_channel_ratio in (0, 1), came "
+                f"{self.most_splits} and {self.max_channel_ratio}."
+            )
+        for name, most in (("beta_range", float("inf")), ("budget_range", 1.0)):
+            pair = getattr(self, name)
+            if len(pair) != 2 or not 0.0 < pair[0] <= pair[1] <= most or pair[1] == float("inf"):
+                bound = "" if most == float("inf") else f" <= {most:g}"
+                raise InputError(f"Expected {name} as 0 < least <= largest{bound}, came {pair}.")
+        alphas = self.alpha_choices
+        good = [a for a in alphas if 0 <= a < float("inf")]
+        if not alphas or len(set(good)) < len(alphas):
+            raise InputError(
+                f"Expected alpha_choices to be different numbers of at least 0, came {alphas}."
+            )
+
+    def _check_limits(self) -> None:
+        if self.min_accuracy is not None and self.max_accuracy_drop is not None:
+            raise InputError(
+                "Expected at most one floor of the accuracy, came both min_accuracy and "
+                "max_accuracy_drop. Leave one out."
+            )
+        for name in ("min_accuracy", "max_accuracy_drop"):
+            value = getattr(self, name)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise InputError(
+                    f"Expected {name} as a share in [0, 1] (0.8 is 80%), came {value}."
+                )
+        if self.max_feature_bytes is not None and self.max_feature_bytes < 4:
+            raise InputError(
+                f"Expected max_feature_bytes of at least 4, one number, came "
+                f"{self.max_feature_bytes}."
+            )
+
+    def _check_trials(self) -> None:
+        for name in self.trial_attacks:
+            if name not in ATTACKS:
+                raise InputError(
+                    f"There is no attack {name!r}. Known: {', '.join(ATTACKS)}. "
+                    f"{nearest(name, ATTACKS)}"
+                )
+        if not self.trial_attacks or self.trial_victims < 2:
+            raise InputError(
+                "Expected an attack to rank by and at least 2 victims, came "
+                f"{self.trial_attacks} and {self.trial_victims}."
+            )
+        if self.trial_epochs < 0 or self.trial_attack_epochs < 1:
+            raise InputError(
+                "Expected trial_epochs of at least 0 and trial_attack_epochs of at least 1, came "
+                f"{self.trial_epochs} and {self.trial_attack_epochs}."
+            )
+
+    def run_config(self, **changes: Any) -> RunConfig:
+        """The settings of a run alone, with some of them changed."""
+        names = [field.name for field in fields(RunConfig)]
+        return replace(RunConfig(**{name: getattr(self, name) for name in names}), **changes)
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a trial tries.
+
+    Attributes:
+        split: where the model is cut.
+        edge_macs: what the pruner is asked for, in multiply-adds.
+        beta: weight of the surrogate attackers.
+        alpha: weight of the Lipschitz term.
+    """
+
+    split: str
+    edge_macs: int
+    beta: float
+    alpha: float
+
+
+def full_config(config: TuneConfig, point: Point, dense: Path, name: str) -> RunConfig:
+    """The run that trains a point in full, from the dense weights that the trials shared."""
+    return config.run_config(
+        name=name, at=point.split, edge_macs=str(point.edge_macs), weights=str(dense),
+        normalization=normalization_kind(config),
+        privacy=replace(config.privacy, alpha=point.alpha, beta=point.beta),
+    )
+
+
+def trial_config(config: TuneConfig, point: Point, dense: Path, folder: Path) -> RunConfig:
+    """The same run with a short fine-tuning and a short attack, in `folder`.
+
+    Seed, batch size and the attacker's share stay: they decide who owns which image.
+    """
+    full = full_config(config, point, dense, folder.name)
+    return replace(
+        full,
+        runs=str(folder.parent),
+        finetune=replace(full.finetune, epochs=min(config.trial_epochs, full.finetune.epochs)),
+        audit=replace(
+            full.audit, attacks=config.trial_attacks, seeds=full.audit.seeds[:1],
+            victims=min(config.trial_victims, full.audit.victims), attacker_images=(),
+            check_attacks=False, undefended=False,
+        ),
+        attacker=replace(
+            full.attacker, epochs=min(config.trial_attack_epochs, full.attacker.epochs),
+            max_extensions=0,
+        ),
+    )
+
+
+def dense_config(config: TuneConfig, point: Point, folder: Path) -> RunConfig:
+    """The run whose first stages train the dense model for all trials; `point` is any that fits."""
+    return config.run_config(
+        name="dense", runs=str(folder), at=point.split, edge_macs=str(point.edge_macs)
+    )

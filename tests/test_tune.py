@@ -1,0 +1,193 @@
+"""The search as a whole: with trials out of thin air, and once for real on tiny images."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from patrol_prune.attacks import InverseNetworkConfig
+from patrol_prune.cli import main
+from patrol_prune.errors import InputError, RunDirectoryError, TrainingError
+from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.settings import AuditConfig, RunConfig, ScoreConfig
+from patrol_prune.tune import tune
+from patrol_prune.tune_settings import TuneConfig
+from patrol_prune.tune_space import Candidate, Space
+
+module = sys.modules["patrol_prune.tune"]
+Writer = Callable[..., Path]
+
+
+def tiny(folder: Path, runs: Path, **more: Any) -> TuneConfig:
+    values: dict[str, Any] = dict(
+        data=str(folder), edge_macs="layer1", model="small_resnet", image_size=16,
+        runs=str(runs), batch_size=8, device="cpu", trials=3, trial_epochs=1,
+        trial_attack_epochs=1, trial_victims=8, splits=("layer1", "layer2"),
+        train=FinetuneConfig(epochs=1, distill_weight=0.0),
+        score=ScoreConfig(batches=1, surrogate_steps=1, max_pruning_ratio=0.9),
+        finetune=FinetuneConfig(epochs=2, surrogate_warmup_steps=1, inner_steps=1),
+        audit=AuditConfig(attacks=("inverse_network",), victims=12, attacker_share=0.5,
+                          examples=2),
+        attacker=InverseNetworkConfig(width=4, depth=0, epochs=2, max_extensions=0),
+    )
+    return TuneConfig(**{**values, **more})
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory, write_folder: Writer) -> Path:
+    return write_folder(tmp_path_factory.mktemp("images"), parts=("train", "val"), count=18)
+
+
+class Pretended:
+    """Stands in for the pipeline: figures that follow from beta, at once."""
+
+    def __init__(self) -> None:
+        self.configs: list[RunConfig] = []
+        self.dense = 0
+
+    def run(self, config: RunConfig, overwrite: bool = False) -> Any:
+        assert overwrite
+        self.configs.append(config)
+        beta = config.privacy.beta
+        pruned = {"accuracy": 0.9 - beta / 1000, "edge_macs": int(config.edge_macs),
+                  "feature_bytes": 64}
+        row = {"ssim": 1 / (1 + beta / 50), "attack": "inverse_network_ssim"}
+        return SimpleNamespace(
+            summary=SimpleNamespace(pruned=pruned, dense={"accuracy": 0.9}),
+            audit=SimpleNamespace(strongest=lambda subject: row),
+        )
+
+    def train_dense(self, config: RunConfig, **more: Any) -> Path:
+        self.dense += 1
+        return Path("dense.safetensors")
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
+    pretends = Pretended()
+    monkeypatch.setattr(module, "run", pretends.run)
+    monkeypatch.setattr(module, "train_dense", pretends.train_dense)
+    places = (Candidate("layer1", 400, 1000), Candidate("layer2", 600, 1000))
+    monkeypatch.setattr(module, "search_space", lambda *_: Space(places, 1000))
+    return pretends
+
+
+def test_a_search_is_resumed_and_counts_the_whole_study(
+    folder: Path, tmp_path: Path, pretended: Pretended
+) -> None:
+    first = tune(tiny(folder, tmp_path))
+    assert len(first.trials) == len(pretended.configs) == 3
+    more = tune(tiny(folder, tmp_path, trials=5))
+    assert len(more.trials) == len(pretended.configs) == 5
+    dense = pretended.dense
+    again = tune(tiny(folder, tmp_path, trials=5))
+    assert again.trials == more.trials and pretended.dense == dense
+    # More beta is less accurate and less like here, so that every trial is on the front.
+    assert len(again.front) == 5 and again.why_empty is None
+    content = json.loads((tmp_path / "tune" / "tune.json").read_text())
+    assert len(content["trials"]) == 5
+    chosen = RunConfig.from_yaml(again.files[f"trial {again.front[0].number}"])
+    assert chosen.privacy.beta == again.front[0].beta
+
+
+def test_trials_stay_within_the_ranges_and_the_budget(
+    folder: Path, tmp_path: Path, pretended: Pretended
+) -> None:
+    result = tune(tiny(folder, tmp_path, trials=8, beta_range=(2.0, 4.0), alpha_choices=(0.5,)))
+    for trial in result.trials:
+        assert 2.0 <= trial.beta <= 4.0 and trial.alpha == 0.5
+        assert trial.split in ("layer1", "layer2")
+        assert 0 < trial.edge_macs_asked <= trial.limits.edge_macs
+    assert len({c.edge_macs for c in pretended.configs}) > 1
+    assert len({c.name for c in pretended.configs}) == 8
+
+
+def test_a_floor_below_the_dense_model(folder: Path, tmp_path: Path, pretended: Pretended) -> None:
+    result = tune(tiny(folder, tmp_path, trials=6, max_accuracy_drop=0.05))
+    assert all(t.limits.accuracy == pytest.approx(0.85) for t in result.trials)
+    assert {t.number for t in result.front} == {t.number for t in result.trials if t.beta <= 50}
+
+
+def test_other_settings_or_images_are_refused(
+    folder: Path, tmp_path: Path, pretended: Pretended, write_folder: Writer
+) -> None:
+    tune(tiny(folder, tmp_path))
+    with pytest.raises(RunDirectoryError, match="trial_epochs: 1 there, 2 now"):
+        tune(tiny(folder, tmp_path, trial_epochs=2))
+    other = write_folder(tmp_path / "other", parts=("train", "val"), count=19)
+    with pytest.raises(RunDirectoryError, match="images: "):
+        tune(tiny(other, tmp_path))
+    (tmp_path / "tune" / "config.yaml").touch()
+    with pytest.raises(InputError, match="holds a run"):
+        tune(tiny(folder, tmp_path))
+
+
+def test_a_failing_trial_is_passed_over_but_not_for_ever(
+    folder: Path, tmp_path: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(config: RunConfig, overwrite: bool = False) -> Any:
+        if config.name == "0001" or "bad" in config.runs:
+            raise TrainingError("the loss is NaN", step=1, term="task")
+        return pretended.run(config, overwrite)
+
+    monkeypatch.setattr(module, "run", failing)
+    result = tune(tiny(folder, tmp_path))
+    assert result.failures == {1: "the loss is NaN"} and len(result.trials) == 2
+    with pytest.raises(InputError, match=r"first 3 trials all failed.*the loss is NaN"):
+        tune(tiny(folder, tmp_path, name="bad", trials=9))
+
+
+def test_time_is_up(folder: Path, tmp_path: Path, pretended: Pretended) -> None:
+    told: list[str] = []
+    result = tune(tiny(folder, tmp_path, trials=1000, timeout=0.05),
+                  progress=lambda _, sentence: told.append(sentence))
+    assert 1 <= len(result.trials) < 1000
+    assert f"Time is up with {len(result.trials)} of 1000 trials." in told
+
+
+def call(config: TuneConfig, tmp_path: Path) -> list[str]:
+    config.to_yaml(tmp_path / "c.yaml")
+    return ["tune", "--config", str(tmp_path / "c.yaml")]
+
+
+def test_the_command_shows_the_front_and_how_to_go_on(
+    folder: Path, tmp_path: Path, pretended: Pretended, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(call(tiny(folder, tmp_path), tmp_path)) == 0
+    shown = capsys.readouterr().out
+    assert "The front: 3 of 3 finished trials" in " ".join(shown.split())
+    assert "trained and attacked only briefly" in " ".join(shown.split())
+    assert f"patrol-prune run --config {tmp_path / 'tune' / 'front' / 'trial-0000.yaml'}" in shown
+    assert "front.png" in shown and "tune.json" in shown
+
+
+def test_limits_that_nothing_meets_exit_with_2(
+    folder: Path, tmp_path: Path, pretended: Pretended, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*call(tiny(folder, tmp_path), tmp_path), "--min-accuracy", "0.95"]) == 2
+    told = capsys.readouterr()
+    assert "Hardest to meet is the accuracy: at least 95.0% is asked" in told.err
+    assert "front.png" in told.out and (tmp_path / "tune" / "tune.json").is_file()
+
+
+def test_for_real(folder: Path, tmp_path: Path) -> None:
+    """Two trials through the whole pipeline, then the chosen point trained by `run`."""
+    told: list[tuple[str, str]] = []
+    result = tune(tiny(folder, tmp_path, trials=2), progress=lambda *now: told.append(now))
+    assert len(result.trials) == 2 and not result.failures
+    for trial in result.trials:
+        page = tmp_path / "tune" / "trials" / f"{trial.number:04d}"
+        assert (page / "report.html").is_file() and not (page / "checkpoints").exists()
+        assert trial.edge_macs <= trial.limits.edge_macs and -1 <= trial.ssim <= 1
+    assert sum("Training small_resnet" in sentence for _, sentence in told) == 1
+    first = result.front[0]
+    assert main(["run", "--config", str(result.files[f"trial {first.number}"])]) == 0
+    full = json.loads((tmp_path / f"tune-{first.number:04d}" / "summary.json").read_text())
+    assert full["dense"]["accuracy"] == first.dense_accuracy
+    assert full["config"]["finetune"]["epochs"] == 2

@@ -1,0 +1,130 @@
+"""Settings of a search: checked, kept in a file, and turned into runs."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from patrol_prune.errors import BudgetError, InputError
+from patrol_prune.models import build_model
+from patrol_prune.settings import AuditConfig, RunConfig
+from patrol_prune.tune_settings import Point, TuneConfig, trial_config
+from patrol_prune.tune_space import Candidate, Space, search_space
+
+CHANGED = TuneConfig(
+    data="photos", edge_macs="200M", trials=7, timeout=60.0, storage="sqlite:///study.db",
+    splits=("layer1", "layer2"), beta_range=(1.0, 10.0), alpha_choices=(0.1,), min_accuracy=0.8,
+    max_feature_bytes=4096, trial_attacks=("linear_inverse",), seed=3,
+)
+
+
+@pytest.mark.parametrize("config", [TuneConfig("photos", "9.9M"), CHANGED])
+def test_a_file_gives_the_same_settings_back(tmp_path: Path, config: TuneConfig) -> None:
+    config.to_yaml(tmp_path / "c.yaml")
+    assert TuneConfig.from_yaml(tmp_path / "c.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"trials": 0}, "at least one trial"),
+        ({"timeout": 0}, "more than 0 seconds"),
+        ({"storage": " "}, "URL or a path"),
+        ({"splits": ["auto", "layer1"]}, "auto alone"),
+        ({"splits": []}, "different names"),
+        ({"most_splits": 0}, "most_splits"),
+        ({"max_channel_ratio": 1.0}, "max_channel_ratio"),
+        ({"beta_range": [0, 1]}, "0 < least <= largest, came"),
+        ({"beta_range": [5]}, "beta_range"),
+        ({"beta_range": [5, float("inf")]}, "beta_range"),
+        ({"budget_range": [0.5, 1.5]}, "largest <= 1"),
+        ({"alpha_choices": []}, "alpha_choices"),
+        ({"alpha_choices": [-1.0]}, "alpha_choices"),
+        ({"alpha_choices": [float("nan")]}, "alpha_choices"),
+        ({"min_accuracy": 80}, "0.8 is 80%"),
+        ({"max_accuracy_drop": -0.1}, "max_accuracy_drop"),
+        ({"min_accuracy": 0.5, "max_accuracy_drop": 0.1}, "came both"),
+        ({"max_feature_bytes": 0}, "max_feature_bytes"),
+        ({"trial_attacks": ["rmel"]}, "Did you mean: rmle"),
+        ({"trial_attacks": []}, "an attack to rank by"),
+        ({"trial_victims": 1}, "2 victims"),
+        ({"trial_epochs": -1}, "trial_epochs"),
+        ({"trial_attack_epochs": 0}, "trial_attack_epochs"),
+        ({"batch_size": 1}, "at least 2, for BatchNorm"),
+        ({"trails": 3}, "Did you mean: trials"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": "x", "edge_macs": "1M", **change}))
+    with pytest.raises(InputError, match=message):
+        TuneConfig.from_yaml(tmp_path / "c.yaml")
+
+
+def test_a_trial_is_the_full_run_made_short() -> None:
+    config = TuneConfig(
+        "photos", "9.9M", seed=4, batch_size=16, trial_epochs=2, trial_victims=30,
+        audit=AuditConfig(seeds=(5, 6), attacker_images=(50,), attacker_share=0.2),
+    )
+    point = Point("layer2", 1234, beta=9.0, alpha=0.5)
+    trial = trial_config(config, point, Path("d.safetensors"), Path("runs/tune/trials/0003"))
+    assert type(trial) is RunConfig
+    assert (trial.runs, trial.name) == ("runs/tune/trials", "0003")
+    assert (trial.at, trial.edge_macs, trial.weights) == ("layer2", "1234", "d.safetensors")
+    assert (trial.privacy.beta, trial.privacy.alpha) == (9.0, 0.5)
+    assert (trial.finetune.epochs, trial.attacker.epochs) == (2, config.trial_attack_epochs)
+    assert trial.audit.seeds == (5,) and not trial.audit.undefended
+    assert (trial.audit.victims, trial.audit.attacker_images) == (30, ())
+    # Who owns which image depends on these.
+    assert (trial.seed, trial.batch_size, trial.audit.attacker_share) == (4, 16, 0.2)
+    # The pixels are normalised as the dense model was trained, not as ImageNet's.
+    assert trial.normalization == "dataset"
+
+
+def test_every_setting_of_a_run_is_one_of_a_search() -> None:
+    assert {f.name for f in fields(RunConfig)} <= {f.name for f in fields(TuneConfig)}
+    assert CHANGED.run_config(name="x") == RunConfig("photos", "200M", name="x", seed=3)
+
+
+def space(**settings: Any) -> Space:
+    torch.manual_seed(0)
+    config = TuneConfig("photos", **{"edge_macs": "layer2", "model": "small_resnet", **settings})
+    return search_space(config, build_model("small_resnet", 3, image_size=16),
+                        torch.rand(1, 3, 16, 16))
+
+
+def test_auto_takes_the_deepest_places_that_fit_moderately() -> None:
+    found = space()
+    names = [c.name for c in found.candidates]
+    assert names == ["layer1", "layer2", "layer3", "layer4"]
+    assert found == space(splits=tuple(names))
+    for candidate in found.candidates:
+        assert candidate.least_edge_macs < candidate.most_edge_macs <= found.budget_edge_macs
+    assert [c.name for c in space(most_splits=2).candidates] == names[-2:]
+    with_parts = [c.name for c in space(most_splits=6).candidates]
+    assert set(names) < set(with_parts) and len(with_parts) == 6
+    assert "layer4" not in [c.name for c in space(max_channel_ratio=0.2).candidates]
+    assert [c.name for c in space(at="layer1").candidates] == ["layer1"]
+    assert space(edge_macs="0.5", at="layer2").budget_edge_macs == found.budget_edge_macs // 2
+
+
+def test_shares_of_the_budget_are_counts_that_can_be_reached() -> None:
+    candidate = Candidate("layer2", least_edge_macs=40, most_edge_macs=101)
+    assert [candidate.edge_macs(share) for share in (1.0, 0.5, 0.1)] == [101, 50, 40]
+
+
+def test_places_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match="Did you mean: layer2"):
+        space(splits=("layer1", "layr2"))
+    with pytest.raises(InputError, match="Did you mean: layer2"):
+        space(edge_macs="0.5", at="layr2")
+    with pytest.raises(BudgetError, match="the least is"):
+        space(max_feature_bytes=4)
+    with pytest.raises(InputError, match="are uploaded, more than the 4"):
+        space(splits=("layer1",), max_feature_bytes=4)
+    with pytest.raises(BudgetError):
+        space(edge_macs="10")
