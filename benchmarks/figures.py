@@ -191,6 +191,61 @@ def grocery() -> str:
     return "\n\n".join([text, render_table(table, columns).strip(), circumstances(record)])
 
 
+SCORES = {
+    "patrol": "`PatrolImportance`, as it is",
+    "patrol_j_weights": "its terms with the weights of `J`",
+    "learned_masks": "learned masks, `|m|`",
+    "taylor": "Torch-Pruning's `GroupTaylorImportance`",
+    "magnitude": "Torch-Pruning's `GroupMagnitudeImportance`",
+    "first_order_task": "first-order task term, absolute",
+    "first_order_lipschitz": "first-order Lipschitz term",
+    "first_order_adversarial": "first-order adversarial term",
+}
+
+
+def fidelity() -> str:
+    record = load("fidelity")
+    found: dict[tuple[str, str], dict[str, list[Row]]] = {}
+    for row in record["rows"]:
+        kind = "all" if row["group"] == "all" else "groups"
+        of_score = found.setdefault((row["score"], row["of"]), {})
+        of_score.setdefault(f"{row['model']}-{kind}", []).append(row)
+    models = list(dict.fromkeys(row["model"] for row in record["rows"]))
+    table, columns = [], {"score": "score", "of": "held against the real change of"}
+    for (score, of), kinds in found.items():
+        line = {"score": SCORES[score], "of": "`J`" if of == "J" else of}
+        for model in models:
+            line[f"{model}-all"] = rank(kinds[f"{model}-all"][0]["spearman"])
+            line[f"{model}-groups"] = middle(kinds[f"{model}-groups"])
+        table.append(line)
+    about = []
+    for model in models:
+        first = next(r for r in record["rows"] if r["model"] == model and r["group"] == "all")
+        columns[f"{model}-all"] = f"{model}, all channels"
+        columns[f"{model}-groups"] = f"{model}, within groups"
+        about.append(f"{model} cut after {first['split']} ({first['structures']} channels, "
+                     f"accuracy {100 * first['accuracy']:.0f}%)")
+    settings = record["settings"]
+    text = (
+        f"Spearman's rank correlation with the change when a channel is really zeroed, on "
+        f"{settings['calibration_images']} calibration images of CIFAR-10: {'; '.join(about)}. "
+        "Within groups: the median over the channel groups, then the lowest and the highest."
+    )
+    return "\n\n".join([text, render_table(table, columns).strip(), circumstances(record)])
+
+
+def rank(value: float | None) -> str:
+    return "constant" if value is None else f"{value:.2f}"
+
+
+def middle(rows: list[Row]) -> str:
+    """Median, lowest and highest over the groups where there is a correlation."""
+    values = [row["spearman"] for row in rows if row["spearman"] is not None]
+    if not values:
+        return "constant"
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+
 RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "frontier": ("frontier", frontier),
     "budget": ("budget", budget),
@@ -199,6 +254,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "every-attack": ("frontier", lambda: audit_figures.every_attack(source("frontier"))),
     "sweep": ("frontier", lambda: audit_figures.sweep(source("frontier"))),
     "gap": ("frontier", lambda: audit_figures.surrogate_gap(source("frontier"))),
+    "fidelity": ("fidelity", fidelity),
     "published": ("published", lambda: audit_figures.published(source("published"))),
     "bounds": ("bounds", lambda: audit_figures.bounds(source("bounds"))),
     "throughput": ("throughput", lambda: audit_figures.throughput(source("throughput"))),
