@@ -170,6 +170,40 @@ def budget() -> str:
                         circumstances(record)])
 
 
+def step_cost() -> str:
+    record = load("step_cost")
+    macs, batch = record["macs"], record["batch"]
+    text = (
+        f"{record['model']} at {record['image_size']}x{record['image_size']}, batch {batch}, split "
+        f"after {record['split']}, pruned; per image and forward, in millions of multiply-adds: "
+        f"edge {macs['edge'] / 1e6:.1f}, cloud {macs['cloud'] / 1e6:.1f}, teacher "
+        f"{macs['teacher'] / 1e6:.1f}, surrogates {macs['surrogates'] / 1e6:.1f}. Times of a plain "
+        "step; medians of the ratios within a turn, by the wall clock and by processor time."
+    )
+    blocks = [text]
+    for threads in sorted({row["threads"] for row in record["rows"]}):
+        rows = [row for row in record["rows"] if row["threads"] == threads]
+        table = [{
+            "terms": row["terms"].replace("adversarial", "adversarial term").replace("+", ", ")
+            .replace("scale_free", "scale-free"),
+            "inner": row["inner_steps"] or "", "images": row["adversarial_images"] or "",
+            "plain": f"{row['plain_ms']:.0f}", "measured": row["measured"],
+            "cpu": row["measured_cpu"], "predicted": row["predicted"],
+            "quotient": row["measured_over_predicted"],
+        } for row in rows]
+        columns = {"terms": "privacy terms", "inner": "inner steps", "images": "surrogates' images",
+                   "plain": "plain step, ms", "measured": "times a plain step",
+                   "cpu": "by processor time", "predicted": "predicted",
+                   "quotient": "measured / predicted"}
+        over = sum(row["measured_over_predicted"] > 1.15 for row in rows)
+        blocks += [
+            f"{threads} thread{'s' * (threads > 1)}, {rows[0]['turns']} turns; "
+            f"{len(rows) - over} of {len(rows)} rows within 1.15 times the prediction:",
+            render_table(table, columns).strip(),
+        ]
+    return "\n\n".join([*blocks, circumstances(record)])
+
+
 def grocery() -> str:
     record = load("grocery")
     first = record["rows"][0]
@@ -250,6 +284,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "frontier": ("frontier", frontier),
     "budget": ("budget", budget),
     "grocery": ("grocery", grocery),
+    "step_cost": ("step_cost", step_cost),
     "strongest": ("frontier", lambda: audit_figures.strongest(source("frontier"))),
     "every-attack": ("frontier", lambda: audit_figures.every_attack(source("frontier"))),
     "sweep": ("frontier", lambda: audit_figures.sweep(source("frontier"))),
