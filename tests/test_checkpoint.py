@@ -16,6 +16,7 @@ from torchvision import models
 from patrol_prune import _tp
 from patrol_prune.checkpoint import load, read_info, save
 from patrol_prune.errors import CheckpointError, UnsupportedModelError
+from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.models import SmallResNet
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
@@ -45,13 +46,13 @@ def prune(model: nn.Module, x: Tensor, fraction: float = 0.4) -> list[list[objec
     history: list[list[object]] = []
     generator = torch.Generator().manual_seed(3)
     for _ in range(2):
-        table = _tp.GroupTable.build(model, x)
+        table = GroupTable.build(model, x)
         for group in table.groups.values():
             gone = torch.randperm(group.channels, generator=generator)
             kept_whole = group.members[0].module is list(model.modules())[-1]
             count = 0 if kept_whole else int(fraction / 2 * group.channels)
             if count:
-                _tp.remove_channels(table, {group.name: gone[:count].tolist()})
+                remove_channels(table, {group.name: gone[:count].tolist()})
         history += table.graph.pruning_history()
     return history
 
