@@ -20,7 +20,7 @@ from patrol_prune._tp import (
 )
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.groups import CONV, ChannelGroup, Halves, Member
-from patrol_prune.local_groups import Parts, find_parts
+from patrol_prune.local_groups import Parts, failed, find_parts
 from patrol_prune.prunable import as_forward_fn, check_prunable, in_training, preserved
 
 __all__ = ["GroupTable", "build_graph", "followed", "remove_channels"]
@@ -161,9 +161,8 @@ def followed(
             graph = make(in_training(forward))
         graph.parts = None
     except Exception as error:  # a graph that was read wrongly fails in many ways
-        line = (str(error).splitlines() or [""])[0]
         unsupported = isinstance(error, UnsupportedModelError)
-        why = line if unsupported else f"{type(error).__name__}: {line}"
+        why = str(error) if unsupported else failed(error)
         parts, runner = find_parts(model, lambda m: forward(m, example_inputs), why)
         if not parts.names and unsupported:
             raise UnsupportedModelError(

@@ -176,8 +176,13 @@ def _try(part: nn.Module, x: Tensor, *, one_by_one: bool) -> dict[str, str]:
     except UnsupportedModelError:
         raise
     except Exception as error:  # a graph that was read wrongly fails in many ways
-        line = (str(error).splitlines() or [""])[0]
-        raise UnsupportedModelError(f"{type(error).__name__}: {line}") from error
+        raise UnsupportedModelError(failed(error)) from error
+
+
+def failed(error: Exception) -> str:
+    """A reason that names an error from inside Torch-Pruning or the model."""
+    line = (str(error).splitlines() or [""])[0]
+    return f"Torch-Pruning fails on it ({type(error).__name__}: {line})"
 
 
 _CHANGES = "removing channels changes more than these channels"
