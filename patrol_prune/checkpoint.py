@@ -328,7 +328,8 @@ def _fill(
     for name, stride in strides.items():
         tensor = tensors[name]
         live[name].data = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
-    model.load_state_dict(tensors)
+    own.update(tensors)  # keeps the layers' versions, which some of them ask for
+    model.load_state_dict(own)
 
 
 def _live(model: nn.Module) -> dict[str, Tensor]:

@@ -196,7 +196,7 @@ def _removed(
     Args:
         names: only these groups, or all that neither leave the part nor are blocked.
     """
-    twin = _twin(part)
+    twin, x = _twin(part), x.float()
     graph = traced(twin, x, run_part)
     layers: dict[Any, str] = {m: n for n, m in twin.named_modules()}
     with bounded_enumeration(twin):
@@ -213,11 +213,11 @@ def _removed(
     with torch.no_grad():
         for group, gone in removals:
             _zero_consumers(group, gone)
-        expected = twin(x)
+        expected = twin(x.clone())
         try:
             for group, gone in removals:
                 pruning_group(graph, group.members[0].module, gone.tolist()).prune()
-            got = twin(x)
+            got = twin(x.clone())
         except (RuntimeError, IndexError, ValueError, AssertionError):
             return tried, False
     same = got.shape == expected.shape and torch.allclose(
@@ -227,8 +227,8 @@ def _removed(
 
 
 def _twin(part: nn.Module) -> nn.Module:
-    """A copy in evaluation mode whose weights are moved, so that no zero hides an error."""
-    twin = copy.deepcopy(part).eval()
+    """A float32 copy in evaluation mode, its weights moved so that no zero hides an error."""
+    twin = copy.deepcopy(part).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in twin.parameters():

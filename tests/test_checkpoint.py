@@ -280,3 +280,23 @@ def test_state_that_is_not_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="_extra_state"):
         save(split, tmp_path / "e")
     assert not (tmp_path / "e").exists()
+
+
+class Versioned(nn.Linear):
+    """A layer that refuses a state without its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+        if local_metadata.get("version") != self._version:
+            raise ValueError(f"version should be 2 instead of {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_versions_of_layers_are_kept(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(Versioned(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    model, x = make(), torch.randn(3, 4)
+    save(Split(model, x, at="0"), tmp_path / "edge")
+    assert torch.equal(load(tmp_path / "edge", make).model(x), model(x))
