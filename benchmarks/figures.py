@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import audit_figures
+import backbone_figures
 import matplotlib
 
 from patrol_prune.report import render_table
@@ -292,6 +293,8 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "fidelity": ("fidelity", fidelity),
     "published": ("published", lambda: audit_figures.published(source("published"))),
     "bounds": ("bounds", lambda: audit_figures.bounds(source("bounds"))),
+    "backbones": ("backbones",
+                  lambda: backbone_figures.backbones(load("backbones"), source("backbones"))),
     "throughput": ("throughput", lambda: audit_figures.throughput(source("throughput"))),
 }
 """Name of each block to the record it needs and the function that renders it."""

@@ -20,9 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from patrol_prune._tp import GroupTable
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import InputError
+from patrol_prune.group_table import GroupTable
 from patrol_prune.groups import CONV, Member
 
 if TYPE_CHECKING:

@@ -24,9 +24,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from patrol_prune import _tp
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
+from patrol_prune.group_table import build_graph
 from patrol_prune.pixels import Normalization
+from patrol_prune.prunable import preserved
 from patrol_prune.split import Split
 from patrol_prune.storage import (
     atomic_directory,
@@ -263,8 +264,8 @@ def _build(
 
 def _replay(split: Split, history: History, example: Tensor, path: Path) -> None:
     try:
-        graph = _tp.build_graph(split.model, example)
-        with _tp.preserved(split.model), torch.no_grad():
+        graph = build_graph(split.model, example)
+        with preserved(split.model), torch.no_grad():
             graph.load_pruning_history(history)
     except Exception as error:  # a graph of another model fails in many ways
         raise CheckpointError(
@@ -327,7 +328,8 @@ def _fill(
     for name, stride in strides.items():
         tensor = tensors[name]
         live[name].data = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
-    model.load_state_dict(tensors)
+    own.update(tensors)  # keeps the layers' versions, which some of them ask for
+    model.load_state_dict(own)
 
 
 def _live(model: nn.Module) -> dict[str, Tensor]:

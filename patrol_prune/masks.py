@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from patrol_prune._tp import GroupTable, output_channels
+from patrol_prune._tp import output_channels
 from patrol_prune.errors import InputError, UnsupportedModelError, nearest
+from patrol_prune.group_table import GroupTable
 from patrol_prune.groups import ChannelGroup
 
 if TYPE_CHECKING:

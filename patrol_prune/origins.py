@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 if TYPE_CHECKING:
-    from patrol_prune._tp import GroupTable
+    from patrol_prune.group_table import GroupTable
 
 logger = logging.getLogger(__name__)
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patrol_prune._tp import GroupTable, build_graph
 from patrol_prune.budget import MacModel
 from patrol_prune.choice import Limits, smallest
 from patrol_prune.errors import BudgetError, InputError, nearest
+from patrol_prune.group_table import GroupTable, build_graph
 from patrol_prune.groups import ChannelGroup
 from patrol_prune.split import Split, SplitPoint, split_points
 
@@ -47,6 +47,7 @@ class PlanRow:
             or "coupled" (cloud layers produce them too).
         cloud_layers: layers of the cloud that hold channels of those groups.
         effect: what pruning here does to the feature and to the cloud, in a sentence.
+        left_whole: edge layers whose channels cannot be followed, and so stay -> why.
     """
 
     name: str
@@ -62,6 +63,7 @@ class PlanRow:
     crossing: dict[str, str]
     cloud_layers: tuple[str, ...]
     effect: str
+    left_whole: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_tail(self) -> bool:
@@ -102,6 +104,10 @@ class Plan:
             f"The dense edge there takes {short(row.edge_macs)} MACs. {row.reason}",
             row.effect,
         ]
+        if row.left_whole:
+            first = next(iter(row.left_whole))
+            lines.append(f"Left whole: {_listed(tuple(row.left_whole))}. {first!r} because "
+                         f"{row.left_whole[first]}.")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -293,6 +299,7 @@ def _row(
         crossing=crossing,
         cloud_layers=tuple(touched),
         effect=_effect(crossing, tuple(touched), boundary),
+        left_whole={n: why for n, why in table.left_out.items() if n in split.edge_layers},
     )
 
 

@@ -6,28 +6,22 @@ import dataclasses
 import logging
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from patrol_prune._tp import (
-    BasePruner,
-    GroupTable,
-    as_forward_fn,
-    bounded_enumeration,
-    check_prunable,
-    preserved,
-    pruning_group,
-)
+from patrol_prune._tp import BasePruner, bounded_enumeration, pruning_group
 from patrol_prune.budget import MacModel, budget_as_count, check_budget
 from patrol_prune.choice import Limits, choose, require_reachable, smallest
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import InputError
+from patrol_prune.group_table import GroupTable, followed
 from patrol_prune.groups import ChannelGroup
 from patrol_prune.origins import recording
+from patrol_prune.prunable import check_prunable, preserved
 from patrol_prune.regularizer import ChannelDecay
 
 if TYPE_CHECKING:
@@ -58,7 +52,7 @@ class PruneResult:
         feature_shape_before: the transmitted feature, without the batch dimension.
         feature_shape: the same after the step.
         cloud_changed: cloud layers whose width followed.
-        left_whole: edge groups that were not considered -> why.
+        left_whole: edge groups that were not considered, and layers in no group -> why.
     """
 
     edge_macs_before: int
@@ -139,21 +133,27 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         check_budget(edge_macs)
         check_prunable(model)
         self.split, self.boundary, self.reg = split, boundary, reg
-        options = _host_options(kwargs, example_inputs)
-        with preserved(model, trainable=True), torch.enable_grad(), bounded_enumeration():
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="Unwrapped parameters")
-                super().__init__(
-                    model,
-                    example_inputs,
-                    importance,
-                    global_pruning=True,
-                    max_pruning_ratio=max_pruning_ratio,
-                    iterative_steps=iterative_steps,
-                    ignored_layers=list(ignored_layers or []),
-                    round_to=round_to,
-                    **options,
-                )
+        options = _host_options(kwargs)
+
+        def make(forward_fn: Callable[..., Any]) -> Any:
+            with preserved(model, trainable=True), torch.enable_grad(), bounded_enumeration(model):
+                with warnings.catch_warnings():
+                    warnings.filterwarnings("ignore", message="Unwrapped parameters")
+                    BasePruner.__init__(
+                        self,
+                        model,
+                        example_inputs,
+                        importance,
+                        global_pruning=True,
+                        max_pruning_ratio=max_pruning_ratio,
+                        iterative_steps=iterative_steps,
+                        ignored_layers=list(ignored_layers or []),
+                        round_to=round_to,
+                        **{**options, "forward_fn": forward_fn},
+                    )
+            return self.DG
+
+        followed(model, example_inputs, options["forward_fn"], make)
         self._example_inputs = example_inputs
         self._table = GroupTable.build(model, example_inputs, split=split, graph=self.DG)
         self._tied()
@@ -188,7 +188,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         return self._costs
 
     def scores(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """(group name -> `[C]` score, edge group -> why it stays whole)."""
+        """(group name -> `[C]` score, edge group or layer in none -> why it stays whole)."""
         scores, whole, table = {}, {}, self.table
         for name, group in table.groups.items():
             if group.location != "edge":
@@ -202,6 +202,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                     continue
                 reason = "the importance gives it no score"
             whole[name] = reason
+        on_edge = self.split.edge_layers
+        whole.update({n: why for n, why in table.left_out.items() if n in on_edge})
         return scores, whole
 
     def smallest_edge_macs(self) -> int:
@@ -358,7 +360,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             self._table.groups[name] = dataclasses.replace(group, tie=tie, blocked=blocked)
 
 
-def _host_options(kwargs: dict[str, Any], example_inputs: Any) -> dict[str, Any]:
+def _host_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`BasePruner`'s arguments, with copies of the dictionaries it would write into."""
     for name in _NOT_SUPPORTED:
         if kwargs.get(name):
@@ -373,9 +375,7 @@ def _host_options(kwargs: dict[str, Any], example_inputs: Any) -> dict[str, Any]
     options = {k: v for k, v in kwargs.items() if k not in dropped}
     for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
         options[name] = dict(options.get(name) or {})
-    if options.get("forward_fn") is None:
-        options["forward_fn"] = as_forward_fn(example_inputs)
-    return options
+    return {"forward_fn": None, **options}
 
 
 def _weight_shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[torch.Size, ...]]:

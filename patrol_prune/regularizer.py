@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from patrol_prune._tp import GroupTable
+from patrol_prune.group_table import GroupTable
 
 
 class ChannelDecay:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from patrol_prune._tp import GroupTable, width_of
+from patrol_prune._tp import width_of
 from patrol_prune.errors import InputError
+from patrol_prune.group_table import GroupTable
 
 
 class SurvivorTracker:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "patrol_prune"
 ORDER = [
     "errors", "precision", "pixels", "storage", "data",
     "_vehicle_drawing", "_vehicle_scenes", "vehicles", "models",
-    "groups", "_tp", "cost", "_trace", "_cuts", "split",
+    "groups", "prunable", "_tp", "local_groups", "group_table", "cost", "_trace", "_cuts", "split",
     "budget", "choice", "metrics", "covariance", "jacobian", "bounds",
     "plan", "masks", "folding", "shrinkage", "lipschitz", "spectral_rules", "spectral",
     "decoder_blocks", "decoders", "surrogate", "objective", "survivors", "importance",

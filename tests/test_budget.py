@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from pruning_helpers import Block, backbone, cifar_resnet
 from torch import Tensor, nn
 
-from patrol_prune._tp import GroupTable, remove_channels
 from patrol_prune.budget import MacModel
 from patrol_prune.choice import Limits, choose, smallest
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import BudgetError, InputError
+from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.split import Split
 
 

@@ -16,6 +16,7 @@ from torchvision import models
 from patrol_prune import _tp
 from patrol_prune.checkpoint import load, read_info, save
 from patrol_prune.errors import CheckpointError, UnsupportedModelError
+from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.models import SmallResNet
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
@@ -45,13 +46,13 @@ def prune(model: nn.Module, x: Tensor, fraction: float = 0.4) -> list[list[objec
     history: list[list[object]] = []
     generator = torch.Generator().manual_seed(3)
     for _ in range(2):
-        table = _tp.GroupTable.build(model, x)
+        table = GroupTable.build(model, x)
         for group in table.groups.values():
             gone = torch.randperm(group.channels, generator=generator)
             kept_whole = group.members[0].module is list(model.modules())[-1]
             count = 0 if kept_whole else int(fraction / 2 * group.channels)
             if count:
-                _tp.remove_channels(table, {group.name: gone[:count].tolist()})
+                remove_channels(table, {group.name: gone[:count].tolist()})
         history += table.graph.pruning_history()
     return history
 
@@ -279,3 +280,23 @@ def test_state_that_is_not_tensors_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="_extra_state"):
         save(split, tmp_path / "e")
     assert not (tmp_path / "e").exists()
+
+
+class Versioned(nn.Linear):
+    """A layer that refuses a state without its version, as torchvision's MNASNet does."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):  # type: ignore[no-untyped-def]
+        if local_metadata.get("version") != self._version:
+            raise ValueError(f"version should be 2 instead of {local_metadata.get('version')}")
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def test_versions_of_layers_are_kept(tmp_path: Path) -> None:
+    def make() -> nn.Module:
+        return nn.Sequential(Versioned(4, 6), nn.ReLU(), nn.Linear(6, 2))
+
+    model, x = make(), torch.randn(3, 4)
+    save(Split(model, x, at="0"), tmp_path / "edge")
+    assert torch.equal(load(tmp_path / "edge", make).model(x), model(x))

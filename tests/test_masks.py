@@ -11,8 +11,8 @@ import torch
 from pruning_helpers import backbone, cifar_resnet, half_of_every_group, randomize
 from torch import nn
 
-from patrol_prune._tp import GroupTable, build_graph, remove_channels
 from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.group_table import GroupTable, build_graph, remove_channels
 from patrol_prune.masks import SoftMasks
 from patrol_prune.split import Split
 

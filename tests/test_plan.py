@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from patrol_prune import _tp
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import BudgetError, InputError
+from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.models import SmallResNet
 from patrol_prune.plan import Plan, parse_budget, plan, short
 from patrol_prune.split import Split, split_points
@@ -68,14 +68,14 @@ def test_the_uniform_ratio_meets_the_budget_and_one_percent_less_does_not(
 def really_pruned(model: nn.Module, name: str, ratio: float, boundary: str) -> int:
     copied = copy.deepcopy(model)
     split = Split(copied, X, name)
-    table = _tp.GroupTable.build(copied, X, split=split)
+    table = GroupTable.build(copied, X, split=split)
     gone = {
         g.name: list(range(int(g.channels * round(100 * ratio) // 100)))
         for g in table.groups.values()
         if g.location == "edge" and g.blocked is None
         and (boundary == "prune" or g.crossing is None)
     }
-    _tp.remove_channels(table, gone)
+    remove_channels(table, gone)
     split.refresh()
     return count_macs(split.edge, X).total
 
@@ -84,10 +84,10 @@ def test_the_smallest_edge_is_every_group_at_its_floor(model: nn.Module) -> None
     result = plan(model, X, edge_macs="layer1", boundary="prune", min_channels=3)
     copied = copy.deepcopy(model)
     split = Split(copied, X, "layer3")
-    table = _tp.GroupTable.build(copied, X, split=split)
+    table = GroupTable.build(copied, X, split=split)
     gone = {g.name: list(range(max(3, round(0.05 * g.channels)), g.channels))
             for g in table.groups.values() if g.location == "edge" and g.blocked is None}
-    _tp.remove_channels(table, gone)
+    remove_channels(table, gone)
     split.refresh()
     assert result["layer3"].smallest_edge_macs == count_macs(split.edge, X).total
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patrol_prune._tp import remove_channels
 from patrol_prune.defences.base import check_share
 from patrol_prune.defences.trained import AdversarialOnly
+from patrol_prune.group_table import remove_channels
 from patrol_prune.groups import ChannelGroup
 from patrol_prune.importance import PatrolImportance
 from patrol_prune.objective import PatrolObjective

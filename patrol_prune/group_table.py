@@ -1,0 +1,232 @@
+"""All channel groups of a model, read once and kept as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from patrol_prune._tp import (
+    bounded_enumeration,
+    leaves,
+    pruning_group,
+    to_plain,
+    traced,
+    width_of,
+)
+from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.groups import CONV, ChannelGroup, Halves, Member
+from patrol_prune.local_groups import Parts, failed, find_parts
+from patrol_prune.prunable import as_forward_fn, check_prunable, in_training, preserved
+
+__all__ = ["GroupTable", "build_graph", "followed", "remove_channels"]
+
+
+@dataclass(eq=False)
+class GroupTable:
+    """All channel groups of one model at its present widths.
+
+    Attributes:
+        model: the model.
+        groups: name of the root layer -> group, in Torch-Pruning's order.
+        graph: Torch-Pruning's dependency graph the table was read from.
+        raw: name -> Torch-Pruning's own full group, for its importances.
+        left_out: layers in no group -> why; empty where the whole model can be followed.
+    """
+
+    model: nn.Module
+    groups: dict[str, ChannelGroup]
+    graph: Any
+    raw: dict[str, Any] = field(default_factory=dict, repr=False)
+    left_out: dict[str, str] = field(default_factory=dict, repr=False)
+    _by_module: dict[int, list[tuple[str, Member]]] = field(default_factory=dict, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        model: nn.Module,
+        example_inputs: Any,
+        *,
+        split: Halves | None = None,
+        graph: Any | None = None,
+        forward_fn: Callable[..., Any] | None = None,
+    ) -> GroupTable:
+        """Trace the bare model and enumerate its groups.
+
+        Args:
+            model: the model; its mode and `requires_grad` are left as found.
+            example_inputs: a tensor, a tuple of positional inputs, or a dict of named ones.
+            split: where edge and cloud are; without it `location` and `crossing` are None.
+            graph: a dependency graph of the model in its present shape, to save the tracing.
+            forward_fn: `forward_fn(model, example_inputs)`, as in Torch-Pruning.
+
+        Raises:
+            UnsupportedModelError: a layer is parametrised or frozen into buffers, a weight is
+                not finite, or neither the model nor any part of it can be followed.
+        """
+        if graph is None:
+            graph = build_graph(model, example_inputs, forward_fn=forward_fn)
+        names: dict[Any, str] = {m: n for n, m in model.named_modules()}
+        parts: Parts | None = getattr(graph, "parts", None)
+        groups: dict[str, ChannelGroup] = {}
+        raw: dict[str, Any] = {}
+        with bounded_enumeration(model):
+            for full in graph.get_all_groups(ignored_layers=[]):
+                group = to_plain(full, graph, names, split)
+                if parts is not None:
+                    why = parts.reason_to_keep(group, leaves(full))
+                    group = dataclasses.replace(group, blocked=why or group.blocked)
+                groups[group.name], raw[group.name] = group, full
+        if not groups:
+            raise UnsupportedModelError(
+                f"Expected a model with convolutions or linear layers on its forward path, came "
+                f"{type(model).__name__} with none. Pass the network itself, not a wrapper that "
+                "detaches its output."
+            )
+        left_out = parts.left_out(model, groups.values()) if parts is not None else {}
+        table = cls(model, groups, graph, raw, left_out)
+        for group in groups.values():
+            for member in group.members:
+                table._by_module.setdefault(id(member.module), []).append((group.name, member))
+        return table
+
+    def members_of(self, module: nn.Module, direction: str) -> list[tuple[str, Member]]:
+        """The (group name, member) pairs of one layer and direction ("out" or "in")."""
+        wanted = (direction, "through")
+        found = self._by_module.get(id(module), [])
+        return [(name, m) for name, m in found if m.direction in wanted]
+
+    def is_current(self) -> bool:
+        """Whether every layer still has the width the table was built with."""
+        return all(
+            width_of(m.module, m.direction, self.graph) == m.width
+            for g in self.groups.values()
+            for m in g.members
+            if m.direction != "parameter"
+        )
+
+    def inexact(self) -> dict[str, tuple[str, ...]]:
+        """Groups where a zero mask only approximates removal -> the layers that cause it."""
+        return {g.name: g.inexact for g in self.groups.values() if g.inexact}
+
+
+def build_graph(
+    model: nn.Module, example_inputs: Any, *, forward_fn: Callable[..., Any] | None = None
+) -> Any:
+    """Torch-Pruning's dependency graph of the bare model, which is left as found.
+
+    Raises:
+        UnsupportedModelError: see `GroupTable.build`.
+    """
+    check_prunable(model)
+
+    def make(forward: Callable[..., Any]) -> Any:
+        graph = traced(model, example_inputs, forward)
+        with bounded_enumeration(model):
+            for _ in graph.get_all_groups(ignored_layers=[]):
+                pass
+        return graph
+
+    return followed(model, example_inputs, forward_fn, make)
+
+
+def followed(
+    model: nn.Module,
+    example_inputs: Any,
+    forward_fn: Callable[..., Any] | None,
+    make: Callable[[Callable[..., Any]], Any],
+) -> Any:
+    """A graph whose groups can be enumerated: of the whole model, or else of its parts.
+
+    Layers that run in training mode only (auxiliary heads) are followed too.
+
+    Args:
+        model: left as found.
+        example_inputs: what it takes.
+        forward_fn: as in Torch-Pruning.
+        make: builds the graph from a `forward_fn` and enumerates its groups.
+
+    Returns:
+        The last graph that `make` made. Its attribute `parts` is None, or tells the parts.
+    """
+    forward = forward_fn or as_forward_fn(example_inputs)
+    try:
+        graph = make(forward)
+        asleep = [m for m in _weighted(model) if m not in graph.module2node]
+        if asleep and _run_in_training(model, example_inputs, forward, asleep):
+            graph = make(in_training(forward))
+        graph.parts = None
+    except Exception as error:  # a graph that was read wrongly fails in many ways
+        unsupported = isinstance(error, UnsupportedModelError)
+        why = str(error) if unsupported else failed(error)
+        parts, runner = find_parts(model, lambda m: forward(m, example_inputs), why)
+        if not parts.names and unsupported:
+            raise UnsupportedModelError(
+                f"Expected a model whose channels Torch-Pruning can follow, came "
+                f"{type(model).__name__}: {why}, and it is so in each of its parts. Hand over a "
+                "model without window attention or channel shuffles."
+            ) from error
+        if not parts.names:
+            raise
+        graph = make(runner)
+        graph.parts = parts
+    return graph
+
+
+def _weighted(model: nn.Module) -> list[nn.Module]:
+    inside = {id(c) for m in model.modules() if isinstance(m, nn.MultiheadAttention)
+              for c in m.children()}
+    return [m for m in model.modules()
+            if isinstance(m, (CONV, nn.Linear)) and id(m) not in inside]
+
+
+def _run_in_training(
+    model: nn.Module, example_inputs: Any, forward: Callable[..., Any], layers: list[nn.Module]
+) -> bool:
+    """Whether one of these layers runs when the model, but none of its layers, is training."""
+    ran: list[nn.Module] = []
+    handles = [m.register_forward_hook(lambda m, *_: ran.append(m)) for m in layers]
+    try:
+        with preserved(model), torch.no_grad():
+            model.eval()
+            in_training(forward)(model, example_inputs)
+    except Exception:  # the model may want more than its input, or a larger one, in training
+        return False
+    finally:
+        for handle in handles:
+            handle.remove()
+    return bool(ran)
+
+
+def remove_channels(table: GroupTable, channels: Mapping[str, Any]) -> None:
+    """Remove output channels from the model, each group once, through the table's graph.
+
+    Training mode and `requires_grad` come back; parameters are new objects. The table is stale
+    afterwards.
+
+    Args:
+        table: the table of the model in its present shape.
+        channels: group name -> root channels to remove (numbers at the table's widths).
+
+    Raises:
+        InputError: an unknown group, a channel out of range, or a group that would be emptied.
+    """
+    todo: list[tuple[nn.Module, list[int]]] = []
+    for name, idxs in channels.items():
+        group = table.groups.get(name)
+        gone = sorted({int(i) for i in idxs})
+        if group is None:
+            raise InputError(f"Expected one of the model's channel groups, came {name!r}.")
+        if gone and not 0 <= gone[0] <= gone[-1] < group.channels:
+            raise InputError(f"Channels of {name!r} run from 0 to {group.channels - 1}.")
+        if len(gone) >= group.channels:
+            raise InputError(f"Group {name!r} would lose all of its {group.channels} channels.")
+        if gone:
+            todo.append((group.members[0].module, gone))
+    with preserved(table.model), torch.no_grad():
+        for module, gone in todo:
+            pruning_group(table.graph, module, gone).prune()

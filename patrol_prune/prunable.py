@@ -1,0 +1,110 @@
+"""What a model needs before its channel groups are read, and what it gets back afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from patrol_prune.errors import UnsupportedModelError
+from patrol_prune.groups import CONV
+
+
+def as_forward_fn(example_inputs: Any) -> Callable[[nn.Module, Any], Any]:
+    """A forward that calls the model once, as the type of the inputs says.
+
+    Torch-Pruning's default tries `model(*tensor)` first, hides the user's own error, and counts
+    the layers before the failure as reused.
+    """
+    if isinstance(example_inputs, Mapping):
+        return _call_named
+    return _call_all if isinstance(example_inputs, (tuple, list)) else _call_one
+
+
+def _call_one(model: nn.Module, inputs: Any) -> Any:
+    return model(inputs)
+
+
+def _call_all(model: nn.Module, inputs: Any) -> Any:
+    return model(*inputs)
+
+
+def _call_named(model: nn.Module, inputs: Any) -> Any:
+    return model(**inputs)
+
+
+def in_training(forward_fn: Callable[[nn.Module, Any], Any]) -> Callable[[nn.Module, Any], Any]:
+    """The same call with `training` set on everything that holds other modules, but on no layer.
+
+    Auxiliary heads then run, while normalisation and dropout stay as they are in evaluation.
+    """
+
+    def forward(model: nn.Module, inputs: Any) -> Any:
+        for module in model.modules():
+            module.training = next(module.children(), None) is not None
+        return forward_fn(model, inputs)
+
+    return forward
+
+
+def check_prunable(model: nn.Module) -> None:
+    """Refuse by name what Torch-Pruning would break on late.
+
+    Raises:
+        UnsupportedModelError: see `GroupTable.build`.
+    """
+    seen = False
+    for name, module in model.named_modules():
+        if isinstance(module, (CONV, nn.Linear)):
+            seen = True
+            if not isinstance(module._parameters.get("weight"), nn.Parameter):
+                raise UnsupportedModelError(
+                    f"Expected plain weights, came {name!r} ({type(module).__name__}) whose "
+                    "weight is computed (weight_norm, spectral_norm, a parametrization or a "
+                    "pruning mask). Remove it first, e.g. with "
+                    "torch.nn.utils.parametrize.remove_parametrizations."
+                )
+            if isinstance(module.weight, nn.parameter.UninitializedParameter):
+                raise UnsupportedModelError(
+                    f"Layer {name!r} is lazy and has no weight yet. Run the model once first."
+                )
+        elif type(module).__name__.startswith("FrozenBatchNorm"):
+            raise UnsupportedModelError(
+                f"Layer {name!r} is a {type(module).__name__}: its statistics are buffers that "
+                "cannot be pruned. Replace it by nn.BatchNorm2d with requires_grad_(False)."
+            )
+    if not seen:
+        raise UnsupportedModelError(
+            f"Expected a model with convolutions or linear layers, came {type(model).__name__} "
+            "with none: there is nothing to prune."
+        )
+    for name, p in model.named_parameters():
+        if p.is_floating_point() and not torch.isfinite(p).all():
+            raise UnsupportedModelError(
+                f"Parameter {name!r} holds NaN or infinite values. Load a sane checkpoint."
+            )
+
+
+@contextmanager
+def preserved(model: nn.Module, *, trainable: bool = False) -> Iterator[None]:
+    """Give back every module's `training` and, by name, every parameter's `requires_grad`.
+
+    Args:
+        model: parameters may be replaced inside the block (pruning does it).
+        trainable: set `requires_grad` on every floating parameter inside the block.
+    """
+    modes = [(m, m.training) for m in model.modules()]
+    flags = {n: p.requires_grad for n, p in model.named_parameters()}
+    try:
+        if trainable:
+            for p in model.parameters():
+                p.requires_grad_(p.is_floating_point())
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        for name, p in model.named_parameters():
+            p.requires_grad_(flags.get(name, p.requires_grad))

@@ -1,0 +1,251 @@
+"""Where the whole model cannot be followed, its parts are pruned, and the rest is named."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from pruning_helpers import half_of_every_group, randomize
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models.maxvit import MaxVit
+from torchvision.models.swin_transformer import (
+    PatchMergingV2,
+    SwinTransformer,
+    SwinTransformerBlockV2,
+)
+
+from patrol_prune._tp import GroupMagnitudeImportance
+from patrol_prune.checkpoint import load, save
+from patrol_prune.cost import count_macs
+from patrol_prune.errors import UnsupportedModelError
+from patrol_prune.group_table import GroupTable, build_graph, remove_channels
+from patrol_prune.local_groups import find_parts
+from patrol_prune.masks import SoftMasks
+from patrol_prune.plan import plan
+from patrol_prune.pruner import PatrolPruner
+from patrol_prune.split import Split
+
+SWIN = {"patch_size": [4, 4], "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4],
+        "window_size": [4, 4], "num_classes": 10, "mlp_ratio": 8.0}  # fmt: skip
+
+
+def swin() -> nn.Module:
+    return made(lambda: SwinTransformer(**SWIN))
+
+
+def swin_v2() -> nn.Module:
+    return made(
+        lambda: SwinTransformer(
+            **SWIN, block=SwinTransformerBlockV2, downsample_layer=PatchMergingV2
+        )
+    )
+
+
+def maxvit() -> nn.Module:
+    return made(
+        lambda: MaxVit(
+            input_size=(32, 32), stem_channels=8, partition_size=2, block_channels=[8, 16],
+            block_layers=[1, 1], head_dim=4, stochastic_depth_prob=0.0, num_classes=10,
+        )
+    )  # fmt: skip
+
+
+def vit() -> nn.Module:
+    return made(
+        lambda: torchvision.models.VisionTransformer(
+            image_size=32, patch_size=8, num_layers=3, num_heads=2, hidden_dim=16, mlp_dim=128,
+            num_classes=10,
+        )
+    )  # fmt: skip
+
+
+def shufflenet() -> nn.Module:
+    return made(lambda: torchvision.models.shufflenet_v2_x0_5(num_classes=10))
+
+
+def made(factory: Callable[[], nn.Module]) -> nn.Module:
+    torch.manual_seed(0)
+    model = randomize(factory())
+    for name, p in model.named_parameters():
+        if name.endswith(("norm1.weight", "norm2.weight", "head.weight")):
+            p.data.uniform_(0.5, 1.5)  # swin's second version and vit begin with zeros there
+    return model
+
+
+CASES = {
+    "swin": (swin, 32, "features.3", "features.3.0.attn.qkv"),
+    "swin_v2": (swin_v2, 32, "features.3", "features.3.0.attn.proj"),
+    "maxvit": (maxvit, 32, "blocks.1.layers.0.layers.MBconv",
+               "blocks.0.layers.0.layers.grid_attention.attn_layer.1.to_qkv"),
+    "shufflenet": (shufflenet, 64, "stage3.4", "conv1.0"),
+    "vit": (vit, 32, "encoder.layers.encoder_layer_1", "conv_proj"),
+}  # fmt: skip
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[Callable[[], nn.Module], Tensor, str, str]:
+    make, size, at, whole = CASES[request.param]
+    return make, torch.randn(1, 3, size, size), at, whole
+
+
+def test_a_zero_mask_is_a_removal(
+    case: tuple[Callable[[], nn.Module], Tensor, str, str],
+) -> None:
+    make, x, _, _ = case
+    model = make()
+    before, start = model(x), time.thread_time()
+    masks = SoftMasks(model, x)
+    assert time.thread_time() - start < 10.0
+    assert masks.channels and not masks.inexact
+    with masks.attached():
+        assert torch.equal(model(x), before)
+    gone = half_of_every_group(masks)
+    masks.zero(gone)
+    with masks.attached():
+        masked = model(x)
+    scale = before.abs().max()
+    assert (masked - before).abs().max() > 1e-4 * scale
+    parameters = sum(p.numel() for p in model.parameters())
+    remove_channels(masks.table, gone)
+    assert sum(p.numel() for p in model.parameters()) < 0.9 * parameters
+    assert (masked - model(x)).abs().max() <= 1e-5 * scale
+
+
+def test_the_budget_is_met_and_survives_saving(
+    case: tuple[Callable[[], nn.Module], Tensor, str, str], tmp_path: Path
+) -> None:
+    make, x, at, whole = case
+    model = make()
+    split = Split(model, x, at=at)
+    pruner = PatrolPruner(model, x, GroupMagnitudeImportance(), split=split, edge_macs=0.7)
+    result = pruner.step()
+    assert 0.98 * result.budget <= result.edge_macs <= result.budget
+    assert result.edge_macs == count_macs(split.edge, x).total
+    assert whole in result.left_whole
+    assert torch.equal(split.cloud(split.edge(x)), model(x))
+    save(split, tmp_path / "edge")
+    loaded = load(tmp_path / "edge", make).model
+    assert torch.equal(loaded(x), model(x))
+    loaded.train()
+    loaded(torch.cat([x, x + 1])).square().sum().backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in loaded.parameters())
+
+
+def test_steps_follow_each_other() -> None:
+    model, x = shufflenet(), torch.randn(1, 3, 64, 64)
+    split = Split(model, x, at="stage3.4")
+    scores = GroupMagnitudeImportance()
+    pruner = PatrolPruner(model, x, scores, split=split, edge_macs=0.5, iterative_steps=2)
+    first, second = pruner.step(), pruner.step()
+    assert second.edge_macs < first.edge_macs < first.edge_macs_before
+    assert second.edge_macs <= second.budget
+
+
+def test_the_plan_names_what_stays() -> None:
+    result = plan(swin(), torch.randn(1, 3, 32, 32), edge_macs=0.7, at="features.3")
+    row = result["features.3"]
+    assert "features.3.0.attn.qkv" in row.left_whole and "head" not in row.left_whole
+    assert "Left whole: features.0.0" in result.text and "cannot be followed" in result.text
+
+
+def test_the_model_is_left_as_found() -> None:
+    model = swin().train()
+    model.features[1].eval()
+    model.features[0][0].weight.requires_grad_(False)
+    modes = [m.training for m in model.modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    state = copy.deepcopy(model.state_dict())
+    seed = torch.get_rng_state()
+    graph = build_graph(model, torch.randn(1, 3, 32, 32, generator=torch.Generator()))
+    assert graph.parts is not None
+    assert torch.equal(torch.get_rng_state(), seed)
+    assert [m.training for m in model.modules()] == modes
+    assert [p.requires_grad for p in model.parameters()] == flags
+    assert all(torch.equal(v, state[n]) for n, v in model.state_dict().items())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+class HalfSeen(nn.Module):
+    """`second` is called through its weight, so that no graph of layers knows who reads `first`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 12), nn.Linear(12, 8)
+        self.third, self.fourth = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.linear(self.first(x).relu(), self.second.weight)
+        return self.fourth(self.third(y).relu())
+
+
+def run(model: nn.Module) -> Tensor:
+    return model(torch.randn(2, 8, generator=torch.Generator().manual_seed(0)))
+
+
+def test_what_removal_would_break_stays_whole() -> None:
+    parts, _ = find_parts(nn.Sequential(HalfSeen(), nn.Linear(8, 3)), run, "of a test")
+    assert parts.names == ("0",)
+    assert set(parts.blocked) == {"0.first"} and "changes more" in parts.blocked["0.first"]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(self.inner(x))
+
+
+def test_a_part_runs_once() -> None:
+    model = nn.Sequential(Twice(), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
+    parts, _ = find_parts(model, run, "of a test")
+    assert parts.names[-1] == "1" and "0.inner" not in parts.names
+
+
+class TwoHeads(nn.Module):
+    """An auxiliary head that runs in training mode only, as in GoogLeNet."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU())
+        self.deep, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+        self.aux = nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        y = self.body(x)
+        out = self.head(self.deep(y).relu())
+        return (out, self.aux(y)) if self.training else out
+
+
+def test_an_auxiliary_head_is_pruned_along() -> None:
+    model = TwoHeads()
+    x = torch.randn(4, 8)
+    table = GroupTable.build(model, x)
+    assert {"aux.0", "aux.2", "head"} <= set(table.groups) and table.graph.parts is None
+    assert table.groups["aux.2"].is_output and table.groups["head"].is_output
+    statistics = model.body[1].running_mean.clone()
+    remove_channels(table, {"body.0": range(5)})
+    assert model.aux[0].in_features == model.deep.in_features == 11
+    out, aux = model.train()(x)
+    (out.sum() + aux.sum()).backward()
+    assert len(statistics) == 16 and not statistics.any()
+
+
+def test_nothing_to_follow_is_refused() -> None:
+    class Shuffle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            raise UnsupportedModelError("no forward")
+
+    with pytest.raises(UnsupportedModelError, match="no forward"):
+        build_graph(Shuffle(), torch.randn(2, 8))
