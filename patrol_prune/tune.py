@@ -7,6 +7,7 @@ limits, and for each of its points the settings that train it in full.
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import time
@@ -120,7 +121,7 @@ class _Search:
                 time.sleep(POLL_SECONDS)
                 continue
             dense = self.dense()
-            self.study.work(lambda trial, dense=dense: self.attempt(trial, dense), config.trials)
+            self.study.work(functools.partial(self.attempt, dense), config.trials)
 
     def stop_if_hopeless(self) -> None:
         failures = self.study.failures()
@@ -144,7 +145,7 @@ class _Search:
                 progress=lambda stage, told: self.say("dense", told) if stage == "model" else None,
             )
 
-    def attempt(self, trial: Any, dense: Path) -> TuneTrial:
+    def attempt(self, dense: Path, trial: Any) -> TuneTrial:
         """A short run with the values that the study proposes."""
         begun, point = time.monotonic(), self.suggest(trial)
         count = f"{trial.number} of {self.config.trials}"
