@@ -123,6 +123,7 @@ class _Parser(ArgumentParser):  # type: ignore[misc]
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Exit with 2 and one message."""
         named = re.sub(rf"\b(?:{'|'.join(USAGE)})\.([a-z])", r"--\1", message)
+        named = re.sub(r'Parser key "(?:--)?([a-z][\w.]*)"', r"--\1", named)
         _complain(_dashed(named) + f"\nSee: {self.prog.replace('[options] ', '')} --help")
         raise SystemExit(BAD_INPUT)
 

@@ -15,7 +15,7 @@ from PIL import Image
 
 from patrol_prune.errors import InputError
 
-INK, MUTED, PALE = "#1d2733", "#5b6673", "#d5dce4"
+INK, MUTED, LIGHT, PALE = "#1d2733", "#5b6673", "#b4bec9", "#d5dce4"
 ACCENT, WARM, GREY = "#0b6e69", "#b5482a", "#8a94a0"
 _MOST_NAMED_LAYERS = 60
 _MARKS = "os^Dv<>p"
@@ -191,20 +191,16 @@ def front(
     figure = Figure(figsize=(7.6, 4.4))
     axes = figure.subplots()
     splits = sorted({split for _, split, _, _, _ in trials})
-    for i, split in enumerate(splits):
-        for met, marker, colour, size in ((True, _MARKS[i % len(_MARKS)], GREY, 34),
-                                          (False, "x", PALE, 26)):
-            points = [(x, 100 * y) for _, s, x, y, able in trials if s == split and able == met]
-            if points:
-                axes.scatter([x for x, _ in points], [y for _, y in points], marker=marker,
-                             color=colour, s=size, linewidth=1.2, zorder=2)
-    best = sorted((x, 100 * y, n, s) for n, s, x, y, _ in trials if n in set(numbers))
+    for number, split, x, y, met in trials:
+        if number not in numbers:
+            axes.scatter(x, 100 * y, marker=_mark(splits, split) if met else "x", s=32,
+                         color=GREY if met else LIGHT, linewidth=1.2, zorder=2)
+    best = sorted((x, 100 * y, n, s) for n, s, x, y, _ in trials if n in numbers)
     if best:
         axes.step([x for x, *_ in best], [y for _, y, *_ in best], where="post", color=ACCENT,
                   linewidth=1.4, zorder=3)
     for x, y, number, split in best:
-        axes.scatter([x], [y], marker=_MARKS[splits.index(split) % len(_MARKS)], color=ACCENT,
-                     s=46, zorder=4)
+        axes.scatter(x, y, marker=_mark(splits, split), color=ACCENT, s=46, zorder=4)
         axes.annotate(str(number), (x, y), xytext=(-4, 5), textcoords="offset points", ha="right",
                       fontsize=8, color=INK)
     if floor is not None:
@@ -214,8 +210,8 @@ def front(
                       textcoords="offset points")
     _name_the_marks(axes, splits, any(not able for *_, able in trials), bool(best))
     axes.margins(0.08)
-    axes.set_xlabel("SSIM of a short attack (further left, the picture is less like)", fontsize=8,
-                    color=MUTED)
+    axes.set_xlabel("SSIM of a short attack (1 is the same picture; further left hides more)",
+                    fontsize=8, color=MUTED)
     axes.set_ylabel("accuracy after a short fine-tuning (%)", fontsize=8, color=MUTED)
     axes.grid(color=PALE, linewidth=0.5, zorder=0)
     _plain(axes)
@@ -223,10 +219,13 @@ def front(
     return _png(figure)
 
 
+def _mark(splits: Sequence[str], split: str) -> str:
+    return _MARKS[splits.index(split) % len(_MARKS)]
+
+
 def _name_the_marks(axes: Axes, splits: Sequence[str], missed: bool, best: bool) -> None:
-    marks = [(_MARKS[i % len(_MARKS)], GREY, f"cut after {split}")
-             for i, split in enumerate(splits)]
-    marks += [("x", PALE, "misses a limit")] if missed else []
+    marks = [(_mark(splits, split), GREY, f"cut after {split}") for split in splits]
+    marks += [("x", LIGHT, "misses a limit")] if missed else []
     for marker, color, label in marks:
         axes.scatter([], [], marker=marker, color=color, label=_literal(label), s=30)
     if best:

@@ -7,11 +7,11 @@ limits, and for each of its points the settings that train it in full.
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import time
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +120,8 @@ class _Search:
                 self.say("tune", f"Waiting for {running} trial(s) of other workers.")
                 time.sleep(POLL_SECONDS)
                 continue
-            self.study.work(partial(self.attempt, dense=self.dense()), config.trials)
+            dense = self.dense()
+            self.study.work(functools.partial(self.attempt, dense), config.trials)
 
     def stop_if_hopeless(self) -> None:
         failures = self.study.failures()
@@ -144,7 +145,7 @@ class _Search:
                 progress=lambda stage, told: self.say("dense", told) if stage == "model" else None,
             )
 
-    def attempt(self, trial: Any, dense: Path) -> TuneTrial:
+    def attempt(self, dense: Path, trial: Any) -> TuneTrial:
         """A short run with the values that the study proposes."""
         begun, point = time.monotonic(), self.suggest(trial)
         count = f"{trial.number} of {self.config.trials}"

@@ -29,12 +29,14 @@ class TuneConfig(RunConfig):
         timeout: seconds after which this worker begins no further trial.
         storage: where the study is kept: a URL of a database (sqlite:///study.db), or a path for
             Optuna's journal; without it a journal in the study's folder.
-        splits: places to cut that are tried; auto means the deepest that fit, by the plan.
+        splits: places to cut that are tried, as in [layer2,layer3]; [auto] means the deepest whole
+            modules of the plan that fit.
         most_splits: how many places auto tries.
         max_channel_ratio: auto leaves out a place where a larger share of channels has to go.
-        budget_range: least and largest share of the budget that a trial's edge may take.
-        beta_range: least and largest weight of the surrogate attackers; sampled on a log scale.
-        alpha_choices: weights of the Lipschitz term that are tried.
+        budget_range: least and largest share of the budget that a trial's edge takes: [0.5,1].
+        beta_range: least and largest weight of the surrogate attackers, as in [5,200]; on a log
+            scale.
+        alpha_choices: weights of the Lipschitz term that are tried, as in [0,0.01].
         min_accuracy: the least accuracy, in [0, 1].
         max_accuracy_drop: how far below the dense model's the accuracy may lie, in [0, 1].
         max_feature_bytes: the most that may be uploaded per image, as float32.
