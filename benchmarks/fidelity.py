@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -170,13 +170,17 @@ def torch_prunings(importance: Any, masks: pp.SoftMasks) -> Scores:
         return {n: importance(masks.table.raw[n]).float() for n in masks.channels}
 
 
+def mask_config(args: Fidelity) -> MaskConfig:
+    """Small steps of the weights, so that the masks rank channels of this model."""
+    return MaskConfig(epochs=args.mask_epochs, lr=0.02, schedule_share=1.0, seed=args.seed,
+                      surrogate_warmup_steps=args.surrogate_steps, max_pruning_ratio=0.75)
+
+
 def learned(args: Fidelity, images: Images, model: nn.Module, at: str) -> Scores:
     """|m| of masks that were learned from this model on a copy of it."""
     split = pp.Split(copy.deepcopy(model), torch.zeros(1, 3, 32, 32), at=at)
-    config = MaskConfig(epochs=args.mask_epochs, lr=0.02, schedule_share=1.0, seed=args.seed,
-                        surrogate_warmup_steps=args.surrogate_steps, max_pruning_ratio=0.75)
     result = learn_masks(split, images.batches(args.seed + 1), objective_of(args, split),
-                         edge_macs=args.edge_macs, config=config, teacher=model, progress=False)
+                         edge_macs=args.edge_macs, config=mask_config(args), teacher=model, progress=False)
     return result.channels
 
 
@@ -256,6 +260,7 @@ def main(args: Fidelity) -> None:
     for number, entry in enumerate(args.models):
         rows += measure(args, images, entry, args.weights if number == 0 else None)
     settings = {k: v for k, v in vars(args).items() if k not in ("data", "weights", "models")}
+    settings["masks"] = asdict(mask_config(args))
     print(write("fidelity", rows, settings=settings))
 
 

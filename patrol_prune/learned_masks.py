@@ -59,7 +59,7 @@ class MaskConfig(FinetuneConfig):
         min_channels: channels of every group whose mask stays above zero, likewise.
     """
 
-    mask_lr: float = 0.2
+    mask_lr: float = 1.0
     gamma: float = 1.0
     gain: float = 30.0
     schedule_share: float = 0.6
