@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 CLASSES = 10
 SMALLEST = 64
-SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56}
-"""Input sides other than 64: an auxiliary head, a fixed window, a patch of 14 pixels."""
+SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56, "swin_v2_": 128, "swin_": 112}
+"""Input sides other than 64, by the beginning of the name: an auxiliary head, a fixed partition, a
+patch of 14 pixels, windows of 8 and of 7 that would otherwise be mostly padding."""
 
 SEGMENTATION = (
     "lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "fcn_resnet50",
@@ -60,7 +61,7 @@ def kind_of(name: str) -> str:
 
 def image_size(name: str) -> int:
     """Side of the smallest input used for a model."""
-    return SIZES.get(name, SMALLEST)
+    return next((size for start, size in SIZES.items() if name.startswith(start)), SMALLEST)
 
 
 def build(name: str, size: int) -> nn.Module:
