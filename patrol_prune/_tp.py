@@ -43,7 +43,8 @@ __all__ = [
     "BasePruner", "ChannelGroup", "DependencyGraph", "Group", "GroupMagnitudeImportance",
     "GroupTable", "GroupTaylorImportance", "Importance", "Member", "as_forward_fn",
     "bounded_enumeration", "build_graph", "check_prunable", "linear_scheduler",
-    "output_channels", "preserved", "pruning_group", "remove_channels", "width_of",
+    "output_channels", "preserved", "pruning_group", "rebuilt_graph", "remove_channels",
+    "width_of",
 ]  # fmt: skip
 
 linear_scheduler = tp.pruner.algorithms.scheduler.linear_scheduler
@@ -121,9 +122,10 @@ class GroupTable:
         return [(name, m) for name, m in found if m.direction in wanted]
 
     def is_current(self) -> bool:
-        """Whether every layer still has the width the table was built with."""
+        """Whether every layer is still there, with the width the table was built with."""
+        present = {id(m) for m in self.model.modules()}
         return all(
-            width_of(m.module, m.direction, self.graph) == m.width
+            id(m.module) in present and width_of(m.module, m.direction, self.graph) == m.width
             for g in self.groups.values()
             for m in g.members
             if m.direction != "parameter"
@@ -147,6 +149,17 @@ def build_graph(
             forward_fn=forward_fn or as_forward_fn(example_inputs),
             verbose=False,
         )
+
+
+def rebuilt_graph(model: nn.Module, example_inputs: Any, history: list[Any], **options: Any) -> Any:
+    """The graph of a model that lost blocks, with the history of the graph before."""
+    with preserved(model, trainable=True), torch.enable_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        graph = DependencyGraph().build_dependency(
+            model, example_inputs=example_inputs, verbose=False, **options
+        )
+    graph._pruning_history = history
+    return graph
 
 
 def output_channels(module: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, Member]]:
