@@ -38,6 +38,9 @@ _WHERE = {
     "Split": "split",
     "SplitPoint": "split",
     "split_points": "split",
+    "ResidualBlock": "blocks",
+    "residual_blocks": "blocks",
+    "remove_blocks": "removal",
     "SoftMasks": "masks",
     "fold_masks": "folding",
     "Plan": "plan",
@@ -98,6 +101,7 @@ if TYPE_CHECKING:
     from patrol_prune.attacks.query_free_config import QueryFreeConfig
     from patrol_prune.attacks.rmle import RMLE, RMLEConfig
     from patrol_prune.audit import AuditReport, audit
+    from patrol_prune.blocks import ResidualBlock, residual_blocks
     from patrol_prune.bounds import conditional_entropy_bound, diagonal_fisher_information
     from patrol_prune.checkpoint import load, save
     from patrol_prune.cost import count_macs, count_params, edge_macs, feature_bytes
@@ -128,6 +132,7 @@ if TYPE_CHECKING:
     from patrol_prune.pixels import Normalization
     from patrol_prune.plan import Plan, plan
     from patrol_prune.pruner import PatrolPruner
+    from patrol_prune.removal import remove_blocks
     from patrol_prune.split import Split, SplitPoint, split_points
     from patrol_prune.surrogate import SurrogateEnsemble, SurrogateSpec
     from patrol_prune.tune import tune

@@ -49,6 +49,7 @@ class CutGraph:
         traced: Traced = trace(model, x)
         self.model, self.constants = model, traced.constants
         self.facts, self.names, self.free = traced.facts, traced.names, traced.free
+        self.owner, self.calls = traced.owner, traced.calls
         self.order = list(traced.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.order)}
         self.end = len(self.order) - 1
@@ -163,7 +164,7 @@ class CutGraph:
         graph = fx.Graph()
         env = {first: graph.placeholder(self.order[0].name if start is None else "feature")}
         nodes = self._needed(begin, end)
-        if self._writes_into(first, nodes):
+        if self.writes_into(first, nodes):
             env[first] = graph.call_method("clone", (env[first],))
         for node in nodes:
             env[node] = graph.node_copy(node, env.__getitem__)
@@ -178,7 +179,8 @@ class CutGraph:
         part.training = self.model.training
         return part
 
-    def _writes_into(self, value: fx.Node, nodes: Iterable[fx.Node]) -> bool:
+    def writes_into(self, value: fx.Node, nodes: Iterable[fx.Node]) -> bool:
+        """Whether one of `nodes` writes into the memory of `value`, also through a view."""
         shared = {value}
         for node in nodes:
             facts = self.facts[node]

@@ -53,9 +53,15 @@ _PRODUCT = "MulBackward0"
 
 
 def traced(
-    model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any] | None = None
+    model: nn.Module,
+    example_inputs: Any,
+    forward_fn: Callable[..., Any] | None = None,
+    **options: Any,
 ) -> Any:
-    """Torch-Pruning's dependency graph of the bare model, which is left as found."""
+    """Torch-Pruning's dependency graph of the bare model, which is left as found.
+
+    `options` are further arguments of its `build_dependency`.
+    """
     with preserved(model, trainable=True), torch.enable_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return DependencyGraph().build_dependency(
@@ -63,6 +69,7 @@ def traced(
             example_inputs,
             forward_fn=forward_fn or as_forward_fn(example_inputs),
             verbose=False,
+            **options,
         )
 
 

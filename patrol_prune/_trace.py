@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from patrol_prune.cost import evaluating, no_fused_attention
@@ -35,6 +35,21 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Call:
+    """One call of a module while tracing.
+
+    Args:
+        path: the module's name.
+        inputs: positional, then keyword arguments; values of the graph as nodes.
+        value: what it returned, with nodes likewise.
+    """
+
+    path: str
+    inputs: tuple[Any, ...]
+    value: Any
+
+
+@dataclass(frozen=True)
 class Traced:
     """What tracing found.
 
@@ -44,6 +59,8 @@ class Traced:
         names: per node, the canonical name first, then the aliases.
         free: nodes whose value does not depend on the input.
         constants: tensors that the trace found and that are no attribute of the model.
+        owner: per node, the innermost module it was made in; a layer for its own call.
+        calls: every call of a module, inner ones first.
     """
 
     graph: fx.Graph
@@ -51,6 +68,8 @@ class Traced:
     names: dict[fx.Node, tuple[str, ...]]
     free: set[fx.Node]
     constants: dict[str, Tensor]
+    owner: dict[fx.Node, str]
+    calls: tuple[Call, ...]
 
 
 def trace(model: nn.Module, x: Tensor) -> Traced:
@@ -83,7 +102,8 @@ def trace(model: nn.Module, x: Tensor) -> Traced:
     _refuse_written_constants(graph, probe.facts, constants)
     _erase_dead(graph, probe.facts)
     free = _free_nodes(list(graph.nodes), probe.facts)
-    return Traced(graph, probe.facts, _names(graph, tracer), free, constants)
+    return Traced(graph, probe.facts, _names(graph, tracer), free, constants, tracer.owner,
+                  tuple(tracer.calls))
 
 
 def run_on(model: nn.Module, x: Tensor) -> Any:
@@ -121,6 +141,7 @@ class _Tracer(fx.Tracer):
         self.owner: dict[fx.Node, str] = {}
         self.made: dict[fx.Node, int] = {}
         self.returned: list[tuple[str, fx.Node, bool]] = []  # path, node, made inside that call
+        self.calls: list[Call] = []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         childless = next(m.children(), None) is None
@@ -146,9 +167,16 @@ class _Tracer(fx.Tracer):
             value = super().call_module(m, forward, args, kwargs)
         finally:
             self.stack.pop()
+        self.calls.append(
+            Call(path, tuple(map(_as_nodes, (*args, *kwargs.values()))), _as_nodes(value))
+        )
         if isinstance(value, fx.Proxy):
             self.returned.append((path, value.node, self.made[value.node] >= earlier))
         return value
+
+
+def _as_nodes(value: Any) -> Any:
+    return tree_map(lambda v: v.node if isinstance(v, fx.Proxy) else v, value)
 
 
 def _trace_graph(tracer: _Tracer, model: nn.Module) -> fx.Graph:

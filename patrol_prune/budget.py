@@ -7,19 +7,21 @@ Every convolution and linear layer of the edge costs
 and `c_in`, `c_out` are linear in the numbers of kept channels of the coupled groups
 (concatenations add, flattening multiplies, depthwise convolutions follow). So the cost of any
 choice is one small matrix product, and no copy of the model is ever pruned to find out. What is
-no such layer (products inside attention) enters as a constant.
+no such layer (products inside attention) enters as a constant. A residual block that may go is one
+more variable, 1 or 0, and a factor of all its layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from patrol_prune.blocks import ResidualBlock
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import InputError
 from patrol_prune.group_table import GroupTable
@@ -39,6 +41,7 @@ class MacModel:
         table: its group table, at the present widths.
         previous: a model of the same edge before it was pruned; its positions are reused and
             nothing is counted again.
+        blocks: residual blocks of the edge that may be removed; each is a cost variable.
 
     Attributes:
         dense: edge MACs with every channel kept, by fvcore.
@@ -46,9 +49,14 @@ class MacModel:
     """
 
     def __init__(
-        self, split: Split, table: GroupTable, *, previous: MacModel | None = None
+        self,
+        split: Split,
+        table: GroupTable,
+        *,
+        previous: MacModel | None = None,
+        blocks: Mapping[str, ResidualBlock] | None = None,
     ) -> None:
-        self.table = table
+        self.table, self.blocks = table, dict(blocks or {})
         if previous is None:
             count = count_macs(split.edge, split.example_inputs)
             names = {id(m): n for n, m in split.edge.named_modules()}
@@ -63,17 +71,23 @@ class MacModel:
             self.constant = count.total - sum(macs for _, macs in counted.values())
         else:
             self.positions, self.constant = previous.positions, previous.constant
-        self._segment_of, self._sizes = _segments(table)
+        self._segment_of, sizes = _segments(table)
+        self._variable = {name: len(sizes) + i for i, name in enumerate(self.blocks)}
+        self._sizes = np.concatenate([sizes, np.ones(len(self.blocks), np.int64)])
         self._build_matrices(split)
+        self._build_gates()
         self.dense = int(self.macs_of_sizes(self._sizes))
 
-    def macs(self, kept: Mapping[str, int | Tensor]) -> int:
+    def macs(
+        self, kept: Mapping[str, int | Tensor], *, without: Iterable[str] = ()
+    ) -> int:
         """Edge MACs when a group keeps so many channels, or these channels.
 
         Args:
             kept: group name -> number of kept channels, or their indices; a group that is not
                 named keeps all. A number is enough unless layers hold only a part of the group's
                 channels (a concatenation behind a shared residual stream): then give indices.
+            without: blocks that are gone.
 
         Raises:
             InputError: an unknown group, or a number where indices are needed.
@@ -95,11 +109,16 @@ class MacModel:
                     f"Layers hold different parts of group {name!r}: give the indices of the "
                     "kept channels, not their number."
                 )
+        sizes[[self.variable(block) for block in without]] = 0
         return int(self.macs_of_sizes(sizes))
 
     def segments(self, name: str) -> Ints:
         """`[C]` the cost variable each channel of a group counts in."""
         return self._segment_of[name]
+
+    def variable(self, block: str) -> int:
+        """The cost variable of a block: 1 while it is there, 0 without it."""
+        return self._variable[block]
 
     @property
     def sizes(self) -> Ints:
@@ -110,7 +129,12 @@ class MacModel:
         """Edge MACs at values `[S]` of the cost variables; `[N]` of them for `[N, S]` values."""
         outs = sizes @ self._out.T + self._out_free
         ins = sizes @ self._in.T + self._in_free
-        return (outs * ins // self._groups * self._factor).sum(-1) + self.constant
+        macs = outs * ins // self._groups * self._factor
+        if not self.blocks:
+            return macs.sum(-1) + self.constant
+        here = sizes @ self._gates.T == self._gates.sum(1)
+        fixed = self._fixed * (sizes @ self._fixed_gates.T == self._fixed_gates.sum(1))
+        return (macs * here).sum(-1) + fixed.sum(-1) + self.constant - self._fixed.sum()
 
     def _build_matrices(self, split: Split) -> None:
         layers = [(n, split.edge_layers[n]) for n in self.positions]
@@ -133,9 +157,30 @@ class MacModel:
         self._out_free = dense_out - self._out @ self._sizes
         self._in_free = dense_in - self._in @ self._sizes
 
+    def _build_gates(self) -> None:
+        """Which blocks a layer needs to be there, and the blocks' parts that are no such layer."""
+        names = list(self.positions)
+        self._gates = np.zeros((len(names), len(self._sizes)), np.int64)
+        self._fixed = np.zeros(len(self.blocks), np.int64)
+        self._fixed_gates = np.zeros((len(self.blocks), len(self._sizes)), np.int64)
+        outs = self._out @ self._sizes + self._out_free
+        ins = self._in @ self._sizes + self._in_free
+        of_layer = dict(zip(names, outs * ins // self._groups * self._factor, strict=True))
+        own = {}
+        for name, block in self.blocks.items():
+            rows = [names.index(layer) for layer in block.layers if layer in self.positions]
+            self._gates[rows, self.variable(name)] = 1
+            own[name] = block.edge_macs - sum(int(of_layer[names[row]]) for row in rows)
+        for i, (name, block) in enumerate(self.blocks.items()):
+            inner = [n for n, b in self.blocks.items() if name in b.within]
+            nearest = [n for n in inner if not set(inner) & set(self.blocks[n].within)]
+            self._fixed[i] = own[name] - sum(own[n] for n in nearest)
+            needs = [self.variable(n) for n in (name, *block.within) if n in self.blocks]
+            self._fixed_gates[i, needs] = 1
+
     def _count(self, row: Ints, owner: str, member: Member) -> None:
         segments = self._segment_of[owner][member.root_idxs.numpy()]
-        held = np.bincount(segments, minlength=len(row))
+        held = np.bincount(segments, minlength=len(row))  # no block variable is a segment
         row += held // np.maximum(self._sizes, 1)
 
 

@@ -1,13 +1,14 @@
 """Save and load a cut and pruned model: safetensors and JSON, no pickle.
 
     edge.patrol/  weights.safetensors   every parameter and buffer of the whole model
-                  architecture.json     Torch-Pruning's pruning history, and the sizes it led to
+                  architecture.json     Torch-Pruning's pruning history, the residual blocks that
+                                        were removed, and the sizes that led to
                   split.json            where the model is cut, and what goes in
                   manifest.json         the sha256 of the three
 
-`load` builds the dense model from the caller's factory, prunes it as the history says, checks every
-tensor's shape against the file, and only then fills in the weights. Where no history was recorded,
-the layers take the sizes in the file.
+`load` builds the dense model from the caller's factory, prunes it and removes blocks in the order
+in which that was done, checks every tensor's shape against the file, and only then fills in the
+weights. Where no history was recorded, the layers take the sizes in the file.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from patrol_prune.errors import CheckpointError, InputError, PatrolError, Unsupp
 from patrol_prune.group_table import build_graph
 from patrol_prune.pixels import Normalization
 from patrol_prune.prunable import preserved
+from patrol_prune.removal import remove_blocks
 from patrol_prune.split import Split
 from patrol_prune.storage import (
     atomic_directory,
@@ -116,6 +118,9 @@ def save(
         "pruning_history": [
             [str(name), bool(is_out), [int(i) for i in indices]] for name, is_out, indices in steps
         ],
+        "removed_blocks": [
+            [str(name), int(after)] for name, after in getattr(split, "removed_blocks", ())
+        ],
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "layers": _sizes(split.model),
         "strides": _unusual_strides(split.model),
@@ -161,13 +166,15 @@ def load(
     dtype = getattr(torch, about["example"]["dtype"])
     example = torch.zeros(about["example"]["shape"], dtype=dtype)
     split = _build(model_factory(), about, example, tensors, path)
-    if architecture["pruning_history"]:
-        _replay(split, architecture["pruning_history"], example, path)
-    else:
+    removed = [(str(name), int(at)) for name, at in architecture.get("removed_blocks", [])]
+    if architecture["pruning_history"] or removed:
+        _replay(split, architecture["pruning_history"], removed, path)
+    if not architecture["pruning_history"]:
         _resize(split.model, architecture["layers"], tensors)
     _fill(split.model, tensors, architecture["strides"], path / WEIGHTS)
     split.refresh()
-    split.pruning_history = architecture["pruning_history"]  # type: ignore[attr-defined]
+    split.pruning_history = architecture["pruning_history"]
+    split.removed_blocks = removed
     split.model.train(bool(about["training"]))
     split.model.to(device)
     return split
@@ -262,11 +269,18 @@ def _build(
         ) from error
 
 
-def _replay(split: Split, history: History, example: Tensor, path: Path) -> None:
+def _replay(split: Split, history: History, removed: list[tuple[str, int]], path: Path) -> None:
+    """Prune channels and remove blocks in the order in which that was done."""
     try:
-        graph = build_graph(split.model, example)
-        with preserved(split.model), torch.no_grad():
-            graph.load_pruning_history(history)
+        done = 0
+        for at, names in _stages(removed, len(history)):
+            if history[done:at]:
+                graph = build_graph(split.model, split.example_inputs)
+                with preserved(split.model), torch.no_grad():
+                    graph.load_pruning_history(history[done:at])
+                split.refresh()
+            remove_blocks(split, names)
+            done = at
     except Exception as error:  # a graph of another model fails in many ways
         raise CheckpointError(
             f"The factory's model cannot be pruned as {path / ARCHITECTURE} says "
@@ -274,6 +288,12 @@ def _replay(split: Split, history: History, example: Tensor, path: Path) -> None
             "saved, before any pruning.",
             path=str(path / ARCHITECTURE),
         ) from error
+
+
+def _stages(removed: list[tuple[str, int]], steps: int) -> list[tuple[int, list[str]]]:
+    """(length of the history so far, blocks that go then), in order; the whole history last."""
+    places = sorted({at for _, at in removed} | {steps})
+    return [(at, [name for name, when in removed if when == at]) for at in places]
 
 
 def _sizes(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:

@@ -1,31 +1,24 @@
 """Which channels to keep for a budget of edge MACs.
 
 Every group of channels is a ladder: its tied units in the order of their scores, a rung per
-removal that the limits allow. All decisions are taken on the closed form of `budget.py`.
+removal that the limits allow; a residual block is a ladder of one rung. All decisions are taken on
+the closed form of `budget.py`.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
-import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from patrol_prune.budget import Ints, MacModel
+from patrol_prune._search import Floats, Ladder, Search
+from patrol_prune.budget import MacModel
 from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.groups import ChannelGroup
-
-Floats = NDArray[np.float64]
-
-_ENOUGH = 0.99
-_MAX_TRIES = 1500
-_FEW = 50_000
 
 
 @dataclass(frozen=True)
@@ -57,45 +50,6 @@ class Limits:
         return min(channels, max(self.min_channels, self.round_to or 1, ratio_floor, 1))
 
 
-@dataclass(frozen=True, eq=False)
-class _Ladder:
-    """One group's removals in order.
-
-    `channels[:offsets[t]]` are gone after t rungs, at a loss of `scores[:t].sum()`; the cost
-    variables `segments` have then lost `gone[t]`.
-    """
-
-    name: str
-    channels: Ints
-    offsets: Ints
-    scores: Floats
-    segments: Ints
-    gone: Ints
-
-    def __len__(self) -> int:
-        return len(self.scores)
-
-
-@dataclass(eq=False)
-class _State:
-    """How many rungs of each ladder are taken, and the cost variables that leaves."""
-
-    taken: list[int]
-    sizes: Ints = field(repr=False)
-
-    def move(self, k: int, ladder: _Ladder, step: int) -> None:
-        """Take (+1) or give back (-1) one rung of ladder k."""
-        t = self.taken[k]
-        self.sizes[ladder.segments] -= ladder.gone[t + step] - ladder.gone[t]
-        self.taken[k] = t + step
-
-    def with_gone(self, ladder: _Ladder, t: int) -> Ints:
-        """The cost variables after `t` rungs of a ladder that has none taken."""
-        sizes = self.sizes.copy()
-        sizes[ladder.segments] -= ladder.gone[t]
-        return sizes
-
-
 def choose(
     model: MacModel,
     scores: Mapping[str, Tensor],
@@ -125,6 +79,37 @@ def choose(
         InputError: scores of the wrong length or not finite, or a budget above the dense edge.
         BudgetError: even the smallest allowed edge costs more; it says how much.
     """
+    return choose_structures(model, scores, {}, budget, limits=limits, initial=initial)[0]
+
+
+def choose_structures(
+    model: MacModel,
+    scores: Mapping[str, Tensor],
+    block_scores: Mapping[str, float],
+    budget: int,
+    *,
+    limits: Limits | None = None,
+    initial: Mapping[str, int] | None = None,
+) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """`choose` among channels and residual blocks, which compete by score per saved MAC.
+
+    A removed block takes the MACs of its inner groups along; these groups are not in the result.
+    Where nothing but blocks does work on the edge, the one with the best score stays.
+
+    Args:
+        model: the edge's cost, made with these blocks.
+        scores: group name -> `[C]`, higher = keep.
+        block_scores: block name -> score, on the same scale.
+        budget: edge MACs, at batch 1.
+        limits: floors per group.
+        initial: group name -> channels before any pruning.
+
+    Returns:
+        (group name -> kept channels, names of the blocks to remove).
+
+    Raises:
+        InputError, BudgetError: as `choose`.
+    """
     limits = limits or Limits()
     if budget > model.dense:
         raise InputError(
@@ -133,15 +118,36 @@ def choose(
             "deeper split."
         )
     ladders = [_ladder(model, n, s, limits, (initial or {}).get(n)) for n, s in scores.items()]
-    require_reachable(budget, _floor_macs(model, ladders), model.dense)
-    search = _Search(model, ladders, budget)
-    state = search.run()
+    blocks = [_block_ladder(model, n, s) for n, s in block_scores.items()]
+    if blocks and not _floor_macs(model, [*ladders, *blocks]):
+        blocks.remove(max(blocks, key=lambda ladder: ladder.scores[0]))
+    require_reachable(budget, _floor_macs(model, [*ladders, *blocks]), model.dense)
+    taken = Search(model, [*ladders, *blocks], budget).run().taken
+    gone = tuple(b.name for b, t in zip(blocks, taken[len(ladders):], strict=True) if t)
     kept = {}
-    for ladder, taken in zip(ladders, state.taken, strict=True):
+    for ladder, t in zip(ladders, taken[: len(ladders)], strict=True):
+        if _is_inside(model, ladder.name, gone):
+            continue
         keep = np.ones(len(model.segments(ladder.name)), bool)
-        keep[ladder.channels[: ladder.offsets[taken]]] = False
+        keep[ladder.channels[: ladder.offsets[t]]] = False
         kept[ladder.name] = torch.from_numpy(np.flatnonzero(keep))
-    return kept
+    return kept, gone
+
+
+def _block_ladder(model: MacModel, name: str, score: float) -> Ladder:
+    if not np.isfinite(score):
+        raise InputError(f"Expected finite scores, came {score} for block {name!r}.")
+    return Ladder(
+        name, np.zeros(0, np.int64), np.zeros(2, np.int64), np.array([score]),
+        np.array([model.variable(name)]), np.array([[0], [1]]),
+    )  # fmt: skip
+
+
+def _is_inside(model: MacModel, group: str, blocks: Iterable[str]) -> bool:
+    """Whether a group lives in these blocks alone."""
+    layers = {layer for name in blocks for layer in model.blocks[name].layers}
+    members = model.table.groups[group].members
+    return all(m.layer_name in layers for m in members if m.direction != "parameter")
 
 
 def smallest(
@@ -150,12 +156,18 @@ def smallest(
     *,
     limits: Limits | None = None,
     initial: Mapping[str, int] | None = None,
+    blocks: Iterable[str] = (),
 ) -> int:
-    """Edge MACs when each of these groups is at its floor."""
+    """Edge MACs when each of these groups is at its floor and these blocks are gone."""
     limits, start = limits or Limits(), initial or {}
     flat = {n: torch.zeros(len(model.segments(n))) for n in groups}
     ladders = [_ladder(model, n, s, limits, start.get(n)) for n, s in flat.items()]
-    return _floor_macs(model, ladders)
+    more = [_block_ladder(model, n, 0.0) for n in blocks]
+    floor = _floor_macs(model, [*ladders, *more])
+    if floor or not more:
+        return floor
+    others = ([*ladders, *(b for b in more if b is not one)] for one in more)
+    return min(_floor_macs(model, kept) for kept in others)
 
 
 def must_stay(group: ChannelGroup, scores: Tensor, limits: Limits) -> Tensor:
@@ -185,7 +197,7 @@ def require_reachable(budget: int, floor: int, dense: int) -> None:
         )
 
 
-def _floor_macs(model: MacModel, ladders: list[_Ladder]) -> int:
+def _floor_macs(model: MacModel, ladders: list[Ladder]) -> int:
     sizes = model.sizes.copy()
     for ladder in ladders:
         sizes[ladder.segments] -= ladder.gone[-1]
@@ -194,7 +206,7 @@ def _floor_macs(model: MacModel, ladders: list[_Ladder]) -> int:
 
 def _ladder(
     model: MacModel, name: str, scores: Tensor, limits: Limits, initial: int | None
-) -> _Ladder:
+) -> Ladder:
     group = model.table.groups.get(name)
     if group is None:
         raise InputError(f"Expected one of the model's channel groups, came {name!r}.")
@@ -221,7 +233,7 @@ def _ladder(
     lost[np.arange(len(channels)) + 1, where.reshape(-1)] = 1
     loss = np.concatenate([[0.0], np.cumsum(unit_scores[order])])
     offsets = removed * group.tie
-    return _Ladder(
+    return Ladder(
         name, channels, offsets, np.diff(loss[removed]), local, lost.cumsum(axis=0)[offsets]
     )
 
@@ -251,131 +263,3 @@ def _allowed(units: int, tie: int, protected: int, limits: Limits, initial: int)
     fewest = max(limits.floor(initial), protected * tie, 2 * tie if tie > 1 else 1)
     down = [u for u in range(units - 1, 0, -1) if u * tie >= fewest and (u * tie) % step == 0]
     return [units, *down]
-
-
-class _Search:
-    """Prefix of removals by score density, then refill, then exchanges."""
-
-    def __init__(self, model: MacModel, ladders: list[_Ladder], budget: int) -> None:
-        self.model, self.ladders, self.budget = model, ladders, budget
-
-    def run(self) -> _State:
-        order = self._by_density()
-        count = bisect.bisect_left(
-            range(len(order) + 1),
-            -self.budget,
-            key=lambda n: -self.model.macs_of_sizes(self._after(order[:n]).sizes),
-        )
-        state = self._after(order[:count])
-        self._refill(state)
-        if self.model.macs_of_sizes(state.sizes) >= _ENOUGH * self.budget or self._is_free(state):
-            return state
-        few = math.prod(len(ladder) + 1 for ladder in self.ladders) <= _FEW
-        return self._best_of_all() if few else self._exchange(state)
-
-    def _is_free(self, state: _State) -> bool:
-        """Whether all that went scores exactly 0: no exchange for something of worth is wanted."""
-        pairs = zip(self.ladders, state.taken, strict=True)
-        return all(not ladder.scores[:t].any() for ladder, t in pairs)
-
-    def _by_density(self) -> Ints:
-        """Ladder numbers, one entry per rung, in the order of removal."""
-        densities, owners, rungs = [np.zeros(0)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-        for k, ladder in enumerate(self.ladders):
-            steps, kind = np.unique(np.diff(ladder.gone, axis=0), axis=0, return_inverse=True)
-            saved = np.empty(len(steps))
-            for i, step in enumerate(steps):
-                sizes = self.model.sizes.copy()
-                sizes[ladder.segments] -= step
-                saved[i] = self.model.dense - self.model.macs_of_sizes(sizes)
-            with np.errstate(divide="ignore", invalid="ignore"):
-                each = saved[kind.reshape(-1)]
-                densities.append(np.where(each > 0, ladder.scores / each, np.inf))
-            owners.append(np.full(len(ladder), k))
-            rungs.append(np.arange(len(ladder)))
-        owner = np.concatenate(owners)
-        order = np.lexsort((np.concatenate(rungs), owner, np.concatenate(densities)))
-        return np.asarray(owner[order], np.int64)
-
-    def _after(self, removals: Ints) -> _State:
-        taken = np.bincount(removals, minlength=len(self.ladders)).tolist()
-        sizes = self.model.sizes.copy()
-        for ladder, t in zip(self.ladders, taken, strict=True):
-            sizes[ladder.segments] -= ladder.gone[t]
-        return _State(taken, sizes)
-
-    def _refill(self, state: _State) -> None:
-        """Give back rungs, best score first, as long as one fits."""
-        closed: set[int] = set()
-        while True:
-            ready = [k for k, t in enumerate(state.taken) if t > 0 and k not in closed]
-            if not ready:
-                return
-            k = max(ready, key=lambda j: self.ladders[j].scores[state.taken[j] - 1])
-            state.move(k, self.ladders[k], -1)
-            if self.model.macs_of_sizes(state.sizes) > self.budget:
-                state.move(k, self.ladders[k], +1)
-                closed.add(k)
-
-    def _best_of_all(self) -> _State:
-        """Every combination of a small network: close enough at the least loss, or the closest."""
-        shape = [len(ladder) + 1 for ladder in self.ladders]
-        taken = np.indices(shape).reshape(len(shape), -1)
-        sizes = np.tile(self.model.sizes, (taken.shape[1], 1))
-        loss = np.zeros(taken.shape[1])
-        for ladder, t in zip(self.ladders, taken, strict=True):
-            sizes[:, ladder.segments] -= ladder.gone[t]
-            loss += np.concatenate([[0.0], ladder.scores.cumsum()])[t]
-        macs = self.model.macs_of_sizes(sizes)
-        fits = macs <= self.budget
-        close = fits & (macs >= _ENOUGH * self.budget)
-        best = np.argmin(np.where(close, loss, np.inf)) if close.any() else np.argmax(macs * fits)
-        return _State(taken[:, best].tolist(), sizes[best])
-
-    def _exchange(self, state: _State) -> _State:
-        """Shift rungs between two ladders, as long as that comes closer to the budget.
-
-        Among the shifts that come close enough, the one that loses the least score is taken.
-        """
-        macs, tries = self.model.macs_of_sizes(state.sizes), _MAX_TRIES
-        while macs < _ENOUGH * self.budget and tries > 0:
-            best, best_macs, best_loss = state, macs, np.inf
-            for trial in self._shifts(state):
-                tries -= 1
-                if tries <= 0:
-                    break
-                trial_macs = self.model.macs_of_sizes(trial.sizes)
-                loss = self._loss(trial) if trial_macs >= _ENOUGH * self.budget else np.inf
-                if loss < best_loss or (loss == best_loss and trial_macs > best_macs):
-                    best, best_macs, best_loss = trial, trial_macs, loss
-            if best is state:
-                break
-            state, macs = best, best_macs
-        return state
-
-    def _shifts(self, state: _State, reach: int = 6) -> Iterator[_State]:
-        """Ladder k moves by up to `reach` rungs, another one as little as then fits."""
-        pairs = itertools.permutations(range(len(self.ladders)), 2)
-        for (k, j), step in itertools.product(pairs, [*range(-reach, 0), *range(1, reach + 1)]):
-            ladder, other = self.ladders[k], self.ladders[j]
-            if not 0 <= state.taken[k] + step <= len(ladder):
-                continue
-            trial = _State(list(state.taken), state.sizes.copy())
-            trial.move(k, ladder, step)
-            trial.move(j, other, -trial.taken[j])
-            fits = self._first_fit(trial, other)
-            if fits <= len(other):
-                trial.move(j, other, fits)
-                yield trial
-
-    def _first_fit(self, state: _State, ladder: _Ladder) -> int:
-        """The fewest rungs of a ladder that meet the budget; one more than it has if none do."""
-        return bisect.bisect_left(
-            range(len(ladder) + 1),
-            -self.budget,
-            key=lambda t: -self.model.macs_of_sizes(state.with_gone(ladder, t)),
-        )
-
-    def _loss(self, state: _State) -> float:
-        pairs = zip(self.ladders, state.taken, strict=True)
-        return float(sum(ladder.scores[:t].sum() for ladder, t in pairs))

@@ -39,6 +39,9 @@ def fold_masks(masks: SoftMasks) -> None:
             "Expected the model these masks were made for, came one that was pruned since. Fold "
             "before pruning."
         )
+    if any(float(mask) != 1.0 for mask in masks.blocks.values()):
+        raise InputError("Expected block masks of 1: a branch's scale is not folded. Remove the "
+                         "blocks whose mask is 0, and set the others to 1.")
     factors = _factors(masks)
     with torch.no_grad():
         for module, factor in factors.values():

@@ -23,7 +23,7 @@ from patrol_prune.groups import CONV, ChannelGroup, Halves, Member
 from patrol_prune.local_groups import Parts, failed, find_parts
 from patrol_prune.prunable import as_forward_fn, check_prunable, in_training, preserved
 
-__all__ = ["GroupTable", "build_graph", "followed", "remove_channels"]
+__all__ = ["GroupTable", "build_graph", "followed", "rebuilt_graph", "remove_channels"]
 
 
 @dataclass(eq=False)
@@ -101,9 +101,10 @@ class GroupTable:
         return [(name, m) for name, m in found if m.direction in wanted]
 
     def is_current(self) -> bool:
-        """Whether every layer still has the width the table was built with."""
+        """Whether every layer is still there, with the width the table was built with."""
+        present = {id(m) for m in self.model.modules()}
         return all(
-            width_of(m.module, m.direction, self.graph) == m.width
+            id(m.module) in present and width_of(m.module, m.direction, self.graph) == m.width
             for g in self.groups.values()
             for m in g.members
             if m.direction != "parameter"
@@ -132,6 +133,31 @@ def build_graph(
         return graph
 
     return followed(model, example_inputs, forward_fn, make)
+
+
+def rebuilt_graph(
+    model: nn.Module,
+    example_inputs: Any,
+    history: list[Any],
+    *,
+    forward_fn: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Any:
+    """The graph of a model that lost blocks, with the history of the graph before.
+
+    `options` are those of Torch-Pruning's `build_dependency`.
+    """
+
+    def make(forward: Callable[..., Any]) -> Any:
+        graph = traced(model, example_inputs, forward, **options)
+        with bounded_enumeration(model):
+            for _ in graph.get_all_groups(ignored_layers=[]):
+                pass
+        return graph
+
+    graph = followed(model, example_inputs, forward_fn, make)
+    graph._pruning_history = history
+    return graph
 
 
 def followed(

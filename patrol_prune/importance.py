@@ -11,7 +11,7 @@ score; one whose removal would help him gains.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,6 +61,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
             "mean", "sum" or "max" of its absolute values, or None for raw values. Torch-Pruning's
             names; its per-group normalisation would make groups incomparable.
         training: run the model in training mode (running statistics are put back).
+        blocks: score the edge's removable residual blocks too, see `block_scores`.
 
     Example::
 
@@ -79,6 +80,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         adv_weight: float = 1.0,
         normalizer: str | None = "mean",
         training: bool = False,
+        blocks: bool = False,
     ) -> None:
         if normalizer not in _NORMALIZERS:
             names = [n for n in _NORMALIZERS if n]
@@ -95,12 +97,14 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         self.objective = objective
         self.task_weight, self.lip_weight = task_weight, lip_weight
         self.adv_weight, self.normalizer, self.training = adv_weight, normalizer, training
+        self.blocks = blocks
         self.zero_grad()
 
     def zero_grad(self) -> None:
         """Forget all calibration batches and the masks."""
         self._masks: SoftMasks | None = None
         self._sums: dict[str, dict[str, Tensor]] = {}
+        self._block_sums: dict[str, dict[str, Tensor]] = {}
         self._batches = 0
         self._stale: str | None = None
         self._scores: dict[str, Tensor] | None = None
@@ -117,7 +121,8 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         if self._masks is None:
             split = self.objective.split
             self._masks = SoftMasks(
-                split.model, split.example_inputs, split=split, boundary="prune", scope="model"
+                split.model, split.example_inputs, split=split, boundary="prune", scope="model",
+                blocks=self.blocks,
             )
             self._tracker = SurvivorTracker(self._masks.table)
         return self._masks
@@ -151,14 +156,11 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         with _Mode(self.objective.split.model, self.training), torch.enable_grad():
             terms = self.objective.terms(x, y, masks=masks)
             gradients = self._gradients(terms, masks.parameters())
+        channels = len(masks.channels)
         for term, values in gradients.items():
-            sums = self._sums.setdefault(term, {})
-            for name, mask, gradient in zip(
-                masks.channels, masks.parameters(), values, strict=True
-            ):
-                change = first_order_change(gradient, mask.detach())
-                change = change.abs() if term == "task" else change
-                sums[name] = sums[name] + change if name in sums else change
+            _add_changes(self._sums.setdefault(term, {}), term, masks.channels, values[:channels])
+            _add_changes(self._block_sums.setdefault(term, {}), term, masks.blocks,
+                         values[channels:])
         self._batches += 1
         self._scores = None
         return terms
@@ -195,19 +197,43 @@ class PatrolImportance(Importance):  # type: ignore[misc]
             InputError: nothing was accumulated.
         """
         if self._scores is None:
-            terms = self.terms
-            self._scores = {
-                name: combine_terms(
-                    terms["task"][name],
-                    terms["lipschitz"][name],
-                    terms["adversarial"][name],
-                    task_weight=self.task_weight,
-                    lip_weight=self.lip_weight,
-                    adv_weight=self.adv_weight,
-                )
-                for name in terms["task"]
-            }
+            self._scores = self._combined(self.terms)
         return self._scores
+
+    @property
+    def block_scores(self) -> dict[str, float]:
+        """Block name -> score: the same formula, over the same scales as the channels'.
+
+        Raises:
+            InputError: nothing was accumulated, or not with `blocks=True`, or the scores are stale.
+        """
+        if not self.blocks:
+            raise InputError("Expected an importance that scores blocks: make it with "
+                             "PatrolImportance(objective, blocks=True) and accumulate again.")
+        if self._stale is not None:
+            raise InputError(
+                f"The scores are stale: {self._stale}. Call accumulate() on new batches first."
+            )
+        raw, over, terms = self.raw, self._edge_groups(), {}
+        blocks = self.masks.blocks
+        for term, values in raw.items():
+            scale = _scale(values, over, self.normalizer)
+            sums = self._block_sums.get(term, {})
+            terms[term] = {n: sums.get(n, torch.zeros(())) / self._batches / scale for n in blocks}
+        return {name: float(score) for name, score in self._combined(terms).items()}
+
+    def _combined(self, terms: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        return {
+            name: combine_terms(
+                terms["task"][name],
+                terms["lipschitz"][name],
+                terms["adversarial"][name],
+                task_weight=self.task_weight,
+                lip_weight=self.lip_weight,
+                adv_weight=self.adv_weight,
+            )
+            for name in terms["task"]
+        }
 
     @property
     def terms(self) -> dict[str, dict[str, Tensor]]:
@@ -289,9 +315,24 @@ def _normalized(
     values: Mapping[str, Tensor], over: set[str], normalizer: str | None
 ) -> dict[str, Tensor]:
     """One term over its scale on the groups `over`; a term that is 0 everywhere stays 0."""
+    scale = _scale(values, over, normalizer)
+    return {n: v / scale for n, v in values.items()}
+
+
+def _scale(values: Mapping[str, Tensor], over: set[str], normalizer: str | None) -> float:
+    """The normaliser of the groups `over`; 1 if it is 0."""
     reference = [v for n, v in values.items() if n in over] or list(values.values())
-    scale = float(_NORMALIZERS[normalizer](torch.cat(reference)))
-    return {n: v / scale if scale > 0 else v for n, v in values.items()}
+    return float(_NORMALIZERS[normalizer](torch.cat(reference))) or 1.0
+
+
+def _add_changes(
+    sums: dict[str, Tensor], term: str, masks: Mapping[str, Tensor], gradients: Sequence[Tensor]
+) -> None:
+    """Add one batch's predicted changes; the task's as absolute values."""
+    for (name, mask), gradient in zip(masks.items(), gradients, strict=True):
+        change = first_order_change(gradient, mask.detach())
+        change = change.abs() if term == "task" else change
+        sums[name] = sums[name] + change if name in sums else change
 
 
 class _Mode:

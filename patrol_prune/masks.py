@@ -1,4 +1,4 @@
-"""Soft masks on channel groups, placed where a zero is exactly a removal.
+"""Soft masks on channel groups and residual blocks, placed where a zero is exactly a removal.
 
 The mask `m` of a group multiplies the *input* of every layer that consumes the group's channels,
 and the transmitted feature where the group crosses the split:
@@ -8,19 +8,30 @@ and the transmitted feature where the group crosses the split:
 `m = 1` changes no bit; `m_c = 0` equals the removal of channel c, in evaluation and in training
 mode. Exception: groups with a layer that normalises over channels (`SoftMasks.inexact`), whose
 statistics still count a masked channel.
+
+The mask of a residual block is one number; it multiplies the output of the layer that gives the
+branch's value (METHOD.md 2.2). 1 changes no bit, 0 equals `remove_blocks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from patrol_prune._mask_hooks import (
+    BranchMask,
+    ChannelGather,
+    ConsumerMask,
+    EnterEdge,
+    OutputMask,
+    Switch,
+)
 from patrol_prune._tp import output_channels
+from patrol_prune.blocks import ResidualBlock, residual_blocks
 from patrol_prune.errors import InputError, UnsupportedModelError, nearest
 from patrol_prune.group_table import GroupTable
 from patrol_prune.groups import ChannelGroup
@@ -31,83 +42,8 @@ if TYPE_CHECKING:
 BOUNDARIES = ("keep", "prune")
 
 
-class ChannelGather:
-    """The mask vector `[C]` of one tensor's channels, gathered from its groups' parameters.
-
-    `index` points into `cat([1, m_1, m_2, ...])`; None says that it is the one parameter as it is.
-    """
-
-    def __init__(self, masks: Sequence[nn.Parameter], index: Tensor | None) -> None:
-        self.masks = tuple(masks)
-        self.index = index
-
-    def scale(self, x: Tensor, dim: int) -> Tensor:
-        """`x` times the mask along `dim`."""
-        if self.index is None:
-            vector: Tensor = self.masks[0]
-        else:
-            one = torch.ones(1, dtype=self.masks[0].dtype, device=self.masks[0].device)
-            vector = torch.cat([one, *self.masks])[self.index]
-        shape = [1] * x.dim()
-        shape[dim] = -1
-        return x * vector.to(x.dtype).view(shape)
-
-    def to(self, device: torch.device) -> None:
-        """Follow the model to `device`."""
-        if self.index is not None:
-            self.index = self.index.to(device)
-
-
-class ConsumerMask:
-    """Forward pre-hook: masks the input of one consumer. Picklable, for `deepcopy` and saving."""
-
-    def __init__(self, gather: ChannelGather, dim: int) -> None:
-        self.gather = gather
-        self.dim = dim
-
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (self.gather.scale(args[0], self.dim), *args[1:]), kwargs
-        return args, {**kwargs, "input": self.gather.scale(kwargs["input"], self.dim)}
-
-
-@dataclass
-class _Switch:
-    """Whether the edge's output is wanted as it is, and how deep in the edge we are."""
-
-    raw: bool = False
-    inside_edge: int = 0
-
-
-class EnterEdge:
-    """Forward pre-hook of the edge: from here on, its last block is not the last to be masked."""
-
-    def __init__(self, switch: _Switch) -> None:
-        self.switch = switch
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self.switch.inside_edge += 1
-
-
-class OutputMask:
-    """Forward hook: masks the feature where it leaves the edge, or the edge's last block."""
-
-    def __init__(self, gather: ChannelGather, dim: int, switch: _Switch, is_edge: bool) -> None:
-        self.gather, self.dim = gather, dim
-        self.switch, self.is_edge = switch, is_edge
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor | None) -> Any:
-        if self.is_edge:
-            self.switch.inside_edge = 0
-        if output is None or self.switch.raw or self.switch.inside_edge:
-            return output
-        return self.gather.scale(output, self.dim)
-
-
 class SoftMasks:
-    """One trainable mask per channel group.
+    """One trainable mask per channel group, and one per residual block where asked for.
 
     Args:
         model: the model, traced bare; it is changed only inside `attached()`.
@@ -117,9 +53,12 @@ class SoftMasks:
             them at their consumers and at the transmitted feature.
         scope: "edge", or "model" for the cloud's groups as well; without a split always "model".
         table: the model's group table, built with this split, to save the tracing.
+        blocks: mask the removable blocks too, those of the edge or, likewise, of the model.
 
     Attributes:
         channels: group name -> `nn.Parameter` `[C]`, ones at first.
+        blocks: block name -> `nn.Parameter`, a scalar; empty unless asked for.
+        unmaskable: removable block -> why it carries no mask.
         table: the group table.
 
     Raises:
@@ -146,6 +85,7 @@ class SoftMasks:
         boundary: str = "keep",
         scope: str = "edge",
         table: GroupTable | None = None,
+        blocks: bool = False,
     ) -> None:
         _one_of("boundary", boundary, BOUNDARIES)
         _one_of("scope", scope, ("edge", "model"))
@@ -162,7 +102,13 @@ class SoftMasks:
         self._consumers = [
             (module, ConsumerMask(gather, dim)) for module, gather, dim in self._consumer_gathers()
         ]
-        self._switch = _Switch()
+        self.blocks: dict[str, nn.Parameter] = {}
+        self.unmaskable: dict[str, str] = {}
+        self._branches: list[tuple[nn.Module, BranchMask]] = []
+        if blocks:
+            found = residual_blocks(model, example_inputs, split=split)
+            self._add_blocks(found, None if scope == "model" else split)
+        self._switch = Switch()
         self._transmitted = self._transmitted_gather()
         self._depth = 0
         self._handles: list[Any] = []
@@ -178,8 +124,8 @@ class SoftMasks:
         return self._depth > 0
 
     def parameters(self) -> list[nn.Parameter]:
-        """The masks, in the table's order."""
-        return list(self.channels.values())
+        """The masks: the channels' in the table's order, then the blocks'."""
+        return [*self.channels.values(), *self.blocks.values()]
 
     def set(self, name: str, values: Tensor | Sequence[float] | float) -> None:
         """Write a group's mask: `[C]` values, or one for all.
@@ -200,8 +146,15 @@ class SoftMasks:
         with torch.no_grad():
             mask.copy_(new)
 
-    def zero(self, channels: Mapping[str, Tensor | Sequence[int]]) -> None:
-        """Set the masks of these channels to 0: what the model does without them."""
+    def zero(
+        self, channels: Mapping[str, Tensor | Sequence[int]], blocks: Iterable[str] = ()
+    ) -> None:
+        """Set the masks of these channels and blocks to 0: what the model does without them."""
+        for name in blocks:
+            if name not in self.blocks:
+                why = self.unmaskable.get(name) or nearest(name, self.blocks)
+                raise InputError(f"Expected a masked block, came {name!r}: {why}")
+            self.blocks[name].data.zero_()
         for name, idxs in channels.items():
             values = self.channels[name].detach().clone() if name in self.channels else 1.0
             if isinstance(values, Tensor):
@@ -261,6 +214,8 @@ class SoftMasks:
         self._follow(_device_of(self.model))
         for module, hook in self._consumers:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for layer, branch in self._branches:
+            self._handles.append(layer.register_forward_hook(branch))
         if self._transmitted is None or self.split is None:
             return
         gather, dim = self._transmitted
@@ -279,13 +234,26 @@ class SoftMasks:
         self._switch.inside_edge = 0
 
     def _follow(self, device: torch.device) -> None:
-        for mask in self.channels.values():
+        for mask in self.parameters():
             if mask.device != device:
                 mask.data = mask.data.to(device)
         for _, hook in self._consumers:
             hook.gather.to(device)
         if self._transmitted is not None:
             self._transmitted[0].to(device)
+
+    def _add_blocks(self, found: Mapping[str, ResidualBlock], split: Split | None) -> None:
+        """One scalar per removable block; of the edge, if there is a split."""
+        device = _device_of(self.model)
+        for name, block in found.items():
+            if block.blocked is not None or (split is not None and block.location != "edge"):
+                continue
+            if block.scaled is None:
+                self.unmaskable[name] = block.unscaled or ""
+                continue
+            self.blocks[name] = nn.Parameter(torch.ones((), device=device))
+            layer = self.model.get_submodule(block.scaled)
+            self._branches.append((layer, BranchMask(self.blocks[name])))
 
     def _consumer_gathers(self) -> Iterator[tuple[nn.Module, ChannelGather, int]]:
         fed: dict[int, list[tuple[ChannelGroup, Any]]] = {}

@@ -7,68 +7,32 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from patrol_prune._block_pruning import check_structures, initial_widths, prunable_blocks
+from patrol_prune._host_options import host_options
 from patrol_prune._tp import BasePruner, bounded_enumeration, pruning_group
 from patrol_prune.budget import MacModel, budget_as_count, check_budget
-from patrol_prune.choice import Limits, choose, require_reachable, smallest
+from patrol_prune.choice import Limits, choose_structures, require_reachable, smallest
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import InputError
-from patrol_prune.group_table import GroupTable, followed
+from patrol_prune.group_table import GroupTable, followed, rebuilt_graph
 from patrol_prune.groups import ChannelGroup
 from patrol_prune.origins import recording
 from patrol_prune.prunable import check_prunable, preserved
+from patrol_prune.prune_result import PruneResult
 from patrol_prune.regularizer import ChannelDecay
+from patrol_prune.removal import remove_blocks
 
 if TYPE_CHECKING:
     from patrol_prune.split import Split
 
 logger = logging.getLogger(__name__)
 
-_DECIDED_BY_THE_BUDGET = ("pruning_ratio", "ch_sparsity", "isomorphic", "global_pruning")
-_NOT_SUPPORTED = (
-    "pruning_ratio_dict",
-    "ch_sparsity_dict",
-    "prune_num_heads",
-    "head_pruning_ratio",
-    "head_pruning_ratio_dict",
-)
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """What one step did.
-
-    Attributes:
-        edge_macs_before: edge MACs before this step, at batch 1.
-        edge_macs: edge MACs after it, at most `budget`.
-        budget: this step's budget.
-        kept: group name -> (channels kept, channels before this step), of every group that could
-            shrink.
-        feature_shape_before: the transmitted feature, without the batch dimension.
-        feature_shape: the same after the step.
-        cloud_changed: cloud layers whose width followed.
-        left_whole: edge groups that were not considered, and layers in no group -> why.
-    """
-
-    edge_macs_before: int
-    edge_macs: int
-    budget: int
-    kept: dict[str, tuple[int, int]] = field(default_factory=dict)
-    feature_shape_before: tuple[int, ...] = ()
-    feature_shape: tuple[int, ...] = ()
-    cloud_changed: tuple[str, ...] = ()
-    left_whole: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def removed_channels(self) -> int:
-        """Channels removed over all groups."""
-        return sum(total - kept for kept, total in self.kept.values())
-
+_GRAPH_OPTIONS = ("forward_fn", "output_transform", "unwrapped_parameters", "customized_pruners")
 
 class PatrolPruner(BasePruner):  # type: ignore[misc]
     """Prunes the edge of a split model to a budget of multiply-adds.
@@ -106,6 +70,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         result = pruner.step()
     """
 
+    DG: Any
+
     def __init__(
         self,
         model: nn.Module,
@@ -115,6 +81,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         split: Split,
         edge_macs: float,
         boundary: str = "keep",
+        structures: str = "channels",
         max_pruning_ratio: float = 1.0,
         min_channels: int = 1,
         round_to: int | None = None,
@@ -127,13 +94,15 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             raise InputError("Expected a split of this model, came one of another model.")
         if boundary not in ("keep", "prune"):
             raise InputError(f"Expected boundary to be 'keep' or 'prune', came {boundary!r}.")
+        check_structures(structures, importance)
         if iterative_steps < 1:
             raise InputError(f"Expected iterative_steps of at least 1, came {iterative_steps}.")
         self.limits = Limits(min_channels, max_pruning_ratio, round_to)
         check_budget(edge_macs)
         check_prunable(model)
         self.split, self.boundary, self.reg = split, boundary, reg
-        options = _host_options(kwargs)
+        self.structures = structures
+        options = host_options(kwargs)
 
         def make(forward_fn: Callable[..., Any]) -> Any:
             with preserved(model, trainable=True), torch.enable_grad(), bounded_enumeration(model):
@@ -155,9 +124,12 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
 
         followed(model, example_inputs, options["forward_fn"], make)
         self._example_inputs = example_inputs
+        self._graph_options = {n: options.get(n) for n in _GRAPH_OPTIONS}
         self._table = GroupTable.build(model, example_inputs, split=split, graph=self.DG)
         self._tied()
-        self._costs = MacModel(split, self._table)
+        self._costs = MacModel(
+            split, self._table, blocks=prunable_blocks(split, structures, self.ignored_layers)
+        )
         self.initial = {name: g.channels for name, g in self._table.groups.items()}
         self.dense_edge_macs = self._costs.dense
         self.budget = budget_as_count(edge_macs, self.dense_edge_macs)
@@ -173,11 +145,15 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
     def table(self) -> GroupTable:
         """The model's groups at its present widths."""
         if not self._table.is_current():
+            before = self._table
             self._table = GroupTable.build(
                 self.model, self._example_inputs, split=self.split, graph=self.DG
             )
             self._tied()
-            self._costs = MacModel(self.split, self._table, previous=self._costs)
+            self.initial = {**initial_widths(before, self._table, self.initial), **self.initial}
+            previous = None if self._costs.blocks else self._costs
+            blocks = prunable_blocks(self.split, self.structures, self.ignored_layers)
+            self._costs = MacModel(self.split, self._table, previous=previous, blocks=blocks)
             self._decay = None
         return self._table
 
@@ -194,6 +170,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             if group.location != "edge":
                 continue
             reason = self._reason_to_keep(group)
+            if self.structures == "blocks":
+                reason = "structures='blocks'"
             if reason is None:
                 with torch.no_grad():
                     score = self.estimate_importance(table.raw[name])
@@ -213,7 +191,11 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             for name, group in self.table.groups.items()
             if group.location == "edge" and self._reason_to_keep(group) is None
         ]
-        return smallest(self.costs, groups, limits=self.limits, initial=self.initial)
+        if self.structures == "blocks":
+            groups = []
+        costs = self.costs
+        return smallest(costs, groups, limits=self.limits, initial=self.initial,
+                        blocks=costs.blocks)
 
     def choose(self, budget: int | None = None) -> dict[str, Tensor]:
         """The channels each group would keep for a budget; the final one by default.
@@ -221,7 +203,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         Raises:
             BudgetError: no choice of channels meets the budget.
         """
-        return self._choose(self.scores()[0], self.budget if budget is None else budget)
+        return self._choose(self.scores()[0], self.budget if budget is None else budget)[0]
 
     def step(self, interactive: bool = False) -> Any:
         """Prune to this step's share of the way down.
@@ -253,10 +235,10 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         if self.current_step + 1 == self.iterative_steps:
             budget = min(self.budget, self.costs.dense)
         scores, whole = self.scores()
-        kept = self._choose(scores, budget)
+        kept, gone = self._choose(scores, budget)
         self.current_step += 1
-        expected = None if interactive else self._costs.macs(kept)
-        groups = self._groups_to_prune(kept, budget, whole, expected)
+        expected = None if interactive else self._costs.macs(kept, without=gone)
+        groups = self._groups_to_prune(kept, gone, budget, whole, expected)
         if interactive:
             return groups
         with torch.no_grad():
@@ -289,11 +271,38 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             )
         self._decay()
 
-    def _choose(self, scores: Mapping[str, Tensor], budget: int) -> dict[str, Tensor]:
-        return choose(self.costs, scores, budget, limits=self.limits, initial=self.initial)
+    def block_scores(self) -> dict[str, float]:
+        """Block name -> score, of the edge's blocks that may go."""
+        if self.structures == "channels":
+            return {}
+        scores = self.importance.block_scores
+        return {name: float(scores[name]) for name in self.costs.blocks if name in scores}
+
+    def _choose(
+        self, scores: Mapping[str, Tensor], budget: int
+    ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        return choose_structures(
+            self.costs, scores, self.block_scores(), budget, limits=self.limits,
+            initial=self.initial,
+        )  # fmt: skip
+
+    def _remove_blocks(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        """Take blocks out, and start a graph that goes on with the history so far."""
+        gone = remove_blocks(self.split, names)
+        if gone:
+            self.DG = rebuilt_graph(
+                self.model, self._example_inputs, list(self.DG.pruning_history()),
+                ignored_params=self.ignored_params, **self._graph_options,
+            )  # fmt: skip
+        return gone
 
     def _groups_to_prune(
-        self, kept: dict[str, Tensor], budget: int, whole: dict[str, str], after: int | None
+        self,
+        kept: dict[str, Tensor],
+        gone: tuple[str, ...],
+        budget: int,
+        whole: dict[str, str],
+        after: int | None,
     ) -> Iterator[Any]:
         """Prune or yield group by group, then put everything in order."""
         table, before = self.table, self._costs.dense
@@ -306,12 +315,13 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             keep[idxs] = True
             removed[name] = (~keep).nonzero().flatten()
         with preserved(self.model), recording(table, removed):
-            for name, gone in removed.items():
-                if len(gone):
+            for name, idxs in removed.items():
+                if len(idxs):
                     root = table.groups[name].members[0].module
-                    yield pruning_group(self.DG, root, gone.tolist())
+                    yield pruning_group(self.DG, root, idxs.tolist())
         self.split.refresh()
         self.split.pruning_history = [*self._earlier, *self.DG.pruning_history()]
+        removed_blocks = self._remove_blocks(gone)
         self._decay = None
         if after is None or self._costs.constant:
             after = count_macs(self.split.edge, self.split.example_inputs).total
@@ -325,6 +335,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             feature_shape=tuple(self.split.feature_shape),
             cloud_changed=tuple(n for n in cloud if now.get(n) != cloud[n]),
             left_whole=whole,
+            removed_blocks=removed_blocks,
         )
         if self.current_step >= self.iterative_steps and hasattr(self.importance, "mark_stale"):
             self.importance.mark_stale("the model was pruned with them")
@@ -358,24 +369,6 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 blocked = f"its {group.channels} channels cannot be divided by {tie}"
                 tie = group.tie
             self._table.groups[name] = dataclasses.replace(group, tie=tie, blocked=blocked)
-
-
-def _host_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """`BasePruner`'s arguments, with copies of the dictionaries it would write into."""
-    for name in _NOT_SUPPORTED:
-        if kwargs.get(name):
-            raise InputError(
-                f"{name} has no meaning beside a budget of edge MACs. Leave it out, or name layers "
-                "to keep in ignored_layers."
-            )
-    for name in _DECIDED_BY_THE_BUDGET:
-        if kwargs.get(name) and name != "global_pruning":
-            warnings.warn(f"{name} is not used: edge_macs decides.", stacklevel=3)
-    dropped = (*_DECIDED_BY_THE_BUDGET, *_NOT_SUPPORTED)
-    options = {k: v for k, v in kwargs.items() if k not in dropped}
-    for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
-        options[name] = dict(options.get(name) or {})
-    return {"forward_fn": None, **options}
 
 
 def _weight_shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[torch.Size, ...]]:

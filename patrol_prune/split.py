@@ -115,6 +115,8 @@ class Split:
     cloud_layers: dict[str, nn.Module]
     pruning_history: Sequence[Any] = ()
     """How the model was pruned since it was built, as Torch-Pruning tells it; `save` keeps it."""
+    removed_blocks: Sequence[tuple[str, int]] = ()
+    """The blocks that were removed, each with the length of `pruning_history` at that time."""
 
     def __init__(
         self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor], at: str
@@ -229,7 +231,9 @@ class Split:
             )
         else:
             made = Split, (self.model, self._inputs, self.at)
-        return *made, {"pruning_history": list(self.pruning_history)}
+        history = {"pruning_history": list(self.pruning_history),
+                   "removed_blocks": list(self.removed_blocks)}
+        return *made, history
 
 
 class _Composed(nn.Module):

@@ -22,6 +22,8 @@ class SurvivorTracker:
 
     def __init__(self, table: GroupTable) -> None:
         self.table = table
+        members = [m for group in table.groups.values() for m in group.members]
+        self._modules = {m.layer_name: m.module for m in members if m.direction != "parameter"}
         self._cache: tuple[int, int, dict[str, Tensor]] | None = None
 
     def locate(self, group: Any) -> tuple[str, Tensor] | None:
@@ -59,7 +61,7 @@ class SurvivorTracker:
         start = len(history)
         while any(missing.values()) and start > 0:
             start -= 1
-            for name, gone in self._entry(graph, history[start], None).items():
+            for name, gone in self._entry(history[start], None).items():
                 missing[name] -= len(gone)
         if any(missing.values()):
             raise InputError(
@@ -68,17 +70,19 @@ class SurvivorTracker:
             )
         alive = {n: torch.ones(g.channels, dtype=torch.bool) for n, g in self.table.groups.items()}
         for entry in history[start:]:
-            for name, gone in self._entry(graph, entry, alive).items():
+            for name, gone in self._entry(entry, alive).items():
                 alive[name][gone] = False
         self._cache = (id(graph), len(history), alive)
         return alive
 
     def _entry(
-        self, graph: Any, entry: Any, alive: dict[str, Tensor] | None
+        self, entry: Any, alive: dict[str, Tensor] | None
     ) -> dict[str, Tensor]:
         """Group name -> table channels one history entry removed (their number, if not `alive`)."""
         layer, is_out, idxs = entry
-        module = graph.model.get_submodule(layer)
+        module = self._modules.get(layer)  # by then it may be gone, with its block
+        if module is None:
+            return {}
         gone: dict[str, Tensor] = {}
         owners = self.table.members_of(module, "out" if is_out else "in")
         if alive is None:

@@ -14,11 +14,14 @@ from torch import Tensor, nn
 from torchvision import models
 
 from patrol_prune import _tp
+from patrol_prune.blocks import residual_blocks
 from patrol_prune.checkpoint import load, read_info, save
+from patrol_prune.cost import count_macs
 from patrol_prune.errors import CheckpointError, UnsupportedModelError
 from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.models import SmallResNet
 from patrol_prune.pixels import Normalization
+from patrol_prune.removal import remove_blocks
 from patrol_prune.split import Split
 
 FILES = ("weights.safetensors", "architecture.json", "split.json", "manifest.json")
@@ -154,6 +157,7 @@ def _materialised(pair: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Modu
 
 OTHER_PROCESS = """
 import sys, pickle, torch
+from patrol_prune.blocks import residual_blocks
 from patrol_prune.checkpoint import load
 from patrol_prune.models import SmallResNet
 def refuse(*a, **k): raise AssertionError("unpickled")
@@ -300,3 +304,50 @@ def test_versions_of_layers_are_kept(tmp_path: Path) -> None:
     model, x = make(), torch.randn(3, 4)
     save(Split(model, x, at="0"), tmp_path / "edge")
     assert torch.equal(load(tmp_path / "edge", make).model(x), model(x))
+
+
+def with_removed_blocks() -> Split:
+    """Channels, two blocks, channels again: the order in which an iterative pruner works."""
+    torch.manual_seed(0)
+    model, x = mobilenet().eval(), torch.randn(2, 3, 32, 32)
+    split = Split(model, x, "features.7")
+    history = prune(model, x, 0.2)
+    split.refresh()
+    split.pruning_history = history
+    remove_blocks(split, ["features.3", "features.6"])
+    split.pruning_history = [*history, *prune(model, x, 0.2)]
+    split.refresh()
+    return split
+
+
+def test_removed_blocks_and_channels_round_trip(tmp_path: Path) -> None:
+    split = with_removed_blocks()
+    assert split.removed_blocks[0] == ("features.3", len(split.pruning_history) // 2)
+    save(split, tmp_path / "a")
+    loaded = load(tmp_path / "a", mobilenet)
+    assert list(loaded.removed_blocks) == list(split.removed_blocks)
+    assert count_macs(loaded.edge, loaded.example_inputs) == count_macs(
+        split.edge, split.example_inputs)
+    for ours, theirs in zip(outputs(split), outputs(loaded), strict=True):
+        assert torch.equal(ours, theirs)
+    remove_blocks(loaded, ["features.5"])
+    save(loaded, tmp_path / "b")
+    again = load(tmp_path / "b", mobilenet)
+    for ours, theirs in zip(outputs(loaded), outputs(again), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_removed_blocks_without_a_history(tmp_path: Path) -> None:
+    """Whoever pruned the channels, the blocks are known by name and the widths by the file."""
+    split = trained_split(small, "layer2", pruned=False)
+    block = next(n for n, b in residual_blocks(
+        split.model, split.example_inputs, split=split).items() if b.blocked is None)
+    remove_blocks(split, [block])
+    prune(split.model, split.example_inputs)
+    split.refresh()
+    save(split, tmp_path / "a")
+    loaded = load(tmp_path / "a", small)
+    for ours, theirs in zip(outputs(split), outputs(loaded), strict=True):
+        assert torch.equal(ours, theirs)
+    architecture = json.loads((tmp_path / "a" / "architecture.json").read_text())
+    assert architecture["removed_blocks"] == [[block, 0]]

@@ -9,9 +9,9 @@ import torch
 from pruning_helpers import backbone, cifar_resnet, half_of_every_group
 from torch import Tensor, nn
 
-from patrol_prune._tp import GroupTable, remove_channels
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.folding import fold_masks
+from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.masks import SoftMasks
 from patrol_prune.split import Split
 

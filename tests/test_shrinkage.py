@@ -9,10 +9,10 @@ import torch
 from pruning_helpers import backbone, cifar_resnet
 from torch import Tensor, nn
 
-from patrol_prune._tp import GroupTable
 from patrol_prune.budget import MacModel
 from patrol_prune.choice import Limits
 from patrol_prune.errors import BudgetError
+from patrol_prune.group_table import GroupTable
 from patrol_prune.masks import SoftMasks
 from patrol_prune.shrinkage import Shrinker, adapted, scheduled_macs, soft_threshold
 from patrol_prune.split import Split

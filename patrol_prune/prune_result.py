@@ -1,0 +1,38 @@
+"""What one pruning step did."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What one step did.
+
+    Attributes:
+        edge_macs_before: edge MACs before this step, at batch 1.
+        edge_macs: edge MACs after it, at most `budget`.
+        budget: this step's budget.
+        kept: group name -> (channels kept, channels before this step), of every group that could
+            shrink.
+        feature_shape_before: the transmitted feature, without the batch dimension.
+        feature_shape: the same after the step.
+        cloud_changed: cloud layers whose width followed.
+        left_whole: edge groups that were not considered, and layers in no group -> why.
+        removed_blocks: residual blocks that were replaced by their shortcuts.
+    """
+
+    edge_macs_before: int
+    edge_macs: int
+    budget: int
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)
+    feature_shape_before: tuple[int, ...] = ()
+    feature_shape: tuple[int, ...] = ()
+    cloud_changed: tuple[str, ...] = ()
+    left_whole: dict[str, str] = field(default_factory=dict)
+    removed_blocks: tuple[str, ...] = ()
+
+    @property
+    def removed_channels(self) -> int:
+        """Channels removed over all groups."""
+        return sum(total - kept for kept, total in self.kept.values())
