@@ -53,7 +53,6 @@ _MAX_INDICES = 2_000_000
 _MAX_SECONDS = 20.0
 
 
-
 @dataclass(eq=False)
 class GroupTable:
     """All channel groups of one model at its present widths.
@@ -137,8 +136,9 @@ class GroupTable:
 
 
 def build_graph(
-    model: nn.Module, example_inputs: Any, *, forward_fn: Callable[..., Any] | None = None
-) -> Any:
+    model: nn.Module, example_inputs: Any, *, forward_fn: Callable[..., Any] | None = None,
+    **options: Any,
+) -> Any:  # fmt: skip
     """Torch-Pruning's dependency graph of the bare model, which is left as found."""
     check_prunable(model)
     with preserved(model, trainable=True), torch.enable_grad(), warnings.catch_warnings():
@@ -148,16 +148,13 @@ def build_graph(
             example_inputs,
             forward_fn=forward_fn or as_forward_fn(example_inputs),
             verbose=False,
+            **options,
         )
 
 
 def rebuilt_graph(model: nn.Module, example_inputs: Any, history: list[Any], **options: Any) -> Any:
     """The graph of a model that lost blocks, with the history of the graph before."""
-    with preserved(model, trainable=True), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph = DependencyGraph().build_dependency(
-            model, example_inputs=example_inputs, verbose=False, **options
-        )
+    graph = build_graph(model, example_inputs, **options)
     graph._pruning_history = history
     return graph
 
