@@ -69,7 +69,8 @@ class Search:
     def __init__(self, model: MacModel, ladders: list[Ladder], budget: int) -> None:
         self.model, self.ladders, self.budget = model, ladders, budget
 
-    def run(self) -> State:
+    def run(self, *, exchange: bool = True) -> State:
+        """The removals to take; without exchanges where every ladder is one coarse rung."""
         order = self._by_density()
         count = bisect.bisect_left(
             range(len(order) + 1),
@@ -78,7 +79,8 @@ class Search:
         )
         state = self._after(order[:count])
         self._refill(state)
-        if self.model.macs_of_sizes(state.sizes) >= _ENOUGH * self.budget or self._is_free(state):
+        close = self.model.macs_of_sizes(state.sizes) >= _ENOUGH * self.budget
+        if close or not exchange or self._is_free(state):
             return state
         few = math.prod(len(ladder) + 1 for ladder in self.ladders) <= _FEW
         return self._best_of_all() if few else self._exchange(state)

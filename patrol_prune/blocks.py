@@ -251,7 +251,8 @@ def _activation(graph: CutGraph, node: fx.Node) -> nn.Module | None:
             return None
         layer: Any = copy.deepcopy(module)
         if getattr(layer, "inplace", False):
-            layer.__dict__["inplace"] = False
+            layer.inplace = False
+        assert isinstance(layer, nn.Module)
         return layer
     is_method = node.op == "call_method"
     name = str(node.target) if is_method else str(getattr(node.target, "__name__", ""))

@@ -94,7 +94,8 @@ def choose_structures(
     """`choose` among channels and residual blocks, which compete by score per saved MAC.
 
     A removed block takes the MACs of its inner groups along; these groups are not in the result.
-    Where nothing but blocks does work on the edge, the one with the best score stays.
+    Where nothing but blocks does work on the edge, the one with the best score stays. Blocks alone
+    are too coarse for exchanges: the edge may then be well below the budget.
 
     Args:
         model: the edge's cost, made with these blocks.
@@ -122,7 +123,8 @@ def choose_structures(
     if blocks and not _floor_macs(model, [*ladders, *blocks]):
         blocks.remove(max(blocks, key=lambda ladder: ladder.scores[0]))
     require_reachable(budget, _floor_macs(model, [*ladders, *blocks]), model.dense)
-    taken = Search(model, [*ladders, *blocks], budget).run().taken
+    search = Search(model, [*ladders, *blocks], budget)
+    taken = search.run(exchange=bool(ladders) or not blocks).taken
     gone = tuple(b.name for b, t in zip(blocks, taken[len(ladders):], strict=True) if t)
     kept = {}
     for ladder, t in zip(ladders, taken[: len(ladders)], strict=True):

@@ -106,6 +106,14 @@ def test_worthless_blocks_go_and_precious_ones_stay() -> None:
     assert choose_structures(pruner.costs, scores, precious, pruner.budget)[1] == ()
 
 
+def test_blocks_alone_go_by_their_score_and_not_by_how_well_they_fill_the_budget() -> None:
+    split, importance = prepared()
+    pruner = pruner_of(split, importance, 0.7, structures="blocks")
+    scores = dict(zip(pruner.block_scores(), [-1.0, 9.0, 8.0, 2.0, 7.0], strict=True))
+    kept, gone = choose_structures(pruner.costs, {}, scores, pruner.budget)
+    assert kept == {} and set(gone) == {"layer1.0", "layer2.1"}
+
+
 def test_closed_form_agrees_with_fvcore_for_any_choice() -> None:
     """Blocks with attention, nested ones and channels: what is foretold is what is counted."""
     from test_blocks import several, vit
