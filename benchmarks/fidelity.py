@@ -180,7 +180,8 @@ def learned(args: Fidelity, images: Images, model: nn.Module, at: str) -> Scores
     """|m| of masks that were learned from this model on a copy of it."""
     split = pp.Split(copy.deepcopy(model), torch.zeros(1, 3, 32, 32), at=at)
     result = learn_masks(split, images.batches(args.seed + 1), objective_of(args, split),
-                         edge_macs=args.edge_macs, config=mask_config(args), teacher=model, progress=False)
+                         edge_macs=args.edge_macs, config=mask_config(args), teacher=model,
+                         progress=False)
     return result.channels
 
 
