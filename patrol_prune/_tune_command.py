@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
@@ -53,12 +54,29 @@ def conclude(result: TuneResult, console: Console) -> None:
     total = f"{len(result.trials)} finished trials"
     if result.failures:
         total += f" ({len(result.failures)} more failed)"
+    guess = front[0].floor_ssim
+    floor = "" if guess is None else f" Average picture, no upload needed: SSIM {guess:.3f}."
     console.print(front_table(
         [asdict(trial) for trial in front],
         title=f"The front: {len(front)} of {total}, not beaten in accuracy and SSIM at once",
-        caption=f"Dense model: {100 * front[0].dense_accuracy:.1f}%. {CAUTION}",
+        caption=f"Dense model: {100 * front[0].dense_accuracy:.1f}%.{floor} {CAUTION}",
     ))
+    for line in flag_counts(result):
+        console.print(Text(line), soft_wrap=True)
     console.print("Train and audit one in full:")
     for trial in front:
         file = result.files[f"trial {trial.number}"]
         console.print(Text(f"  patrol-prune run --config {file}"), soft_wrap=True)
+
+
+def flag_counts(result: TuneResult) -> list[str]:
+    """How often the attacks of the trials warned of themselves; a weak attack ranks badly."""
+    counts = Counter(name for trial in result.trials for name in trial.flags)
+    if not counts:
+        return []
+    told = ", ".join(f"{name} in {n}" for name, n in counts.most_common())
+    return [
+        f"Flags of the short attacks, of {len(result.trials)} trials: {told}. Where an attack is "
+        "too weak, its SSIM says nothing: raise --trial-attack-epochs, or take other "
+        "--trial-attacks."
+    ]

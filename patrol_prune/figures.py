@@ -180,6 +180,7 @@ def front(
     numbers: Sequence[int],
     *,
     floor: float | None = None,
+    guess: float | None = None,
 ) -> bytes:
     """Accuracy against SSIM: (number, split, SSIM, accuracy, whether every limit is met).
 
@@ -187,6 +188,7 @@ def front(
         trials: of a search.
         numbers: those on the front, which are joined and named.
         floor: the least accuracy that is allowed.
+        guess: SSIM of the average picture, which no defence needs to get below.
     """
     figure = Figure(figsize=(7.6, 4.4))
     axes = figure.subplots()
@@ -208,6 +210,11 @@ def front(
         axes.annotate(f"least accuracy {100 * floor:.1f}%", (1.0, 100 * floor), ha="right",
                       xycoords=("axes fraction", "data"), xytext=(0, 3), fontsize=8, color=WARM,
                       textcoords="offset points")
+    if guess is not None:
+        axes.axvline(guess, color=MUTED, linewidth=1.0, linestyle=(0, (1, 3)), zorder=1)
+        axes.annotate("average picture", (guess, 0.0), xycoords=("data", "axes fraction"),
+                      xytext=(3, 4), textcoords="offset points", fontsize=8, color=MUTED,
+                      rotation=90, va="bottom")
     _name_the_marks(axes, splits, any(not able for *_, able in trials), bool(best))
     axes.margins(0.08)
     axes.set_xlabel("SSIM of a short attack (1 is the same picture; further left hides more)",

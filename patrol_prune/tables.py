@@ -16,6 +16,7 @@ from patrol_prune._report_facts import (
     attack_rows,
     comparison,
     number,
+    short,
 )
 from patrol_prune.errors import InputError
 
@@ -28,8 +29,8 @@ ATTACK_COLUMNS = {
 }
 TRIAL_COLUMNS = {
     "number": "Trial", "split": "Cut after", "edge_macs": "Edge MACs",
-    "feature_bytes": "Bytes sent", "beta": "beta", "alpha": "alpha", "accuracy": "Accuracy",
-    "ssim": "SSIM, short attack",
+    "feature_bytes": "Upload", "beta": "beta", "alpha": "alpha", "accuracy": "Accuracy",
+    "ssim": "SSIM",
 }
 _IN_A_TERMINAL = ("attack", "attacker", "ssim", "ssim_worst5", "psnr", "mse", "rank1")
 
@@ -114,7 +115,10 @@ def front_table(
         left = key == "split"
         table.add_column(heading, justify="left" if left else "right", no_wrap=left)
     for row in rows:
-        shown = {**row, "beta": f"{row['beta']:.3g}", "alpha": f"{row['alpha']:g}"}
+        shown = {
+            **row, "beta": f"{row['beta']:.3g}", "alpha": f"{row['alpha']:g}",
+            "edge_macs": short(row["edge_macs"]), "feature_bytes": short(row["feature_bytes"], "B"),
+        }
         table.add_row(*(number(key, shown[key]) for key in TRIAL_COLUMNS))
     return table
 

@@ -7,14 +7,17 @@ limits, and for each of its points the settings that train it in full.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from patrol_prune._report_facts import floor_of
 from patrol_prune.errors import InputError
 from patrol_prune.pipeline import Progress, RunResult, run, train_dense
 from patrol_prune.plan import short
@@ -117,7 +120,7 @@ class _Search:
                 return
             self.stop_if_hopeless()
             if finished + running >= config.trials:
-                self.say("tune", f"Waiting for {running} trial(s) of other workers.")
+                self.say("tune", f"Waiting for the last trials of other workers: {running}.")
                 time.sleep(POLL_SECONDS)
                 continue
             dense = self.dense()
@@ -148,21 +151,23 @@ class _Search:
     def attempt(self, dense: Path, trial: Any) -> TuneTrial:
         """A short run with the values that the study proposes."""
         begun, point = time.monotonic(), self.suggest(trial)
-        count = f"{trial.number} of {self.config.trials}"
         self.say(
-            "trial", f"{count}: cut after {point.split}, {short(point.edge_macs)} MACs, "
+            "trial", f"{trial.number}: cut after {point.split}, {short(point.edge_macs)} MACs, "
             f"beta {point.beta:.3g}, alpha {point.alpha:g}.",
         )
         folder = self.folder / TRIALS / f"{trial.number:04d}"
         try:
-            result = run(trial_config(self.config, point, dense, folder), overwrite=True)
+            with _flags_untold():
+                result = run(trial_config(self.config, point, dense, folder), overwrite=True)
         finally:
             _lighten(folder)
         found = self.found(trial.number, point, result, time.monotonic() - begun)
         missed = [name.replace("_", " ") for name, excess in found.excess.items() if excess > 0]
         self.say(
-            "trial", f"{count}: accuracy {100 * found.accuracy:.1f}%, SSIM {found.ssim:.3f} by "
-            f"{found.attack}" + (f"; misses the limit of {', '.join(missed)}." if missed else "."),
+            "trial", f"{trial.number}: accuracy {100 * found.accuracy:.1f}%, SSIM "
+            f"{found.ssim:.3f} by {found.attack}"
+            + (f"; misses the limit of {', '.join(missed)}" if missed else "")
+            + f". {self.study.counts()[0] + 1} of {self.config.trials} done.",
         )
         return found
 
@@ -180,6 +185,7 @@ class _Search:
 
     def found(self, number: int, point: Point, result: RunResult, seconds: float) -> TuneTrial:
         config, summary = self.config, result.summary
+        guess = floor_of(result.audit.records)
         strongest, dense = result.audit.strongest("edge"), summary.dense["accuracy"]
         floor = config.min_accuracy
         if config.max_accuracy_drop is not None:
@@ -191,8 +197,25 @@ class _Search:
             edge_macs=int(summary.pruned["edge_macs"]),
             feature_bytes=int(summary.pruned["feature_bytes"]), dense_accuracy=float(dense),
             limits=Limits(self.space.budget_edge_macs, floor, config.max_feature_bytes),
+            floor_ssim=None if guess is None else float(guess["ssim"]),
+            flags=tuple(dict.fromkeys(
+                flag["name"] for flag in result.audit.flags if flag.get("subject") == "edge"
+            )),
             seconds=round(seconds, 1),
         )
+
+
+@contextlib.contextmanager
+def _flags_untold() -> Iterator[None]:
+    """The audit's warnings are kept with the trial, and told once, of all trials together."""
+    audits = logging.getLogger("patrol_prune.audit")
+    before = audits.level
+    if not audits.isEnabledFor(logging.INFO):
+        audits.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        audits.setLevel(before)
 
 
 def _dense_weights(folder: Path) -> Path:

@@ -33,10 +33,11 @@ def write_results(config: TuneConfig, result: TuneResult, dense: Path) -> TuneRe
             stale.unlink(missing_ok=True)
     if result.trials:
         files["plot"] = folder / "front.png"
-        floors = {t.limits.accuracy for t in result.trials}
+        floors, guess = {t.limits.accuracy for t in result.trials}, result.trials[-1].floor_ssim
         atomic_write_bytes(files["plot"], figures.front(
             [(t.number, t.split, t.ssim, t.accuracy, t.feasible) for t in result.trials],
-            [t.number for t in front], floor=floors.pop() if len(floors) == 1 else None,
+            [t.number for t in front], guess=guess,
+            floor=floors.pop() if len(floors) == 1 else None,
         ))
     complete = replace(result, files=files)
     complete.to_json(files["json"])

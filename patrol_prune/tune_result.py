@@ -71,6 +71,8 @@ class TuneTrial:
         feature_bytes: uploaded per image.
         dense_accuracy: of the model before pruning.
         limits: what held for this trial.
+        floor_ssim: of the average picture, which needs no upload.
+        flags: names of what the audit warned of, as that the attack was still improving.
         seconds: it took.
     """
 
@@ -86,6 +88,8 @@ class TuneTrial:
     feature_bytes: int
     dense_accuracy: float
     limits: Limits
+    floor_ssim: float | None = None
+    flags: tuple[str, ...] = ()
     seconds: float = 0.0
 
     @property
@@ -101,7 +105,8 @@ class TuneTrial:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TuneTrial:
         """What `asdict` gave."""
-        return cls(**{**values, "limits": Limits(**values["limits"])})
+        limits, flags = Limits(**values["limits"]), tuple(values["flags"])
+        return cls(**{**values, "limits": limits, "flags": flags})
 
 
 def pareto_front(trials: Iterable[TuneTrial]) -> tuple[TuneTrial, ...]:

@@ -60,7 +60,10 @@ class Pretended:
         row = {"ssim": 1 / (1 + beta / 50), "attack": "inverse_network_ssim"}
         return SimpleNamespace(
             summary=SimpleNamespace(pruned=pruned, dense={"accuracy": 0.9}),
-            audit=SimpleNamespace(strongest=lambda subject: row),
+            audit=SimpleNamespace(
+                strongest=lambda subject: row, flags=[{"subject": "edge", "name": "not_converged"}],
+                records=[{"subject": "floor", "attack": "mean_image", "ssim": 0.123}],
+            ),
         )
 
     def train_dense(self, config: RunConfig, **more: Any) -> Path:
@@ -164,6 +167,7 @@ def test_the_command_shows_the_front_and_how_to_go_on(
     assert "The front: 3 of 3 finished trials" in " ".join(shown.split())
     assert "trained and attacked only briefly" in " ".join(shown.split())
     assert f"patrol-prune run --config {tmp_path / 'tune' / 'front' / 'trial-0000.yaml'}" in shown
+    assert "not_converged in 3" in shown and "SSIM 0.123" in " ".join(shown.split())
     assert "front.png" in shown and "tune.json" in shown
 
 

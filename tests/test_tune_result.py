@@ -88,7 +88,7 @@ def test_json_holds_every_trial_and_the_caution(tmp_path: Path) -> None:
 
 
 def test_a_trial_survives_plain_data() -> None:
-    trial = made(4, limits=Limits(1.0, 0.5))
+    trial = made(4, limits=Limits(1.0, 0.5), flags=("not_converged",), floor_ssim=0.1)
     assert TuneTrial.from_dict(json.loads(json.dumps(asdict(trial)))) == trial
 
 
