@@ -19,7 +19,7 @@ def backbones(record: dict[str, Any], source: str) -> str:
     """Summary, one table per kind, and what stays whole for which reason."""
     parts = [summary(record)]
     for kind in dict.fromkeys(row["kind"] for row in record["rows"]):
-        rows = [line(row) for row in record["rows"] if row["kind"] == kind]
+        rows = [line(r) for r in sorted(record["rows"], key=by_name) if r["kind"] == kind]
         parts.append(f"### {kind.capitalize()}\n\n" + render_table(rows, COLUMNS).strip())
     return "\n\n".join([*parts, unfollowed(record["rows"]), source])
 
@@ -43,6 +43,11 @@ def summary(record: dict[str, Any]) -> str:
         "wall clock's on a machine with much else to do."
     )
     return " ".join(text)
+
+
+def by_name(row: Row) -> tuple[str, str]:
+    """Order of the rows in the table."""
+    return row["model"], row["place"]
 
 
 def median(rows: list[Row]) -> float:

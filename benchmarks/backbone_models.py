@@ -53,9 +53,9 @@ def classifiers() -> list[str]:
 
 
 def kind_of(name: str) -> str:
-    """What a model is for; of a detector only the backbone is taken."""
+    """What a model is for; of all but classifiers only the backbone is taken, without a pyramid."""
     if name in SEGMENTATION:
-        return "segmentation"
+        return "segmentation backbone"
     return "detection backbone" if name in DETECTION else "classification"
 
 
@@ -77,7 +77,7 @@ def build(name: str, size: int) -> nn.Module:
     with torch.random.fork_rng(devices=[]), uninitialised():
         model = torchvision.models.get_model(name, **options)
     if kind != "classification":
-        model = Maps(model if kind == "segmentation" else model.backbone)
+        model = Maps(getattr(model.backbone, "body", model.backbone))
     fill(model)
     return model.eval()
 
