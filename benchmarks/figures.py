@@ -73,6 +73,25 @@ def source(name: str) -> str:
     return circumstances(load(name))
 
 
+def of_frontier(rows: Callable[[Row], bool]) -> str:
+    """The circumstances of those of the frontier's rows; two sentences where they have two."""
+    record = load("frontier")
+    bases = {row.get("base") == "earlier" for row in record["rows"] if rows(row)}
+    parts = [circumstances(record)] * (False in bases)
+    if True in bases and record.get("earlier"):
+        told = circumstances(record["earlier"])
+        parts.append(f"Rows with †: {told[0].lower()}{told[1:]}" if parts else told)
+    return " ".join(parts)
+
+
+def is_swept(row: Row) -> bool:
+    return bool(row.get("defence"))
+
+
+def is_model(row: Row) -> bool:
+    return not row.get("defence")
+
+
 def frontier() -> str:
     record = load("frontier")
     table = []
@@ -107,7 +126,7 @@ def frontier() -> str:
         render_table(table, columns).strip(),
         verdict(record),
         not_done(record),
-        circumstances(record),
+        of_frontier(is_model),
     ])
 
 
@@ -286,9 +305,9 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "budget": ("budget", budget),
     "grocery": ("grocery", grocery),
     "step_cost": ("step_cost", step_cost),
-    "strongest": ("frontier", lambda: audit_figures.strongest(source("frontier"))),
-    "every-attack": ("frontier", lambda: audit_figures.every_attack(source("frontier"))),
-    "sweep": ("frontier", lambda: audit_figures.sweep(source("frontier"))),
+    "strongest": ("frontier", lambda: audit_figures.strongest(of_frontier(is_model))),
+    "every-attack": ("frontier", lambda: audit_figures.every_attack(of_frontier(is_model))),
+    "sweep": ("frontier", lambda: audit_figures.sweep(of_frontier(is_swept))),
     "gap": ("frontier", lambda: audit_figures.surrogate_gap(source("frontier"))),
     "fidelity": ("fidelity", fidelity),
     "published": ("published", lambda: audit_figures.published(source("published"))),

@@ -48,6 +48,7 @@ FEWER = (100, 1_000)
 LONG = 3
 EARLIER = "earlier"
 """The base of rows whose models were trained before this working directory."""
+OF_A_RECORD = ("date", "commit", "device", "versions", "command")
 LEARNT_MSE = ("patrol", "disco", "adversarial_only", "cem_patrol")
 KEPT_OF_A_RECORD = (
     "attack", "attacker_data", "attacker_images", "victim_images", "box", "ssim", "ssim_worst5",
@@ -236,19 +237,37 @@ def collected(args: Frontier) -> tuple[list[dict[str, Any]], list[str]]:
     Rows of the earlier record follow where this working directory has none of the kind.
     """
     rows: list[dict[str, Any]] = []
-    missing, seen = [], set()
     for step in steps(replace(args, only=())):
-        path = row_path(args, step)
-        if not path.exists():
-            missing.append(step.key)
-            continue
-        content = json.loads(path.read_text())
-        for row in content if isinstance(content, list) else [content]:
-            rows += [row] * (kind_of(args, row) not in seen)
-            seen.add(kind_of(args, row))
-    record = {"rows": []} if args.earlier is None else json.loads(args.earlier.read_text())
-    earlier = [of_earlier(row) for row in record["rows"]]
-    return rows + [row for row in earlier if kind_of(args, row) not in seen], missing
+        if row_path(args, step).exists():
+            content = json.loads(row_path(args, step).read_text())
+            rows += content if isinstance(content, list) else [content]
+    rows += [of_earlier(row) for row in earlier_record(args)["rows"]]
+    kinds: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows:
+        kinds.setdefault(kind_of(args, row), row)
+    missing = [step.key for step in steps(replace(args, only=()))
+               if not kinds_of(args, step) <= kinds.keys()]
+    return list(kinds.values()), missing
+
+
+def earlier_record(args: Frontier) -> dict[str, Any]:
+    """The record whose rows are kept; one without rows where none is named."""
+    return {"rows": []} if args.earlier is None else json.loads(args.earlier.read_text())
+
+
+def kinds_of(args: Frontier, step: Step) -> set[tuple[Any, ...]]:
+    """The kinds of row that a step makes."""
+    method = step.method
+    images = step.fewer or (2_640 if step.shifted else args.attacker_images)
+    return {kind_of(args, {
+        "method": method.name, "recipe": method.recipe or None,
+        "strength": method.strength if method.defence else None, "split": method.split,
+        "attack_seed": step.seed, "attack": attack, "attacker_images": images,
+        "attacker_data": "shifted" if step.shifted else "same",
+        "victim_images": args.optimised_images if step.optimised else args.test_images,
+        "times_as_long": LONG if step.group == "long" else 1,
+        "began_with": step.attacks[0] if attack == "rmle" else None,
+    }) for attack in step.attacks}
 
 
 def of_earlier(row: dict[str, Any]) -> dict[str, Any]:
@@ -287,7 +306,8 @@ def main(args: Frontier) -> None:
     odd = sorted({row["method"] + "-" + row["split"] for row in rows
                   if {**settings, **row.get("made_with", {"seed": None})} != {
                       **settings, "commit": row.get("made_with", {}).get("commit")}})
-    print(write("frontier", rows, settings=settings, workers_threads=args.threads,
+    before = {k: v for k, v in earlier_record(args).items() if k in OF_A_RECORD}
+    print(write("frontier", rows, settings=settings, workers_threads=args.threads, earlier=before,
                 shifted=args.shifted and args.shifted.name, missing=missing,
                 with_other_settings=odd))
     asked = [step.key for step in steps(args) if step.key in missing]
