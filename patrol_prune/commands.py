@@ -327,7 +327,7 @@ def demo_config(name: str, runs: str, data: Path, *, seed: int, device: str) -> 
         name=name, runs=runs, batch_size=32, device=device, seed=seed,
         train=FinetuneConfig(epochs=12, distill_weight=0.0),
         score=ScoreConfig(batches=10, surrogate_steps=60),
-        privacy=PrivacyConfig(beta=45.0),
+        privacy=PrivacyConfig(beta=20.0),
         finetune=FinetuneConfig(epochs=8, lr=0.03, inner_steps=3, surrogate_warmup_steps=60),
         audit=AuditConfig(victims=64, attacker_share=0.4),
         rmle=RMLEConfig(steps=50, tuning_images=3, tuning_steps=15, refine=False),
