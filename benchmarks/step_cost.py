@@ -38,9 +38,10 @@ from record import write
 from torch.nn import functional as F
 
 import patrol_prune as pp
-from patrol_prune.finetune import FinetuneConfig, _Trainer
+from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.models import SmallResNet
+from patrol_prune.trainer import Trainer
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class Side:
                 lipschitz_form=terms.lipschitz or "scale_free",
             )
         self.split = split
-        self.trainer = _Trainer(split.model, self.objective, settings, copy.deepcopy(teacher),
+        self.trainer = Trainer(split.model, self.objective, settings, copy.deepcopy(teacher),
                                 torch.device("cpu"), batches=10_000)
         split.model.train()
         self.steps = 0
