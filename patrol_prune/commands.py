@@ -102,7 +102,7 @@ Examples, three attackers; every kind of attack; a model of your own:
 
 Example:
   patrol-prune report runs/photos""",
-    "demo": """The whole path on rendered vehicles, offline, in about ten minutes on two CPU
+    "demo": """The whole path on rendered vehicles, offline, in ten to twenty minutes on two CPU
 cores. The report shows whether an attacker can still read the number plates.
 
 Example:
