@@ -24,7 +24,7 @@ import torch
 import torch_pruning as tp
 from backbone_models import DETECTION, SEGMENTATION, build, classifiers, image_size, kind_of
 from jsonargparse import auto_cli
-from record import ROOT, write
+from record import ROOT, commit, write
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -262,6 +262,7 @@ def main(config: Backbones) -> None:
             if (name, place) in known:
                 continue
             row = in_a_process(config, name, place)
+            row["commit"] = commit()
             rows.append(row)
             print(name, row["split"], row["status"], row.get("seconds"), flush=True)
             write("backbones", rows, edge_macs=config.edge_macs, limit_seconds=config.limit)

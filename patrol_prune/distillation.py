@@ -6,6 +6,8 @@ in Romero et al., FitNets, ICLR 2015, at the last linear layer's input.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -32,8 +34,8 @@ class _Tap:
     """Forward pre-hook: keeps what its layer was last given."""
 
     def __init__(self, layer: nn.Module) -> None:
+        self.layer = layer
         self.seen: Tensor | None = None
-        self.handle = layer.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.seen = args[0]
@@ -42,7 +44,7 @@ class _Tap:
 class Distiller:
     """Both distances between a model in training and a teacher that stands still.
 
-    Its hooks stay on both models until `close`.
+    With `features`, its hooks stand on both models from `attach` to `close`.
 
     Args:
         model: the one that learns.
@@ -60,6 +62,7 @@ class Distiller:
     ) -> None:
         self.teacher, self.temperature = teacher, temperature
         self.taps: tuple[_Tap, _Tap] | None = None
+        self._handles: list[Any] = []
         if features:
             own, theirs = _last_linear(model), _last_linear(teacher)
             if own.in_features != theirs.in_features:
@@ -80,10 +83,16 @@ class Distiller:
         assert own is not None and theirs is not None
         return distance, feature_distance(own.float(), theirs.float())
 
+    def attach(self) -> None:
+        """Put the hooks on both models."""
+        self._handles = [tap.layer.register_forward_pre_hook(tap) for tap in self.taps or ()]
+
     def close(self) -> None:
-        """Take the hooks off both models."""
+        """Take the hooks off both models, and let go of what they saw."""
+        for handle in self._handles:
+            handle.remove()
         for tap in self.taps or ():
-            tap.handle.remove()
+            tap.seen = None
 
 
 def _last_linear(model: nn.Module) -> nn.Linear:

@@ -113,6 +113,7 @@ def drive(
     result = FinetuneResult(optimizer=trainer.optimizer)
     modes = [(module, module.training) for module in model.modules()]
     try:
+        trainer.open()
         if resume and directory is not None:
             _resume(trainer, result, directory)
         if result.resumed_from == 0:

@@ -71,6 +71,11 @@ class Trainer:
             self.distiller = Distiller(model, teacher, config.distill_temperature,
                                        features=config.feature_weight > 0)
 
+    def open(self) -> None:
+        """Put on the models what the steps need."""
+        if self.distiller is not None:
+            self.distiller.attach()
+
     def close(self) -> None:
         """Take what it put on the models off again."""
         if self.distiller is not None:

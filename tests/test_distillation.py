@@ -36,6 +36,8 @@ def test_features_are_what_the_last_layers_read() -> None:
     with torch.no_grad():
         teacher[0].weight.add_(0.1)
     distiller = Distiller(model, teacher, 4.0, features=True)
+    assert not model[2]._forward_pre_hooks and not teacher[2]._forward_pre_hooks
+    distiller.attach()
     logits = model(x)
     distance, features = distiller(x, logits)
     own, theirs = F.relu(model[0](x)), F.relu(teacher[0](x)).detach()

@@ -153,6 +153,15 @@ def test_the_weakest_surrogate_is_renewed_on_time_and_features_are_recorded() ->
     assert not any(m._forward_pre_hooks for m in split.model.modules())
 
 
+def test_refused_training_leaves_no_hook_on_either_model() -> None:
+    split, teacher = _split(), copy.deepcopy(_split().model)
+    objective = PatrolObjective(split, F.cross_entropy, beta=1.0, surrogates=SPECS)
+    with pytest.raises(InputError, match="for the surrogates, came none"):
+        finetune(split, Batches(_images(), 16), objective=objective, config=HARDER,
+                 teacher=teacher, surrogate_batches=[], progress=False)
+    assert not any(m._forward_pre_hooks for net in (split.model, teacher) for m in net.modules())
+
+
 def test_resume_refuses_other_settings(tmp_path: Path) -> None:
     _train(_split(), dataclasses.replace(CONFIG, epochs=1), checkpoint_dir=tmp_path)
     with pytest.raises(CheckpointError, match="lr"):
