@@ -185,26 +185,38 @@ def learned(args: Fidelity, images: Images, model: nn.Module, at: str) -> Scores
     return result.channels
 
 
-def all_scores(args: Fidelity, images: Images, split: pp.Split, objective: pp.PatrolObjective,
-               masks: pp.SoftMasks) -> tuple[dict[str, Scores], dict[str, Scores]]:
-    """(score -> group -> `[C]`, term -> group -> `[C]` predicted change)."""
-    x, y = images.calibration_batch()
-    importance = pp.PatrolImportance(objective)
+def scored(args: Fidelity, images: Images, objective: pp.PatrolObjective, **how: str
+           ) -> pp.PatrolImportance:
+    importance = pp.PatrolImportance(objective, **how)
     objective.generator.manual_seed(0)
-    importance.accumulate(x, y)
-    raw = importance.raw
-    weighed = {n: raw["task"][n] + raw["lipschitz"][n] - args.beta * raw["adversarial"][n]
-               for n in masks.channels}
+    importance.accumulate(*images.calibration_batch())
+    return importance
+
+
+def all_scores(args: Fidelity, images: Images, split: pp.Split, objective: pp.PatrolObjective,
+               masks: pp.SoftMasks) -> tuple[dict[str, Scores], dict[str, tuple[str, Scores]]]:
+    """(score -> group -> `[C]`, name of a prediction -> its term, group -> `[C]` change)."""
+    ways = {"patrol": {}, "patrol_j_weights": {"normalizer": "objective"},
+            "patrol_absolute": {"task_change": "absolute"},
+            "patrol_absolute_j_weights": {"task_change": "absolute", "normalizer": "objective"}}
+    made = {name: scored(args, images, objective, **how) for name, how in ways.items()}
+    raw, absolute = made["patrol"].raw, made["patrol_absolute"].raw["task"]
+    x, y = images.calibration_batch()
     F.cross_entropy(split.model(x), y).backward()
     taylor = torch_prunings(tp.importance.GroupTaylorImportance(), masks)
     split.model.zero_grad(set_to_none=True)
+    of_channels = {name: {n: i.scores[n] for n in masks.channels} for name, i in made.items()}
     return {
-        "patrol": importance.scores,
-        "patrol_j_weights": weighed,
+        **of_channels,
         "learned_masks": learned(args, images, split.model, split.at),
         "taylor": taylor,
         "magnitude": torch_prunings(tp.importance.GroupMagnitudeImportance(), masks),
-    }, raw
+    }, {
+        "second_order_task": ("task", raw["task"]),
+        "absolute_task": ("task", absolute),
+        "first_order_lipschitz": ("lipschitz", raw["lipschitz"]),
+        "first_order_adversarial": ("adversarial", raw["adversarial"]),
+    }
 
 
 def correlation(a: Tensor, b: Tensor) -> float | None:
@@ -238,14 +250,14 @@ def measure(args: Fidelity, images: Images, entry: str, weights: Path | None
     masks = pp.SoftMasks(model, split.example_inputs, split=split)
     about = {"model": name, "split": split.at, "weights": "given" if weights else "trained here",
              "accuracy": accuracy(model, Batches(images.test, 500, normalization=NORMALIZATION))}
-    scores, raw = all_scores(args, images, split, objective, masks)
+    scores, predictions = all_scores(args, images, split, objective, masks)
     print(f"{entry}: scored after {time.perf_counter() - start:.0f} s", flush=True)
     real = real_changes(objective, masks, *images.calibration_batch())
     rows = []
     for score, values in scores.items():
         rows += rows_of(about, score, "J", values, real["J"])
-    for term in TERMS:
-        rows += rows_of(about, f"first_order_{term}", term, raw[term], real[term])
+    for name, (term, values) in predictions.items():
+        rows += rows_of(about, name, term, values, real[term])
     print(f"{entry}: done after {time.perf_counter() - start:.0f} s", flush=True)
     for row in rows:
         if row["group"] == "all":

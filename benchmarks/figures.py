@@ -247,11 +247,14 @@ def grocery() -> str:
 
 SCORES = {
     "patrol": "`PatrolImportance`, as it is",
-    "patrol_j_weights": "its terms with the weights of `J`",
+    "patrol_j_weights": "the same, terms weighed as in `J`",
+    "patrol_absolute": '`task_change="absolute"`',
+    "patrol_absolute_j_weights": "the same, terms weighed as in `J`",
     "learned_masks": "learned masks, `|m|`",
     "taylor": "Torch-Pruning's `GroupTaylorImportance`",
     "magnitude": "Torch-Pruning's `GroupMagnitudeImportance`",
-    "first_order_task": "first-order task term, absolute",
+    "second_order_task": "task term with its curvature",
+    "absolute_task": "first-order task term, absolute",
     "first_order_lipschitz": "first-order Lipschitz term",
     "first_order_adversarial": "first-order adversarial term",
 }

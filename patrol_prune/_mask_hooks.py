@@ -10,26 +10,72 @@ import torch
 from torch import Tensor, nn
 
 
-class ChannelGather:
-    """The mask vector `[C]` of one tensor's channels, gathered from its groups' parameters.
+class PerImage:
+    """What stands in for the masks while every image has its own: `[B, C]`, or `[B]` of a block."""
 
-    `index` points into `cat([1, m_1, m_2, ...])`; None says that it is the one parameter as it is.
+    def __init__(self) -> None:
+        self.images = 0
+        self._of: dict[int, Tensor] = {}
+
+    def begin(self, masks: Sequence[nn.Parameter], images: int) -> list[Tensor]:
+        """Copies of the masks, one per image; leaves of their own."""
+        self.images = images
+        copies = [m.detach().expand(images, *m.shape).clone().requires_grad_() for m in masks]
+        self._of = {id(m): copy for m, copy in zip(masks, copies, strict=True)}
+        return copies
+
+    def end(self) -> None:
+        """One mask for all images again."""
+        self.images, self._of = 0, {}
+
+    def of(self, mask: nn.Parameter) -> Tensor:
+        """The mask, or its copies."""
+        return self._of.get(id(mask), mask)
+
+
+def multiplied(x: Tensor, mask: Tensor, dim: int | None, images: int) -> Tensor:
+    """`x` times a mask along `dim`, or times a number where `dim` is None.
+
+    With masks per image, `x` holds an equal number of rows for each image, one image after the
+    other; where it does not, it takes the mean of the copies, whose gradients then share alike.
+    """
+    shape = [1] * x.dim()
+    if dim is not None:
+        shape[dim] = -1
+    if not images:
+        return x * mask.to(x.dtype).view(shape)
+    if len(x) % images:
+        return x * mask.mean(0).to(x.dtype).view(shape)
+    if len(x) == images:  # no detour: a reshape would lose the layout channels_last
+        return x * mask.to(x.dtype).view(images, *shape[1:])
+    rows = x.unflatten(0, (images, -1))
+    return (rows * mask.to(x.dtype).view(images, *shape)).flatten(0, 1)
+
+
+class ChannelGather:
+    """The mask vector of one tensor's channels, `[C]` or `[B, C]`, gathered from its groups'.
+
+    `index` points into `cat([1, m_1, m_2, ...])`; None says that it is the one mask as it is.
     """
 
-    def __init__(self, masks: Sequence[nn.Parameter], index: Tensor | None) -> None:
+    def __init__(
+        self, masks: Sequence[nn.Parameter], index: Tensor | None, per_image: PerImage
+    ) -> None:
         self.masks = tuple(masks)
         self.index = index
+        self.per_image = per_image
+
+    def vector(self) -> Tensor:
+        """The factors of the channels."""
+        masks = [self.per_image.of(m) for m in self.masks]
+        if self.index is None:
+            return masks[0]
+        one = masks[0].new_ones(*masks[0].shape[:-1], 1)
+        return torch.cat([one, *masks], dim=-1)[..., self.index]
 
     def scale(self, x: Tensor, dim: int) -> Tensor:
         """`x` times the mask along `dim`."""
-        if self.index is None:
-            vector: Tensor = self.masks[0]
-        else:
-            one = torch.ones(1, dtype=self.masks[0].dtype, device=self.masks[0].device)
-            vector = torch.cat([one, *self.masks])[self.index]
-        shape = [1] * x.dim()
-        shape[dim] = -1
-        return x * vector.to(x.dtype).view(shape)
+        return multiplied(x, self.vector(), dim, self.per_image.images)
 
     def to(self, device: torch.device) -> None:
         """Follow the model to `device`."""
@@ -88,10 +134,15 @@ class OutputMask:
 class BranchMask:
     """Forward hook: scales what a residual branch adds, at the layer that gives it."""
 
-    def __init__(self, mask: nn.Parameter) -> None:
+    def __init__(self, mask: nn.Parameter, per_image: PerImage) -> None:
         self.mask = mask
+        self.per_image = per_image
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if isinstance(output, tuple):
-            return (output[0] * self.mask.to(output[0].dtype), *output[1:])
-        return output * self.mask.to(output.dtype)
+            return (self.scale(output[0]), *output[1:])
+        return self.scale(output)
+
+    def scale(self, x: Tensor) -> Tensor:
+        """`x` times the block's mask."""
+        return multiplied(x, self.per_image.of(self.mask), None, self.per_image.images)

@@ -28,6 +28,7 @@ from patrol_prune._mask_hooks import (
     ConsumerMask,
     EnterEdge,
     OutputMask,
+    PerImage,
     Switch,
 )
 from patrol_prune._tp import output_channels
@@ -99,6 +100,7 @@ class SoftMasks:
             and (split is None or scope == "model" or g.location == "edge")
             and (boundary == "prune" or g.crossing is None)
         }
+        self._per_image = PerImage()
         self._consumers = [
             (module, ConsumerMask(gather, dim)) for module, gather, dim in self._consumer_gathers()
         ]
@@ -182,6 +184,28 @@ class SoftMasks:
             if self._depth == 0:
                 self._detach()
 
+    @contextmanager
+    def per_image(self, images: int) -> Iterator[list[Tensor]]:
+        """Inside, each of a batch's images meets masks of its own, equal to the present ones.
+
+        One backward pass then gives every image's share of the gradient, whose sum over images is
+        the gradient in the mask. Layers are taken to keep a batch in order, all rows of an image
+        side by side, as torchvision's models do; the sum is right even where one does not.
+
+        Args:
+            images: of the batch, B.
+
+        Yields:
+            the masks `[B, C]` of the channels, then `[B]` of the blocks, in the order of
+            `parameters()`; leaves that require gradients.
+        """
+        self._follow(_device_of(self.model))
+        copies = self._per_image.begin(self.parameters(), images)
+        try:
+            yield copies
+        finally:
+            self._per_image.end()
+
     def split_forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`(z_seen, logits)`: the feature on the wire, and the cloud's answer.
 
@@ -253,7 +277,7 @@ class SoftMasks:
                 continue
             self.blocks[name] = nn.Parameter(torch.ones((), device=device))
             layer = self.model.get_submodule(block.scaled)
-            self._branches.append((layer, BranchMask(self.blocks[name])))
+            self._branches.append((layer, BranchMask(self.blocks[name], self._per_image)))
 
     def _consumer_gathers(self) -> Iterator[tuple[nn.Module, ChannelGather, int]]:
         fed: dict[int, list[tuple[ChannelGroup, Any]]] = {}
@@ -277,8 +301,8 @@ class SoftMasks:
             offset += group.channels
         masks = [self.channels[g.name] for g, _, _ in parts]
         if len(masks) == 1 and torch.equal(index, 1 + torch.arange(masks[0].numel())):
-            return ChannelGather(masks, None)
-        return ChannelGather(masks, index.to(masks[0].device))
+            return ChannelGather(masks, None, self._per_image)
+        return ChannelGather(masks, index.to(masks[0].device), self._per_image)
 
     def _transmitted_gather(self) -> tuple[ChannelGather, int] | None:
         """The gather of the feature's channels and their dimension, counted from the end."""

@@ -240,6 +240,7 @@ class Work:
         importance = PatrolImportance(
             self.scoring_objective(split), task_weight=config.score.task_weight,
             lip_weight=config.score.lip_weight, adv_weight=config.score.adv_weight,
+            task_change=config.score.task_change,
         )
         pruner = PatrolPruner(
             split.model, split.example_inputs, importance, split=split,

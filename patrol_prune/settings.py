@@ -17,6 +17,7 @@ from patrol_prune.attacks import ATTACKS, DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.importance import TaskChange
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.rundir import read_config
 from patrol_prune.storage import atomic_write_text
@@ -34,6 +35,7 @@ class ScoreConfig:
         lip_weight: of what it does to the edge's Lipschitz constants; off by default, because it
             cost accuracy and hid nothing where it was measured (docs/method.md).
         adv_weight: of what it does to the surrogate attackers.
+        task_change: how the first is predicted: "second_order", or "absolute" to first order.
         batches: calibration batches.
         surrogate_steps: steps of the surrogate attackers before scoring.
         max_pruning_ratio: the largest share of a group's channels that may go; first-order scores
@@ -47,6 +49,7 @@ class ScoreConfig:
     task_weight: float = 1.0
     lip_weight: float = 0.0
     adv_weight: float = 1.0
+    task_change: TaskChange = "second_order"
     batches: int = 20
     surrogate_steps: int = 150
     max_pruning_ratio: float = 0.6
@@ -60,6 +63,11 @@ class ScoreConfig:
         if min(weights) < 0 or max(weights) == 0:
             raise InputError(
                 f"Expected score weights of at least 0, one of them positive, came {weights}."
+            )
+        if self.task_change not in get_args(TaskChange):
+            raise InputError(
+                f"Expected score.task_change out of {', '.join(get_args(TaskChange))}, came "
+                f"{self.task_change!r}."
             )
         if self.batches < 1:
             raise InputError(

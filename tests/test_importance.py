@@ -12,7 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patrol_prune.errors import InputError
-from patrol_prune.importance import PatrolImportance, combine_terms, first_order_change
+from patrol_prune.importance import (
+    PatrolImportance,
+    combine_terms,
+    first_order_change,
+    second_order_change,
+)
 from patrol_prune.masks import SoftMasks
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.split import Split
@@ -59,7 +64,7 @@ def real_changes(split: Split, masks: SoftMasks, name: str, low: float) -> dict[
 def test_formula() -> None:
     task, lip, adv = torch.tensor([-2.0]), torch.tensor([3.0]), torch.tensor([5.0])
     score = combine_terms(task, lip, adv, task_weight=1.0, lip_weight=10.0, adv_weight=100.0)
-    assert score.item() == 2.0 + 30.0 - 500.0
+    assert score.item() == -2.0 + 30.0 - 500.0
     assert first_order_change(torch.tensor([4.0]), torch.tensor([0.5])).item() == -2.0
 
 
@@ -69,7 +74,7 @@ def test_first_order_terms_are_the_derivative(name: str) -> None:
 
     A float32 loss has steps of about 2e-7: a small eps drowns the difference in them.
     """
-    _, split, importance = scored(normalizer=None)
+    _, split, importance = scored(normalizer=None, task_change="absolute")
     eps = 5e-2
     lower = real_changes(split, importance.masks, name, 1.0 - eps)
     upper = real_changes(split, importance.masks, name, 1.0 + eps)
@@ -77,6 +82,116 @@ def test_first_order_terms_are_the_derivative(name: str) -> None:
         expected = (lower[term] - upper[term]) / (2 * eps)
         expected = expected.abs() if term == "task" else expected
         assert torch.allclose(values[name], expected, rtol=0.2, atol=2e-2 * expected.abs().max())
+
+
+def test_every_image_has_its_own_gradient() -> None:
+    """One backward pass for the whole batch against one for each image alone."""
+    model, split, importance = scored()
+    masks = importance.masks
+    x, y = batch()
+    with masks.attached(), masks.per_image(len(x)) as copies:
+        loss = functional.cross_entropy(model(x), y)
+        shares = torch.autograd.grad(loss, copies)
+    for i in range(len(x)):
+        with masks.attached():
+            loss = functional.cross_entropy(model(x[i : i + 1]), y[i : i + 1])
+            alone = torch.autograd.grad(loss, masks.parameters())
+        for share, whole in zip(shares, alone, strict=True):
+            assert torch.allclose(share[i] * len(x), whole, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_masks_per_image_change_no_bit_and_end_with_their_block() -> None:
+    model, _, importance = scored()
+    masks, (x, _) = importance.masks, batch()
+    bare = model(x)
+    with masks.attached(), masks.per_image(len(x)) as copies:
+        assert torch.equal(model(x), bare)
+        copies[0].data[3] = 0.0  # a mask of one image touches no other
+        changed = (model(x) != bare).any(1)
+    assert changed.tolist() == [i == 3 for i in range(len(x))]
+    with masks.attached():
+        assert torch.equal(model(x), bare)
+
+
+class Rows(nn.Module):
+    """Two rows per image, then none that belongs to one image alone."""
+
+    def __init__(self, is_mixed: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+        self.is_mixed = is_mixed
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.b(torch.relu(self.a(x.flatten(0, 1)))).relu()
+        h = h.view(len(x), 2, -1).mean(1)
+        return self.c(h.sum(0, keepdim=True) if self.is_mixed else h)
+
+
+@pytest.mark.parametrize("is_mixed", [False, True])
+def test_shares_add_up_to_the_gradient_whatever_the_rows(is_mixed: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Rows(is_mixed), torch.randn(3, 2, 4)
+    masks = SoftMasks(model, x[:1])
+    with masks.attached():
+        whole = torch.autograd.grad(model(x).square().sum(), masks.parameters())
+        with masks.per_image(3) as copies:
+            shares = torch.autograd.grad(model(x).square().sum(), copies)
+    assert len(whole) == 2
+    for share, gradient in zip(shares, whole, strict=True):
+        assert torch.allclose(share.sum(0), gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_second_order_change_is_exact_where_it_can_be() -> None:
+    """Of the mean of `(a_i m - 1)^2 / 2` at m, with g_i^2 equal to the curvature: a parabola."""
+    mask = torch.tensor([0.8])
+    shares = torch.tensor([[0.3], [-0.1]]) / 2  # g_1 = 0.3, g_2 = -0.1, g = 0.1
+    expected = -0.1 * 0.8 + (0.3**2 + 0.1**2) / 2 * 0.8**2 / 2
+    assert second_order_change(shares, mask).item() == pytest.approx(expected)
+    assert second_order_change(shares.repeat(4, 1) / 4, mask).item() == pytest.approx(expected)
+
+
+def test_the_curvature_ranks_channels_that_the_gradient_cannot() -> None:
+    """At the minimum of the task loss the mean gradient is nothing, and every image's is not."""
+    torch.manual_seed(0)
+    x = torch.randn(512, 8)
+    scale = torch.linspace(0.2, 3.0, 8)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.eye(8))
+        model[0].bias.zero_()
+        model[1].weight.copy_(torch.stack([scale, -scale]) / 2)
+        model[1].bias.zero_()
+    with torch.no_grad():  # labels drawn from the model: it is the minimum of their cross-entropy
+        y = torch.distributions.Categorical(logits=model(x)).sample()
+    masks = SoftMasks(model, x[:1])
+    (mask,) = masks.channels.values()
+    real = []
+    with torch.no_grad(), masks.attached():
+        whole = functional.cross_entropy(model(x), y)
+        for c in range(8):
+            masks.zero({"0": [c]})
+            real.append(float(functional.cross_entropy(model(x), y) - whole))
+            masks.set("0", 1.0)
+    with masks.attached(), masks.per_image(len(x)) as copies:
+        (shares,) = torch.autograd.grad(functional.cross_entropy(model(x), y), copies)
+    ranks = [torch.as_tensor(v).argsort().argsort().float() for v in
+             (second_order_change(shares, mask.detach()), real,
+              first_order_change(shares.sum(0), mask.detach()).abs())]
+    agreement = torch.corrcoef(torch.stack(ranks))[1]
+    assert agreement[0] > 0.9 > agreement[2]
+
+
+def test_the_objectives_own_weights() -> None:
+    model = cifar_resnet(width=8)
+    split = Split(model, torch.randn(1, 3, 16, 16), at="layer2")
+    objective = HandMadeObjective(split)
+    objective.beta = 7.0
+    importance = PatrolImportance(objective, normalizer="objective")
+    importance.accumulate(*batch())
+    raw = importance.raw
+    for name, score in importance.scores.items():
+        expected = raw["task"][name] + raw["lipschitz"][name] - 7.0 * raw["adversarial"][name]
+        assert torch.allclose(score, expected, atol=1e-6)
 
 
 def test_scores_rank_like_real_removal() -> None:
@@ -154,10 +269,10 @@ def test_terms_are_normalised_over_the_edge() -> None:
 
 
 def test_batches_are_averaged_and_the_task_term_is_not_cancelled() -> None:
-    _, split, both = scored(batches=2, normalizer=None)
+    _, split, both = scored(batches=2, normalizer=None, task_change="absolute")
     each = []
     for i in range(2):
-        one = PatrolImportance(both.objective, normalizer=None)
+        one = PatrolImportance(both.objective, normalizer=None, task_change="absolute")
         one.accumulate(*batch(seed=i))
         each.append(one.raw)
     for term in both.raw:
@@ -174,7 +289,7 @@ def test_terms_that_are_off_are_zero() -> None:
     importance = PatrolImportance(objective)
     importance.accumulate(*batch())
     for name, score in importance.scores.items():
-        assert (score >= 0).all() and torch.equal(score, importance.terms["task"][name])
+        assert torch.equal(score, importance.terms["task"][name])
 
 
 def test_accumulate_leaves_the_model_as_found() -> None:
@@ -270,6 +385,8 @@ def test_bad_input() -> None:
         PatrolImportance(objective, normalizer="means")
     with pytest.raises(InputError, match="at least 0"):
         PatrolImportance(objective, adv_weight=-1.0)
+    with pytest.raises(InputError, match="second_order"):
+        PatrolImportance(objective, task_change="third_order")
 
 
 def test_with_the_real_objective() -> None:
