@@ -2,10 +2,10 @@
 
     python benchmarks/scores.py --data DIR --weights dense.safetensors
 
-One trained model is pruned to the same edge budget by each score, under several limits on the share
-of a group's channels that may go, without any privacy term; running statistics are measured anew,
-the accuracy is taken, and taken again after one epoch of fine-tuning with distillation, the same for
-all. Rows that are in the record are not repeated.
+One trained model is pruned to the same edge budget by each score, under several limits on the
+share of a group's channels that may go, without any privacy term; running statistics are measured
+anew, the accuracy is taken, and taken again after one epoch of fine-tuning with distillation, the
+same for all. Rows that are in the record are not repeated.
 """
 
 from __future__ import annotations
