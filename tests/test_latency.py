@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pruning_helpers import ThreeLayers
 from torch import nn
 from torch.utils.benchmark import Measurement, TaskSpec
 
@@ -15,7 +16,6 @@ from patrol_prune.choice import Limits
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.latency import LatencyConfig, measure_latency
-from patrol_prune.models import SmallResNet
 from patrol_prune.plan import Plan, PlanLimits, plan
 
 X = torch.zeros(1, 3, 16, 16)
@@ -56,7 +56,7 @@ def timer(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Any]]]:
 @pytest.fixture(scope="module")
 def model() -> nn.Module:
     torch.manual_seed(0)
-    return SmallResNet(4, width=16)
+    return ThreeLayers()
 
 
 @pytest.fixture
@@ -193,6 +193,6 @@ def test_no_more_edges_are_measured_than_needed(timed: Plan) -> None:
 def test_the_model_is_left_as_found(model: nn.Module, timed: Plan) -> None:
     assert model.training
     assert sum(p.numel() for p in model.parameters()) == sum(
-        p.numel() for p in SmallResNet(4, width=16).parameters()
+        p.numel() for p in ThreeLayers().parameters()
     )
     assert not any(m._forward_pre_hooks for m in model.modules())

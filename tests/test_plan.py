@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torchvision
+from pruning_helpers import ThreeLayers
 from torch import nn
 
 from patrol_prune.budget import MacModel
@@ -28,6 +29,12 @@ X = torch.zeros(1, 3, 16, 16)
 def model() -> nn.Module:
     torch.manual_seed(0)
     return SmallResNet(4, width=8)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return ThreeLayers()
 
 
 @pytest.fixture(scope="module")
@@ -230,7 +237,7 @@ def test_what_is_left_agrees_with_a_pruned_copy(
     row = prune[name]
     assert row.channel_ratio and row.pruned is not None
     assert row.pruned == real_cost(model, name, shares_gone(model, name, row.channel_ratio))
-    floors = {n: list(range(max(1, round(0.05 * len_of)), len_of))
+    floors = {n: list(range(max(1, -(-len_of // 20)), len_of))
               for n, len_of in widths(model, name).items()}
     assert row.smallest == real_cost(model, name, floors)
 
@@ -267,60 +274,62 @@ def test_parameters_and_bytes_in_closed_form_on_backbones(name: str) -> None:
     assert params < sizes.params({})
 
 
-def test_limits_of_parameters_ask_for_more_to_go(model: nn.Module) -> None:
-    free = plan(model, X, edge_macs="layer1", at="layer3", boundary="prune")["layer3"]
+def test_limits_of_parameters_ask_for_more_to_go(tiny: nn.Module) -> None:
+    free = plan(tiny, X, edge_macs="layer1", at="layer3", boundary="prune")["layer3"]
     assert free.pruned is not None
     most = free.pruned.edge_params // 2
-    made = plan(model, X, edge_macs="layer1", at="layer3", boundary="prune",
+    made = plan(tiny, X, edge_macs="layer1", at="layer3", boundary="prune",
                 limits=PlanLimits(edge_params=most))
     row = made["layer3"]
     assert row.pruned is not None and row.pruned.edge_params <= most
     assert row.channel_ratio and free.channel_ratio and row.channel_ratio > free.channel_ratio
-    less = real_cost(model, "layer3", shares_gone(model, "layer3", row.channel_ratio - 0.01))
+    less = real_cost(tiny, "layer3", shares_gone(tiny, "layer3", row.channel_ratio - 0.01))
     assert less.edge_params > most
     assert row.prune_to == row.pruned.edge_macs < made.budget_edge_macs
     assert "For the other limits, prune to" in made.text
     assert free.prune_to == made.budget_edge_macs
 
 
-def test_every_limit_holds_where_it_is_recommended(model: nn.Module, keep: Plan) -> None:
+def test_every_limit_holds_where_it_is_recommended(tiny: nn.Module) -> None:
     """The upload shrinks with depth: a limit rules out what lies before."""
+    keep = plan(tiny, X, edge_macs="layer1")
     small = min(row.feature_bytes for row in keep.rows if not row.is_tail)
-    made = plan(model, X, edge_macs="layer2", limits=PlanLimits(feature_bytes=small))
+    made = plan(tiny, X, edge_macs="layer2", limits=PlanLimits(feature_bytes=small))
     assert made[made.recommended].feature_bytes <= small
     assert not made["layer1"].fits and "bytes to upload" in made["layer1"].reason
     params = PlanLimits(edge_params=keep["layer1"].edge_params)
-    shallow = plan(model, X, edge_macs="100G", limits=params)
+    shallow = plan(tiny, X, edge_macs="100G", limits=params)
     row = shallow[shallow.recommended]
     assert row.pruned is not None and row.pruned.edge_params <= keep["layer1"].edge_params
 
 
 @pytest.mark.parametrize("name", ["edge_params", "feature_bytes"])
-def test_an_impossible_limit_tells_the_smallest_there_is(model: nn.Module, name: str) -> None:
+def test_an_impossible_limit_tells_the_smallest_there_is(tiny: nn.Module, name: str) -> None:
     with pytest.raises(BudgetError, match="the smallest reachable is") as error:
-        plan(model, X, edge_macs="layer1", limits=PlanLimits(**{name: 1}))
+        plan(tiny, X, edge_macs="layer1", limits=PlanLimits(**{name: 1}))
     least = int(error.value.smallest[name])
-    made = plan(model, X, edge_macs="100G", limits=PlanLimits(**{name: least}))
+    made = plan(tiny, X, edge_macs="100G", limits=PlanLimits(**{name: least}))
     row = made[made.recommended]
     assert row.pruned is not None and getattr(row.pruned, name) == least
     with pytest.raises(BudgetError):
-        plan(model, X, edge_macs="100G", limits=PlanLimits(**{name: least - 1}))
+        plan(tiny, X, edge_macs="100G", limits=PlanLimits(**{name: least - 1}))
 
 
-def test_limits_that_no_place_meets_together(model: nn.Module, keep: Plan) -> None:
+def test_limits_that_no_place_meets_together(tiny: nn.Module) -> None:
+    keep = plan(tiny, X, edge_macs="layer1")
     few = min(row.smallest.edge_params for row in keep.rows)
     little = min(row.smallest.feature_bytes for row in keep.rows)
     with pytest.raises(BudgetError, match="no place to cut meets all at once"):
-        plan(model, X, edge_macs="100G", limits=PlanLimits(few, little))
+        plan(tiny, X, edge_macs="100G", limits=PlanLimits(few, little))
 
 
-def test_a_narrower_feature_counts_as_fewer_bytes(model: nn.Module, prune: Plan) -> None:
-    dense = prune["layer2"].feature_bytes
+def test_a_narrower_feature_counts_as_fewer_bytes(tiny: nn.Module) -> None:
+    dense = next(p for p in split_points(tiny, X) if p.name == "layer2").feature_bytes
     limits = PlanLimits(feature_bytes=dense // 2)
-    row = plan(model, X, edge_macs="layer1", at="layer2", boundary="prune", limits=limits)["layer2"]
+    row = plan(tiny, X, edge_macs="layer1", at="layer2", boundary="prune", limits=limits)["layer2"]
     assert row.pruned is not None and row.pruned.feature_bytes <= dense // 2
     with pytest.raises(BudgetError, match=r"at layer2 to .* bytes uploaded"):
-        plan(model, X, edge_macs="layer1", at="layer2", limits=limits)
+        plan(tiny, X, edge_macs="layer1", at="layer2", limits=limits)
 
 
 @pytest.mark.parametrize("bad", [0, -1, True, float("nan"), float("inf"), "8"])
