@@ -205,7 +205,7 @@ def budget() -> str:
         "alternating in one process. `times faster, all` takes both pruners' constructors in, "
         "`pruning alone` leaves both out; ratios are of processor time, medians within a turn. Its "
         "own script takes 400 steps from the dense to the empty network; fewer are faster and land "
-        "further from the budget."
+        "further from the budget. A row whose time ran out counts the turns that had ended."
     )
     goal = (
         f"At least 5 times faster at a result at least as close to the budget: in {len(fast)} of "

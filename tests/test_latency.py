@@ -62,7 +62,7 @@ def model() -> nn.Module:
 @pytest.fixture
 def timed(model: nn.Module, timer: list[dict[str, Any]]) -> Plan:
     config = LatencyConfig(batch=2, threads=1, roundings=(None, 8))
-    return plan(model, X, edge_macs="layer1", measure_latency=config)
+    return plan(model, X, edge_macs="250K", measure_latency=config)
 
 
 def test_a_module_is_timed_in_evaluation_mode_without_gradients(
@@ -123,7 +123,7 @@ def test_the_recommended_edge_is_pruned_and_timed_for_each_rounding(timed: Plan)
         assert edge.cost.edge_macs <= timed.budget_edge_macs
         assert edge.latency.median_ms == pytest.approx(edge.cost.edge_macs / MACS_PER_MS)
     loose, rounded = timed.pruned
-    assert loose.cost and rounded.cost and loose.cost.edge_macs >= 0.99 * timed.budget_edge_macs
+    assert loose.cost and rounded.cost and loose.cost.edge_macs >= 0.9 * timed.budget_edge_macs
     assert rounded.cost != loose.cost
     share = loose.cost.edge_macs / timed[timed.recommended].edge_macs
     assert f"Pruned to {share:.0%} of its MACs, it takes {share:.0%} of the time" in timed.text
@@ -155,14 +155,14 @@ def test_a_limit_of_latency_is_measured_and_kept(
     """Time is MACs here: a limit above the budget changes nothing, one below leaves the splits
     that are dense under it."""
     budget_ms = timed.budget_edge_macs / MACS_PER_MS
-    made = plan(model, X, edge_macs="layer1", limits=PlanLimits(latency_ms=1.001 * budget_ms))
+    made = plan(model, X, edge_macs="250K", limits=PlanLimits(latency_ms=1.001 * budget_ms))
     assert made.recommended == timed.recommended and made.pruned
-    tight = PlanLimits(latency_ms=0.7 * budget_ms)
-    shallow = plan(model, X, edge_macs="layer1", limits=tight)
+    tight = PlanLimits(latency_ms=0.5 * budget_ms)
+    shallow = plan(model, X, edge_macs="250K", limits=tight)
     row = shallow[shallow.recommended]
-    assert row.latency is not None and row.latency.median_ms <= 0.7 * budget_ms
+    assert row.latency is not None and row.latency.median_ms <= 0.5 * budget_ms
     deeper = [r for r in shallow.rows if r.edge_macs > row.edge_macs and r.latency is not None]
-    assert all(r.latency and r.latency.median_ms > 0.7 * budget_ms for r in deeper)
+    assert all(r.latency and r.latency.median_ms > 0.5 * budget_ms for r in deeper)
 
 
 def test_a_latency_nothing_reaches_tells_the_fastest(

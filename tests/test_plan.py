@@ -242,6 +242,12 @@ def test_what_is_left_agrees_with_a_pruned_copy(
     assert row.smallest == real_cost(model, name, floors)
 
 
+def test_what_is_left_agrees_where_layers_have_biases(tiny: nn.Module) -> None:
+    row = plan(tiny, X, edge_macs="250K", boundary="prune")["layer3"]
+    assert row.channel_ratio and row.pruned is not None
+    assert row.pruned == real_cost(tiny, "layer3", shares_gone(tiny, "layer3", row.channel_ratio))
+
+
 def widths(model: nn.Module, name: str) -> dict[str, int]:
     table = GroupTable.build(model, X, split=Split(model, X, name))
     return {g.name: g.channels for g in table.groups.values()
