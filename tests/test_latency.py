@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import json
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from pruning_helpers import ThreeLayers
+from rich.console import Console
 from torch import nn
 from torch.utils.benchmark import Measurement, TaskSpec
 
-from patrol_prune import latency, plan_choice
+from patrol_prune import _plan_command, latency, plan_choice
 from patrol_prune.choice import Limits
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import BudgetError, InputError
@@ -196,3 +201,31 @@ def test_the_model_is_left_as_found(model: nn.Module, timed: Plan) -> None:
         p.numel() for p in ThreeLayers().parameters()
     )
     assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_commands_tables_and_figure_show_what_was_measured(timed: Plan) -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(_plan_command.plan_table(timed))
+    console.print(_plan_command.pruned_table(timed))
+    told = console.export_text()
+    row = timed[timed.recommended]
+    assert row.latency is not None and "batch 2, 1 thread, cpu" in told
+    assert told.count(f"{row.latency.median_ms:.3g} (0)") == 2  # as a place, and as the dense edge
+    for edge in timed.pruned:
+        assert edge.cost is not None
+        share = f"{edge.cost.edge_macs / row.edge_macs:.0%}"
+        line = next(line for line in told.splitlines() if edge.name in line)
+        assert line.count(share) == 2  # of the MACs, and on this device of the time
+    picture = Image.open(io.BytesIO(_plan_command.plan_figure(timed)))
+    untimed = dataclasses.replace(
+        timed, pruned=(), rows=tuple(dataclasses.replace(r, latency=None) for r in timed.rows)
+    )
+    assert Image.open(io.BytesIO(_plan_command.plan_figure(untimed))).width < picture.width
+    assert len(_plan_command.plan_table(untimed).columns) == 8
+
+
+def test_plain_data(timed: Plan) -> None:
+    data = json.loads(json.dumps(timed.to_json()))
+    assert [edge["round_to"] for edge in data["pruned"]] == [None, 8]
+    assert data["rows"][0]["latency"]["threads"] == 1
+    assert data["limits"] == {"edge_params": None, "feature_bytes": None, "latency_ms": None}
