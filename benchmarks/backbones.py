@@ -9,7 +9,6 @@ exist are kept; delete a row to measure it again. Magnitude scores, random weigh
 from __future__ import annotations
 
 import json
-import multiprocessing
 import resource
 import tempfile
 import time
@@ -17,13 +16,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 import torch_pruning as tp
 from backbone_models import DETECTION, SEGMENTATION, build, classifiers, image_size, kind_of
 from jsonargparse import auto_cli
+from processes import told, within
 from record import ROOT, commit, write
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -98,8 +97,7 @@ def measure(config: Backbones, name: str, place: str) -> Row:
             torch.manual_seed(0)
             _measure(config, row, clock)
     except Exception as error:  # a benchmark over strangers' models
-        first = (str(error).splitlines() or [""])[0]
-        row["status"] = f"{type(error).__name__}: {first}"
+        row["status"] = told(error)
     row |= clock.seconds
     row["seconds"] = round(time.perf_counter() - started, 1)
     row["cpu_seconds"] = round(time.process_time() - cpu, 1)
@@ -228,24 +226,9 @@ def reasons(left: dict[str, str]) -> dict[str, list[str]]:
 
 def in_a_process(config: Backbones, name: str, place: str) -> Row:
     """`measure` in a process that is killed at the limit."""
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-
-    def work(answer: Connection) -> None:
-        answer.send(measure(config, name, place))
-
-    process = context.Process(target=work, args=(theirs,))
-    process.start()
-    theirs.close()
-    try:
-        if ours.poll(config.limit):
-            return ours.recv()
-        status = f"stopped after {config.limit:.0f} s"
-    except EOFError:
-        status = "its process died"
-    finally:
-        process.kill()
-        process.join()
+    rows, status = within(config.limit, lambda: [measure(config, name, place)])
+    if rows:
+        return rows[0]
     return {"model": name, "kind": kind_of(name), "place": place, "status": status,
             "image_size": config.image_size or image_size(name), "split": ""}  # fmt: skip
 

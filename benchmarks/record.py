@@ -29,7 +29,12 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit that was measured, with `+changes` where the tree differs from it."""
+    """The commit that was measured, with `+changes` where the tree differs from it.
+
+    `BENCHMARK_COMMIT` names it where the tree has moved on since the measurement began.
+    """
+    if named := os.environ.get("BENCHMARK_COMMIT"):
+        return named
     here = dict(cwd=ROOT, capture_output=True, text=True, check=False)
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], **here).stdout.strip()
     dirty = subprocess.run(["git", "status", "--porcelain", "-uno"], **here).stdout.strip()
@@ -43,7 +48,7 @@ def record(benchmark: str, rows: list[dict[str, Any]], **extra: Any) -> dict[str
         "benchmark": benchmark,
         "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT.parent),
                              *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]),
-        "commit": os.environ.get("BENCHMARK_COMMIT") or commit(),
+        "commit": commit(),
         "date": date.today().isoformat(),
         "device": f"{cpu_name()}, {cores} cores",
         "threads": torch.get_num_threads(),

@@ -43,6 +43,10 @@ _WHERE = {
     "remove_blocks": "removal",
     "SoftMasks": "masks",
     "fold_masks": "folding",
+    "Latency": "latency",
+    "LatencyConfig": "latency",
+    "measure_latency": "latency",
+    "PlanLimits": "plan_limits",
     "Plan": "plan",
     "plan": "plan",
     "block_lipschitz": "lipschitz",
@@ -123,6 +127,7 @@ if TYPE_CHECKING:
     from patrol_prune.folding import fold_masks
     from patrol_prune.importance import GroupPatrolImportance, PatrolImportance
     from patrol_prune.jacobian import jacobian_effective_rank
+    from patrol_prune.latency import Latency, LatencyConfig, measure_latency
     from patrol_prune.learned_masks import LearnedMasks, MaskConfig, learn_masks
     from patrol_prune.lipschitz import block_lipschitz, lipschitz_loss
     from patrol_prune.mask_importance import MaskImportance
@@ -131,6 +136,7 @@ if TYPE_CHECKING:
     from patrol_prune.origins import rebuild_optimizer
     from patrol_prune.pixels import Normalization
     from patrol_prune.plan import Plan, plan
+    from patrol_prune.plan_limits import PlanLimits
     from patrol_prune.pruner import PatrolPruner
     from patrol_prune.removal import remove_blocks
     from patrol_prune.split import Split, SplitPoint, split_points

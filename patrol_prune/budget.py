@@ -25,7 +25,7 @@ from patrol_prune.blocks import ResidualBlock
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import InputError
 from patrol_prune.group_table import GroupTable
-from patrol_prune.groups import CONV, Member
+from patrol_prune.groups import CONV
 
 if TYPE_CHECKING:
     from patrol_prune.split import Split
@@ -92,6 +92,12 @@ class MacModel:
         Raises:
             InputError: an unknown group, or a number where indices are needed.
         """
+        sizes = self.sizes_of(kept)
+        sizes[[self.variable(block) for block in without]] = 0
+        return int(self.macs_of_sizes(sizes))
+
+    def sizes_of(self, kept: Mapping[str, int | Tensor]) -> Ints:
+        """`[S]` the values of the cost variables for a choice of channels, see `macs`."""
         sizes = self._sizes.copy()
         for name, value in kept.items():
             if name not in self._segment_of:
@@ -109,8 +115,18 @@ class MacModel:
                     f"Layers hold different parts of group {name!r}: give the indices of the "
                     "kept channels, not their number."
                 )
-        sizes[[self.variable(block) for block in without]] = 0
-        return int(self.macs_of_sizes(sizes))
+        return sizes
+
+    def widths_of_sizes(self, sizes: Ints) -> tuple[Ints, Ints]:
+        """`[L]` output channels, and `[L]` input channels that each of them reads, by `layers`."""
+        outs = sizes @ self._out.T + self._out_free
+        return outs, (sizes @ self._in.T + self._in_free) // self._groups
+
+    def held(self, owner: str, idxs: Tensor) -> Ints:
+        """`[S]` how many of these channels of a group one unit of each cost variable stands for."""
+        segments = self._segment_of[owner][idxs.numpy()]
+        held = np.bincount(segments, minlength=len(self._sizes))  # no block variable is a segment
+        return held // np.maximum(self._sizes, 1)
 
     def segments(self, name: str) -> Ints:
         """`[C]` the cost variable each channel of a group counts in."""
@@ -150,10 +166,10 @@ class MacModel:
             self._groups[row] = 1 if depthwise else groups
             dense_out[row], dense_in[row] = c_out, 1 if depthwise else c_in
             for owner, member in self.table.members_of(module, "out"):
-                self._count(self._out[row], owner, member)
+                self._out[row] += self.held(owner, member.root_idxs)
             if not depthwise:
                 for owner, member in self.table.members_of(module, "in"):
-                    self._count(self._in[row], owner, member)
+                    self._in[row] += self.held(owner, member.root_idxs)
         self._out_free = dense_out - self._out @ self._sizes
         self._in_free = dense_in - self._in @ self._sizes
 
@@ -177,11 +193,6 @@ class MacModel:
             self._fixed[i] = own[name] - sum(own[n] for n in nearest)
             needs = [self.variable(n) for n in (name, *block.within) if n in self.blocks]
             self._fixed_gates[i, needs] = 1
-
-    def _count(self, row: Ints, owner: str, member: Member) -> None:
-        segments = self._segment_of[owner][member.root_idxs.numpy()]
-        held = np.bincount(segments, minlength=len(row))  # no block variable is a segment
-        row += held // np.maximum(self._sizes, 1)
 
 
 def check_budget(edge_macs: float) -> None:

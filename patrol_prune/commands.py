@@ -2,30 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from jsonargparse import ArgumentParser, Namespace
 from rich.console import Console
 from rich.logging import RichHandler
-from rich.table import Table
 from rich.text import Text
 
-from patrol_prune import _tune_command
+from patrol_prune import _plan_command, _tune_command
 from patrol_prune._audit_command import add_options, attack
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
-from patrol_prune.errors import InputError, PatrolError
+from patrol_prune.errors import PatrolError
 from patrol_prune.finetune import FinetuneConfig
-from patrol_prune.models import build_model
 from patrol_prune.pipeline import RunResult, run
-from patrol_prune.plan import Plan, plan, short
 from patrol_prune.report import console_table
 from patrol_prune.run_summary import rewrite_report
 from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig, build
@@ -57,8 +52,9 @@ EXAMPLES = {
     "plan": """Where can the model be cut, what does each place cost, and how hard would it have to
 be pruned to meet the budget? Nothing is trained.
 
-Example, 200 million multiply-adds on the device:
+Examples, 200 million multiply-adds on the device; the same, and how long it takes on this one:
   patrol-prune plan --model mobilenet_v3_large --image-size 128 --edge-macs 200M
+  patrol-prune plan --model resnet18 --image-size 128 --edge-macs 200M --latency --plot plan.png
 
 The budget is a count (9.9M), a fraction of the dense edge (0.5, together with --at), or the name of
 a split (layer1), whose dense edge's cost is meant.""",
@@ -143,28 +139,6 @@ def _underscored(arguments: Sequence[str]) -> list[str]:
     return changed
 
 
-def _plan_options(
-    edge_macs: str,
-    model: str = "resnet18",
-    image_size: int = 128,
-    at: str | None = None,
-    boundary: Literal["keep", "prune"] = "keep",
-    classes: int = 10,
-    every: bool = False,
-) -> None:
-    """Options of `plan`.
-
-    Args:
-        edge_macs: the budget of the device: 9.9M, 0.5 (of the dense edge at --at), or layer1.
-        model: a torchvision classifier, small_resnet, or module:function of your own.
-        image_size: side of the square images, in pixels.
-        at: ask about this split only, instead of having one recommended.
-        boundary: whether channels that cross the split are kept or pruned.
-        classes: outputs of the classifier.
-        every: show places inside blocks as well.
-    """
-
-
 def make_parser() -> ArgumentParser:
     """The command line."""
     parser = _Parser(prog="patrol-prune", description=ABOUT)
@@ -174,8 +148,7 @@ def make_parser() -> ArgumentParser:
     for name, command in made.items():
         command.teaching = EXAMPLES[name]
     parser.teaching = EXAMPLES[""]
-    made["plan"].add_function_arguments(_plan_options)
-    made["plan"].add_argument("--json", action="store_true", help="print the plan as JSON")
+    _plan_command.add_options(made["plan"])
     made["run"].add_argument("--config", action="config", help="a YAML file of settings")
     made["run"].add_class_arguments(RunConfig)
     made["run"].add_argument("--overwrite", action="store_true",
@@ -234,49 +207,7 @@ def _tell(stage: str, sentence: str) -> None:
 
 
 def _plan(options: Namespace) -> None:
-    values = options.as_dict()
-    classes, size = values["classes"], values["image_size"]
-    if classes < 2 or size < 1:
-        raise InputError(
-            f"Expected at least 2 classes and a positive image size, came {classes} and {size}."
-        )
-    model = build_model(values["model"], classes, image_size=size)
-    image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
-    made = plan(
-        model, image, edge_macs=values["edge_macs"], at=values["at"], boundary=values["boundary"],
-        every=values["every"],
-    )
-    if values["json"]:
-        print(json.dumps(made.to_json(), indent=1))
-        return
-    console = Console()
-    console.print(plan_table(made))
-    console.print(made.text, highlight=False, soft_wrap=True)
-
-
-def plan_table(made: Plan) -> Table:
-    """One line for each place to cut; an arrow at the one to take."""
-    table = Table(title=f"Places to cut, for {short(made.budget_edge_macs)} MACs on the device")
-    for heading in ("", "cut after", "feature", "upload", "dense MACs", "prune", "smallest"):
-        table.add_column(heading, justify="left" if heading in ("", "cut after") else "right")
-    for row in made.rows:
-        if not row.fits:
-            share = "cannot fit"
-        elif row.edge_macs <= made.budget_edge_macs:
-            share = "fits"
-        else:
-            share = "to the floor" if row.channel_ratio is None else f"{row.channel_ratio:.0%}"
-        table.add_row(
-            "→" if row.name == made.recommended else "",
-            row.name,
-            "×".join(str(n) for n in row.feature_shape),
-            short(row.feature_bytes) + "B",
-            short(row.edge_macs),
-            share,
-            short(row.smallest_edge_macs),
-            style=None if row.fits else "dim",
-        )
-    return table
+    _plan_command.show(options.as_dict(), print)
 
 
 def _run(options: Namespace) -> None:

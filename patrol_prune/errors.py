@@ -8,7 +8,7 @@ catches them.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class PatrolError(ValueError):
@@ -24,11 +24,21 @@ class UnsupportedModelError(PatrolError):
 
 
 class BudgetError(PatrolError):
-    """No choice of channels meets the budget; `smallest_edge_macs` is what can be reached."""
+    """No choice of channels meets the budget; `smallest_edge_macs` is what can be reached.
 
-    def __init__(self, message: str, *, smallest_edge_macs: int | None = None) -> None:
+    `smallest` says the same of every limit that was given: name -> value.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        smallest_edge_macs: int | None = None,
+        smallest: Mapping[str, float] | None = None,
+    ) -> None:
         super().__init__(message)
         self.smallest_edge_macs = smallest_edge_macs
+        self.smallest = dict(smallest or {})
 
 
 class TrainingError(PatrolError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -239,3 +240,81 @@ def _name_the_marks(axes: Axes, splits: Sequence[str], missed: bool, best: bool)
         axes.plot([], [], color=ACCENT, linewidth=1.4, label="front, with numbers of trials")
     axes.legend(fontsize=8, frameon=False, ncols=3, loc="lower left", bbox_to_anchor=(0.0, 1.0),
                 borderaxespad=0.2)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A place to cut, as the plan's figure shows it.
+
+    Attributes:
+        name: of the split.
+        chosen: whether it is the recommended one.
+        fits: whether the budget can be met there.
+        edge_macs: of the dense edge.
+        smallest: the fewest multiply-adds that pruning reaches.
+        ms: median and interquartile range of the dense edge's time, where it was measured.
+    """
+
+    name: str
+    chosen: bool
+    fits: bool
+    edge_macs: int
+    smallest: int
+    ms: tuple[float, float] | None = None
+
+
+def places(
+    rows: Sequence[Place],
+    *,
+    budget: int,
+    pruned: Sequence[tuple[str, float, float]] = (),
+    limit_ms: float | None = None,
+) -> bytes:
+    """Multiply-adds of every place to cut, and milliseconds beside them where there are any.
+
+    Args:
+        rows: shallow to deep.
+        budget: multiply-adds, a line.
+        pruned: (rounding, median, interquartile range) of the recommended edge pruned.
+        limit_ms: the longest it may take, a line.
+    """
+    timed = all(row.ms is not None for row in rows)
+    figure = Figure(figsize=(10.4 if timed else 7.6, 0.27 * len(rows) + 1.1))
+    grid = figure.subplots(1, 2 if timed else 1, squeeze=False, sharey=True)[0]
+    axes, at = grid[0], range(len(rows))
+    axes.barh(at, [r.edge_macs / 1e6 for r in rows], height=0.66, color=PALE, label="dense")
+    axes.barh(at, [r.smallest / 1e6 for r in rows], height=0.3, color=LIGHT,
+              label="pruned to the floors")
+    axes.axvline(budget / 1e6, color=WARM, linewidth=1.2, label="budget")
+    axes.set_xlabel("edge MACs (millions)", fontsize=8, color=MUTED)
+    axes.set_yticks(at, [_literal(r.name) for r in rows])
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    if timed:
+        _times(grid[1], rows, pruned, limit_ms)
+    for each in grid:
+        _plain(each)
+        each.legend(fontsize=8, frameon=False, ncols=3 if each is axes else 2, loc="lower left",
+                    bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
+    for label, row in zip(axes.get_yticklabels(), rows, strict=True):
+        label.set_color(ACCENT if row.chosen else INK if row.fits else GREY)
+        label.set_fontweight("bold" if row.chosen else "normal")
+    figure.tight_layout(pad=0.5)
+    return _png(figure)
+
+
+def _times(
+    axes: Axes, rows: Sequence[Place], pruned: Sequence[tuple[str, float, float]],
+    limit_ms: float | None,
+) -> None:
+    known = [row.ms or (0.0, 0.0) for row in rows]
+    axes.barh(range(len(rows)), [m for m, _ in known], xerr=[i / 2 for _, i in known],
+              height=0.66, color=PALE, label="dense",
+              error_kw={"ecolor": MUTED, "elinewidth": 1.0})
+    chosen = next((i for i, row in enumerate(rows) if row.chosen), 0)
+    for mark, (name, median, iqr) in zip(_MARKS, pruned, strict=False):
+        axes.errorbar(median, chosen, xerr=iqr / 2, fmt=mark, color=ACCENT, markersize=4,
+                      elinewidth=1.0, label=f"pruned, {name}")
+    if limit_ms is not None:
+        axes.axvline(limit_ms, color=WARM, linewidth=1.2, label="limit")
+    axes.set_xlabel("milliseconds on this device (median, interquartile range)", fontsize=8,
+                    color=MUTED)

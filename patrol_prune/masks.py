@@ -31,11 +31,11 @@ from patrol_prune._mask_hooks import (
     PerImage,
     Switch,
 )
-from patrol_prune._tp import output_channels
 from patrol_prune.blocks import ResidualBlock, residual_blocks
-from patrol_prune.errors import InputError, UnsupportedModelError, nearest
+from patrol_prune.errors import InputError, nearest
 from patrol_prune.group_table import GroupTable
 from patrol_prune.groups import ChannelGroup
+from patrol_prune.transmitted import feature_width, transmitted_channels
 
 if TYPE_CHECKING:
     from patrol_prune.split import Split
@@ -306,37 +306,14 @@ class SoftMasks:
 
     def _transmitted_gather(self) -> tuple[ChannelGather, int] | None:
         """The gather of the feature's channels and their dimension, counted from the end."""
-        crossing = {n for n in self.channels if self.table.groups[n].crossing is not None}
-        if self.split is None or not crossing:
+        if self.split is None:
+            return None
+        parts = transmitted_channels(self.split, self.table, self.channels)
+        if not parts:
             return None
         shape = tuple(self.split.feature_shape)
-        parts = []
-        for root, member in output_channels(self.split.edge, self.split.example_inputs):
-            for name, own in self.table.members_of(root, "out"):
-                to_group = dict(zip(own.idxs.tolist(), own.root_idxs.tolist(), strict=True))
-                hits = [k for k, r in enumerate(member.root_idxs.tolist()) if r in to_group]
-                if name in crossing and hits:
-                    roots = torch.tensor([to_group[int(member.root_idxs[k])] for k in hits])
-                    parts.append((self.table.groups[name], member.idxs[hits], roots))
-        missed = crossing - {g.name for g, _, _ in parts}
-        width = shape[0] if len(shape) != 2 else shape[-1]
-        covered = 1 + max((int(idxs.max()) for _, idxs, _ in parts), default=-1)
-        if missed or covered > width:
-            raise UnsupportedModelError(
-                f"The transmitted feature {shape} cannot be followed to the channels of "
-                f"{sorted(missed) or 'its groups'}. Choose another split point, or boundary='keep'."
-            )
-        if len(shape) == 1 and covered < width and width % covered == 0:
-            parts = [_flattened(part, width // covered) for part in parts]
+        width = feature_width(shape)
         return self._gather(parts, width), {1: -1, 2: -1}.get(len(shape), -len(shape))
-
-
-def _flattened(
-    part: tuple[ChannelGroup, Tensor, Tensor], stride: int
-) -> tuple[ChannelGroup, Tensor, Tensor]:
-    group, idxs, roots = part
-    spread = (idxs[:, None] * stride + torch.arange(stride)).flatten()
-    return group, spread, roots.repeat_interleave(stride)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -2,7 +2,8 @@
 
 Deeper splits give less away and cost more; pruning makes room for more depth. For every place to
 cut, the plan says what the dense edge costs, which uniform share of its channels would have to go
-to meet the budget, and what that does to the transmitted feature and to the cloud.
+to meet the budget, and what that does to the transmitted feature and to the cloud. Where asked, it
+also measures how long the edge takes on this device, dense and pruned.
 """
 
 from __future__ import annotations
@@ -12,63 +13,24 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from patrol_prune.budget import MacModel
-from patrol_prune.choice import Limits, smallest
-from patrol_prune.errors import BudgetError, InputError, nearest
+from patrol_prune.choice import Limits
+from patrol_prune.cost import as_single_tensor
+from patrol_prune.errors import InputError, nearest
 from patrol_prune.group_table import GroupTable, build_graph
-from patrol_prune.groups import ChannelGroup
+from patrol_prune.latency import LatencyConfig, measure_latency
+from patrol_prune.plan_choice import fastest_enough, preferred, require_possible
+from patrol_prune.plan_limits import PlanLimits
+from patrol_prune.plan_rows import PlanRow, Wanted, is_tail, listed, make_row, short
+from patrol_prune.pruned_edges import PrunedEdge, PrunedEdges
 from patrol_prune.split import Split, SplitPoint, split_points
+
+__all__ = ["Plan", "PlanLimits", "PlanRow", "parse_budget", "plan", "short"]
 
 BOUNDARIES = ("keep", "prune")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _MOST_ROWS = 24
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One place to cut.
-
-    Attributes:
-        name: of the split point.
-        feature_shape: transmitted feature of the dense edge, without the batch.
-        feature_bytes: its size as float32.
-        edge_macs: multiply-adds of the dense edge at batch 1.
-        edge_params: parameters of the dense edge.
-        budget_fraction: budget over `edge_macs`; 1 or more needs no pruning.
-        channel_ratio: share of channels to remove, the same in every group, to meet the budget;
-            0 without pruning, None if it cannot be met.
-        smallest_edge_macs: what the edge costs when every group is at its floor.
-        fits: whether the budget can be met here.
-        reason: why, in a sentence.
-        crossing: group that crosses the split -> "consumed" (the cloud only reads its channels)
-            or "coupled" (cloud layers produce them too).
-        cloud_layers: layers of the cloud that hold channels of those groups.
-        effect: what pruning here does to the feature and to the cloud, in a sentence.
-        left_whole: edge layers whose channels cannot be followed, and so stay -> why.
-    """
-
-    name: str
-    feature_shape: tuple[int, ...]
-    feature_bytes: int
-    edge_macs: int
-    edge_params: int
-    budget_fraction: float
-    channel_ratio: float | None
-    smallest_edge_macs: int
-    fits: bool
-    reason: str
-    crossing: dict[str, str]
-    cloud_layers: tuple[str, ...]
-    effect: str
-    left_whole: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def is_tail(self) -> bool:
-        """Whether nothing spatial is left: a vector, or a map of one pixel."""
-        return _is_tail(self.feature_shape)
 
 
 @dataclass(frozen=True)
@@ -80,12 +42,17 @@ class Plan:
         recommended: the deepest place that fits with moderate pruning, or the one asked for.
         budget_edge_macs: the budget as a count.
         boundary: what happens to groups that cross the split.
+        limits: what the edge had to keep to besides.
+        pruned: the recommended edge pruned to the budget and measured, one for each rounding;
+            empty unless latency was measured and something has to go.
     """
 
     rows: tuple[PlanRow, ...]
     recommended: str
     budget_edge_macs: int
     boundary: str
+    limits: PlanLimits = field(default_factory=PlanLimits)
+    pruned: tuple[PrunedEdge, ...] = ()
 
     def __getitem__(self, name: str) -> PlanRow:
         """The row of a split point; an unknown name is an `InputError`."""
@@ -104,11 +71,29 @@ class Plan:
             f"The dense edge there takes {short(row.edge_macs)} MACs. {row.reason}",
             row.effect,
         ]
+        if row.prune_to < min(self.budget_edge_macs, row.edge_macs):
+            lines.append(f"For the other limits, prune to {short(row.prune_to)} MACs there.")
         if row.left_whole:
             first = next(iter(row.left_whole))
-            lines.append(f"Left whole: {_listed(tuple(row.left_whole))}. {first!r} because "
+            lines.append(f"Left whole: {listed(tuple(row.left_whole))}. {first!r} because "
                          f"{row.left_whole[first]}.")
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._measured(row)])
+
+    def _measured(self, row: PlanRow) -> list[str]:
+        """What was measured, as sentences; `pruned` has every rounding."""
+        if row.latency is None:
+            return []
+        dense = row.latency
+        lines = [f"Measured on this device ({dense.circumstances}): the dense edge takes {dense}."]
+        for edge in self.pruned[:1]:
+            if edge.cost is None or edge.latency is None:
+                lines.append(f"Pruned, {edge.name} of channels: {edge.reason}.")
+                continue
+            share = edge.cost.edge_macs / max(1, row.edge_macs)
+            of_time = edge.latency.median_ms / dense.median_ms
+            lines.append(f"Pruned to {share:.0%} of its MACs, it takes {of_time:.0%} of the time: "
+                         f"{edge.latency}.")
+        return lines
 
     def to_json(self) -> dict[str, Any]:
         """The plan as plain data."""
@@ -116,6 +101,8 @@ class Plan:
             "budget_edge_macs": self.budget_edge_macs,
             "boundary": self.boundary,
             "recommended": self.recommended,
+            "limits": asdict(self.limits),
+            "pruned": [asdict(edge) for edge in self.pruned],
             "rows": [{**asdict(row), "feature_shape": list(row.feature_shape),
                       "cloud_layers": list(row.cloud_layers)} for row in self.rows],
         }
@@ -132,12 +119,18 @@ def plan(
     max_pruning_ratio: float = 0.95,
     min_channels: int = 1,
     every: bool = False,
+    limits: PlanLimits | None = None,
+    measure_latency: bool | LatencyConfig = False,
 ) -> Plan:
     """Every split under the budget, and the one to take.
 
-    Recommended is the deepest split that fits, needs at most `max_channel_ratio` of the channels
-    removed, and still transmits more than a vector (the last layers before the classifier give
-    least away, but hardly anything is left for the cloud to do).
+    Recommended is the deepest split that keeps to the budget and to every limit, needs at most
+    `max_channel_ratio` of the channels removed, and still transmits more than a vector (the last
+    layers before the classifier give least away, but hardly anything is left for the cloud to do).
+
+    Parameters and bytes are those left when the same share of every group is gone; scores that
+    spread the removal otherwise meet the same MACs with other numbers of parameters. A latency is
+    kept to if a copy, pruned by magnitude to `PlanRow.prune_to`, was measured within it.
 
     Args:
         model: left as found.
@@ -150,43 +143,65 @@ def plan(
         max_pruning_ratio: how hard any group may be pruned; it sets `smallest_edge_macs`.
         min_channels: the fewest channels a group keeps.
         every: show places inside blocks as well.
+        limits: parameters, uploaded bytes and milliseconds; a limit of latency measures it.
+        measure_latency: time the dense edge of every place shown, and the pruned one of the
+            recommended place with its channels rounded in several ways. It takes some seconds for
+            each place. A `LatencyConfig` says batch, threads and roundings.
 
     Raises:
         InputError: a budget that is none, a fraction without `at`, a split that does not exist,
             or a budget above every dense edge.
-        BudgetError: nothing that can be reached is within the budget; it tells the smallest.
+        BudgetError: nothing that can be reached is within budget and limits; it tells the smallest.
         UnsupportedModelError: the model cannot be traced or pruned.
     """
     if boundary not in BOUNDARIES:
         raise InputError(f'Expected boundary "keep" or "prune", came {boundary!r}.')
     if not 0.0 < max_channel_ratio < 1.0:
         raise InputError(f"Expected max_channel_ratio in (0, 1), came {max_channel_ratio}.")
-    limits = Limits(min_channels=min_channels, max_pruning_ratio=max_pruning_ratio)
+    floors = Limits(min_channels=min_channels, max_pruning_ratio=max_pruning_ratio)
+    limits = limits or PlanLimits()
     points = split_points(model, example_inputs)
-    wanted = None if at is None else _point(points, at)
-    budget = parse_budget(edge_macs, points, wanted)
-    if wanted is not None and budget > wanted.edge_macs:
+    asked = None if at is None else _point(points, at)
+    budget = parse_budget(edge_macs, points, asked)
+    if asked is not None and budget > asked.edge_macs and limits.is_none:
         raise InputError(
-            f"The budget of {budget:,} MACs is above the dense edge at {wanted.name}, which takes "
-            f"{wanted.edge_macs:,}: there is nothing to prune. Give a smaller budget, or cut "
+            f"The budget of {budget:,} MACs is above the dense edge at {asked.name}, which takes "
+            f"{asked.edge_macs:,}: there is nothing to prune. Give a smaller budget, or cut "
             "deeper."
         )
+    config = measure_latency if isinstance(measure_latency, LatencyConfig) else None
+    if config is None and (measure_latency or limits.latency_ms is not None):
+        config = LatencyConfig()
+    wanted = Wanted(budget, limits, boundary, floors)
+    rows = _rows(model, example_inputs, _shown(points, asked, every), wanted, config)
+    able = rows if asked is None else [row for row in rows if row.name == asked.name]
+    require_possible(able, wanted)
+    order = preferred(able, max_channel_ratio)
+    if config is None:
+        return Plan(tuple(rows), order[0].name, budget, boundary, limits)
+    edges = PrunedEdges(model, as_single_tensor(example_inputs), wanted, config)
+    chosen = order[0].name
+    if limits.latency_ms is not None:
+        chosen = fastest_enough(order, wanted, edges.of)
+    row = next(r for r in rows if r.name == chosen)
+    pruned = () if row.channel_ratio == 0 else tuple(edges.of(row))
+    return Plan(tuple(rows), chosen, budget, boundary, limits, pruned)
+
+
+def _rows(
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], points: Sequence[SplitPoint],
+    wanted: Wanted, config: LatencyConfig | None,
+) -> list[PlanRow]:
     graph = build_graph(model, example_inputs)
     rows = []
-    for point in _shown(points, wanted, every):
+    for point in points:
         split = Split(model, example_inputs, at=point.name)
         table = GroupTable.build(model, example_inputs, split=split, graph=graph)
-        rows.append(_row(point, split, table, budget, boundary, limits))
-    chosen = _recommend(rows, budget, max_channel_ratio) if wanted is None else wanted.name
-    result = Plan(tuple(rows), chosen, budget, boundary)
-    if not result[chosen].fits:
-        raise BudgetError(
-            f"No choice of channels brings the edge at {chosen} to {budget:,} MACs; the smallest "
-            f"reachable is {result[chosen].smallest_edge_macs:,}. Raise the budget, cut at a "
-            "shallower split, or allow boundary='prune'.",
-            smallest_edge_macs=result[chosen].smallest_edge_macs,
-        )
-    return result
+        latency = None
+        if config is not None:
+            latency = measure_latency(split.edge, example_inputs, config)
+        rows.append(make_row(point, split, table, wanted, latency))
+    return rows
 
 
 def parse_budget(
@@ -225,18 +240,6 @@ def parse_budget(
     return int(value)
 
 
-def short(count: float) -> str:
-    """A count with a unit: 9.9M, 4.09G."""
-    for unit in ("T", "G", "M", "K"):
-        if count >= _UNITS[unit]:
-            return f"{count / _UNITS[unit]:.3g}{unit}"
-    return f"{count:.0f}"
-
-
-def _is_tail(shape: tuple[int, ...]) -> bool:
-    return len(shape) == 1 or (len(shape) == 3 and shape[1:] == (1, 1))
-
-
 def _point(points: Sequence[SplitPoint], at: str) -> SplitPoint:
     named = {name: p for p in points for name in (p.name, *p.aliases)}
     if at not in named:
@@ -249,7 +252,7 @@ def _point(points: Sequence[SplitPoint], at: str) -> SplitPoint:
 
 def _shown(points: list[SplitPoint], wanted: SplitPoint | None, every: bool) -> list[SplitPoint]:
     """One point per edge cost, the last; whole modules first, as long as the table stays short."""
-    last = list({(p.edge_macs, _is_tail(p.feature_shape)): p for p in points}.values())
+    last = list({(p.edge_macs, is_tail(p.feature_shape)): p for p in points}.values())
     shown = last
     if not every:
         for depth in range(max(p.name.count(".") for p in last) + 1):
@@ -260,113 +263,3 @@ def _shown(points: list[SplitPoint], wanted: SplitPoint | None, every: bool) -> 
     if wanted is not None and wanted not in shown:
         shown = [p for p in points if p in shown or p == wanted]
     return shown
-
-
-def _row(
-    point: SplitPoint, split: Split, table: GroupTable, budget: int, boundary: str, limits: Limits
-) -> PlanRow:
-    on_edge = [g for g in table.groups.values() if g.location == "edge" and g.blocked is None]
-    groups = [g for g in on_edge if boundary == "prune" or g.crossing is None]
-    crossing = {g.name: g.crossing for g in table.groups.values() if g.crossing is not None}
-    cloud = {id(m): n for n, m in split.cloud_layers.items()}
-    touched = {cloud[id(m.module)]: None for n in crossing for m in table.groups[n].members
-               if id(m.module) in cloud}
-    costs = MacModel(split, table)
-    floor = point.edge_macs
-    if groups:
-        floor = smallest(costs, [g.name for g in groups], limits=limits)
-    fits = floor <= budget
-    ratio = _uniform_ratio(costs, groups, budget, limits) if fits else None
-    if point.edge_macs <= budget:
-        reason = "It fits as it is."
-    elif ratio is not None:
-        reason = f"To fit, {100 * ratio:.0f}% of its channels have to go."
-    elif fits:
-        reason = "To fit, some groups have to be pruned to their floor."
-    else:
-        reason = f"It cannot fit: the smallest that can be reached is {short(floor)} MACs."
-    return PlanRow(
-        name=point.name,
-        feature_shape=point.feature_shape,
-        feature_bytes=point.feature_bytes,
-        edge_macs=point.edge_macs,
-        edge_params=point.edge_params,
-        budget_fraction=budget / max(1, point.edge_macs),
-        channel_ratio=ratio,
-        smallest_edge_macs=floor,
-        fits=fits,
-        reason=reason,
-        crossing=crossing,
-        cloud_layers=tuple(touched),
-        effect=_effect(crossing, tuple(touched), boundary),
-        left_whole={n: why for n, why in table.left_out.items() if n in split.edge_layers},
-    )
-
-
-def _uniform_ratio(
-    costs: MacModel, groups: list[ChannelGroup], budget: int, limits: Limits
-) -> float | None:
-    """The smallest whole percentage that, removed from every group, meets the budget."""
-
-    def macs(percent: int) -> int:
-        kept: dict[str, int | Tensor] = {}
-        for group in groups:
-            units = group.channels // group.tie
-            most = units - -(-limits.floor(group.channels) // group.tie)
-            count = units - min(most, units * percent // 100)
-            kept[group.name] = group.units(torch.arange(count) * units // count)
-        return costs.macs(kept)
-
-    low, high = 0, 100
-    if macs(high) > budget:
-        return None
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if macs(middle) <= budget else (middle + 1, high)
-    return low / 100
-
-
-def _effect(crossing: dict[str, str], touched: tuple[str, ...], boundary: str) -> str:
-    if not crossing:
-        return "No channel crosses the split in a way that pruning could change."
-    if boundary == "keep":
-        return (
-            f"The transmitted feature keeps its width and the cloud stays as it is: "
-            f"{_listed(tuple(crossing))} {'is' if len(crossing) == 1 else 'are'} not pruned."
-        )
-    if "coupled" in crossing.values():
-        return (
-            "A residual stream runs on behind the split: pruning it narrows the transmitted "
-            f"feature and also {_listed(touched)} in the cloud."
-        )
-    return (
-        "The transmitted feature narrows with the edge; in the cloud, "
-        f"{_listed(touched)} {'takes' if len(touched) == 1 else 'take'} fewer input channels."
-    )
-
-
-def _listed(names: tuple[str, ...], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
-
-
-def _recommend(rows: list[PlanRow], budget: int, max_channel_ratio: float) -> str:
-    if all(row.edge_macs <= budget for row in rows):
-        deepest = rows[-1]
-        raise InputError(
-            f"The budget of {budget:,} MACs is above every dense edge; the deepest, "
-            f"{deepest.name}, takes {deepest.edge_macs:,}: there is nothing to prune. Give a "
-            "smaller budget."
-        )
-    able = [r for r in rows if r.fits]
-    if not able:
-        least = min(rows, key=lambda r: r.smallest_edge_macs)
-        raise BudgetError(
-            f"No choice of channels meets {budget:,} MACs at any split: the smallest reachable is "
-            f"{least.smallest_edge_macs:,}, at {least.name}. Raise the budget.",
-            smallest_edge_macs=least.smallest_edge_macs,
-        )
-    moderate = [r for r in able
-                if r.channel_ratio is not None and r.channel_ratio <= max_channel_ratio]
-    inner = [r for r in moderate if not r.is_tail]
-    return (inner or moderate or able[:1])[-1].name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torchvision
@@ -124,3 +125,21 @@ class HandMadeObjective:
             guess = torch.einsum("pc,bchw->bphw", self.decoder, z)
             adversarial = (small - guess).square().mean()
         return Terms(functional.cross_entropy(logits, y), lipschitz, adversarial)
+
+
+class ThreeLayers(nn.Module):
+    """Three strided convolutions and a classifier, for 16 x 16 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 16, 32, 64)
+        for i, (c_in, c_out) in enumerate(pairwise(widths), 1):
+            layer = nn.Sequential(nn.Conv2d(c_in, c_out, 3, 1 if i == 1 else 2, 1),
+                                  nn.BatchNorm2d(c_out), nn.ReLU())
+            setattr(self, f"layer{i}", layer)
+        self.pool, self.flatten = nn.AdaptiveAvgPool2d(1), nn.Flatten()
+        self.fc = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(self.flatten(self.pool(z)))

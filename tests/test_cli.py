@@ -53,6 +53,9 @@ def test_no_command_shows_the_help(capsys: Capture) -> None:
         (["plan", "--edge-macs", "1M", "--model", "resnt18"], "Did you mean: resnet18"),
         (["plan", "--edge-macs", "lots", "--model", "small_resnet", "--image-size", "16"], "lots"),
         (["plan", "--edge-macs", "1M", "--classes", "1"], "at least 2 classes"),
+        (["plan", "--edge-macs", "1M", "--plot", "no/such/plan.png"], "a folder that exists"),
+        (["plan", "--edge-macs", "1M", "--max-latency-ms", "0"], "positive limit of latency_ms"),
+        (["plan", "--edge-macs", "1M", "--latency", "--threads", "0"], "at least 1 thread"),
         (["tune", "--data", "x"], "--edge-macs"),
         (["tune", "--data", "x", "--edge-macs", "1M", "--trails", "3"], "--trails"),
         (["tune", "--data", "x", "--edge-macs", "1M", "--trials", "0"], "at least one trial"),
@@ -87,13 +90,15 @@ def test_bad_calls_exit_with_2_and_one_message(
     assert error.count("error:") == 1
 
 
-def test_plan(capsys: Capture) -> None:
+def test_plan(tmp_path: Path, capsys: Capture) -> None:
     call = ["plan", "--model", "small_resnet", "--image-size", "16", "--edge-macs", "layer1"]
     assert main(call) == 0
     text = capsys.readouterr().out
     assert "→" in text and "layer3" in text and "Cut after" in text
-    assert main([*call, "--at", "layer2", "--json"]) == 0
+    figure = tmp_path / "plan.png"
+    assert main([*call, "--at", "layer2", "--json", "--plot", str(figure)]) == 0
     assert json.loads(capsys.readouterr().out)["recommended"] == "layer2"
+    assert figure.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_printed_configuration_is_read_back(

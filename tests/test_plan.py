@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
+from typing import Any
 
 import pytest
 import torch
+import torchvision
+from pruning_helpers import ThreeLayers
 from torch import nn
 
-from patrol_prune.cost import count_macs
+from patrol_prune.budget import MacModel
+from patrol_prune.cost import count_macs, count_params, feature_bytes
+from patrol_prune.edge_sizes import EdgeSizes
 from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.models import SmallResNet
-from patrol_prune.plan import Plan, parse_budget, plan, short
+from patrol_prune.plan import Plan, PlanLimits, parse_budget, plan, short
+from patrol_prune.plan_limits import EdgeCost
 from patrol_prune.split import Split, split_points
 
 X = torch.zeros(1, 3, 16, 16)
@@ -23,6 +29,12 @@ X = torch.zeros(1, 3, 16, 16)
 def model() -> nn.Module:
     torch.manual_seed(0)
     return SmallResNet(4, width=8)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> nn.Module:
+    torch.manual_seed(0)
+    return ThreeLayers()
 
 
 @pytest.fixture(scope="module")
@@ -198,3 +210,136 @@ def test_every_place_can_be_shown(model: nn.Module) -> None:
 )
 def test_short(count: int, text: str) -> None:
     assert short(count) == text
+
+
+def real_cost(model: nn.Module, name: str, gone: dict[str, list[int]]) -> EdgeCost:
+    """The oracle: a copy is pruned and counted."""
+    copied = copy.deepcopy(model)
+    split = Split(copied, X, name)
+    table = GroupTable.build(copied, X, split=split)
+    remove_channels(table, gone)
+    split.refresh()
+    return EdgeCost(count_macs(split.edge, X).total, count_params(split.edge),
+                    feature_bytes(split.feature_shape))
+
+
+def shares_gone(model: nn.Module, name: str, ratio: float) -> dict[str, list[int]]:
+    copied = copy.deepcopy(model)
+    table = GroupTable.build(copied, X, split=Split(copied, X, name))
+    return {g.name: list(range(int(g.channels * round(100 * ratio) // 100)))
+            for g in table.groups.values() if g.location == "edge" and g.blocked is None}
+
+
+@pytest.mark.parametrize("name", ["layer2", "layer3.0", "flatten"])
+def test_what_is_left_agrees_with_a_pruned_copy(
+    model: nn.Module, prune: Plan, name: str
+) -> None:
+    row = prune[name]
+    assert row.channel_ratio and row.pruned is not None
+    assert row.pruned == real_cost(model, name, shares_gone(model, name, row.channel_ratio))
+    floors = {n: list(range(max(1, -(-len_of // 20)), len_of))
+              for n, len_of in widths(model, name).items()}
+    assert row.smallest == real_cost(model, name, floors)
+
+
+def test_what_is_left_agrees_where_layers_have_biases(tiny: nn.Module) -> None:
+    row = plan(tiny, X, edge_macs="250K", boundary="prune")["layer3"]
+    assert row.channel_ratio and row.pruned is not None
+    assert row.pruned == real_cost(tiny, "layer3", shares_gone(tiny, "layer3", row.channel_ratio))
+
+
+def widths(model: nn.Module, name: str) -> dict[str, int]:
+    table = GroupTable.build(model, X, split=Split(model, X, name))
+    return {g.name: g.channels for g in table.groups.values()
+            if g.location == "edge" and g.blocked is None}
+
+
+@pytest.mark.parametrize("name", [
+    "mobilenet_v3_small:features.4", "densenet121:features.denseblock2", "vgg11:classifier.1",
+    "convnext_tiny:features.3", "resnext50_32x4d:layer2", "regnet_y_400mf:trunk_output.block2",
+    "vit_b_32:encoder.layers.encoder_layer_1",
+])
+@pytest.mark.slow
+def test_parameters_and_bytes_in_closed_form_on_backbones(name: str) -> None:
+    name, at = name.split(":")
+    model = torchvision.models.get_model(name, num_classes=4).eval()
+    side = 224 if name.startswith(("vit", "vgg")) else 64
+    x = torch.zeros(1, 3, side, side)
+    split = Split(model, x, at)
+    table = GroupTable.build(model, x, split=split)
+    groups = [g for g in table.groups.values() if g.location == "edge" and g.blocked is None]
+    sizes = EdgeSizes(split, MacModel(split, table), narrows=True)
+    kept = {g.name: g.units(torch.arange(max(1, g.channels // g.tie * 2 // 3))) for g in groups}
+    gone = {n: sorted(set(range(table.groups[n].channels)) - set(k.tolist()))
+            for n, k in kept.items()}
+    params, sent = sizes.params(kept), sizes.feature_bytes(kept)
+    assert sizes.params({}) == count_params(split.edge)
+    remove_channels(table, gone)
+    split.refresh()
+    assert (params, sent) == (count_params(split.edge), feature_bytes(split.feature_shape))
+    assert params < sizes.params({})
+
+
+def test_limits_of_parameters_ask_for_more_to_go(tiny: nn.Module) -> None:
+    free = plan(tiny, X, edge_macs="layer1", at="layer3", boundary="prune")["layer3"]
+    assert free.pruned is not None
+    most = free.pruned.edge_params // 2
+    made = plan(tiny, X, edge_macs="layer1", at="layer3", boundary="prune",
+                limits=PlanLimits(edge_params=most))
+    row = made["layer3"]
+    assert row.pruned is not None and row.pruned.edge_params <= most
+    assert row.channel_ratio and free.channel_ratio and row.channel_ratio > free.channel_ratio
+    less = real_cost(tiny, "layer3", shares_gone(tiny, "layer3", row.channel_ratio - 0.01))
+    assert less.edge_params > most
+    assert row.prune_to == row.pruned.edge_macs < made.budget_edge_macs
+    assert "For the other limits, prune to" in made.text
+    assert free.prune_to == made.budget_edge_macs
+
+
+def test_every_limit_holds_where_it_is_recommended(tiny: nn.Module) -> None:
+    """The upload shrinks with depth: a limit rules out what lies before."""
+    keep = plan(tiny, X, edge_macs="layer1")
+    small = min(row.feature_bytes for row in keep.rows if not row.is_tail)
+    made = plan(tiny, X, edge_macs="layer2", limits=PlanLimits(feature_bytes=small))
+    assert made[made.recommended].feature_bytes <= small
+    assert not made["layer1"].fits and "bytes to upload" in made["layer1"].reason
+    params = PlanLimits(edge_params=keep["layer1"].edge_params)
+    shallow = plan(tiny, X, edge_macs="100G", limits=params)
+    row = shallow[shallow.recommended]
+    assert row.pruned is not None and row.pruned.edge_params <= keep["layer1"].edge_params
+
+
+@pytest.mark.parametrize("name", ["edge_params", "feature_bytes"])
+def test_an_impossible_limit_tells_the_smallest_there_is(tiny: nn.Module, name: str) -> None:
+    with pytest.raises(BudgetError, match="the smallest reachable is") as error:
+        plan(tiny, X, edge_macs="layer1", limits=PlanLimits(**{name: 1}))
+    least = int(error.value.smallest[name])
+    made = plan(tiny, X, edge_macs="100G", limits=PlanLimits(**{name: least}))
+    row = made[made.recommended]
+    assert row.pruned is not None and getattr(row.pruned, name) == least
+    with pytest.raises(BudgetError):
+        plan(tiny, X, edge_macs="100G", limits=PlanLimits(**{name: least - 1}))
+
+
+def test_limits_that_no_place_meets_together(tiny: nn.Module) -> None:
+    keep = plan(tiny, X, edge_macs="layer1")
+    few = min(row.smallest.edge_params for row in keep.rows)
+    little = min(row.smallest.feature_bytes for row in keep.rows)
+    with pytest.raises(BudgetError, match="no place to cut meets all at once"):
+        plan(tiny, X, edge_macs="100G", limits=PlanLimits(few, little))
+
+
+def test_a_narrower_feature_counts_as_fewer_bytes(tiny: nn.Module) -> None:
+    dense = next(p for p in split_points(tiny, X) if p.name == "layer2").feature_bytes
+    limits = PlanLimits(feature_bytes=dense // 2)
+    row = plan(tiny, X, edge_macs="layer1", at="layer2", boundary="prune", limits=limits)["layer2"]
+    assert row.pruned is not None and row.pruned.feature_bytes <= dense // 2
+    with pytest.raises(BudgetError, match=r"at layer2 to .* bytes uploaded"):
+        plan(tiny, X, edge_macs="layer1", at="layer2", limits=limits)
+
+
+@pytest.mark.parametrize("bad", [0, -1, True, float("nan"), float("inf"), "8"])
+def test_limits_that_are_none(bad: Any) -> None:
+    for name in ("edge_params", "feature_bytes", "latency_ms"):
+        with pytest.raises(InputError, match=name):
+            PlanLimits(**{name: bad})

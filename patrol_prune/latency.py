@@ -1,0 +1,110 @@
+"""How long a module takes on this device."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.benchmark import Measurement, Timer
+
+from patrol_prune.cost import as_single_tensor, device_of, evaluating
+from patrol_prune.errors import InputError
+
+_FEWEST = 9
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """How latency is measured.
+
+    Attributes:
+        batch: images that pass at once.
+        threads: of torch while measuring; those torch has been given without it.
+        min_run_time: seconds that one measurement takes at least, warm-up excluded.
+        roundings: multiples of channels to compare for the pruned edge; None keeps any number.
+    """
+
+    batch: int = 1
+    threads: int | None = None
+    min_run_time: float = 0.5
+    roundings: tuple[int | None, ...] = (None, 4, 8, 16)
+
+    def __post_init__(self) -> None:
+        if self.batch < 1 or (self.threads is not None and self.threads < 1):
+            raise InputError(
+                "Expected a batch of at least 1 and at least 1 thread, came "
+                f"{self.batch} and {self.threads}."
+            )
+        if not 0.0 < self.min_run_time < float("inf"):
+            raise InputError(f"Expected a positive min_run_time, came {self.min_run_time}.")
+        if not self.roundings or any(r is not None and r < 1 for r in self.roundings):
+            raise InputError(
+                f"Expected roundings of None or at least 1, at least one, came {self.roundings}."
+            )
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one forward pass of a whole batch.
+
+    Attributes:
+        median_ms: median over the runs.
+        iqr_ms: the third quartile less the first.
+        runs: values that the two are taken over, each the mean of `passes` forward passes.
+        passes: forward passes in each run.
+        batch: images in a pass.
+        threads: of torch.
+        device: where it ran, cpu or cuda:0.
+    """
+
+    median_ms: float
+    iqr_ms: float
+    runs: int
+    passes: int
+    batch: int
+    threads: int
+    device: str
+
+    @property
+    def circumstances(self) -> str:
+        """Under which it was measured: `batch 1, 1 thread, cpu`."""
+        plural = "" if self.threads == 1 else "s"
+        return f"batch {self.batch}, {self.threads} thread{plural}, {self.device}"
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.3g} ms (IQR {self.iqr_ms:.2g})"
+
+
+def measure_latency(
+    module: nn.Module,
+    example_inputs: Tensor | Sequence[Tensor],
+    config: LatencyConfig | None = None,
+) -> Latency:
+    """Time forward passes of `module` in evaluation mode, without gradients, in float32.
+
+    `torch.utils.benchmark.Timer.blocked_autorange` warms up, chooses how many passes make a run
+    and waits for an accelerator. At least nine runs are taken, however slow the module is. A
+    machine with other work to do shows in the interquartile range.
+
+    Args:
+        module: takes one tensor; mode and buffers are left as found.
+        example_inputs: a batch `[N, ...]`, or a tuple with one; its first sample is repeated.
+        config: batch, threads, time.
+    """
+    config = config or LatencyConfig()
+    x = as_single_tensor(example_inputs)[:1]
+    x = x.detach().to(device_of(module, x)).repeat(config.batch, *[1] * (x.dim() - 1))
+    threads = config.threads or torch.get_num_threads()
+    with evaluating(module), torch.no_grad():
+        timer = Timer("module(x)", globals={"module": module, "x": x}, num_threads=threads)
+        measured = timer.blocked_autorange(min_run_time=config.min_run_time)
+        passes, times = measured.number_per_run, list(measured.times)
+        while len(times) < _FEWEST:
+            times += timer.timeit(passes).times
+    all_runs = Measurement(passes, [t * passes for t in times], measured.task_spec)
+    return Latency(
+        1e3 * all_runs.median, 1e3 * all_runs.iqr, len(times), passes, config.batch, threads,
+        str(x.device),
+    )  # fmt: skip
