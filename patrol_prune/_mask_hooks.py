@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patrol_prune.channel_norms import ChannelNorm, Normalises, over_live_channels
+
 
 class ChannelGather:
     """The mask vector `[C]` of one tensor's channels, gathered from its groups' parameters.
@@ -20,16 +22,18 @@ class ChannelGather:
         self.masks = tuple(masks)
         self.index = index
 
+    def vector(self) -> Tensor:
+        """The mask `[C]` itself."""
+        if self.index is None:
+            return self.masks[0]
+        one = torch.ones(1, dtype=self.masks[0].dtype, device=self.masks[0].device)
+        return torch.cat([one, *self.masks])[self.index]
+
     def scale(self, x: Tensor, dim: int) -> Tensor:
         """`x` times the mask along `dim`."""
-        if self.index is None:
-            vector: Tensor = self.masks[0]
-        else:
-            one = torch.ones(1, dtype=self.masks[0].dtype, device=self.masks[0].device)
-            vector = torch.cat([one, *self.masks])[self.index]
         shape = [1] * x.dim()
         shape[dim] = -1
-        return x * vector.to(x.dtype).view(shape)
+        return x * self.vector().to(x.dtype).view(shape)
 
     def to(self, device: torch.device) -> None:
         """Follow the model to `device`."""
@@ -50,6 +54,27 @@ class ConsumerMask:
         if args:
             return (self.gather.scale(args[0], self.dim), *args[1:]), kwargs
         return args, {**kwargs, "input": self.gather.scale(kwargs["input"], self.dim)}
+
+
+class NormMask:
+    """Forward hook: a layer that normalises over channels counts the live ones only.
+
+    At a mask of ones the layer's own output stays, bit for bit, with the formula's gradients.
+    """
+
+    def __init__(self, gather: ChannelGather, norm: ChannelNorm) -> None:
+        self.gather, self.norm = gather, norm
+
+    def __call__(
+        self, module: Normalises, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        mask = self.gather.vector()
+        ones = bool((mask == 1).all())
+        if ones and not (torch.is_grad_enabled() and mask.requires_grad):
+            return output
+        x = args[0] if args else kwargs["input"]
+        live = over_live_channels(module, self.norm, x, mask).to(output.dtype)
+        return output.detach() + (live - live.detach()) if ones else live
 
 
 @dataclass

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm)
 CONV = nn.modules.conv._ConvNd
 
 
@@ -64,7 +64,8 @@ class ChannelGroup:
             layers produce them too: a residual stream runs on behind the split).
         is_output: the channels are the model's own output.
         blocked: why the group cannot be pruned, or None.
-        inexact: layers that normalise over the channels; there a zero mask is not a removal.
+        normalised: layers that normalise over the channels.
+        inexact: those of them under which a zero mask only approximates the removal.
     """
 
     name: str
@@ -75,6 +76,7 @@ class ChannelGroup:
     crossing: str | None = None
     is_output: bool = False
     blocked: str | None = None
+    normalised: tuple[str, ...] = ()
     inexact: tuple[str, ...] = ()
 
     @property

@@ -6,7 +6,9 @@ and the transmitted feature where the group crosses the split:
     x_consumer <- x_consumer * m[root_idxs]          (METHOD.md 2.1)
 
 `m = 1` changes no bit; `m_c = 0` equals the removal of channel c, in evaluation and in training
-mode. Exception: groups with a layer that normalises over channels (`SoftMasks.inexact`), whose
+mode. A layer that normalises over the group's channels (LayerNorm, GroupNorm) takes its statistics
+over the live ones, with the weights `m` (`channel_norms.py`). Exception: where such a layer
+normalises in a way of its own, or the removal would mix its groups (`SoftMasks.inexact`), its
 statistics still count a masked channel.
 
 The mask of a residual block is one number; it multiplies the output of the layer that gives the
@@ -27,14 +29,16 @@ from patrol_prune._mask_hooks import (
     ChannelGather,
     ConsumerMask,
     EnterEdge,
+    NormMask,
     OutputMask,
     Switch,
 )
 from patrol_prune._tp import output_channels
 from patrol_prune.blocks import ResidualBlock, residual_blocks
+from patrol_prune.channel_norms import channel_norm
 from patrol_prune.errors import InputError, UnsupportedModelError, nearest
 from patrol_prune.group_table import GroupTable
-from patrol_prune.groups import ChannelGroup
+from patrol_prune.groups import CHANNEL_NORMS, CONV, ChannelGroup, Member
 
 if TYPE_CHECKING:
     from patrol_prune.split import Split
@@ -100,7 +104,13 @@ class SoftMasks:
             and (boundary == "prune" or g.crossing is None)
         }
         self._consumers = [
-            (module, ConsumerMask(gather, dim)) for module, gather, dim in self._consumer_gathers()
+            (module, ConsumerMask(gather, _channels_of_input(module)))
+            for module, gather in self._gathers("in", (nn.Module,))
+        ]
+        self._norms = [
+            (module, NormMask(gather, norm))
+            for module, gather in self._gathers("through", CHANNEL_NORMS)
+            if (norm := channel_norm(module)) is not None
         ]
         self.blocks: dict[str, nn.Parameter] = {}
         self.unmaskable: dict[str, str] = {}
@@ -117,6 +127,15 @@ class SoftMasks:
     def inexact(self) -> dict[str, tuple[str, ...]]:
         """Masked groups where zero only approximates removal -> the layers that cause it."""
         return {n: layers for n, layers in self.table.inexact().items() if n in self.channels}
+
+    @property
+    def normalised(self) -> dict[str, tuple[str, ...]]:
+        """Masked groups that layers normalise over -> these layers.
+
+        Such a mask is in the layers' statistics, so that no weight can take it up (`fold_masks`).
+        """
+        groups = self.table.groups
+        return {n: groups[n].normalised for n in self.channels if groups[n].normalised}
 
     @property
     def is_attached(self) -> bool:
@@ -214,6 +233,8 @@ class SoftMasks:
         self._follow(_device_of(self.model))
         for module, hook in self._consumers:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for module, norm in self._norms:
+            self._handles.append(module.register_forward_hook(norm, with_kwargs=True))
         for layer, branch in self._branches:
             self._handles.append(layer.register_forward_hook(branch))
         if self._transmitted is None or self.split is None:
@@ -239,6 +260,8 @@ class SoftMasks:
                 mask.data = mask.data.to(device)
         for _, hook in self._consumers:
             hook.gather.to(device)
+        for _, norm in self._norms:
+            norm.gather.to(device)
         if self._transmitted is not None:
             self._transmitted[0].to(device)
 
@@ -255,17 +278,19 @@ class SoftMasks:
             layer = self.model.get_submodule(block.scaled)
             self._branches.append((layer, BranchMask(self.blocks[name])))
 
-    def _consumer_gathers(self) -> Iterator[tuple[nn.Module, ChannelGather, int]]:
-        fed: dict[int, list[tuple[ChannelGroup, Any]]] = {}
+    def _gathers(
+        self, direction: str, kinds: tuple[type, ...]
+    ) -> Iterator[tuple[nn.Module, ChannelGather]]:
+        """Every layer of these kinds that the masked channels reach in a direction."""
+        fed: dict[int, list[tuple[ChannelGroup, Member]]] = {}
         for name in self.channels:
             group = self.table.groups[name]
-            for member in group.consumers:
-                fed.setdefault(id(member.module), []).append((group, member))
+            for m in group.members:
+                if m.direction == direction and isinstance(m.module, kinds):
+                    fed.setdefault(id(m.module), []).append((group, m))
         for feeders in fed.values():
-            module, width = feeders[0][1].module, feeders[0][1].width
             parts = [(g, m.idxs, m.root_idxs) for g, m in feeders]
-            dim = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)
-            yield module, self._gather(parts, width), dim
+            yield feeders[0][1].module, self._gather(parts, feeders[0][1].width)
 
     def _gather(
         self, parts: Sequence[tuple[ChannelGroup, Tensor, Tensor]], width: int
@@ -305,6 +330,10 @@ class SoftMasks:
         if len(shape) == 1 and covered < width and width % covered == 0:
             parts = [_flattened(part, width // covered) for part in parts]
         return self._gather(parts, width), {1: -1, 2: -1}.get(len(shape), -len(shape))
+
+
+def _channels_of_input(module: nn.Module) -> int:
+    return -1 - len(module.kernel_size) if isinstance(module, CONV) else -1
 
 
 def _flattened(
