@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune.channel_norms import ChannelNorm, Normalises, over_live_channels
+from patrol_prune.live_attention import attention_over_live_channels
 
 
 class ChannelGather:
@@ -74,7 +75,31 @@ class NormMask:
             return output
         x = args[0] if args else kwargs["input"]
         live = over_live_channels(module, self.norm, x, mask).to(output.dtype)
-        return output.detach() + (live - live.detach()) if ones else live
+        return _with_gradients_of(live, output) if ones else live
+
+
+class AttentionMask:
+    """Forward hook: attention over the live channels only; at ones as `NormMask`."""
+
+    def __init__(self, gather: ChannelGather) -> None:
+        self.gather = gather
+
+    def __call__(
+        self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any],
+        output: tuple[Tensor, Tensor | None],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        mask = self.gather.vector()
+        ones = bool((mask == 1).all())
+        if ones and not (torch.is_grad_enabled() and mask.requires_grad):
+            return output
+        value, weights = attention_over_live_channels(module, args, kwargs, mask)
+        value = value.to(output[0].dtype)
+        return (_with_gradients_of(value, output[0]), output[1]) if ones else (value, weights)
+
+
+def _with_gradients_of(live: Tensor, value: Tensor) -> Tensor:
+    """`value`, bit for bit, with the derivatives of `live`."""
+    return value.detach() + (live - live.detach())
 
 
 @dataclass

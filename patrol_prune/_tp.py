@@ -239,6 +239,7 @@ def to_plain(
     tie = tie_of(members)
     units = root.width // tie if root.width % tie == 0 else 1
     norms = [m for m in members if isinstance(m.module, CHANNEL_NORMS)]
+    counting = (*CHANNEL_NORMS, nn.MultiheadAttention)
     location, crossing = place(members, split)
     return ChannelGroup(
         name=root.layer_name,
@@ -249,6 +250,6 @@ def to_plain(
         crossing=crossing,
         is_output=is_output,
         blocked=blocked_by(members, is_output, tie),
-        normalised=tuple(m.layer_name for m in norms),
+        normalised=tuple(m.layer_name for m in members if isinstance(m.module, counting)),
         inexact=tuple(m.layer_name for m in norms if not is_removal(m, units)),
     )

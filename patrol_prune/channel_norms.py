@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.groups import Member
+from patrol_prune.groups import Member, takes_evenly
 
 __all__ = ["ChannelNorm", "Normalises", "channel_norm", "is_removal", "over_live_channels"]
 
@@ -121,15 +121,10 @@ def _is_that(layer: Normalises, norm: ChannelNorm, width: int) -> bool:
 def is_removal(member: Member, units: int) -> bool:
     """Whether removing whole units leaves the norm `member` what a zero mask makes of it.
 
-    Channels whose `root_idxs` agree modulo `units` go together. GroupNorm's groups stay of one
-    size, and hold what they held, only if every unit takes as many channels from each of them;
-    where two groups of the model lie side by side in one GroupNorm it does not.
+    Not where two groups of the model lie side by side in one GroupNorm of several groups: removal
+    from one of them moves channels from group to group.
     """
     norm = channel_norm(member.module)
-    if norm is None or norm.groups in (None, 1):
+    if norm is None or norm.groups is None:
         return norm is not None
-    assert norm.groups is not None
-    taken = torch.zeros(units, norm.groups, dtype=torch.long)
-    where = (member.root_idxs % units, member.idxs // (member.width // norm.groups))
-    taken.index_put_(where, torch.ones_like(member.idxs), accumulate=True)
-    return bool((taken == taken[:, :1]).all())
+    return takes_evenly(member, units, norm.groups)

@@ -7,7 +7,8 @@ and the transmitted feature where the group crosses the split:
 
 `m = 1` changes no bit; `m_c = 0` equals the removal of channel c, in evaluation and in training
 mode. A layer that normalises over the group's channels (LayerNorm, GroupNorm) takes its statistics
-over the live ones, with the weights `m` (`channel_norms.py`). Exception: where such a layer
+over the live ones, with the weights `m` (`channel_norms.py`), and so does attention
+(`live_attention.py`). Exception: where such a layer
 normalises in a way of its own, or the removal would mix its groups (`SoftMasks.inexact`), its
 statistics still count a masked channel.
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune._mask_hooks import (
+    AttentionMask,
     BranchMask,
     ChannelGather,
     ConsumerMask,
@@ -107,10 +109,14 @@ class SoftMasks:
             (module, ConsumerMask(gather, _channels_of_input(module)))
             for module, gather in self._gathers("in", (nn.Module,))
         ]
-        self._norms = [
+        self._counting: list[tuple[nn.Module, NormMask | AttentionMask]] = [
             (module, NormMask(gather, norm))
             for module, gather in self._gathers("through", CHANNEL_NORMS)
             if (norm := channel_norm(module)) is not None
+        ]
+        self._counting += [
+            (module, AttentionMask(gather))
+            for module, gather in self._gathers("through", (nn.MultiheadAttention,))
         ]
         self.blocks: dict[str, nn.Parameter] = {}
         self.unmaskable: dict[str, str] = {}
@@ -130,9 +136,10 @@ class SoftMasks:
 
     @property
     def normalised(self) -> dict[str, tuple[str, ...]]:
-        """Masked groups that layers normalise over -> these layers.
+        """Masked groups that layers normalise over, attention among them -> these layers.
 
-        Such a mask is in the layers' statistics, so that no weight can take it up (`fold_masks`).
+        Such a mask is in what the layers divide by, so that no weight can take it up
+        (`fold_masks`).
         """
         groups = self.table.groups
         return {n: groups[n].normalised for n in self.channels if groups[n].normalised}
@@ -233,8 +240,8 @@ class SoftMasks:
         self._follow(_device_of(self.model))
         for module, hook in self._consumers:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        for module, norm in self._norms:
-            self._handles.append(module.register_forward_hook(norm, with_kwargs=True))
+        for module, counting in self._counting:
+            self._handles.append(module.register_forward_hook(counting, with_kwargs=True))
         for layer, branch in self._branches:
             self._handles.append(layer.register_forward_hook(branch))
         if self._transmitted is None or self.split is None:
@@ -260,8 +267,8 @@ class SoftMasks:
                 mask.data = mask.data.to(device)
         for _, hook in self._consumers:
             hook.gather.to(device)
-        for _, norm in self._norms:
-            norm.gather.to(device)
+        for _, counting in self._counting:
+            counting.gather.to(device)
         if self._transmitted is not None:
             self._transmitted[0].to(device)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from pruning_helpers import half_of_every_group
+from pruning_helpers import half_of_every_group, seeded
 from torch import Tensor, nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt, LayerNorm2d
 
@@ -17,15 +17,6 @@ from patrol_prune.folding import fold_masks
 from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.masks import SoftMasks
 from patrol_prune.split import Split
-
-
-def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter random, so that no zero or one hides an error."""
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * (0.5 / max(1, p[0].numel()) ** 0.5 + 0.1))
-    return model.eval()
 
 
 def convnext() -> nn.Module:
