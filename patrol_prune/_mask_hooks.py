@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patrol_prune.channel_norms import ChannelNorm, Normalises, over_live_channels
+from patrol_prune.live_attention import attention_over_live_channels
+
 
 class PerImage:
     """What stands in for the masks while every image has its own: `[B, C]`, or `[B]` of a block."""
@@ -73,6 +76,10 @@ class ChannelGather:
         one = masks[0].new_ones(*masks[0].shape[:-1], 1)
         return torch.cat([one, *masks], dim=-1)[..., self.index]
 
+    def shared(self) -> Tensor:
+        """The factors `[C]` that hold for all images; with one per image, the mean of these."""
+        return self.vector().mean(0) if self.per_image.images else self.vector()
+
     def scale(self, x: Tensor, dim: int) -> Tensor:
         """`x` times the mask along `dim`."""
         return multiplied(x, self.vector(), dim, self.per_image.images)
@@ -96,6 +103,52 @@ class ConsumerMask:
         if args:
             return (self.gather.scale(args[0], self.dim), *args[1:]), kwargs
         return args, {**kwargs, "input": self.gather.scale(kwargs["input"], self.dim)}
+
+
+class NormMask:
+    """Forward hook: a layer that normalises over channels counts the live ones only.
+
+    At a mask of ones the layer's own output stays, bit for bit, with the formula's gradients.
+    """
+
+    def __init__(self, gather: ChannelGather, norm: ChannelNorm) -> None:
+        self.gather, self.norm = gather, norm
+
+    def __call__(
+        self, module: Normalises, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        x = args[0] if args else kwargs["input"]
+        is_one_each = len(x) == self.gather.per_image.images
+        mask = self.gather.vector() if is_one_each else self.gather.shared()
+        ones = bool((mask == 1).all())
+        if ones and not (torch.is_grad_enabled() and mask.requires_grad):
+            return output
+        live = over_live_channels(module, self.norm, x, mask).to(output.dtype)
+        return _with_gradients_of(live, output) if ones else live
+
+
+class AttentionMask:
+    """Forward hook: attention over the live channels only; at ones as `NormMask`."""
+
+    def __init__(self, gather: ChannelGather) -> None:
+        self.gather = gather
+
+    def __call__(
+        self, module: nn.MultiheadAttention, args: tuple[Any, ...], kwargs: dict[str, Any],
+        output: tuple[Tensor, Tensor | None],
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        mask = self.gather.shared()
+        ones = bool((mask == 1).all())
+        if ones and not (torch.is_grad_enabled() and mask.requires_grad):
+            return output
+        value, weights = attention_over_live_channels(module, args, kwargs, mask)
+        value = value.to(output[0].dtype)
+        return (_with_gradients_of(value, output[0]), output[1]) if ones else (value, weights)
+
+
+def _with_gradients_of(live: Tensor, value: Tensor) -> Tensor:
+    """`value`, bit for bit, with the derivatives of `live`."""
+    return value.detach() + (live - live.detach())
 
 
 @dataclass

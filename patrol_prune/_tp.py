@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from torch_pruning.dependency import DependencyGraph, Group
 from torch_pruning.dependency import index_mapping as _index_mapping
 from torch_pruning.pruner.algorithms.base_pruner import BasePruner
+from torch_pruning.pruner.function import PrunerBox
 from torch_pruning.pruner.importance import (
     GroupMagnitudeImportance,
     GroupTaylorImportance,
     Importance,
 )
 
+from patrol_prune.channel_norms import is_removal
 from patrol_prune.errors import UnsupportedModelError
 from patrol_prune.groups import (
     CHANNEL_NORMS,
@@ -43,6 +45,19 @@ __all__ = [
     "Importance", "bounded_enumeration", "leaves", "linear_scheduler", "output_channels",
     "pruning_group", "run_part", "to_plain", "traced", "width_of",
 ]  # fmt: skip
+
+_layernorm = PrunerBox[tp.ops.OPTYPE.LN]
+_cut = _layernorm._prune_parameter_and_grad
+
+
+def _cut_in_order(weight: nn.Parameter, keep: Tensor, dim: int) -> nn.Parameter:
+    """Torch-Pruning's LayerNorm takes the kept channels in the order of a Python set, which is not
+    their own once about a quarter is left; weight and bias then belong to other channels."""
+    cut: nn.Parameter = _cut(weight, keep.sort().values, dim)
+    return cut
+
+
+_layernorm._prune_parameter_and_grad = _cut_in_order
 
 linear_scheduler = tp.pruner.algorithms.scheduler.linear_scheduler
 
@@ -222,15 +237,19 @@ def to_plain(
         members.append(Member(name, module, direction, width, idxs, roots))
     root = members[0]
     tie = tie_of(members)
+    units = root.width // tie if root.width % tie == 0 else 1
+    norms = [m for m in members if isinstance(m.module, CHANNEL_NORMS)]
+    counting = (*CHANNEL_NORMS, nn.MultiheadAttention)
     location, crossing = place(members, split)
     return ChannelGroup(
         name=root.layer_name,
         channels=root.width,
         members=tuple(members),
-        tie=tie if root.width % tie == 0 else root.width,
+        tie=root.width // units,
         location=location,
         crossing=crossing,
         is_output=is_output,
         blocked=blocked_by(members, is_output, tie),
-        inexact=tuple(m.layer_name for m in members if isinstance(m.module, CHANNEL_NORMS)),
+        normalised=tuple(m.layer_name for m in members if isinstance(m.module, counting)),
+        inexact=tuple(m.layer_name for m in norms if not is_removal(m, units)),
     )

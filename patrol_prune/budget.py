@@ -6,8 +6,10 @@ Every convolution and linear layer of the edge costs
 
 and `c_in`, `c_out` are linear in the numbers of kept channels of the coupled groups
 (concatenations add, flattening multiplies, depthwise convolutions follow). So the cost of any
-choice is one small matrix product, and no copy of the model is ever pruned to find out. What is
-no such layer (products inside attention) enters as a constant. A residual block that may go is one
+choice is one small matrix product, and no copy of the model is ever pruned to find out.
+`nn.MultiheadAttention` over L positions of width E costs `4 L E^2 + 2 L^2 E`: its projections, and
+the two products of L by L by E. What is no such layer (products in a forward) enters as a
+constant. A residual block that may go is one
 more variable, 1 or 0, and a factor of all its layers.
 """
 
@@ -45,7 +47,9 @@ class MacModel:
 
     Attributes:
         dense: edge MACs with every channel kept, by fvcore.
-        constant: the part that is not convolutions and linear layers.
+        constant: the part that is none of these layers.
+        opaque: attention layers of the edge whose cost is another (cross-attention, say); they
+            are in the constant.
     """
 
     def __init__(
@@ -63,14 +67,18 @@ class MacModel:
             counted = {
                 name: (m, count.by_module.get(names.get(id(m), "?"), 0))
                 for name, m in split.edge_layers.items()
-                if isinstance(m, (CONV, nn.Linear))
+                if isinstance(m, (CONV, nn.Linear, nn.MultiheadAttention))
             }
             self.positions = {
                 name: _positions(name, m, macs) for name, (m, macs) in counted.items() if macs
             }
-            self.constant = count.total - sum(macs for _, macs in counted.values())
+            self.opaque = frozenset(n for n, at in self.positions.items() if at == 0)
+            known = {n: macs for n, (_, macs) in counted.items() if self.positions.get(n)}
+            self.positions = {n: self.positions[n] for n in known}
+            self.constant = count.total - sum(known.values())
         else:
             self.positions, self.constant = previous.positions, previous.constant
+            self.opaque = previous.opaque
         self._segment_of, sizes = _segments(table)
         self._variable = {name: len(sizes) + i for i, name in enumerate(self.blocks)}
         self._sizes = np.concatenate([sizes, np.ones(len(self.blocks), np.int64)])
@@ -118,9 +126,11 @@ class MacModel:
         return sizes
 
     def widths_of_sizes(self, sizes: Ints) -> tuple[Ints, Ints]:
-        """`[L]` output channels, and `[L]` input channels that each of them reads, by `layers`."""
+        """`[L]` output channels, and `[L]` input channels that each of them reads, by layer."""
         outs = sizes @ self._out.T + self._out_free
-        return outs, (sizes @ self._in.T + self._in_free) // self._groups
+        ins = (sizes @ self._in.T + self._in_free) // self._groups
+        count = len(self.positions)  # the rows after them are attention's products, without weights
+        return outs[:count], ins[:count]
 
     def held(self, owner: str, idxs: Tensor) -> Ints:
         """`[S]` how many of these channels of a group one unit of each cost variable stands for."""
@@ -153,21 +163,26 @@ class MacModel:
         return (macs * here).sum(-1) + fixed.sum(-1) + self.constant - self._fixed.sum()
 
     def _build_matrices(self, split: Split) -> None:
+        """A row of cost per layer: `outs * ins / groups * factor`; two for attention."""
         layers = [(n, split.edge_layers[n]) for n in self.positions]
-        shape = (len(layers), len(self._sizes))
+        both = [(n, m) for n, m in layers if isinstance(m, nn.MultiheadAttention)]
+        self._rows = [name for name, _ in (*layers, *both)]
+        shape = (len(self._rows), len(self._sizes))
         self._out, self._in = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-        self._groups = np.ones(len(layers), np.int64)
-        self._factor = np.zeros(len(layers), np.int64)
-        dense_out, dense_in = np.zeros(len(layers), np.int64), np.zeros(len(layers), np.int64)
-        for row, (name, module) in enumerate(layers):
+        self._groups, self._factor = (np.ones(len(self._rows), np.int64) for _ in range(2))
+        dense_out, dense_in = (np.zeros(len(self._rows), np.int64) for _ in range(2))
+        for row, (name, module) in enumerate((*layers, *both)):
             self._factor[row] = self.positions[name]
             c_out, c_in, groups = _widths(module)
-            depthwise = groups == c_out and groups > 1
-            self._groups[row] = 1 if depthwise else groups
-            dense_out[row], dense_in[row] = c_out, 1 if depthwise else c_in
+            attends, products = isinstance(module, nn.MultiheadAttention), row >= len(layers)
+            if attends:
+                self._factor[row] *= 2 * self.positions[name] if products else 4
+            alone = products or (groups == c_out and groups > 1)  # one input channel each
+            self._groups[row] = 1 if alone else groups
+            dense_out[row], dense_in[row] = c_out, 1 if alone else c_in
             for owner, member in self.table.members_of(module, "out"):
                 self._out[row] += self.held(owner, member.root_idxs)
-            if not depthwise:
+            if not alone:
                 for owner, member in self.table.members_of(module, "in"):
                     self._in[row] += self.held(owner, member.root_idxs)
         self._out_free = dense_out - self._out @ self._sizes
@@ -175,18 +190,17 @@ class MacModel:
 
     def _build_gates(self) -> None:
         """Which blocks a layer needs to be there, and the blocks' parts that are no such layer."""
-        names = list(self.positions)
-        self._gates = np.zeros((len(names), len(self._sizes)), np.int64)
+        self._gates = np.zeros((len(self._rows), len(self._sizes)), np.int64)
         self._fixed = np.zeros(len(self.blocks), np.int64)
         self._fixed_gates = np.zeros((len(self.blocks), len(self._sizes)), np.int64)
         outs = self._out @ self._sizes + self._out_free
         ins = self._in @ self._sizes + self._in_free
-        of_layer = dict(zip(names, outs * ins // self._groups * self._factor, strict=True))
+        of_row = outs * ins // self._groups * self._factor
         own = {}
         for name, block in self.blocks.items():
-            rows = [names.index(layer) for layer in block.layers if layer in self.positions]
+            rows = [i for i, layer in enumerate(self._rows) if layer in block.layers]
             self._gates[rows, self.variable(name)] = 1
-            own[name] = block.edge_macs - sum(int(of_layer[names[row]]) for row in rows)
+            own[name] = block.edge_macs - int(of_row[rows].sum())
         for i, (name, block) in enumerate(self.blocks.items()):
             inner = [n for n, b in self.blocks.items() if name in b.within]
             nearest = [n for n in inner if not set(inner) & set(self.blocks[n].within)]
@@ -220,12 +234,18 @@ def budget_as_count(edge_macs: float, dense: int) -> int:
 def _widths(module: nn.Module) -> tuple[int, int, int]:
     if isinstance(module, nn.Linear):
         return module.out_features, module.in_features, 1
+    if isinstance(module, nn.MultiheadAttention):
+        return module.embed_dim, module.embed_dim, 1
     assert isinstance(module, CONV)
     return module.out_channels, module.in_channels, module.groups
 
 
 def _positions(name: str, module: nn.Module, macs: int) -> int:
-    """kernel * output positions, from the layer's counted MACs."""
+    """kernel * output positions, from the layer's counted MACs; 0 for attention that is opaque."""
+    if isinstance(module, nn.MultiheadAttention):
+        width = module.embed_dim
+        length = round(math.sqrt(width * width + macs / (2 * width)) - width)
+        return length if macs == 4 * length * width**2 + 2 * length**2 * width else 0
     c_out, c_in, groups = _widths(module)
     per_position = c_out * c_in // groups
     if macs % per_position:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
 from patrol_prune.group_table import build_graph
 from patrol_prune.pixels import Normalization
-from patrol_prune.prunable import preserved
+from patrol_prune.prunable import follow_widths, preserved
 from patrol_prune.removal import remove_blocks
 from patrol_prune.split import Split
 from patrol_prune.storage import (
@@ -278,6 +278,7 @@ def _replay(split: Split, history: History, removed: list[tuple[str, int]], path
                 graph = build_graph(split.model, split.example_inputs)
                 with preserved(split.model), torch.no_grad():
                     graph.load_pruning_history(history[done:at])
+                follow_widths(split.model)
                 split.refresh()
             remove_blocks(split, names)
             done = at

@@ -38,8 +38,8 @@ class EdgeSizes:
         self._costs = costs
         layers: list[Any] = [split.edge_layers[name] for name in costs.positions]
         outs, ins = costs.widths_of_sizes(costs.sizes)
-        self._kernel = np.array([m.weight.numel() for m in layers], np.int64) // (outs * ins)
-        self._bias = np.array([m.bias is not None for m in layers], np.int64)
+        weights, biases = np.array([_weights(m) for m in layers], np.int64).reshape(-1, 2).T
+        self._kernel, self._bias = weights // (outs * ins), biases // outs
         self._per_channel = self._elsewhere(split, {id(m) for m in layers})
         self._free = 0
         self._free = count_params(split.edge) - self._params(costs.sizes)
@@ -90,6 +90,13 @@ class EdgeSizes:
         for group, _, roots in transmitted_channels(split, table, pruned):
             found += each * self._costs.held(group.name, roots)
         return found
+
+
+def _weights(layer: Any) -> tuple[int, int]:
+    """Numbers in a layer's weights, and in its biases; attention's four projections together."""
+    own = [(name, p.numel()) for name, p in layer.named_parameters()]
+    weights = sum(count for name, count in own if "bias" not in name)
+    return weights, sum(count for _, count in own) - weights
 
 
 def _per_channel(module: Any, width: int) -> int:

@@ -29,7 +29,8 @@ def fold_masks(masks: SoftMasks) -> None:
 
     Raises:
         InputError: the model was pruned since the masks were made, or they are attached.
-        UnsupportedModelError: two consumers share one weight but not one mask.
+        UnsupportedModelError: two consumers share one weight but not one mask, or a layer
+            normalises over channels whose masks differ.
     """
     if masks.is_attached:
         raise InputError("Expected masks that are not attached: they would act twice. Leave "
@@ -42,6 +43,7 @@ def fold_masks(masks: SoftMasks) -> None:
     if any(float(mask) != 1.0 for mask in masks.blocks.values()):
         raise InputError("Expected block masks of 1: a branch's scale is not folded. Remove the "
                          "blocks whose mask is 0, and set the others to 1.")
+    _check_statistics(masks)
     factors = _factors(masks)
     with torch.no_grad():
         for module, factor in factors.values():
@@ -49,6 +51,18 @@ def fold_masks(masks: SoftMasks) -> None:
             weight.mul_(_as_weight(module, factor).to(weight.device, weight.dtype))
         for mask in masks.channels.values():
             mask.copy_((mask != 0).to(mask.dtype))
+
+
+def _check_statistics(masks: SoftMasks) -> None:
+    """A mask that a layer's mean and variance depend on is no factor of a weight."""
+    for name, layers in masks.normalised.items():
+        mask = masks.channels[name].detach()
+        if not bool((mask == mask[0]).all()) or float(mask[0]) <= 0:
+            raise UnsupportedModelError(
+                f"{layers[0]!r} normalises over the channels of {name!r}, with their masks as "
+                "weights: they cannot be folded. Remove the channels whose mask is 0, and set the "
+                "others of that group to 1."
+            )
 
 
 def _factors(masks: SoftMasks) -> dict[int, tuple[nn.Module, Tensor]]:

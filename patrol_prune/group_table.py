@@ -21,7 +21,13 @@ from patrol_prune._tp import (
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.groups import CONV, ChannelGroup, Halves, Member
 from patrol_prune.local_groups import Parts, failed, find_parts
-from patrol_prune.prunable import as_forward_fn, check_prunable, in_training, preserved
+from patrol_prune.prunable import (
+    as_forward_fn,
+    check_prunable,
+    follow_widths,
+    in_training,
+    preserved,
+)
 
 __all__ = ["GroupTable", "build_graph", "followed", "rebuilt_graph", "remove_channels"]
 
@@ -256,3 +262,4 @@ def remove_channels(table: GroupTable, channels: Mapping[str, Any]) -> None:
     with preserved(table.model), torch.no_grad():
         for module, gone in todo:
             pruning_group(table.graph, module, gone).prune()
+    follow_widths(table.model)

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm)
+CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm)
 CONV = nn.modules.conv._ConvNd
 
 
@@ -64,7 +64,9 @@ class ChannelGroup:
             layers produce them too: a residual stream runs on behind the split).
         is_output: the channels are the model's own output.
         blocked: why the group cannot be pruned, or None.
-        inexact: layers that normalise over the channels; there a zero mask is not a removal.
+        normalised: layers whose result depends on how many of the channels are there: those that
+            normalise over them, and attention, which divides by the root of its heads' width.
+        inexact: those of them under which a zero mask only approximates the removal.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ChannelGroup:
     crossing: str | None = None
     is_output: bool = False
     blocked: str | None = None
+    normalised: tuple[str, ...] = ()
     inexact: tuple[str, ...] = ()
 
     @property
@@ -117,12 +120,38 @@ def blocked_by(members: list[Member], is_output: bool, tie: int) -> str | None:
     for m in members:
         if m.idxs.numel() and int(m.idxs.max()) >= m.width:
             return f"a reshape before {m.layer_name!r} mixes its channels"
-        if isinstance(m.module, (nn.LSTM, nn.MultiheadAttention)):
-            return f"{m.layer_name!r} is a {type(m.module).__name__}"
+        if isinstance(m.module, nn.LSTM):
+            return f"{m.layer_name!r} is an LSTM"
+        if isinstance(m.module, nn.MultiheadAttention) and (why := _uncut(m, channels // tie)):
+            return f"{m.layer_name!r} is a MultiheadAttention {why}"
         depthwise = isinstance(m.module, CONV) and m.direction == "through"
         if depthwise and m.module.in_channels != m.module.out_channels:
             return f"{m.layer_name!r} merges channels depthwise"
     return None
+
+
+def _uncut(member: Member, units: int) -> str | None:
+    """Why attention cannot lose the same channels of its input, its heads and its output."""
+    layer = member.module
+    if not layer._qkv_same_embed_dim:
+        return "with keys or values of another width"
+    if layer.bias_k is not None or layer.bias_v is not None or layer.add_zero_attn:
+        return "that adds keys and values of its own"
+    if not takes_evenly(member, units, layer.num_heads):
+        return "whose heads would lose different numbers of channels"
+    return None
+
+
+def takes_evenly(member: Member, units: int, parts: int) -> bool:
+    """Whether every unit takes as many channels from each of a layer's `parts` equal parts.
+
+    Channels whose `root_idxs` agree modulo `units` go together. Only then do heads, or the groups
+    of a GroupNorm, stay of one size and hold what they held.
+    """
+    taken = torch.zeros(units, parts, dtype=torch.long)
+    where = (member.root_idxs % units, member.idxs // (member.width // parts))
+    taken.index_put_(where, torch.ones_like(member.idxs), accumulate=True)
+    return bool((taken == taken[:, :1]).all())
 
 
 def place(members: list[Member], split: Halves | None) -> tuple[str | None, str | None]:

@@ -152,8 +152,8 @@ def learn_masks(
     """Train the weights and the masks of the edge's channels down to a budget.
 
     Masks sit on the groups that `PatrolPruner` could prune at this `boundary`, but for those with
-    a layer that normalises over channels, where a zero is no removal. The model is trained in
-    place; call `harden()` on the result to get the small one.
+    a layer that normalises over channels: such a mask cannot become part of the weights. The model
+    is trained in place; call `harden()` on the result to get the small one.
 
     Args:
         split: the cut model.
@@ -311,7 +311,7 @@ class _MaskTrainer(Trainer):
 
     def _gradient_step(self) -> dict[str, Tensor]:
         """`m - eta * dJ/dm` behind the clipped gradient, on the CPU; the gradients are used up."""
-        masks = {n: m for n, m in self.masks.channels.items() if n not in self.masks.inexact}
+        masks = {n: m for n, m in self.masks.channels.items() if n not in self.masks.normalised}
         nn.utils.clip_grad_norm_(masks.values(), self.config.clip_norm)
         moved = {}
         for name, mask in masks.items():
@@ -327,6 +327,6 @@ class _MaskTrainer(Trainer):
 
 
 def _values(masks: SoftMasks) -> dict[str, Tensor]:
-    """Group name -> `[C]` mask on the CPU, of the groups where a zero is a removal."""
+    """Group name -> `[C]` mask on the CPU, of the groups whose masks can be folded."""
     return {n: m.detach().cpu().clone() for n, m in masks.channels.items()
-            if n not in masks.inexact}
+            if n not in masks.normalised}

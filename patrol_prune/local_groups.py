@@ -56,8 +56,8 @@ class Parts:
         part = _ancestor(group.name, self.names)
         if leaves_part:
             return f"its channels leave {part!r}; {self._why(part or '')}"
-        if group.inexact:
-            return f"{group.inexact[0]!r} normalises over its channels"
+        if group.normalised:
+            return f"{group.normalised[0]!r} normalises over its channels"
         if group.crossing is not None:
             return f"it crosses the split inside {part!r}, and {self._why(part or '')}"
         return self.blocked.get(group.name)
@@ -206,7 +206,8 @@ def _removed(
         ]
     groups = [
         g for g, outside in found
-        if not outside and g.blocked is None and g.exact and (names is None or g.name in names)
+        if not outside and g.blocked is None and not g.normalised
+        and (names is None or g.name in names)
     ]  # fmt: skip
     tried = [g.name for g in groups]
     removals = [(g, gone) for g in groups if len(gone := _some_channels(g))]

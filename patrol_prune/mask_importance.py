@@ -17,8 +17,8 @@ class MaskImportance(Importance):  # type: ignore[misc]
 
     A channel whose mask is zero scores exactly 0 and goes first; after `fold_masks` its removal
     changes no output, and neither does leaving it where the budget has room. The scores are a
-    copy: fold the masks afterwards. Groups where a zero mask is no removal
-    (`SoftMasks.inexact`) have no score.
+    copy: fold the masks afterwards. Groups that a layer normalises over (`SoftMasks.normalised`)
+    are neither learned nor folded, and have no score.
 
     Args:
         masks: of the model at its present widths.
@@ -34,7 +34,7 @@ class MaskImportance(Importance):  # type: ignore[misc]
         self.scores: dict[str, Tensor] = {
             name: mask.detach().abs().clone()
             for name, mask in masks.channels.items()
-            if name not in masks.inexact
+            if name not in masks.normalised
         }
         self._tracker = SurvivorTracker(masks.table)
         self._stale: str | None = None

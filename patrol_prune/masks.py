@@ -6,7 +6,10 @@ and the transmitted feature where the group crosses the split:
     x_consumer <- x_consumer * m[root_idxs]          (METHOD.md 2.1)
 
 `m = 1` changes no bit; `m_c = 0` equals the removal of channel c, in evaluation and in training
-mode. Exception: groups with a layer that normalises over channels (`SoftMasks.inexact`), whose
+mode. A layer that normalises over the group's channels (LayerNorm, GroupNorm) takes its statistics
+over the live ones, with the weights `m` (`channel_norms.py`), and so does attention
+(`live_attention.py`). Exception: where such a layer
+normalises in a way of its own, or the removal would mix its groups (`SoftMasks.inexact`), its
 statistics still count a masked channel.
 
 The mask of a residual block is one number; it multiplies the output of the layer that gives the
@@ -23,18 +26,21 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune._mask_hooks import (
+    AttentionMask,
     BranchMask,
     ChannelGather,
     ConsumerMask,
     EnterEdge,
+    NormMask,
     OutputMask,
     PerImage,
     Switch,
 )
 from patrol_prune.blocks import ResidualBlock, residual_blocks
+from patrol_prune.channel_norms import channel_norm
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.group_table import GroupTable
-from patrol_prune.groups import ChannelGroup
+from patrol_prune.groups import CHANNEL_NORMS, CONV, ChannelGroup, Member
 from patrol_prune.transmitted import feature_width, transmitted_channels
 
 if TYPE_CHECKING:
@@ -102,7 +108,17 @@ class SoftMasks:
         }
         self._per_image = PerImage()
         self._consumers = [
-            (module, ConsumerMask(gather, dim)) for module, gather, dim in self._consumer_gathers()
+            (module, ConsumerMask(gather, _channels_of_input(module)))
+            for module, gather in self._gathers("in", (nn.Module,))
+        ]
+        self._counting: list[tuple[nn.Module, NormMask | AttentionMask]] = [
+            (module, NormMask(gather, norm))
+            for module, gather in self._gathers("through", CHANNEL_NORMS)
+            if (norm := channel_norm(module)) is not None
+        ]
+        self._counting += [
+            (module, AttentionMask(gather))
+            for module, gather in self._gathers("through", (nn.MultiheadAttention,))
         ]
         self.blocks: dict[str, nn.Parameter] = {}
         self.unmaskable: dict[str, str] = {}
@@ -119,6 +135,16 @@ class SoftMasks:
     def inexact(self) -> dict[str, tuple[str, ...]]:
         """Masked groups where zero only approximates removal -> the layers that cause it."""
         return {n: layers for n, layers in self.table.inexact().items() if n in self.channels}
+
+    @property
+    def normalised(self) -> dict[str, tuple[str, ...]]:
+        """Masked groups that layers normalise over, attention among them -> these layers.
+
+        Such a mask is in what the layers divide by, so that no weight can take it up
+        (`fold_masks`).
+        """
+        groups = self.table.groups
+        return {n: groups[n].normalised for n in self.channels if groups[n].normalised}
 
     @property
     def is_attached(self) -> bool:
@@ -238,6 +264,8 @@ class SoftMasks:
         self._follow(_device_of(self.model))
         for module, hook in self._consumers:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        for module, counting in self._counting:
+            self._handles.append(module.register_forward_hook(counting, with_kwargs=True))
         for layer, branch in self._branches:
             self._handles.append(layer.register_forward_hook(branch))
         if self._transmitted is None or self.split is None:
@@ -263,6 +291,8 @@ class SoftMasks:
                 mask.data = mask.data.to(device)
         for _, hook in self._consumers:
             hook.gather.to(device)
+        for _, counting in self._counting:
+            counting.gather.to(device)
         if self._transmitted is not None:
             self._transmitted[0].to(device)
 
@@ -279,17 +309,19 @@ class SoftMasks:
             layer = self.model.get_submodule(block.scaled)
             self._branches.append((layer, BranchMask(self.blocks[name], self._per_image)))
 
-    def _consumer_gathers(self) -> Iterator[tuple[nn.Module, ChannelGather, int]]:
-        fed: dict[int, list[tuple[ChannelGroup, Any]]] = {}
+    def _gathers(
+        self, direction: str, kinds: tuple[type, ...]
+    ) -> Iterator[tuple[nn.Module, ChannelGather]]:
+        """Every layer of these kinds that the masked channels reach in a direction."""
+        fed: dict[int, list[tuple[ChannelGroup, Member]]] = {}
         for name in self.channels:
             group = self.table.groups[name]
-            for member in group.consumers:
-                fed.setdefault(id(member.module), []).append((group, member))
+            for m in group.members:
+                if m.direction == direction and isinstance(m.module, kinds):
+                    fed.setdefault(id(m.module), []).append((group, m))
         for feeders in fed.values():
-            module, width = feeders[0][1].module, feeders[0][1].width
             parts = [(g, m.idxs, m.root_idxs) for g, m in feeders]
-            dim = -1 if isinstance(module, nn.Linear) else -1 - len(module.kernel_size)
-            yield module, self._gather(parts, width), dim
+            yield feeders[0][1].module, self._gather(parts, feeders[0][1].width)
 
     def _gather(
         self, parts: Sequence[tuple[ChannelGroup, Tensor, Tensor]], width: int
@@ -314,6 +346,10 @@ class SoftMasks:
         shape = tuple(self.split.feature_shape)
         width = feature_width(shape)
         return self._gather(parts, width), {1: -1, 2: -1}.get(len(shape), -len(shape))
+
+
+def _channels_of_input(module: nn.Module) -> int:
+    return -1 - len(module.kernel_size) if isinstance(module, CONV) else -1
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -117,9 +117,26 @@ def _removed(table: GroupTable, channels: Mapping[str, Any]) -> dict[str, list[t
             if member.direction == "parameter":
                 removed.setdefault(member.layer_name, []).append(entry)
                 continue
+            if isinstance(member.module, nn.MultiheadAttention):
+                for own, entries in _of_attention(member.module, indices).items():
+                    removed.setdefault(f"{member.layer_name}.{own}", []).extend(entries)
+                continue
             for own, _ in member.module.named_parameters(recurse=False):
                 removed.setdefault(f"{member.layer_name}.{own}", []).append(entry)
     return removed
+
+
+def _of_attention(
+    layer: nn.MultiheadAttention, indices: Tensor
+) -> dict[str, list[tuple[str, Tensor]]]:
+    """Rows of q, k and v lie above each other; `layer` is as wide as before."""
+    thrice = torch.cat([indices + i * layer.embed_dim for i in range(3)])
+    return {
+        "in_proj_weight": [("out", thrice), ("in", indices)],
+        "in_proj_bias": [("out", thrice)],
+        "out_proj.weight": [("out", indices), ("in", indices)],
+        "out_proj.bias": [("out", indices)],
+    }
 
 
 def _kept(old: Tensor, new: Tensor, removed: list[tuple[str, Tensor]]) -> Kept | None:

@@ -108,3 +108,14 @@ def preserved(model: nn.Module, *, trainable: bool = False) -> Iterator[None]:
             module.training = training
         for name, p in model.named_parameters():
             p.requires_grad_(flags.get(name, p.requires_grad))
+
+
+def follow_widths(model: nn.Module) -> None:
+    """Where a forward reads a width that Torch-Pruning leaves as it was, set it.
+
+    torchvision's VisionTransformer reshapes to its `hidden_dim`, the width of its class token.
+    """
+    for module in model.modules():
+        token, width = getattr(module, "class_token", None), getattr(module, "hidden_dim", None)
+        if isinstance(token, nn.Parameter) and isinstance(width, int):
+            setattr(module, "hidden_dim", token.shape[-1])  # noqa: B010

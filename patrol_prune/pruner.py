@@ -22,7 +22,7 @@ from patrol_prune.errors import InputError
 from patrol_prune.group_table import GroupTable, followed, rebuilt_graph
 from patrol_prune.groups import ChannelGroup
 from patrol_prune.origins import recording
-from patrol_prune.prunable import check_prunable, preserved
+from patrol_prune.prunable import check_prunable, follow_widths, preserved
 from patrol_prune.prune_result import PruneResult
 from patrol_prune.regularizer import ChannelDecay
 from patrol_prune.removal import remove_blocks
@@ -319,6 +319,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 if len(idxs):
                     root = table.groups[name].members[0].module
                     yield pruning_group(self.DG, root, idxs.tolist())
+        follow_widths(self.model)
         self.split.refresh()
         self.split.pruning_history = [*self._earlier, *self.DG.pruning_history()]
         removed_blocks = self._remove_blocks(gone)
@@ -350,6 +351,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         for member in group.members:
             if member.direction != "in" and id(member.module) in ignored:
                 return f"{member.layer_name!r} is in ignored_layers"
+            if member.layer_name in self._costs.opaque:
+                return f"the multiply-adds of {member.layer_name!r} are not those of self-attention"
             if member.module in self.num_heads:
                 return f"{member.layer_name!r} has attention heads"
         return None

@@ -322,10 +322,13 @@ def _check_feature(z: Any, x: Tensor) -> None:
 
 
 def _childless(prefix: str, half: nn.Module) -> dict[str, nn.Module]:
+    """Its layers; attention is one, as in a graph, and not the projection inside it."""
+    whole = {m for m in half.modules() if isinstance(m, nn.MultiheadAttention)}
+    inside = {child for m in whole for child in m.children()}
     return {
         f"{prefix}.{name}" if name else prefix: module
         for name, module in half.named_modules()
-        if next(module.children(), None) is None
+        if module in whole or (next(module.children(), None) is None and module not in inside)
     }
 
 

@@ -28,6 +28,15 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+def seeded(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Every parameter random, so that no zero or one hides an error; evaluation mode."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.5 / max(1, p[0].numel()) ** 0.5 + 0.1))
+    return model.eval()
+
+
 def backbone(name: str, classes: int = 10) -> nn.Module:
     torch.manual_seed(0)
     return randomize(torchvision.models.get_model(name, weights=None, num_classes=classes))

@@ -15,8 +15,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "patrol_prune"
 ORDER = [
     "errors", "precision", "pixels", "storage", "data",
     "_vehicle_drawing", "_vehicle_scenes", "vehicles", "models",
-    "groups", "prunable", "_tp", "local_groups", "group_table", "cost", "latency", "_trace",
-    "_cuts", "split", "transmitted", "_residuals", "blocks", "removal",
+    "groups", "channel_norms", "live_attention", "prunable", "_tp", "local_groups", "group_table",
+    "cost", "latency", "_trace", "_cuts", "split", "transmitted", "_residuals", "blocks", "removal",
     "budget", "_search", "choice", "metrics", "covariance", "jacobian", "bounds",
     "edge_sizes", "plan_limits", "plan_rows", "_mask_hooks", "masks", "folding", "shrinkage",
     "lipschitz", "spectral_rules",

@@ -202,15 +202,6 @@ def test_gradient_reaches_only_the_masks_that_matter() -> None:
         assert (of_z is not None) == (masks.table.groups[name].location == "edge")
 
 
-def test_channel_norms_are_named() -> None:
-    net = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.GroupNorm(1, 8), nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)
-    )
-    masks = SoftMasks(net, torch.randn(1, 3, 12, 12))
-    assert masks.inexact == {"0": ("1",)}
-    assert masks.table.groups["2"].exact
-
-
 def test_masks_follow_the_channels_of_the_table_only() -> None:
     model, x = cifar_resnet(), torch.randn(1, 3, 16, 16)
     masks = SoftMasks(model, x)
