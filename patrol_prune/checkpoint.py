@@ -279,8 +279,9 @@ def _replay(split: Split, history: History, removed: list[tuple[str, int]], path
                 graph = build_graph(split.model, split.example_inputs)
                 with preserved(split.model), torch.no_grad():
                     replay(graph, history[done:at])
+            if names:
                 split.refresh()
-            remove_blocks(split, names)
+                remove_blocks(split, names)
             done = at
     except Exception as error:  # a graph of another model fails in many ways
         raise CheckpointError(
