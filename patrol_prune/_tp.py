@@ -93,7 +93,7 @@ def _is_flattened(concat: Any, channels: int) -> bool:
             continue
         seen.add(id(node))
         if node.type == tp.ops.OPTYPE.RESHAPE:
-            size = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+            size = list(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
             if len(size) == 4 and size[1] == channels:
                 return True
         elif node.type == tp.ops.OPTYPE.ELEMENTWISE:

@@ -151,6 +151,7 @@ def _plan_options(
     boundary: Literal["keep", "prune"] = "keep",
     classes: int = 10,
     every: bool = False,
+    structures: Literal["channels", "blocks", "both"] = "channels",
 ) -> None:
     """Options of `plan`.
 
@@ -162,6 +163,7 @@ def _plan_options(
         boundary: whether channels that cross the split are kept or pruned.
         classes: outputs of the classifier.
         every: show places inside blocks as well.
+        structures: whether channels, residual blocks or both may go.
     """
 
 
@@ -244,7 +246,7 @@ def _plan(options: Namespace) -> None:
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     made = plan(
         model, image, edge_macs=values["edge_macs"], at=values["at"], boundary=values["boundary"],
-        every=values["every"],
+        every=values["every"], structures=values["structures"],
     )
     if values["json"]:
         print(json.dumps(made.to_json(), indent=1))
@@ -265,7 +267,8 @@ def plan_table(made: Plan) -> Table:
         elif row.edge_macs <= made.budget_edge_macs:
             share = "fits"
         else:
-            share = "to the floor" if row.channel_ratio is None else f"{row.channel_ratio:.0%}"
+            left = "blocks" if row.blocks else "to the floor"
+            share = left if row.channel_ratio is None else f"{row.channel_ratio:.0%}"
         table.add_row(
             "→" if row.name == made.recommended else "",
             row.name,

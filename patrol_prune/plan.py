@@ -1,8 +1,8 @@
 """Where to cut a model for a budget of edge MACs, and how hard to prune there.
 
 Deeper splits give less away and cost more; pruning makes room for more depth. For every place to
-cut, the plan says what the dense edge costs, which uniform share of its channels would have to go
-to meet the budget, and what that does to the transmitted feature and to the cloud.
+cut, the plan says what the dense edge costs, which uniform share of its channels would have to go,
+and what that does to the transmitted feature and to the cloud.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patrol_prune._block_pruning import STRUCTURES, check_structures, prunable_blocks
 from patrol_prune.budget import MacModel
 from patrol_prune.choice import Limits, smallest
 from patrol_prune.errors import BudgetError, InputError, nearest
@@ -48,6 +49,8 @@ class PlanRow:
         cloud_layers: layers of the cloud that hold channels of those groups.
         effect: what pruning here does to the feature and to the cloud, in a sentence.
         left_whole: edge layers whose channels cannot be followed, and so stay -> why.
+        structures: what may go: "channels", "blocks" or "both".
+        blocks: the residual blocks that may go; empty unless asked for.
     """
 
     name: str
@@ -64,6 +67,18 @@ class PlanRow:
     cloud_layers: tuple[str, ...]
     effect: str
     left_whole: dict[str, str] = field(default_factory=dict)
+    structures: str = "channels"
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def strength(self) -> float | None:
+        """How hard the edge is pruned to fit, on [0, 1]; None if it cannot fit that way.
+
+        The `channel_ratio`; where blocks alone may go, the share of the MACs that has to.
+        """
+        if self.structures != "blocks":
+            return self.channel_ratio
+        return max(0.0, 1.0 - self.budget_fraction) if self.fits else None
 
     @property
     def is_tail(self) -> bool:
@@ -80,12 +95,14 @@ class Plan:
         recommended: the deepest place that fits with moderate pruning, or the one asked for.
         budget_edge_macs: the budget as a count.
         boundary: what happens to groups that cross the split.
+        structures: what may go: "channels", "blocks" or "both".
     """
 
     rows: tuple[PlanRow, ...]
     recommended: str
     budget_edge_macs: int
     boundary: str
+    structures: str = "channels"
 
     def __getitem__(self, name: str) -> PlanRow:
         """The row of a split point; an unknown name is an `InputError`."""
@@ -104,8 +121,7 @@ class Plan:
             f"The dense edge there takes {short(row.edge_macs)} MACs. {row.reason}",
             row.effect,
         ]
-        if row.left_whole:
-            first = next(iter(row.left_whole))
+        for first in tuple(row.left_whole)[:1]:
             lines.append(f"Left whole: {_listed(tuple(row.left_whole))}. {first!r} because "
                          f"{row.left_whole[first]}.")
         return "\n".join(lines)
@@ -115,9 +131,11 @@ class Plan:
         return {
             "budget_edge_macs": self.budget_edge_macs,
             "boundary": self.boundary,
+            "structures": self.structures,
             "recommended": self.recommended,
             "rows": [{**asdict(row), "feature_shape": list(row.feature_shape),
-                      "cloud_layers": list(row.cloud_layers)} for row in self.rows],
+                      "cloud_layers": list(row.cloud_layers),
+                      "blocks": list(row.blocks)} for row in self.rows],
         }
 
 
@@ -132,6 +150,7 @@ def plan(
     max_pruning_ratio: float = 0.95,
     min_channels: int = 1,
     every: bool = False,
+    structures: str = "channels",
 ) -> Plan:
     """Every split under the budget, and the one to take.
 
@@ -150,6 +169,7 @@ def plan(
         max_pruning_ratio: how hard any group may be pruned; it sets `smallest_edge_macs`.
         min_channels: the fewest channels a group keeps.
         every: show places inside blocks as well.
+        structures: whether channels, residual blocks or both may go.
 
     Raises:
         InputError: a budget that is none, a fraction without `at`, a split that does not exist,
@@ -159,6 +179,7 @@ def plan(
     """
     if boundary not in BOUNDARIES:
         raise InputError(f'Expected boundary "keep" or "prune", came {boundary!r}.')
+    check_structures(structures)
     if not 0.0 < max_channel_ratio < 1.0:
         raise InputError(f"Expected max_channel_ratio in (0, 1), came {max_channel_ratio}.")
     limits = Limits(min_channels=min_channels, max_pruning_ratio=max_pruning_ratio)
@@ -176,16 +197,15 @@ def plan(
     for point in _shown(points, wanted, every):
         split = Split(model, example_inputs, at=point.name)
         table = GroupTable.build(model, example_inputs, split=split, graph=graph)
-        rows.append(_row(point, split, table, budget, boundary, limits))
+        rows.append(_row(point, split, table, budget, boundary, limits, structures))
     chosen = _recommend(rows, budget, max_channel_ratio) if wanted is None else wanted.name
-    result = Plan(tuple(rows), chosen, budget, boundary)
+    result = Plan(tuple(rows), chosen, budget, boundary, structures)
+    least = result[chosen].smallest_edge_macs
     if not result[chosen].fits:
         raise BudgetError(
-            f"No choice of channels brings the edge at {chosen} to {budget:,} MACs; the smallest "
-            f"reachable is {result[chosen].smallest_edge_macs:,}. Raise the budget, cut at a "
-            "shallower split, or allow boundary='prune'.",
-            smallest_edge_macs=result[chosen].smallest_edge_macs,
-        )
+            f"No choice of {STRUCTURES[structures]} brings the edge at {chosen} to {budget:,} "
+            f"MACs; the smallest reachable is {least:,}. Raise the budget, cut at a shallower "
+            "split, or allow boundary='prune'.", smallest_edge_macs=least)
     return result
 
 
@@ -263,24 +283,30 @@ def _shown(points: list[SplitPoint], wanted: SplitPoint | None, every: bool) -> 
 
 
 def _row(
-    point: SplitPoint, split: Split, table: GroupTable, budget: int, boundary: str, limits: Limits
+    point: SplitPoint, split: Split, table: GroupTable, budget: int, boundary: str,
+    limits: Limits, structures: str,
 ) -> PlanRow:
     on_edge = [g for g in table.groups.values() if g.location == "edge" and g.blocked is None]
-    groups = [g for g in on_edge if boundary == "prune" or g.crossing is None]
+    groups = [g for g in on_edge if structures != "blocks"
+              and (boundary == "prune" or g.crossing is None)]
+    blocks = prunable_blocks(split, structures, ())
     crossing = {g.name: g.crossing for g in table.groups.values() if g.crossing is not None}
     cloud = {id(m): n for n, m in split.cloud_layers.items()}
     touched = {cloud[id(m.module)]: None for n in crossing for m in table.groups[n].members
                if id(m.module) in cloud}
-    costs = MacModel(split, table)
+    costs = MacModel(split, table, blocks=blocks)
     floor = point.edge_macs
-    if groups:
-        floor = smallest(costs, [g.name for g in groups], limits=limits)
+    if groups or blocks:
+        floor = smallest(costs, [g.name for g in groups], limits=limits, blocks=blocks)
     fits = floor <= budget
     ratio = _uniform_ratio(costs, groups, budget, limits) if fits else None
     if point.edge_macs <= budget:
         reason = "It fits as it is."
     elif ratio is not None:
         reason = f"To fit, {100 * ratio:.0f}% of its channels have to go."
+    elif fits and blocks:
+        more = "" if structures == "blocks" else " besides channels"
+        reason = f"To fit, residual blocks have to go{more}."
     elif fits:
         reason = "To fit, some groups have to be pruned to their floor."
     else:
@@ -300,6 +326,8 @@ def _row(
         cloud_layers=tuple(touched),
         effect=_effect(crossing, tuple(touched), boundary),
         left_whole={n: why for n, why in table.left_out.items() if n in split.edge_layers},
+        structures=structures,
+        blocks=tuple(blocks),
     )
 
 
@@ -362,11 +390,10 @@ def _recommend(rows: list[PlanRow], budget: int, max_channel_ratio: float) -> st
     if not able:
         least = min(rows, key=lambda r: r.smallest_edge_macs)
         raise BudgetError(
-            f"No choice of channels meets {budget:,} MACs at any split: the smallest reachable is "
-            f"{least.smallest_edge_macs:,}, at {least.name}. Raise the budget.",
-            smallest_edge_macs=least.smallest_edge_macs,
-        )
+            f"No choice of {STRUCTURES[rows[0].structures]} meets {budget:,} MACs at any split: "
+            f"the smallest reachable is {least.smallest_edge_macs:,}, at {least.name}. Raise it.",
+            smallest_edge_macs=least.smallest_edge_macs)
     moderate = [r for r in able
-                if r.channel_ratio is not None and r.channel_ratio <= max_channel_ratio]
+                if r.strength is not None and r.strength <= max_channel_ratio]
     inner = [r for r in moderate if not r.is_tail]
     return (inner or moderate or able[:1])[-1].name
