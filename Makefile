@@ -1,6 +1,8 @@
 # Each target stands alone: it makes .venv and installs the package when they are not there yet.
 PYTHON ?= python3
 BIN := .venv/bin
+# Processes that run the quick tests, one thread each; `make test WORKERS=0` runs them in this one.
+WORKERS ?= 2
 STAMP := .venv/installed
 
 .PHONY: test test-slow lint types demo figures clean
@@ -13,7 +15,7 @@ $(STAMP): setup.cfg pyproject.toml
 	touch $@
 
 test: lint types
-	$(BIN)/python -m pytest -m "not slow" -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -q -n $(WORKERS) --dist loadfile
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -q

@@ -14,15 +14,21 @@ from patrol_prune.group_table import GroupTable
 if TYPE_CHECKING:
     from patrol_prune.split import Split
 
-STRUCTURES = ("channels", "blocks", "both")
+STRUCTURES = {"channels": "channels", "blocks": "blocks", "both": "channels and blocks"}
+"""What may go -> what that is called in a sentence."""
 
 
-def check_structures(structures: str, importance: Any) -> None:
-    """Refuse an unknown choice, and blocks without scores."""
+def check_structures(structures: str) -> None:
+    """Refuse an unknown choice."""
     if structures not in STRUCTURES:
         raise InputError(
             f"Expected structures to be one of {', '.join(STRUCTURES)}, came {structures!r}."
         )
+
+
+def check_scored(structures: str, importance: Any) -> None:
+    """Refuse an unknown choice, and blocks without scores."""
+    check_structures(structures)
     has_scores = hasattr(type(importance), "block_scores") or "block_scores" in vars(importance)
     if structures != "channels" and not (has_scores and getattr(importance, "blocks", True)):
         raise InputError(

@@ -34,6 +34,7 @@ def _plan_options(
     batch: int = 1,
     threads: int | None = None,
     plot: str | None = None,
+    structures: Literal["channels", "blocks", "both"] = "channels",
 ) -> None:
     """Options of `plan`.
 
@@ -51,6 +52,7 @@ def _plan_options(
         batch: images per pass, for latency.
         threads: of torch, for latency; those it has been given without it.
         plot: a PNG file to draw the table into.
+        structures: whether channels, residual blocks or both may go.
     """
 
 
@@ -90,7 +92,7 @@ def show(options: dict[str, Any], out: Callable[[str], None]) -> None:
     made = plan(
         model, image, edge_macs=options["edge_macs"], at=options["at"],
         boundary=options["boundary"], every=options["every"], limits=limits,
-        measure_latency=config if timed else False,
+        measure_latency=config if timed else False, structures=options["structures"],
     )
     if file is not None:
         file.write_bytes(plan_figure(made))
@@ -189,5 +191,5 @@ def _share(row: PlanRow) -> str:
     if not row.fits:
         return "cannot fit"
     if row.channel_ratio is None:
-        return "to the floor"
+        return "blocks" if row.blocks else "to the floor"
     return "fits" if row.channel_ratio == 0 else f"{row.channel_ratio:.0%}"

@@ -69,6 +69,7 @@ class RunSummary:
         command: the line that repeats it.
         device: where it ran.
         notes: what the reader has to know besides, one sentence each.
+        removed_blocks: residual blocks that were replaced by their shortcuts.
     """
 
     name: str
@@ -86,6 +87,7 @@ class RunSummary:
     command: str = ""
     device: str = "cpu"
     notes: list[str] = field(default_factory=list)
+    removed_blocks: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for field_name, costs in (("dense", self.dense), ("pruned", self.pruned)):
@@ -227,6 +229,12 @@ def story(summary: RunSummary, audit: Audit) -> list[tuple[str, str]]:
     )
     if total:
         cut += f" {total - kept:,} of the {total:,} channels on the device were removed."
+    blocks = summary.removed_blocks
+    if blocks:
+        cut += (
+            f" {len(blocks)} residual block{' was' if len(blocks) == 1 else 's were'} removed "
+            f"whole: {', '.join(blocks)}."
+        )
     dense, pruned = summary.dense, summary.pruned
     share = pruned["edge_macs"] / dense["edge_macs"] if dense["edge_macs"] else 1.0
     cost = (

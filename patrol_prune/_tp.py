@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning.dependency import DependencyGraph, Group
 from torch_pruning.dependency import index_mapping as _index_mapping
+from torch_pruning.dependency import shape_infer as _shape_infer
 from torch_pruning.pruner.algorithms.base_pruner import BasePruner
 from torch_pruning.pruner.function import PrunerBox
 from torch_pruning.pruner.importance import (
@@ -43,7 +44,7 @@ from patrol_prune.prunable import as_forward_fn, preserved
 __all__ = [
     "BasePruner", "DependencyGraph", "Group", "GroupMagnitudeImportance", "GroupTaylorImportance",
     "Importance", "bounded_enumeration", "leaves", "linear_scheduler", "output_channels",
-    "pruning_group", "run_part", "to_plain", "traced", "width_of",
+    "pruning_group", "replay", "run_part", "to_plain", "traced", "width_of",
 ]  # fmt: skip
 
 _layernorm = PrunerBox[tp.ops.OPTYPE.LN]
@@ -65,6 +66,54 @@ _MAX_INDICES = 4_000_000
 _MAX_SECONDS = 20.0
 _SLACK = 4
 _PRODUCT = "MulBackward0"
+_map_concat = _index_mapping.update_concat_index_mapping
+
+
+@contextmanager
+def _flattened_concatenations() -> Iterator[None]:
+    """Inside, Torch-Pruning follows a concatenation that is flattened before the next layer.
+
+    It compares the concatenation's width with what the next layer reads, channels times positions
+    behind a flattening, and then takes it for one over another dimension: all its parts seem to
+    lie at channel 0, and the wrong channels are tied.
+    """
+    before = _index_mapping.update_concat_index_mapping, _shape_infer.infer_in_channels_recursively
+
+    def mapped(graph: Any, node: Any) -> None:
+        _map_concat(graph, node)
+        sizes = node.module.concat_sizes
+        if not hasattr(node.module, "flattened"):
+            whole = sizes is not None and None not in sizes
+            node.module.flattened = whole and _is_flattened(node, sum(sizes))
+        if node.module.flattened:  # once more, without the comparison
+            _shape_infer.infer_in_channels_recursively = lambda *_, **__: None
+            try:
+                _map_concat(graph, node)
+            finally:
+                _shape_infer.infer_in_channels_recursively = before[1]
+
+    _index_mapping.update_concat_index_mapping = mapped
+    try:
+        yield
+    finally:
+        _index_mapping.update_concat_index_mapping = before[0]
+
+
+def _is_flattened(concat: Any, channels: int) -> bool:
+    """Whether a reshape of `[N, channels, H, W]` stands behind operators without weights."""
+    nodes, seen = list(concat.outputs), set()
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.type == tp.ops.OPTYPE.RESHAPE:
+            size = list(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
+            if len(size) == 4 and size[1] == channels:
+                return True
+        elif node.type == tp.ops.OPTYPE.ELEMENTWISE:
+            nodes += node.outputs
+    return False
 
 
 def traced(
@@ -77,7 +126,10 @@ def traced(
 
     `options` are further arguments of its `build_dependency`.
     """
-    with preserved(model, trainable=True), torch.enable_grad(), warnings.catch_warnings():
+    with (
+        preserved(model, trainable=True), torch.enable_grad(), warnings.catch_warnings(),
+        _flattened_concatenations(),
+    ):  # fmt: skip
         warnings.simplefilter("ignore")
         return DependencyGraph().build_dependency(
             model,
@@ -163,7 +215,8 @@ def bounded_enumeration(model: nn.Module) -> Iterator[None]:
     Group.add_dep, _index_mapping.update_index_mapping = guarded, once
     flatten.__call__ = guarded_spread
     try:
-        yield
+        with _flattened_concatenations():
+            yield
     finally:
         Group.add_dep, _index_mapping.update_index_mapping = add_dep, refresh
         flatten.__call__ = spread
@@ -196,7 +249,14 @@ def run_part(part: nn.Module, x: Tensor) -> Tensor:
 def pruning_group(graph: Any, module: nn.Module, channels: list[int]) -> Any:
     """Torch-Pruning's group that removes these output channels of `module`, at present widths."""
     fn = graph.get_pruner_of_module(module).prune_out_channels
-    return graph.get_pruning_group(module, fn, channels)
+    with _flattened_concatenations():
+        return graph.get_pruning_group(module, fn, channels)
+
+
+def replay(graph: Any, history: list[Any]) -> None:
+    """Prune as a recorded history tells."""
+    with _flattened_concatenations():
+        graph.load_pruning_history(history)
 
 
 def width_of(module: Any, direction: str, graph: Any) -> int:
@@ -240,6 +300,7 @@ def to_plain(
     units = root.width // tie if root.width % tie == 0 else 1
     norms = [m for m in members if isinstance(m.module, CHANNEL_NORMS)]
     counting = (*CHANNEL_NORMS, nn.MultiheadAttention)
+    blocked = blocked_by(members, is_output, tie) or _repeated(raw, names, members)
     location, crossing = place(members, split)
     return ChannelGroup(
         name=root.layer_name,
@@ -249,7 +310,41 @@ def to_plain(
         location=location,
         crossing=crossing,
         is_output=is_output,
-        blocked=blocked_by(members, is_output, tie),
+        blocked=blocked,
         normalised=tuple(m.layer_name for m in members if isinstance(m.module, counting)),
         inexact=tuple(m.layer_name for m in norms if not is_removal(m, units)),
     )
+
+
+def _repeated(raw: Any, names: Mapping[Any, str], members: list[Member]) -> str | None:
+    """Why a group that holds one layer's channels side by side, twice, must stay whole.
+
+    Torch-Pruning follows a layer once; from a root as wide as the concatenation it misses that the
+    channels of the second place are those of the first.
+    """
+    widths = {id(m.module): m.width for m in members if m.direction in ("out", "through")}
+    for item in raw.items:
+        node = item.dep.target
+        if node.type != tp.ops.OPTYPE.CONCAT:
+            continue
+        origins = [origin for part in node.inputs for origin in _origins(part, names)]
+        for origin in origins:
+            twice = sum(other is origin for other in origins) > 1
+            if twice and 0 < widths.get(id(origin), 0) < members[0].width:
+                return f"the channels of {names[origin]!r} are concatenated twice"
+    return None
+
+
+def _origins(node: Any, names: Mapping[Any, str]) -> list[nn.Module]:
+    """The layers whose channels a node of the graph holds, each once."""
+    nodes, seen, found = [node], set(), []
+    while nodes:
+        node = nodes.pop()
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if node.module in names:
+            found.append(node.module)
+        else:
+            nodes += node.inputs
+    return found

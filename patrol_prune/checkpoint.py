@@ -25,6 +25,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from patrol_prune._tp import replay
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
 from patrol_prune.group_table import build_graph
 from patrol_prune.pixels import Normalization
@@ -277,10 +278,11 @@ def _replay(split: Split, history: History, removed: list[tuple[str, int]], path
             if history[done:at]:
                 graph = build_graph(split.model, split.example_inputs)
                 with preserved(split.model), torch.no_grad():
-                    graph.load_pruning_history(history[done:at])
+                    replay(graph, history[done:at])
                 follow_widths(split.model)
+            if names:
                 split.refresh()
-            remove_blocks(split, names)
+                remove_blocks(split, names)
             done = at
     except Exception as error:  # a graph of another model fails in many ways
         raise CheckpointError(

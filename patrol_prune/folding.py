@@ -1,4 +1,8 @@
-"""Hardening without a jump: masks become part of the weights that read the channels."""
+"""Hardening without a jump: masks become part of the weights next to them.
+
+A channel's mask goes into the weights that read the channel, a block's into the last layer of its
+branch.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,9 @@ from patrol_prune.masks import SoftMasks
 
 
 def fold_masks(masks: SoftMasks) -> None:
-    """Multiply every mask into the input weights of its consumers; exact.
+    """Multiply every mask into the input weights of its consumers, or its branch's end; exact.
 
-        w[:, idxs] <- w[:, idxs] * m[root_idxs]
+        w[:, idxs] <- w[:, idxs] * m[root_idxs],        of a block:  w, b <- m w, m b
 
     Afterwards the model alone gives what the masked model gave, and a channel whose mask is zero
     is read by nobody, so that its removal changes nothing either. The masks are then 1 where they
@@ -29,8 +33,9 @@ def fold_masks(masks: SoftMasks) -> None:
 
     Raises:
         InputError: the model was pruned since the masks were made, or they are attached.
-        UnsupportedModelError: two consumers share one weight but not one mask, or a layer
-            normalises over channels whose masks differ.
+        UnsupportedModelError: two consumers share one weight but not one mask, a layer normalises
+            over channels whose masks differ, or a block's mask is not 1 and its branch ends in a
+            layer that cannot take it (`cannot_fold`).
     """
     if masks.is_attached:
         raise InputError("Expected masks that are not attached: they would act twice. Leave "
@@ -40,9 +45,14 @@ def fold_masks(masks: SoftMasks) -> None:
             "Expected the model these masks were made for, came one that was pruned since. Fold "
             "before pruning."
         )
-    if any(float(mask) != 1.0 for mask in masks.blocks.values()):
-        raise InputError("Expected block masks of 1: a branch's scale is not folded. Remove the "
-                         "blocks whose mask is 0, and set the others to 1.")
+    scaled = {n: float(m.detach()) for n, m in masks.blocks.items() if bool(m != 1)}
+    refused = {n: why for n, why in cannot_fold(masks).items() if n in scaled}
+    if refused:
+        name, why = next(iter(refused.items()))
+        raise UnsupportedModelError(
+            f"The mask {scaled[name]} of block {name!r} cannot be folded: {why}. Remove the block "
+            "if its mask is 0, or set it to 1."
+        )
     _check_statistics(masks)
     factors = _factors(masks)
     with torch.no_grad():
@@ -51,6 +61,28 @@ def fold_masks(masks: SoftMasks) -> None:
             weight.mul_(_as_weight(module, factor).to(weight.device, weight.dtype))
         for mask in masks.channels.values():
             mask.copy_((mask != 0).to(mask.dtype))
+        for name, scale in scaled.items():
+            for parameter in masks.scaled_layer(name).parameters(recurse=False):
+                parameter.mul_(scale)
+            masks.blocks[name].fill_(float(scale != 0))
+
+
+def cannot_fold(masks: SoftMasks) -> dict[str, str]:
+    """Masked block -> why the last layer of its branch cannot take a factor; empty if all can."""
+    owners: dict[int, int] = {}
+    for module in masks.model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    found = {}
+    for name in masks.blocks:
+        layer = masks.scaled_layer(name)
+        affine = isinstance(layer, (CONV, nn.Linear)) or (
+            isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.affine)
+        if not affine:
+            found[name] = f"its branch ends in a {type(layer).__name__}"
+        elif any(owners[id(p)] > 1 for p in layer.parameters(recurse=False)):
+            found[name] = "the last layer of its branch shares its weights"
+    return found
 
 
 def _check_statistics(masks: SoftMasks) -> None:

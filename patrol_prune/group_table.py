@@ -245,7 +245,8 @@ def remove_channels(table: GroupTable, channels: Mapping[str, Any]) -> None:
         channels: group name -> root channels to remove (numbers at the table's widths).
 
     Raises:
-        InputError: an unknown group, a channel out of range, or a group that would be emptied.
+        InputError: an unknown group, a channel out of range, or a group or a layer that would be
+            emptied.
     """
     todo: list[tuple[nn.Module, list[int]]] = []
     for name, idxs in channels.items():
@@ -259,7 +260,24 @@ def remove_channels(table: GroupTable, channels: Mapping[str, Any]) -> None:
             raise InputError(f"Group {name!r} would lose all of its {group.channels} channels.")
         if gone:
             todo.append((group.members[0].module, gone))
+    _refuse_emptied(table, channels)
     with preserved(table.model), torch.no_grad():
         for module, gone in todo:
             pruning_group(table.graph, module, gone).prune()
     follow_widths(table.model)
+
+
+def _refuse_emptied(table: GroupTable, channels: Mapping[str, Any]) -> None:
+    """A layer may hold but a part of a group (behind a concatenation), and lose all of it."""
+    left: dict[tuple[int, str], int] = {}
+    for name, idxs in channels.items():
+        gone = torch.tensor(sorted({int(i) for i in idxs}), dtype=torch.long)
+        for m in table.groups[name].members:
+            key = (id(m.module), m.direction)
+            lost = int(torch.isin(m.root_idxs, gone).sum())
+            left[key] = left.get(key, m.width) - lost
+            if left[key] < 1:
+                raise InputError(
+                    f"Layer {m.layer_name!r} would lose all of its {m.width} channels, which are "
+                    f"a part of group {name!r}. Keep one of them."
+                )

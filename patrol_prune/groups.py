@@ -101,13 +101,27 @@ def tie_of(members: list[Member]) -> int:
     """The number of channel groups whose pruning pattern must agree."""
     tie = 1
     for m in members:
-        if isinstance(m.module, CONV) and m.direction != "through":
-            tie = math.lcm(tie, m.module.groups)
-        elif isinstance(m.module, nn.GroupNorm):
-            tie = math.lcm(tie, m.module.num_groups)
-        elif isinstance(m.module, nn.MultiheadAttention):
-            tie = math.lcm(tie, m.module.num_heads)
+        tie = math.lcm(tie, _groups_of(m))
     return tie
+
+
+def _groups_of(m: Member) -> int:
+    """In how many groups a layer divides its channels."""
+    if isinstance(m.module, CONV) and m.direction != "through":
+        return m.module.groups
+    if isinstance(m.module, nn.GroupNorm):
+        return m.module.num_groups
+    return m.module.num_heads if isinstance(m.module, nn.MultiheadAttention) else 1
+
+
+def _is_whole(m: Member, channels: int) -> bool:
+    """Whether channel i of the layer is channel i of the group, for all of both.
+
+    Only then are the ties of the layer's own groups those of the group's channels; a concatenation
+    before a grouped convolution moves them.
+    """
+    whole = len(m.idxs) == m.width == channels
+    return whole and bool((m.idxs == m.root_idxs).all())
 
 
 def blocked_by(members: list[Member], is_output: bool, tie: int) -> str | None:
@@ -124,6 +138,8 @@ def blocked_by(members: list[Member], is_output: bool, tie: int) -> str | None:
             return f"{m.layer_name!r} is an LSTM"
         if isinstance(m.module, nn.MultiheadAttention) and (why := _uncut(m, channels // tie)):
             return f"{m.layer_name!r} is a MultiheadAttention {why}"
+        if _groups_of(m) > 1 and not _is_whole(m, channels):
+            return f"{m.layer_name!r} puts a part of these channels into groups"
         depthwise = isinstance(m.module, CONV) and m.direction == "through"
         if depthwise and m.module.in_channels != m.module.out_channels:
             return f"{m.layer_name!r} merges channels depthwise"

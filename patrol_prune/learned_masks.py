@@ -7,7 +7,8 @@ take a proximal gradient step (`shrinkage.py`), which reaches exact zeros. A con
 so that the edge MACs of the channels with a mask above zero follow a straight line from the dense
 edge to the budget. They are counted, not expected: a smooth expectation such as the MACs at
 `sum_s m_s` channels falls also while all masks shrink together and none is near zero, and meeting
-the budget with it says nothing of the edge that will run. At the end of the schedule the last few
+the budget with it says nothing of the edge that will run. Residual blocks may carry masks as well
+(`structures`), priced by all the MACs they take along. At the end of the schedule the last few
 masks above the budget are zeroed, and the weights train on with the masks as they are.
 """
 
@@ -22,18 +23,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patrol_prune._block_pruning import STRUCTURES, check_structures, prunable_blocks
 from patrol_prune.budget import MacModel, budget_as_count, check_budget
 from patrol_prune.choice import Limits
 from patrol_prune.errors import CheckpointError, InputError, UnsupportedModelError
 from patrol_prune.finetune import drive
 from patrol_prune.finetune_config import FinetuneConfig
-from patrol_prune.folding import fold_masks
+from patrol_prune.folding import cannot_fold, fold_masks
 from patrol_prune.image_pool import TrainBatches
 from patrol_prune.mask_importance import MaskImportance
 from patrol_prune.masks import SoftMasks
 from patrol_prune.objective import ObjectiveTerms, PatrolObjective
 from patrol_prune.pruner import PatrolPruner, PruneResult
-from patrol_prune.shrinkage import Shrinker, adapted, scheduled_macs
+from patrol_prune.shrinkage import BLOCK, Shrinker, adapted, block_key, scheduled_macs
 from patrol_prune.split import Split
 from patrol_prune.trainer import Trainer
 
@@ -94,14 +96,16 @@ class LearnedMasks:
         masks: the masks; the model's weights belong to them and not without them.
         budget: edge MACs allowed.
         dense_edge_macs: edge MACs without masks.
-        edge_macs: edge MACs of the channels whose mask is not zero, at most `budget`.
-        projected: channels that were zeroed at the end of the schedule to meet the budget, which
-            the penalty had not brought to zero.
+        edge_macs: edge MACs of the channels and blocks whose mask is not zero, at most `budget`.
+        projected: channels and blocks that were zeroed at the end of the schedule to meet the
+            budget, which the penalty had not brought to zero.
         gamma_history: gamma behind every step of the schedule.
         edge_macs_history: edge MACs behind every step of the schedule.
-        records: one flat record per epoch: means of the terms, and gamma, edge_macs and
-            zero_channels at its end.
+        records: one flat record per epoch: means of the terms, and gamma, edge_macs,
+            zero_channels and zero_blocks at its end.
         resumed_from: the epoch that training went on from.
+        structures: what could go: "channels", "blocks" or "both".
+        left_out: removable block -> why it had no mask.
     """
 
     masks: SoftMasks
@@ -113,14 +117,22 @@ class LearnedMasks:
     edge_macs_history: list[int] = field(default_factory=list)
     records: list[dict[str, float]] = field(default_factory=list)
     resumed_from: int = 0
+    structures: str = "channels"
+    left_out: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> dict[str, float]:
+        """Block name -> mask, of the blocks that were learned; 0 means that it goes."""
+        return {n: float(m.detach()) for n, m in self.masks.blocks.items()
+                if n not in self.left_out}
 
     @property
     def channels(self) -> dict[str, Tensor]:
         """Group name -> `[C]` mask, copies on the CPU, of the groups that were learned."""
-        return _values(self.masks)
+        return {} if self.structures == "blocks" else _channels(self.masks)
 
     def harden(self) -> PruneResult:
-        """Fold the masks into the weights and remove the channels whose mask is zero.
+        """Fold the masks into the weights and remove the channels and blocks whose mask is zero.
 
         `split.model` then computes alone what the masked model computed, to rounding. The masks
         are used up, as they are of the wider model.
@@ -130,7 +142,8 @@ class LearnedMasks:
         importance = MaskImportance(masks)
         fold_masks(masks)
         pruner = PatrolPruner(split.model, split.example_inputs, importance, split=split,
-                              edge_macs=self.edge_macs, boundary=masks.boundary)
+                              edge_macs=self.edge_macs, boundary=masks.boundary,
+                              structures=self.structures)
         return pruner.step()
 
 
@@ -142,6 +155,7 @@ def learn_masks(
     edge_macs: float,
     config: MaskConfig | None = None,
     boundary: str = "keep",
+    structures: str = "channels",
     teacher: nn.Module | None = None,
     val_batches: Iterable[tuple[Tensor, Tensor]] | None = None,
     checkpoint_dir: str | Path | None = None,
@@ -149,7 +163,7 @@ def learn_masks(
     progress: bool = True,
     device: str | torch.device = "cpu",
 ) -> LearnedMasks:
-    """Train the weights and the masks of the edge's channels down to a budget.
+    """Train the weights and the masks of the edge's channels and blocks down to a budget.
 
     Masks sit on the groups that `PatrolPruner` could prune at this `boundary`, but for those with
     a layer that normalises over channels: such a mask cannot become part of the weights. The model
@@ -162,6 +176,8 @@ def learn_masks(
         edge_macs: a fraction in (0, 1] of the dense edge, or a count.
         config: see `MaskConfig`.
         boundary: "keep" leaves the groups that cross the split without a mask, "prune" does not.
+        structures: "channels", residual "blocks", or "both" carry masks. Blocks whose branch ends
+            in a layer that cannot take a factor have none; `left_out` names them.
         teacher: the dense model, for distillation; never trained here.
         val_batches: accuracy of the masked model is measured on them after each epoch.
         checkpoint_dir: one checkpoint per epoch is written there, whole or not at all.
@@ -175,26 +191,40 @@ def learn_masks(
             process.
         UnsupportedModelError: nothing on the edge can carry a mask.
         TrainingError: a loss that is NaN or infinite, with the step and the term.
-        CheckpointError: the checkpoint to resume from is of another budget or boundary.
+        CheckpointError: the checkpoint to resume from is of another budget, boundary or choice of
+            structures.
     """
     config = config or MaskConfig()
     check_budget(edge_macs)
+    check_structures(structures)
     if len(train_batches) == 0:
         raise InputError("Expected at least one batch to train on, came none.")
     if objective.split.model is not split.model:
         raise InputError("The objective watches another model than the one to train; build it "
                          "on the same Split.")
-    masks = SoftMasks(split.model, split.example_inputs, split=split, boundary=boundary)
-    costs = MacModel(split, masks.table)
+    masks = SoftMasks(split.model, split.example_inputs, split=split, boundary=boundary,
+                      blocks=structures != "channels")
+    unfoldable = cannot_fold(masks)
+    left_out = {**masks.unmaskable, **unfoldable}
+    found = prunable_blocks(split, structures, ())
+    learned = {n: b for n, b in found.items() if n in masks.blocks and n not in left_out}
+    costs = MacModel(split, masks.table, blocks=learned)
     budget = budget_as_count(edge_macs, costs.dense)
-    trainer = _MaskTrainer(masks, costs, budget, objective, config, teacher,
-                           torch.device(device), len(train_batches))
+    groups = () if structures == "blocks" else tuple(_channels(masks))
+    if not groups and not learned:
+        raise UnsupportedModelError(
+            f"None of the edge's {STRUCTURES[structures]} can carry a mask. Choose a deeper split "
+            "point, boundary='prune' or other structures."
+        )
+    shrinker = Shrinker(costs, groups, config.limits, budget)
+    trainer = _MaskTrainer(masks, shrinker, objective, config, teacher, torch.device(device),
+                           len(train_batches))
     with masks.attached():
         trained = drive(trainer, train_batches, val_batches, checkpoint_dir, resume, progress)
     trainer.freeze()
     return LearnedMasks(
-        masks, budget, costs.dense, trainer.shrinker.macs(_values(masks)), trainer.projected,
-        trainer.gammas, trainer.macs, trained.history, trained.resumed_from,
+        masks, budget, costs.dense, shrinker.macs(trainer.values()), trainer.projected,
+        trainer.gammas, trainer.macs, trained.history, trained.resumed_from, structures, left_out,
     )  # fmt: skip
 
 
@@ -206,8 +236,7 @@ class _MaskTrainer(Trainer):
     def __init__(
         self,
         masks: SoftMasks,
-        costs: MacModel,
-        budget: int,
+        shrinker: Shrinker,
         objective: PatrolObjective,
         config: MaskConfig,
         teacher: nn.Module | None,
@@ -217,19 +246,12 @@ class _MaskTrainer(Trainer):
         super().__init__(masks.model, objective, config, teacher, device, batches)
         if self.accelerator.num_processes > 1:
             raise InputError("Expected one process: the masks' gradients are not averaged.")
-        names = tuple(_values(masks))
-        if not names:
-            raise UnsupportedModelError(
-                "No channel group of the edge can carry a mask. Choose a deeper split point or "
-                "boundary='prune'."
-            )
-        self.masks = masks
-        self.shrinker = Shrinker(costs, names, config.limits, budget)
+        self.masks, self.shrinker = masks, shrinker
         total = config.epochs * batches
         self.end = max(1, round(config.schedule_share * total))
         self.start = min(round(config.warmup * total), self.end - 1)
-        structures = sum(len(m) for m in _values(masks).values())
-        self.gamma = config.gamma * structures / (config.mask_lr * (self.end - self.start))
+        duration = self.end - self.start
+        self.gamma = config.gamma * shrinker.structures / (config.mask_lr * duration)
         self.frozen, self.projected = False, 0
         self.gammas: list[float] = []
         self.macs: list[int] = []
@@ -238,10 +260,19 @@ class _MaskTrainer(Trainer):
     def train_epoch(self, epoch: int, batches: TrainBatches, progress: bool) -> dict[str, float]:
         """One pass; the means of the terms, and where the masks stand."""
         record = super().train_epoch(epoch, batches, progress)
-        values = _values(self.masks)
-        zeros = sum(int((v == 0).sum()) for v in values.values())
+        values = self.values()
+        zeros = {n: int((v == 0).sum()) for n, v in values.items()}
+        blocks = sum(count for n, count in zeros.items() if n.startswith(BLOCK))
         return {**record, "gamma": self.gamma, "edge_macs": self.shrinker.macs(values),
-                "zero_channels": zeros}
+                "zero_channels": sum(zeros.values()) - blocks, "zero_blocks": blocks}
+
+    def values(self) -> dict[str, Tensor]:
+        """The masks that are learned, copies on the CPU, as `Shrinker` takes them."""
+        names, blocks = set(self.shrinker.names), self.masks.blocks
+        values = {n: v for n, v in _channels(self.masks).items() if n in names}
+        for name in self.shrinker.costs.blocks:
+            values[block_key(name)] = blocks[name].detach().cpu().reshape(1).clone()
+        return values
 
     def after_step(self, step: int) -> None:
         """The masks' proximal gradient step, and gamma's."""
@@ -249,7 +280,7 @@ class _MaskTrainer(Trainer):
             return
         moved = self._gradient_step()
         if step % self.config.refresh == 0 or not self.shares:
-            self.shares = self.shrinker.shares(_values(self.masks))
+            self.shares = self.shrinker.shares(self.values())
         dense, budget = self.shrinker.costs.dense, self.shrinker.budget
         steps, passed = self.end - self.start, step + 1 - self.start
         target = scheduled_macs(passed, steps, dense, budget)
@@ -267,19 +298,19 @@ class _MaskTrainer(Trainer):
     def freeze(self) -> None:
         """Meet the budget by the smallest masks per MAC, and leave the masks alone from here on."""
         if not self.frozen:
-            before = _values(self.masks)
+            before = self.values()
             after = self.shrinker.project(before)
             self.projected = sum(int(((before[n] != 0) & (after[n] == 0)).sum()) for n in before)
             self._write(after)
             self.frozen = True
-            logger.info("edge MACs %d (budget %d), %d channels projected",
+            logger.info("edge MACs %d (budget %d), %d structures projected",
                         self.shrinker.macs(after), self.shrinker.budget, self.projected)
         for mask in self.masks.parameters():
             mask.requires_grad_(False)
 
     def extra_state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The masks, their costs and the controller."""
-        tensors = {f"masks.{n}": v for n, v in _values(self.masks).items()}
+        tensors = {f"masks.{n}": v for n, v in self.values().items()}
         tensors.update({f"shares.{n}": v for n, v in self.shares.items()})
         about = {"budget": self.shrinker.budget, "gamma": self.gamma, "frozen": self.frozen,
                  "projected": self.projected, "gammas": self.gammas, "macs": self.macs}
@@ -289,12 +320,13 @@ class _MaskTrainer(Trainer):
         """Put back what `extra_state` gave."""
         about = meta.get("learned_masks", {})
         theirs = {k[6:]: v for k, v in tensors.items() if k.startswith("masks.")}
-        mine = _values(self.masks)
+        mine = self.values()
         if about.get("budget") != self.shrinker.budget or theirs.keys() != mine.keys():
             raise CheckpointError(
-                f"The checkpoint {path} is of other masks: {len(theirs)} groups and a budget of "
-                f"{about.get('budget')} MACs, here {len(mine)} and {self.shrinker.budget}. Resume "
-                "with the same split, boundary and budget, or start in another directory.",
+                f"The checkpoint {path} is of other masks: {len(theirs)} groups and blocks and a "
+                f"budget of {about.get('budget')} MACs, here {len(mine)} and "
+                f"{self.shrinker.budget}. Resume with the same split, boundary, structures and "
+                "budget, or start in another directory.",
                 path=path,
             )
         self._write(theirs)
@@ -311,22 +343,30 @@ class _MaskTrainer(Trainer):
 
     def _gradient_step(self) -> dict[str, Tensor]:
         """`m - eta * dJ/dm` behind the clipped gradient, on the CPU; the gradients are used up."""
-        masks = {n: m for n, m in self.masks.channels.items() if n not in self.masks.normalised}
+        masks = {n: self.masks.channels[n] for n in self.shrinker.names}
+        masks |= {block_key(n): self.masks.blocks[n] for n in self.shrinker.costs.blocks}
+        for name, pace in self.shrinker.pace.items():
+            gradient = masks[name].grad
+            if gradient is not None:
+                gradient.div_(pace)
         nn.utils.clip_grad_norm_(masks.values(), self.config.clip_norm)
         moved = {}
         for name, mask in masks.items():
-            gradient = 0.0 if mask.grad is None else self.config.mask_lr * mask.grad
-            moved[name] = (mask.detach() - gradient).cpu()
+            step = 0.0 if mask.grad is None else self.config.mask_lr * mask.grad
+            moved[name] = (mask.detach() - step).cpu().reshape(-1)
         for mask in self.masks.parameters():
             mask.grad = None
         return moved
 
     def _write(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
-            self.masks.set(name, value)
+            if name.startswith(BLOCK):
+                self.masks.blocks[name[len(BLOCK):]].data.copy_(value.reshape(()))
+            else:
+                self.masks.set(name, value)
 
 
-def _values(masks: SoftMasks) -> dict[str, Tensor]:
+def _channels(masks: SoftMasks) -> dict[str, Tensor]:
     """Group name -> `[C]` mask on the CPU, of the groups whose masks can be folded."""
     return {n: m.detach().cpu().clone() for n, m in masks.channels.items()
             if n not in masks.normalised}

@@ -20,6 +20,8 @@ class MaskImportance(Importance):  # type: ignore[misc]
     copy: fold the masks afterwards. Groups that a layer normalises over (`SoftMasks.normalised`)
     are neither learned nor folded, and have no score.
 
+    `block_scores` are the blocks' masks, for `PatrolPruner(..., structures=...)`.
+
     Args:
         masks: of the model at its present widths.
 
@@ -36,6 +38,10 @@ class MaskImportance(Importance):  # type: ignore[misc]
             for name, mask in masks.channels.items()
             if name not in masks.normalised
         }
+        self.block_scores: dict[str, float] = {
+            name: float(mask.detach().abs()) for name, mask in masks.blocks.items()
+        }
+        self.blocks = bool(self.block_scores)
         self._tracker = SurvivorTracker(masks.table)
         self._stale: str | None = None
 

@@ -122,7 +122,7 @@ class SoftMasks:
         ]
         self.blocks: dict[str, nn.Parameter] = {}
         self.unmaskable: dict[str, str] = {}
-        self._branches: list[tuple[nn.Module, BranchMask]] = []
+        self._branches: dict[str, tuple[nn.Module, BranchMask]] = {}
         if blocks:
             found = residual_blocks(model, example_inputs, split=split)
             self._add_blocks(found, None if scope == "model" else split)
@@ -135,6 +135,10 @@ class SoftMasks:
     def inexact(self) -> dict[str, tuple[str, ...]]:
         """Masked groups where zero only approximates removal -> the layers that cause it."""
         return {n: layers for n, layers in self.table.inexact().items() if n in self.channels}
+
+    def scaled_layer(self, block: str) -> nn.Module:
+        """The layer whose output a block's mask multiplies: the last of its branch."""
+        return self._branches[block][0]
 
     @property
     def normalised(self) -> dict[str, tuple[str, ...]]:
@@ -266,7 +270,7 @@ class SoftMasks:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for module, counting in self._counting:
             self._handles.append(module.register_forward_hook(counting, with_kwargs=True))
-        for layer, branch in self._branches:
+        for layer, branch in self._branches.values():
             self._handles.append(layer.register_forward_hook(branch))
         if self._transmitted is None or self.split is None:
             return
@@ -307,7 +311,7 @@ class SoftMasks:
                 continue
             self.blocks[name] = nn.Parameter(torch.ones((), device=device))
             layer = self.model.get_submodule(block.scaled)
-            self._branches.append((layer, BranchMask(self.blocks[name], self._per_image)))
+            self._branches[name] = layer, BranchMask(self.blocks[name], self._per_image)
 
     def _gathers(
         self, direction: str, kinds: tuple[type, ...]

@@ -19,6 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from patrol_prune import checkpoint
+from patrol_prune._block_pruning import STRUCTURES
 from patrol_prune.audit import audit
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.cost import count_params, edge_macs, feature_bytes
@@ -178,7 +179,7 @@ class Work:
         made = plan(
             model, self.images.example(), edge_macs=config.edge_macs, at=config.at,
             boundary=config.boundary, max_pruning_ratio=config.score.max_pruning_ratio,
-            min_channels=config.score.min_channels,
+            min_channels=config.score.min_channels, structures=config.score.structures,
         )
         if config.privacy.lipschitz_form == "spectral" and (
             config.privacy.alpha or config.score.lip_weight
@@ -240,21 +241,23 @@ class Work:
         importance = PatrolImportance(
             self.scoring_objective(split), task_weight=config.score.task_weight,
             lip_weight=config.score.lip_weight, adv_weight=config.score.adv_weight,
-            task_change=config.score.task_change,
+            task_change=config.score.task_change, blocks=config.score.structures != "channels",
         )
         pruner = PatrolPruner(
             split.model, split.example_inputs, importance, split=split,
             edge_macs=int(notes["budget"]), boundary=config.boundary,
             max_pruning_ratio=config.score.max_pruning_ratio,
             min_channels=config.score.min_channels, round_to=config.score.round_to,
-            iterative_steps=config.score.steps,
+            iterative_steps=config.score.steps, structures=config.score.structures,
         )
         kept: dict[str, tuple[int, int]] = {}
+        gone: list[str] = []
         for step in range(config.score.steps):
             self.score(importance, step)
             outcome = pruner.step()
-            for name, (now, before) in outcome.kept.items():
-                kept[name] = (now, kept.get(name, (now, before))[1])
+            # A group whose first layer went with a block goes on under another name.
+            kept = {name: (now, pruner.initial[name]) for name, (now, _) in outcome.kept.items()}
+            gone += outcome.removed_blocks
             if config.score.between_epochs and step + 1 < config.score.steps:
                 self.repair(split, step)
         recalibrate_batchnorm(
@@ -266,8 +269,11 @@ class Work:
             f"Edge MACs {short(pruner.dense_edge_macs)} -> {short(numbers['edge_macs'])}, accuracy "
             f"before fine-tuning {100 * numbers['accuracy']:.1f}%."
         )
-        self.save(split, PRUNED, history=pruner.DG.pruning_history())
-        self.folder.finish("prune", [PRUNED], kept=kept, left_whole=outcome.left_whole, **numbers)
+        if gone:
+            self.say(f"Residual blocks removed: {', '.join(gone)}.")
+        self.save(split, PRUNED)
+        self.folder.finish("prune", [PRUNED], kept=kept, removed_blocks=gone,
+                           left_whole=outcome.left_whole, **numbers)
 
     def scoring_objective(self, split: Split) -> PatrolObjective:
         """The objective with every term on that is scored; the score normalises each by itself."""
@@ -309,7 +315,7 @@ class Work:
         if score.adv_weight and score.surrogate_steps:
             self.say("Training the surrogate attackers.")
             importance.objective.fit_surrogates(batches, score.surrogate_steps)
-        self.say("Scoring the edge's channels.")
+        self.say(f"Scoring the edge's {STRUCTURES[score.structures]}.")
         for x, y in itertools.islice(batches, score.batches):
             importance.accumulate(x.to(self.device), y.to(self.device))
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from patrol_prune._block_pruning import check_structures
 from patrol_prune.choice import Limits
 from patrol_prune.cost import as_single_tensor
 from patrol_prune.errors import InputError, nearest
@@ -45,6 +46,7 @@ class Plan:
         limits: what the edge had to keep to besides.
         pruned: the recommended edge pruned to the budget and measured, one for each rounding;
             empty unless latency was measured and something has to go.
+        structures: what may go: "channels", "blocks" or "both".
     """
 
     rows: tuple[PlanRow, ...]
@@ -53,6 +55,7 @@ class Plan:
     boundary: str
     limits: PlanLimits = field(default_factory=PlanLimits)
     pruned: tuple[PrunedEdge, ...] = ()
+    structures: str = "channels"
 
     def __getitem__(self, name: str) -> PlanRow:
         """The row of a split point; an unknown name is an `InputError`."""
@@ -100,11 +103,13 @@ class Plan:
         return {
             "budget_edge_macs": self.budget_edge_macs,
             "boundary": self.boundary,
+            "structures": self.structures,
             "recommended": self.recommended,
             "limits": asdict(self.limits),
             "pruned": [asdict(edge) for edge in self.pruned],
             "rows": [{**asdict(row), "feature_shape": list(row.feature_shape),
-                      "cloud_layers": list(row.cloud_layers)} for row in self.rows],
+                      "cloud_layers": list(row.cloud_layers),
+                      "blocks": list(row.blocks)} for row in self.rows],
         }
 
 
@@ -121,6 +126,7 @@ def plan(
     every: bool = False,
     limits: PlanLimits | None = None,
     measure_latency: bool | LatencyConfig = False,
+    structures: str = "channels",
 ) -> Plan:
     """Every split under the budget, and the one to take.
 
@@ -147,6 +153,7 @@ def plan(
         measure_latency: time the dense edge of every place shown, and the pruned one of the
             recommended place with its channels rounded in several ways. It takes some seconds for
             each place. A `LatencyConfig` says batch, threads and roundings.
+        structures: whether channels, residual blocks or both may go.
 
     Raises:
         InputError: a budget that is none, a fraction without `at`, a split that does not exist,
@@ -156,10 +163,16 @@ def plan(
     """
     if boundary not in BOUNDARIES:
         raise InputError(f'Expected boundary "keep" or "prune", came {boundary!r}.')
+    check_structures(structures)
     if not 0.0 < max_channel_ratio < 1.0:
         raise InputError(f"Expected max_channel_ratio in (0, 1), came {max_channel_ratio}.")
     floors = Limits(min_channels=min_channels, max_pruning_ratio=max_pruning_ratio)
     limits = limits or PlanLimits()
+    if structures == "blocks" and limits.latency_ms is not None:
+        raise InputError(
+            "Expected no limit of latency where blocks alone may go: the copies that are timed "
+            "lose channels. Leave it out, or let both go."
+        )
     points = split_points(model, example_inputs)
     asked = None if at is None else _point(points, at)
     budget = parse_budget(edge_macs, points, asked)
@@ -172,20 +185,21 @@ def plan(
     config = measure_latency if isinstance(measure_latency, LatencyConfig) else None
     if config is None and (measure_latency or limits.latency_ms is not None):
         config = LatencyConfig()
-    wanted = Wanted(budget, limits, boundary, floors)
+    wanted = Wanted(budget, limits, boundary, floors, structures)
     rows = _rows(model, example_inputs, _shown(points, asked, every), wanted, config)
     able = rows if asked is None else [row for row in rows if row.name == asked.name]
     require_possible(able, wanted)
     order = preferred(able, max_channel_ratio)
     if config is None:
-        return Plan(tuple(rows), order[0].name, budget, boundary, limits)
+        return Plan(tuple(rows), order[0].name, budget, boundary, limits, structures=structures)
     edges = PrunedEdges(model, as_single_tensor(example_inputs), wanted, config)
     chosen = order[0].name
     if limits.latency_ms is not None:
         chosen = fastest_enough(order, wanted, edges.of)
     row = next(r for r in rows if r.name == chosen)
-    pruned = () if row.channel_ratio == 0 else tuple(edges.of(row))
-    return Plan(tuple(rows), chosen, budget, boundary, limits, pruned)
+    is_timed = row.channel_ratio != 0 and structures != "blocks"
+    pruned = tuple(edges.of(row)) if is_timed else ()
+    return Plan(tuple(rows), chosen, budget, boundary, limits, pruned, structures)
 
 
 def _rows(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
+from patrol_prune._block_pruning import STRUCTURES
 from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.plan_limits import PlanLimits
 from patrol_prune.plan_rows import PlanRow, Wanted
@@ -25,7 +26,7 @@ def preferred(rows: Sequence[PlanRow], max_channel_ratio: float) -> list[PlanRow
     """
     able = [r for r in rows if r.fits]
     moderate = [r for r in able
-                if r.channel_ratio is not None and r.channel_ratio <= max_channel_ratio]
+                if r.strength is not None and r.strength <= max_channel_ratio]
     inner = [r for r in moderate if not r.is_tail]
     tails = [r for r in moderate if r.is_tail]
     rest = [r for r in able if r not in moderate]
@@ -56,8 +57,9 @@ def require_possible(rows: Sequence[PlanRow], wanted: Wanted) -> None:
             continue
         least = min(rows, key=lambda r: int(getattr(r.smallest, name)))
         raise BudgetError(
-            f"No choice of channels brings the edge {where} to {most:,} {_UNIT[name]}; the "
-            f"smallest reachable is {smallest[name]:,}, after {least.name}. {_ADVICE[name]}",
+            f"No choice of {STRUCTURES[wanted.structures]} brings the edge {where} to {most:,} "
+            f"{_UNIT[name]}; the smallest reachable is {smallest[name]:,}, after "
+            f"{least.name}. {_ADVICE[name]}",
             smallest_edge_macs=smallest["edge_macs"], smallest=smallest,
         )
     asked = ", ".join(f"{most:,} {_UNIT[n]}" for n, most in _limits(wanted).items() if most)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from patrol_prune._block_pruning import prunable_blocks
 from patrol_prune.budget import MacModel
 from patrol_prune.choice import Limits, smallest
 from patrol_prune.edge_sizes import EdgeSizes
@@ -41,11 +42,15 @@ class PlanRow:
         cloud_layers: layers of the cloud that hold channels of those groups.
         effect: what pruning here does to the feature and to the cloud, in a sentence.
         left_whole: edge layers whose channels cannot be followed, and so stay -> why.
-        smallest: what is left when every group is at its floor.
-        pruned: what is left once that share is gone; None if it does not fit.
+        smallest: what is left when every group is at its floor and the blocks that may go are
+            gone; parameters count the channels alone.
+        pruned: what is left once that share is gone; None if it does not fit, or if blocks have
+            to go for it.
         prune_to: the budget to give a pruner here: less than that of the plan where another limit
             asks for more to go.
         latency: of the dense edge on this device, where it was measured.
+        structures: what may go: "channels", "blocks" or "both".
+        blocks: the residual blocks that may go; empty unless asked for.
     """
 
     name: str
@@ -66,6 +71,18 @@ class PlanRow:
     pruned: EdgeCost | None
     prune_to: int
     latency: Latency | None = None
+    structures: str = "channels"
+    blocks: tuple[str, ...] = ()
+
+    @property
+    def strength(self) -> float | None:
+        """How hard the edge is pruned to fit, on [0, 1]; None if it cannot fit that way.
+
+        The `channel_ratio`; where blocks alone may go, the share of the MACs that has to.
+        """
+        if self.structures != "blocks":
+            return self.channel_ratio
+        return max(0.0, 1.0 - self.budget_fraction) if self.fits else None
 
     @property
     def is_tail(self) -> bool:
@@ -81,6 +98,7 @@ class Wanted:
     limits: PlanLimits
     boundary: str
     floors: Limits
+    structures: str = "channels"
 
 
 def make_row(
@@ -88,7 +106,9 @@ def make_row(
 ) -> PlanRow:
     """Everything about one place; see `PlanRow`."""
     on_edge = [g for g in table.groups.values() if g.location == "edge" and g.blocked is None]
-    groups = [g for g in on_edge if wanted.boundary == "prune" or g.crossing is None]
+    groups = [g for g in on_edge if wanted.structures != "blocks"
+              and (wanted.boundary == "prune" or g.crossing is None)]
+    blocks = prunable_blocks(split, wanted.structures, ())
     crossing = {g.name: g.crossing for g in table.groups.values() if g.crossing is not None}
     cloud = {id(m): n for n, m in split.cloud_layers.items()}
     touched = {cloud[id(m.module)]: None for n in crossing for m in table.groups[n].members
@@ -103,14 +123,16 @@ def make_row(
 
     dense = EdgeCost(point.edge_macs, point.edge_params, point.feature_bytes)
     floor = cost(100)
-    if groups:
-        least = smallest(costs, [g.name for g in groups], limits=wanted.floors)
+    if groups or blocks:
+        costly = MacModel(split, table, blocks=blocks) if blocks else costs
+        least = smallest(costly, [g.name for g in groups], limits=wanted.floors, blocks=blocks)
         floor = replace(floor, edge_macs=least)
     fits = floor.within(wanted.edge_macs, wanted.limits)
     ratio = None
     if fits:
         ratio = _least_percent(lambda share: cost(share).within(wanted.edge_macs, wanted.limits))
     pruned = floor if ratio is None else cost(ratio)
+    is_known = fits and not (ratio is None and blocks)
     return PlanRow(
         name=point.name,
         feature_shape=point.feature_shape,
@@ -121,15 +143,17 @@ def make_row(
         channel_ratio=None if ratio is None else ratio / 100,
         smallest_edge_macs=floor.edge_macs,
         fits=fits,
-        reason=_reason(fits, ratio, floor, wanted),
+        reason=_reason(fits, ratio, floor, wanted, has_blocks=bool(blocks)),
         crossing=crossing,
         cloud_layers=tuple(touched),
         effect=_effect(crossing, tuple(touched), wanted.boundary),
         left_whole={n: why for n, why in table.left_out.items() if n in split.edge_layers},
         smallest=floor,
-        pruned=pruned if fits else None,
+        pruned=pruned if is_known else None,
         prune_to=_prune_to(dense, pruned, wanted),
         latency=latency,
+        structures=wanted.structures,
+        blocks=tuple(blocks),
     )
 
 
@@ -183,11 +207,16 @@ def _prune_to(dense: EdgeCost, pruned: EdgeCost, wanted: Wanted) -> int:
     return pruned.edge_macs
 
 
-def _reason(fits: bool, ratio: int | None, floor: EdgeCost, wanted: Wanted) -> str:
+def _reason(
+    fits: bool, ratio: int | None, floor: EdgeCost, wanted: Wanted, *, has_blocks: bool
+) -> str:
     if ratio == 0:
         return "It fits as it is."
     if ratio is not None:
         return f"To fit, {ratio}% of its channels have to go."
+    if fits and has_blocks:
+        more = "" if wanted.structures == "blocks" else " besides channels"
+        return f"To fit, residual blocks have to go{more}."
     if fits:
         return "To fit, some groups have to be pruned to their floor."
     limits = wanted.limits

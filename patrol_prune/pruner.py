@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from patrol_prune._block_pruning import check_structures, initial_widths, prunable_blocks
+from patrol_prune._block_pruning import check_scored, initial_widths, prunable_blocks
 from patrol_prune._host_options import host_options
 from patrol_prune._tp import BasePruner, bounded_enumeration, pruning_group
 from patrol_prune.budget import MacModel, budget_as_count, check_budget
@@ -94,7 +94,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             raise InputError("Expected a split of this model, came one of another model.")
         if boundary not in ("keep", "prune"):
             raise InputError(f"Expected boundary to be 'keep' or 'prune', came {boundary!r}.")
-        check_structures(structures, importance)
+        check_scored(structures, importance)
         if iterative_steps < 1:
             raise InputError(f"Expected iterative_steps of at least 1, came {iterative_steps}.")
         self.limits = Limits(min_channels, max_pruning_ratio, round_to)

@@ -36,6 +36,7 @@ def summarise(
             "effect": row["effect"],
             "left_whole": told["prune"]["left_whole"],
         },
+        removed_blocks=list(told["prune"].get("removed_blocks", [])),
         prune={name: (now, before) for name, (now, before) in told["prune"]["kept"].items()},
         dense={key: told["model"][key] for key in _COST},
         pruned={key: told["finetune"][key] for key in _COST},

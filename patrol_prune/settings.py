@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 import torch
 import yaml
 
+from patrol_prune._block_pruning import check_structures
 from patrol_prune.attacks import ATTACKS, DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.errors import InputError, nearest
@@ -28,9 +29,10 @@ FREE_KEYS = ("name", "runs", "device")  # may differ when a run is resumed
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """How channels are scored and removed.
+    """How channels and residual blocks are scored and removed.
 
     Attributes:
+        structures: whether channels, residual blocks or both go, by one budget.
         task_weight: of what a channel's removal costs the task.
         lip_weight: of what it does to the edge's Lipschitz constants; off by default, because it
             cost accuracy and hid nothing where it was measured (docs/method.md).
@@ -46,6 +48,7 @@ class ScoreConfig:
         between_epochs: epochs of fine-tuning, privacy terms on, between two steps.
     """
 
+    structures: Literal["channels", "blocks", "both"] = "channels"
     task_weight: float = 1.0
     lip_weight: float = 0.0
     adv_weight: float = 1.0
@@ -59,6 +62,7 @@ class ScoreConfig:
     between_epochs: int = 0
 
     def __post_init__(self) -> None:
+        check_structures(self.structures)
         weights = (self.task_weight, self.lip_weight, self.adv_weight)
         if min(weights) < 0 or max(weights) == 0:
             raise InputError(

@@ -9,6 +9,12 @@ and reaches exact zeros. Tied channels move as one. The channels that hold a gro
 largest masks, pay nothing (a trimmed L1 norm): no budget takes them. Without that all masks of a
 group go down side by side, because the weights and BatchNorm behind it undo any common factor of
 them, and cross zero in no useful order.
+
+The mask of a residual block is one more structure, whose cost is all that the block's layers do.
+It may be hundreds of times a channel's, and the threshold with it; then the mask would be at zero
+long before its own gradient says anything. A block's mask therefore moves at the rate eta / r,
+where r is the block's cost over that of an average structure of the dense edge: its gradient and
+its threshold are divided alike, which changes the pace and no fixed point.
 """
 
 from __future__ import annotations
@@ -22,14 +28,21 @@ import torch
 from torch import Tensor
 
 from patrol_prune.budget import Ints, MacModel
-from patrol_prune.choice import Limits, choose, must_stay, require_reachable, smallest
+from patrol_prune.choice import Limits, choose_structures, must_stay, require_reachable, smallest
 from patrol_prune.groups import ChannelGroup
 
 Values = dict[str, Tensor]
+"""Group name -> `[C]` masks, and `block_key(block name)` -> `[1]`."""
 
+BLOCK = "block:"
 _ALIVE = 1e-2
 _LARGEST_CHANGE = 0.7
 _HALVINGS = 12
+
+
+def block_key(name: str) -> str:
+    """The key of a block's mask among `Values`; a block may bear the name of a layer."""
+    return BLOCK + name
 
 
 def soft_threshold(m: Tensor, threshold: Tensor) -> Tensor:
@@ -71,13 +84,16 @@ class Shrunk:
 
 
 class Shrinker:
-    """Shrinks the masks of an edge's channel groups.
+    """Shrinks the masks of an edge's channel groups and residual blocks.
 
     Args:
-        costs: the edge's MACs in closed form, at the widths of the masks.
+        costs: the edge's MACs in closed form, at the widths of the masks; made with these blocks.
         names: the masked groups.
         limits: floors per group.
         budget: edge MACs to come down to.
+
+    Attributes:
+        pace: block key -> r, the block's cost over that of an average structure, at least 1.
 
     Raises:
         BudgetError: the groups at their floors cost more than the budget.
@@ -91,18 +107,33 @@ class Shrinker:
         budget: int,
     ) -> None:
         self.costs, self.names, self.limits, self.budget = costs, names, limits, budget
-        require_reachable(budget, smallest(costs, names, limits=limits), costs.dense)
+        floor = smallest(costs, names, limits=limits, blocks=costs.blocks)
+        require_reachable(budget, floor, costs.dense)
         self._units = {name: _unit_patterns(costs, self._group(name)) for name in names}
+        self._one_block_stays = bool(costs.blocks) and not costs.macs({}, without=costs.blocks)
+        self.pace: dict[str, float] = {}
+        dense = {n: torch.ones(len(costs.segments(n))) for n in names}
+        dense |= {block_key(n): torch.ones(1) for n in costs.blocks}
+        shares = self.shares(dense)
+        self.structures = sum(len(s) for s in shares.values())
+        self.pace = {key: max(1.0, self.structures * float(shares[key]))
+                     for key in map(block_key, costs.blocks)}
 
     def macs(self, values: Mapping[str, Tensor]) -> int:
-        """Edge MACs of the channels whose mask is not zero."""
-        return self.costs.macs({n: v.nonzero().flatten() for n, v in values.items()})
+        """Edge MACs of the channels and blocks whose mask is not zero."""
+        channels, blocks = _parted(values)
+        gone = [n for n, v in blocks.items() if not v.any()]
+        kept = {n: v.nonzero().flatten() for n, v in channels.items()}
+        return self.costs.macs(kept, without=gone)
 
     def shares(self, values: Mapping[str, Tensor]) -> Values:
-        """Group name -> `[C]`, `c_s / sum_s c_s` at the present sizes; tied channels share `c`."""
+        """Key of `values` -> `c_s / sum_s c_s` at the present sizes; tied channels share `c`."""
         sizes = self.costs.sizes.copy()
-        for name, value in values.items():
+        channels, blocks = _parted(values)
+        for name, value in channels.items():
             np.subtract.at(sizes, self.costs.segments(name)[(value == 0).numpy()], 1)
+        for name, value in blocks.items():
+            sizes[self.costs.variable(name)] = int(bool(value.any()))
         now = self.costs.macs_of_sizes(sizes)
         saved = {}
         for name in self.names:
@@ -111,6 +142,10 @@ class Shrinker:
             tie = self._group(name).tie
             per_unit = (now - self.costs.macs_of_sizes(fewer))[which] / tie
             saved[name] = torch.from_numpy(np.tile(per_unit, tie)).float()
+        for name in blocks:
+            without = sizes.copy()
+            without[self.costs.variable(name)] = 0
+            saved[block_key(name)] = torch.tensor([now - self.costs.macs_of_sizes(without)]).float()
         total = max(1.0, sum(float(s.sum()) for s in saved.values()))
         return {name: s / total for name, s in saved.items()}
 
@@ -120,16 +155,22 @@ class Shrinker:
         """One proximal step, cut short where it would bring the edge below `target` MACs.
 
         Args:
-            values: group name -> `[C]` masks behind the gradient step, of any sign.
+            values: masks behind the gradient step, of any sign.
             force: eta * gamma.
             shares: as `shares` gave them.
             target: the schedule's edge MACs.
         """
-        tied = {n: _tied(v, self._group(n).tie) for n, v in values.items()}
+        channels, blocks = _parted(values)
+        tied = {n: _tied(v, self._group(n).tie) for n, v in channels.items()}
         stay = {n: must_stay(self._group(n), v, self.limits) for n, v in tied.items()}
+        best = max(blocks, key=lambda n: float(blocks[n]), default="")
+        for name, value in blocks.items():
+            tied[block_key(name)] = value
+            stay[block_key(name)] = torch.tensor([self._one_block_stays and name == best])
 
         def shrunk(part: float) -> Values:
-            return {n: _trimmed(v, part * force * shares[n], stay[n]) for n, v in tied.items()}
+            return {n: _trimmed(v, part * force * shares[n] / self.pace.get(n, 1.0), stay[n])
+                    for n, v in tied.items()}
 
         whole = shrunk(1.0)
         unlimited = self.macs(whole)
@@ -140,16 +181,33 @@ class Shrinker:
         return Shrunk(values, self.macs(values), unlimited)
 
     def project(self, values: Mapping[str, Tensor]) -> Values:
-        """The masks at the budget: of the smallest per MAC as many are zeroed as are too many."""
-        kept = choose(self.costs, values, self.budget, limits=self.limits)
-        result = {}
-        for name, value in values.items():
-            result[name] = torch.zeros_like(value)
-            result[name][kept[name]] = value[kept[name]]
+        """The masks at the budget: of the smallest per MAC as many are zeroed as are too many.
+
+        A block's mask counts r-fold, as it took r times as long to come down. The channels inside
+        a block that goes keep theirs.
+        """
+        channels, blocks = _parted(values)
+        worth = {n: self.pace[block_key(n)] * float(v) for n, v in blocks.items()}
+        kept, gone = choose_structures(
+            self.costs, channels, worth, self.budget, limits=self.limits
+        )
+        result = {n: v.clone() for n, v in values.items()}
+        for name, idxs in kept.items():
+            result[name] = torch.zeros_like(channels[name])
+            result[name][idxs] = channels[name][idxs]
+        for name in gone:
+            result[block_key(name)].zero_()
         return result
 
     def _group(self, name: str) -> ChannelGroup:
         return self.costs.table.groups[name]
+
+
+def _parted(values: Mapping[str, Tensor]) -> tuple[Values, Values]:
+    """Group name -> its masks, and block name -> its mask."""
+    channels = {n: v for n, v in values.items() if not n.startswith(BLOCK)}
+    blocks = {n[len(BLOCK):]: v for n, v in values.items() if n.startswith(BLOCK)}
+    return channels, blocks
 
 
 def _trimmed(value: Tensor, threshold: Tensor, stay: Tensor) -> Tensor:

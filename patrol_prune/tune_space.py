@@ -77,14 +77,14 @@ def _plan(
     return plan(
         model, example, edge_macs=budget, at=at, boundary=config.boundary,
         max_channel_ratio=config.max_channel_ratio, min_channels=config.score.min_channels,
-        max_pruning_ratio=config.score.max_pruning_ratio,
+        max_pruning_ratio=config.score.max_pruning_ratio, structures=config.score.structures,
     )
 
 
 def _fitting(config: TuneConfig, made: Plan) -> list[PlanRow]:
     able = [row for row in made.rows
-            if row.fits and not row.is_tail and row.channel_ratio is not None
-            and row.channel_ratio <= config.max_channel_ratio]
+            if row.fits and not row.is_tail and row.strength is not None
+            and row.strength <= config.max_channel_ratio]
     most = config.max_feature_bytes
     small = [row for row in able
              if most is None or row.feature_bytes <= most or config.boundary == "prune"]

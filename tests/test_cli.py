@@ -99,20 +99,25 @@ def test_plan(tmp_path: Path, capsys: Capture) -> None:
     assert main([*call, "--at", "layer2", "--json", "--plot", str(figure)]) == 0
     assert json.loads(capsys.readouterr().out)["recommended"] == "layer2"
     assert figure.read_bytes().startswith(b"\x89PNG")
+    assert main([*call, "--at", "layer2", "--json", "--structures", "blocks"]) == 0
+    made = json.loads(capsys.readouterr().out)
+    row = next(r for r in made["rows"] if r["name"] == "layer2")
+    assert made["structures"] == "blocks" and row["blocks"] == ["layer1.0", "layer1.1", "layer2.1"]
 
 
 def test_a_printed_configuration_is_read_back(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     call = ["run", "--data", "photos", "--edge-macs", "0.5", "--at", "layer2",
-            "--finetune.epochs", "3", "--audit.seeds", "[0,1]", "--score.round-to", "8"]
+            "--finetune.epochs", "3", "--audit.seeds", "[0,1]", "--score.round-to", "8",
+            "--score.structures", "both"]
     assert main([*call, "--print-config"]) == 0
     (tmp_path / "c.yaml").write_text(capsys.readouterr().out)
     seen: list[RunConfig] = []
     monkeypatch.setattr(commands, "_whole_path", lambda config, overwrite: seen.append(config))
     assert main(call) == 0
     assert main(["run", "--config", str(tmp_path / "c.yaml")]) == 0
-    assert seen[0] == seen[1]
+    assert seen[0] == seen[1] and seen[0].score.structures == "both"
     assert (seen[0].finetune.epochs, seen[0].audit.seeds) == (3, (0, 1))
     assert main(["run", "--config", str(tmp_path / "c.yaml"), "--seed", "7"]) == 0
     assert seen[2].seed == 7 and seen[2].at == "layer2"

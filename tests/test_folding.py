@@ -10,9 +10,10 @@ from pruning_helpers import backbone, cifar_resnet, half_of_every_group
 from torch import Tensor, nn
 
 from patrol_prune.errors import InputError, UnsupportedModelError
-from patrol_prune.folding import fold_masks
+from patrol_prune.folding import cannot_fold, fold_masks
 from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.masks import SoftMasks
+from patrol_prune.removal import remove_blocks
 from patrol_prune.split import Split
 
 
@@ -133,3 +134,45 @@ def test_refusals() -> None:
     shared.set("a", [1.0, 0.5, 1.0, 1.0])
     with pytest.raises(UnsupportedModelError, match="share the weight"):
         fold_masks(shared)
+
+
+def test_a_block_s_mask_is_folded_into_the_end_of_its_branch() -> None:
+    """Convolution with bias and batch norm alike; the zero's block can go then."""
+    model = cifar_resnet(depth=3)
+    model.layer1[1].bn2 = nn.Identity()
+    model.layer1[1].conv2 = nn.Conv2d(16, 16, 3, padding=1)
+    x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    split = Split(model, x[:1], at="layer2")
+    masks = SoftMasks(model, x[:1], split=split, blocks=True)
+    assert list(masks.blocks) == ["layer1.0", "layer1.1", "layer1.2", "layer2.1", "layer2.2"]
+    assert cannot_fold(masks) == {"layer1.1": "its branch ends in a Identity"}
+    softened(masks)
+    for name, value in (("layer1.0", 0.4), ("layer1.2", 1.7), ("layer2.1", 0.0)):
+        masks.blocks[name].data.fill_(value)
+    with torch.no_grad():
+        with masks.attached():
+            masked = model(x)
+        fold_masks(masks)
+        assert close(model(x), masked)
+        assert [float(m) for m in masks.blocks.values()] == [1.0, 1.0, 1.0, 0.0, 1.0]
+        remove_blocks(split, ["layer2.1"])
+        assert close(model(x), masked)
+
+
+def test_a_block_s_mask_that_has_no_place_is_refused() -> None:
+    model, x = cifar_resnet(depth=2), torch.randn(2, 3, 16, 16)
+    model.layer1[1].bn2 = nn.Sequential(model.layer1[1].bn2, nn.Dropout())
+    model.layer1[0].bn2.weight = model.layer1[0].bn1.weight
+    masks = SoftMasks(model, x[:1], blocks=True)
+    assert cannot_fold(masks) == {
+        "layer1.0": "the last layer of its branch shares its weights",
+        "layer1.1": "its branch ends in a Dropout",
+    }
+    before = copy.deepcopy(model.state_dict())
+    masks.set("conv1", 0.5)
+    for name in cannot_fold(masks):
+        masks.blocks[name].data.fill_(0.5)
+        with pytest.raises(UnsupportedModelError, match=f"0.5 of block '{name}'"):
+            fold_masks(masks)
+        masks.blocks[name].data.fill_(1.0)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())

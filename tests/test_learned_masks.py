@@ -35,10 +35,10 @@ def images(count: int = 64) -> ImageSet:
     return ImageSet((noise + 120 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels, ("a", "b"))
 
 
-def fresh(at: str = "layer2") -> pp.Split:
+def fresh(at: str = "layer2", depth: int = 1) -> pp.Split:
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        return pp.Split(CifarResNet(width=8, classes=2), torch.zeros(1, 3, 16, 16), at=at)
+        return pp.Split(CifarResNet(8, depth, classes=2), torch.zeros(1, 3, 16, 16), at=at)
 
 
 def learn(split: pp.Split, config: MaskConfig = CONFIG, *, batches: Batches | None = None,
@@ -136,26 +136,68 @@ class Dies(Batches):
     dies_in = 0
 
 
-@pytest.mark.parametrize("epoch", [1, 3])
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path, epoch: int) -> None:
+@pytest.mark.parametrize(("epoch", "structures"), [(1, "both"), (3, "channels")])
+def test_a_resumed_run_ends_with_the_same_bits(
+    tmp_path: Path, epoch: int, structures: str
+) -> None:
     """Killed before and after the masks are settled."""
     whole = fresh()
-    expected = learn(whole)
+    expected = learn(whole, structures=structures)
     batches = Dies(images(), 16, shuffle=True, augment=True, seed=1)
     batches.dies_in = epoch
     with pytest.raises(Killed):
-        learn(fresh(), batches=batches, checkpoint_dir=tmp_path)
+        learn(fresh(), batches=batches, checkpoint_dir=tmp_path, structures=structures)
     resumed = fresh()
-    learned = learn(resumed, checkpoint_dir=tmp_path, resume=True)
+    learned = learn(resumed, checkpoint_dir=tmp_path, resume=True, structures=structures)
     assert learned.resumed_from == epoch and len(learned.records) == 4
     for (name, a), b in zip(whole.model.state_dict().items(),
                             resumed.model.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     for name, mask in expected.channels.items():
         assert torch.equal(mask, learned.channels[name]), name
+    assert learned.blocks == expected.blocks and bool(learned.blocks) == (structures == "both")
     assert learned.gamma_history == expected.gamma_history
     assert learned.edge_macs_history == expected.edge_macs_history
     assert learned.projected == expected.projected
+
+
+@pytest.mark.parametrize("structures", ["both", "blocks"])
+def test_blocks_are_learned_and_harden_exactly(structures: str) -> None:
+    """For less than half of the channels could reach; what was trained is what runs."""
+    split = fresh(depth=2)
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    config = dataclasses.replace(CONFIG, epochs=3, max_pruning_ratio=0.5)
+    budget = 0.2 if structures == "both" else 0.5
+    learned = learn(split, config, edge_macs=budget, structures=structures)
+    assert set(learned.blocks) == {"layer1.0", "layer1.1", "layer2.1"} and not learned.left_out
+    gone = [n for n, mask in learned.blocks.items() if mask == 0]
+    assert gone and len(gone) == learned.records[-1]["zero_blocks"]
+    assert any(mask not in (0.0, 1.0) for mask in learned.blocks.values()) or len(gone) == 3
+    assert bool(learned.channels) == (structures == "both")
+    assert learned.edge_macs <= learned.budget
+    split.model.eval()
+    with torch.no_grad():
+        masked = learned.masks.split_forward(x)[1]
+    result = learned.harden()
+    assert sorted(result.removed_blocks) == sorted(gone)
+    assert result.edge_macs == learned.edge_macs
+    assert result.edge_macs == count_macs(split.edge, split.example_inputs).total
+    with torch.no_grad():
+        assert (split.model(x) - masked).abs().max() <= 1e-5 * max(1.0, masked.abs().max())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in split.model.modules())
+
+
+def test_a_block_that_cannot_take_its_mask_has_none() -> None:
+    split = fresh(depth=2)
+    split.model.layer1[1].bn2 = nn.Sequential(split.model.layer1[1].bn2, nn.Dropout(0.0))
+    split.refresh()
+    config = dataclasses.replace(CONFIG, epochs=1)
+    learned = learn(split, config, edge_macs=0.5, structures="both")
+    assert learned.left_out == {"layer1.1": "its branch ends in a Dropout"}
+    assert set(learned.blocks) == {"layer1.0", "layer2.1"}
+    assert float(learned.masks.blocks["layer1.1"]) == 1.0
+    with pytest.raises(InputError, match="structures"):
+        learn(split, config, structures="block")
 
 
 def test_resume_refuses_another_budget(tmp_path: Path) -> None:

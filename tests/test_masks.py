@@ -80,6 +80,51 @@ def test_flattened_consumers() -> None:
     assert torch.allclose(masked, pruned, atol=1e-6)
 
 
+class Joined(nn.Module):
+    """Two branches side by side, and what reads them, given by its kind."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.a, self.b, self.kind = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 4, 1), kind
+        self.grouped = nn.Conv2d(12, 4, 1, groups=2)
+        self.add = nn.Conv2d(3, 16, 1)
+        self.end = nn.Linear({"flatten": 48, "grouped": 4, "twice": 16}[kind], 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kind == "twice":
+            wide = self.add(x) + torch.cat([self.a(x), self.a(x.neg())], 1)
+            return self.end(wide.relu().mean((2, 3)))
+        both = torch.cat([self.a(x), self.b(x)], 1).relu()
+        if self.kind == "grouped":
+            return self.end(self.grouped(both).mean((2, 3)))
+        return self.end(nn.functional.adaptive_avg_pool2d(both, 2).flatten(1))
+
+
+@pytest.mark.parametrize("kind", ["flatten", "grouped", "twice"])
+def test_concatenations_that_torch_pruning_misreads(kind: str) -> None:
+    """Flattened at once; divided into groups across its parts; one layer's channels twice."""
+    torch.manual_seed(0)
+    masked, pruned = masked_and_pruned(randomize(Joined(kind)), torch.randn(2, 3, 6, 6), False)
+    assert torch.allclose(masked, pruned, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "whole"),
+    [("flatten", {}), ("grouped", {"a": "'grouped' puts a part", "b": "'grouped' puts a part"}),
+     ("twice", {"add": "'a' are concatenated twice"})],
+)
+def test_what_cannot_be_followed_stays_whole_and_is_named(
+    kind: str, whole: dict[str, str]
+) -> None:
+    table = GroupTable.build(Joined(kind).eval(), torch.randn(1, 3, 6, 6))
+    blocked = {n: g.blocked for n, g in table.groups.items() if g.blocked and not g.is_output}
+    assert blocked.keys() == whole.keys()
+    assert all(why in (blocked[n] or "") for n, why in whole.items())
+    if kind == "flatten":
+        read = {n: m.idxs.tolist() for n, m in table.members_of(table.model.end, "in")}
+        assert sorted(read["a"]) == list(range(32)) and sorted(read["b"]) == list(range(32, 48))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "densenet121", "mobilenet_v2"])
 def test_ones_change_no_bit_and_hooks_go(name: str) -> None:
     model, x = backbone(name), torch.randn(2, 3, 64, 64)
@@ -294,6 +339,27 @@ def test_exploding_groups_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedModelError, match="explode"):
         GroupTable.build(cifar_resnet(), torch.randn(1, 3, 16, 16))
     assert Group.add_dep is before
+
+
+def test_a_layer_is_not_emptied_through_a_part_of_a_group() -> None:
+    class Sum(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 2, 1)
+            self.c, self.end = nn.Conv2d(3, 6, 1), nn.Linear(6, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = torch.cat([self.a(x), self.b(x)], 1) + self.c(x)
+            return self.end(y.relu().mean((2, 3)))
+
+    model = Sum()
+    table = GroupTable.build(model, torch.randn(1, 3, 6, 6))
+    name = next(n for n, g in table.groups.items() if g.channels == 6)
+    with pytest.raises(InputError, match="'b' would lose all of its 2 channels"):
+        remove_channels(table, {name: [4, 5]})
+    assert model.b.out_channels == 2
+    remove_channels(table, {name: [0, 5]})
+    assert model(torch.randn(1, 3, 6, 6)).shape == (1, 2)
 
 
 def test_last_group_is_the_output() -> None:

@@ -253,6 +253,7 @@ BAD: list[tuple[dict[str, object], type[PatrolError], str]] = [
     ({"device": "cuda:99"}, InputError, "is not there"),
     ({"weights": "none.safetensors"}, InputError, "no file of weights"),
     ({"batch_size": 64}, InputError, "Add images"),
+    ({"edge_macs": "0.1", "score": ScoreConfig(structures="blocks")}, BudgetError, "of blocks"),
 ]
 
 
@@ -373,3 +374,39 @@ def test_the_model_is_trained_between_two_pruning_steps(
     assert final == result.summary.pruned["edge_macs"] <= budget
     assert budget < halfway < dense
     assert abs(halfway - (dense + budget) / 2) < 0.05 * dense
+
+
+@pytest.mark.parametrize("structures", [pytest.param("blocks", marks=pytest.mark.slow), "both"])
+def test_blocks_go_under_the_budget_and_the_page_names_them(
+    finished: RunResult, folder: Path, tmp_path: Path, structures: str
+) -> None:
+    """Blocks alone in one step; blocks and channels, for less than channels could reach, in two."""
+    config = tiny(folder, tmp_path)
+    dense = finished.directory / "checkpoints" / "dense" / "weights.safetensors"
+    alone = structures == "blocks"
+    result = run(replace(
+        config, edge_macs="0.6" if alone else "0.15", weights=str(dense), normalization="dataset",
+        score=replace(config.score, structures=structures, steps=1 if alone else 2),
+        finetune=replace(config.finetune, epochs=1),
+        audit=replace(config.audit, undefended=False),
+    ))
+    summary, gone = result.summary, result.summary.removed_blocks
+    assert len(gone) >= 2 and set(gone) <= {"layer1.0", "layer1.1", "layer2.1"}
+    split = load(
+        result.directory / "edge.patrol", lambda: build_model("small_resnet", 3, image_size=16)
+    )
+    assert [name for name, _ in split.removed_blocks] == gone
+    assert not any(name.startswith(tuple(f"{g}." for g in gone)) for name in summary.prune)
+    assert edge_macs(split) == summary.pruned["edge_macs"] <= summary.plan["budget"]
+    assert bool(summary.prune) != alone
+    widths = {name: m.out_channels for name, m in split.model.named_modules()
+              if isinstance(m, torch.nn.Conv2d)}
+    whole = {name: m.out_channels for name, m in
+             build_model("small_resnet", 3, image_size=16).named_modules()
+             if isinstance(m, torch.nn.Conv2d)}
+    for name, (now, before) in summary.prune.items():
+        if name in widths:  # not so where the group goes on under the name of a layer that is gone
+            assert (now, before) == (widths[name], whole[name])
+    page = result.report.read_text(encoding="utf-8")
+    assert "Residual blocks removed" in page and all(f"<code>{g}</code>" in page for g in gone)
+    assert read_summary(result.directory) == summary

@@ -20,6 +20,7 @@ from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.models import SmallResNet
 from patrol_prune.plan import Plan, PlanLimits, parse_budget, plan, short
 from patrol_prune.plan_limits import EdgeCost
+from patrol_prune.removal import remove_blocks
 from patrol_prune.split import Split, split_points
 
 X = torch.zeros(1, 3, 16, 16)
@@ -343,3 +344,34 @@ def test_limits_that_are_none(bad: Any) -> None:
     for name in ("edge_params", "feature_bytes", "latency_ms"):
         with pytest.raises(InputError, match=name):
             PlanLimits(**{name: bad})
+
+
+def test_blocks_make_the_smallest_edge_smaller(model: nn.Module, keep: Plan) -> None:
+    """Against the edge that really lost every block, and every group down to its floor."""
+    both = plan(model, X, edge_macs="layer1", structures="both")
+    alone = plan(model, X, edge_macs="layer1", structures="blocks")
+    row = alone["layer3"]
+    assert row.blocks == both["layer3"].blocks and len(row.blocks) == 4
+    assert row.channel_ratio is None
+    copied = copy.deepcopy(model)
+    split = Split(copied, X, at="layer3")
+    remove_blocks(split, row.blocks)
+    assert count_macs(split.edge, X).total == row.smallest_edge_macs
+    for name in ("layer2", "layer3"):
+        assert both[name].smallest_edge_macs < keep[name].smallest_edge_macs
+        assert both[name].smallest_edge_macs < alone[name].smallest_edge_macs
+        assert both[name].channel_ratio == keep[name].channel_ratio == both[name].strength
+    assert keep["layer3"].blocks == ()
+
+
+def test_blocks_alone_are_recommended_by_the_macs_that_have_to_go(model: nn.Module) -> None:
+    made = plan(model, X, edge_macs="layer2.0", structures="blocks")
+    row = made[made.recommended]
+    assert row.fits and row.strength == pytest.approx(1 - made.budget_edge_macs / row.edge_macs)
+    assert row.strength <= 0.6 and "residual blocks have to go" in row.reason
+    deeper = [r for r in made.rows if r.fits and not r.is_tail and (r.strength or 0) <= 0.6]
+    assert deeper[-1] == row
+    with pytest.raises(BudgetError, match="No choice of blocks"):
+        plan(model, X, edge_macs="conv1", at="layer3", structures="blocks")
+    with pytest.raises(InputError, match="structures"):
+        plan(model, X, edge_macs="layer1", structures="block")

@@ -434,3 +434,14 @@ def test_many_layers_fit_one_figure() -> None:
 def test_a_picture_of_the_wrong_kind_is_refused() -> None:
     with pytest.raises(InputError, match="uint8"):
         figures.png(np.zeros((8, 8, 3)))
+
+
+def test_removed_blocks_are_told(tmp_path: Path) -> None:
+    one = write_report(make_summary(removed_blocks=["layer1.<1>"]), make_audit(), tmp_path / "a")
+    page = one.read_text(encoding="utf-8")
+    assert "1 residual block was removed whole: layer1.&lt;1&gt;." in page
+    assert "<code>layer1.&lt;1&gt;</code>" in page
+    two = write_report(make_summary(removed_blocks=["a", "b"]), make_audit(), tmp_path / "b")
+    assert "2 residual blocks were removed whole: a, b." in two.read_text(encoding="utf-8")
+    none = write_report(make_summary(), make_audit(), tmp_path / "c").read_text(encoding="utf-8")
+    assert "removed whole" not in none and "Residual blocks removed" not in none

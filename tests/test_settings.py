@@ -100,3 +100,9 @@ def test_devices() -> None:
 def test_a_device_that_is_not_there(name: str) -> None:
     with pytest.raises(InputError, match=r"is not there .*Here are: cpu"):
         resolve_device(name)
+
+
+def test_structures_are_checked() -> None:
+    assert ScoreConfig(structures="both").structures == "both"
+    with pytest.raises(InputError, match="channels, blocks, both, came 'block'"):
+        ScoreConfig(structures="block")  # type: ignore[arg-type]

@@ -9,12 +9,20 @@ import torch
 from pruning_helpers import backbone, cifar_resnet
 from torch import Tensor, nn
 
+from patrol_prune._block_pruning import prunable_blocks
 from patrol_prune.budget import MacModel
 from patrol_prune.choice import Limits
 from patrol_prune.errors import BudgetError
 from patrol_prune.group_table import GroupTable
 from patrol_prune.masks import SoftMasks
-from patrol_prune.shrinkage import Shrinker, adapted, scheduled_macs, soft_threshold
+from patrol_prune.shrinkage import (
+    BLOCK,
+    Shrinker,
+    adapted,
+    block_key,
+    scheduled_macs,
+    soft_threshold,
+)
 from patrol_prune.split import Split
 
 
@@ -119,3 +127,73 @@ def test_floors_and_ties_hold_under_any_force() -> None:
 def test_the_budget_is_checked_at_once() -> None:
     with pytest.raises(BudgetError, match="smallest reachable"):
         shrinker(cifar_resnet(), "layer2", budget=0.2, limits=Limits(max_pruning_ratio=0.1))
+
+
+def with_blocks(budget: float = 0.5, channels: bool = True) -> tuple[Shrinker, dict[str, Tensor]]:
+    x = torch.randn(1, 3, 16, 16)
+    model = cifar_resnet(width=8, depth=2)
+    split = Split(model, x, at="layer2")
+    masks = SoftMasks(model, x, split=split, blocks=True)
+    costs = MacModel(split, masks.table, blocks=prunable_blocks(split, "both", ()))
+    assert set(costs.blocks) == {"layer1.0", "layer1.1", "layer2.1"} == set(masks.blocks)
+    values = {n: torch.ones(len(m)) for n, m in masks.channels.items()} if channels else {}
+    made = Shrinker(costs, tuple(values), Limits(), round(budget * costs.dense))
+    return made, {**values, **{block_key(n): torch.ones(1) for n in costs.blocks}}
+
+
+def test_a_block_costs_all_that_goes_with_it() -> None:
+    made, values = with_blocks()
+    inner, block = "layer1.0.conv1", block_key("layer1.0")
+    values[inner][:3] = 0.0
+    shares = made.shares(values)
+    without = {**values, block: torch.zeros(1)}
+    fewer = {**values, inner: values[inner].clone()}
+    fewer[inner][4] = 0.0
+    saved = made.macs(values) - made.macs(without), made.macs(values) - made.macs(fewer)
+    assert float(shares[block] / shares[inner][4]) == pytest.approx(saved[0] / saved[1])
+    assert sum(float(s.sum()) for s in shares.values()) == pytest.approx(1.0, abs=1e-5)
+    assert float(made.shares(without)[inner].abs().sum()) == 0.0  # what is gone saves nothing
+
+
+def test_a_block_comes_down_as_fast_as_an_average_channel() -> None:
+    made, values = with_blocks()
+    shares, keys = made.shares(values), [n for n in values if n.startswith(BLOCK)]
+    assert set(made.pace) == set(keys) and min(made.pace.values()) > 3
+    done = made.step(values, 0.5 * made.structures, shares, target=0)
+    for key in keys:  # the threshold is force / structures, whatever the block costs
+        assert float(done.values[key]) == pytest.approx(0.5, abs=1e-5)
+
+
+@pytest.mark.parametrize("channels", [True, False])
+def test_blocks_are_projected_to_the_budget(channels: bool) -> None:
+    made, values = with_blocks(0.35, channels)
+    values = drawn(values)
+    values[block_key("layer1.1")] = torch.tensor([0.01])
+    projected = made.project(values)
+    assert made.macs(projected) <= made.budget < made.macs(values)
+    assert float(projected[block_key("layer1.1")]) == 0.0
+    for name, value in projected.items():
+        assert bool(((value == 0) | (value == values[name])).all())
+
+
+def test_the_last_block_of_an_edge_of_blocks_stays() -> None:
+    """Where nothing but blocks does work on the edge, no force takes the best one."""
+    x = torch.randn(1, 3, 8, 8)
+    model = nn.Sequential(Wrapped(), Wrapped(), nn.Conv2d(3, 2, 1))
+    split = Split(model, x, at="1")
+    costs = MacModel(split, GroupTable.build(model, x, split=split),
+                     blocks=prunable_blocks(split, "blocks", ()))
+    made = Shrinker(costs, (), Limits(), costs.dense // 2)
+    names = [block_key(n) for n in costs.blocks]
+    values = dict(zip(names, (torch.tensor([0.4]), torch.tensor([0.9])), strict=True))
+    done = made.step(values, 1e9, made.shares(values), target=0)
+    assert [bool(done.values[n]) for n in names] == [False, True]
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)

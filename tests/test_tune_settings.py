@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 
+from patrol_prune import tune_space
 from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.models import build_model
 from patrol_prune.settings import AuditConfig, RunConfig
@@ -88,6 +91,26 @@ def test_a_trial_is_the_full_run_made_short() -> None:
 def test_every_setting_of_a_run_is_one_of_a_search() -> None:
     assert {f.name for f in fields(RunConfig)} <= {f.name for f in fields(TuneConfig)}
     assert CHANGED.run_config(name="x") == RunConfig("photos", "200M", name="x", seed=3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def planned_once() -> Iterator[None]:
+    """Every search here is over one model: what is asked of it twice is worked out once."""
+    known: dict[Any, Any] = {}
+
+    def once(made: Callable[..., Any]) -> Callable[..., Any]:
+        def call(model: nn.Module, example: torch.Tensor, **asked: Any) -> Any:
+            key = (made, *sorted(asked.items()))
+            if key not in known:
+                known[key] = made(model, example, **asked)
+            return known[key]
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tune_space, "plan", once(tune_space.plan))
+        patch.setattr(tune_space, "split_points", once(tune_space.split_points))
+        yield
 
 
 def space(**settings: Any) -> Space:
