@@ -43,8 +43,8 @@ from patrol_prune.prunable import as_forward_fn, preserved
 
 __all__ = [
     "BasePruner", "DependencyGraph", "Group", "GroupMagnitudeImportance", "GroupTaylorImportance",
-    "Importance", "bounded_enumeration", "leaves", "linear_scheduler", "output_channels",
-    "pruning_group", "replay", "run_part", "to_plain", "traced", "width_of",
+    "Importance", "bounded_enumeration", "joined_to_the_input", "leaves", "linear_scheduler",
+    "output_channels", "pruning_group", "replay", "run_part", "to_plain", "traced", "width_of",
 ]  # fmt: skip
 
 _layernorm = PrunerBox[tp.ops.OPTYPE.LN]
@@ -233,9 +233,41 @@ def leaves(raw: Any) -> bool:
     return any(_is_end(item.dep.target) for item in raw.items)
 
 
+def joined_to_the_input(
+    model: nn.Module, example_inputs: Any, forward_fn: Callable[..., Any] | None = None
+) -> set[str]:
+    """Groups that a sum or a concatenation ties to the channels of the model's own input.
+
+    Torch-Pruning sees layers and operators only, so that a shortcut from the input is nothing to
+    it. Here the input passes a product first, which is a node of the graph.
+    """
+    call = forward_fn or as_forward_fn(example_inputs)
+    graph = traced(model, example_inputs, lambda m, inputs: call(m, _multiplied(inputs)))
+    names = {m: n for n, m in model.named_modules()}
+    found: set[str] = set()
+    with bounded_enumeration(model):
+        for group in graph.get_all_groups(ignored_layers=[]):
+            if any(_is_start(item.dep.target) for item in group.items):
+                modules = (item.dep.target.module for item in group.items)
+                found.add(next(names[m] for m in modules if m in names))
+    return found
+
+
+def _multiplied(inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return {key: _multiplied(value) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_multiplied(value) for value in inputs)
+    if isinstance(inputs, Tensor) and inputs.is_floating_point():
+        return inputs.detach().requires_grad_() * 1.0
+    return inputs
+
+
 def _is_end(node: Any) -> bool:
-    if node.type == tp.ops.OPTYPE.OUTPUT:
-        return True
+    return node.type == tp.ops.OPTYPE.OUTPUT or _is_start(node)
+
+
+def _is_start(node: Any) -> bool:
     origin = getattr(node.grad_fn, "name", str)()
     return not node.inputs and not isinstance(node.module, nn.Parameter) and origin == _PRODUCT
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from patrol_prune._tp import (
     bounded_enumeration,
+    joined_to_the_input,
     leaves,
     pruning_group,
     to_plain,
@@ -87,6 +88,9 @@ class GroupTable:
                     why = parts.reason_to_keep(group, leaves(full))
                     group = dataclasses.replace(group, blocked=why or group.blocked)
                 groups[group.name], raw[group.name] = group, full
+        if parts is None:
+            _keep_what_joins_the_input(groups, model, example_inputs, forward_fn)
+        _keep_what_lies_beside_the_unseen(groups)
         if not groups:
             raise UnsupportedModelError(
                 f"Expected a model with convolutions or linear layers on its forward path, came "
@@ -119,6 +123,52 @@ class GroupTable:
     def inexact(self) -> dict[str, tuple[str, ...]]:
         """Groups where a zero mask only approximates removal -> the layers that cause it."""
         return {g.name: g.inexact for g in self.groups.values() if g.inexact}
+
+
+def _keep_what_joins_the_input(
+    groups: dict[str, ChannelGroup], model: nn.Module, example_inputs: Any,
+    forward_fn: Callable[..., Any] | None,
+) -> None:
+    """Block the groups whose channels are summed with the input's; in place.
+
+    Looked at only where a group is as wide as the input: a second tracing, otherwise for nothing.
+    """
+    shapes = [x.shape[1:2] if x.dim() > 3 else x.shape[1:] for x in _tensors(example_inputs)]
+    widths = {size for shape in shapes for size in shape}
+    suspects = {n for n, g in groups.items() if g.blocked is None and g.channels in widths}
+    if not suspects:
+        return
+    for name in suspects & joined_to_the_input(model, example_inputs, forward_fn):
+        why = "its channels are added to those of the model's input"
+        groups[name] = dataclasses.replace(groups[name], blocked=why)
+
+
+def _keep_what_lies_beside_the_unseen(groups: dict[str, ChannelGroup]) -> None:
+    """Block the groups of a layer of whose input channels some belong to no group; in place.
+
+    They come from the input or from a constant, concatenated before the layer. Torch-Pruning does
+    not see them, and counts the others' places as if they were not there.
+    """
+    seen: dict[int, torch.Tensor] = {}
+    for group in groups.values():
+        for m in (m for m in group.members if m.direction == "in"):
+            here = seen.setdefault(id(m.module), torch.zeros(m.width, dtype=torch.bool))
+            here[m.idxs[m.idxs < m.width]] = True
+    for name, group in groups.items():
+        beside = [m.layer_name for m in group.members
+                  if m.direction == "in" and not bool(seen[id(m.module)].all())]
+        if beside and group.blocked is None:
+            why = f"{beside[0]!r} reads them beside channels that cannot be followed"
+            groups[name] = dataclasses.replace(group, blocked=why)
+
+
+def _tensors(inputs: Any) -> list[torch.Tensor]:
+    if isinstance(inputs, torch.Tensor):
+        return [inputs]
+    if isinstance(inputs, Mapping):
+        inputs = tuple(inputs.values())
+    each = inputs if isinstance(inputs, (tuple, list)) else ()
+    return [x for one in each for x in _tensors(one)]
 
 
 def build_graph(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
 from pruning_helpers import backbone, cifar_resnet, half_of_every_group, randomize
-from torch import nn
+from torch import Tensor, nn
 
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.group_table import GroupTable, build_graph, remove_channels
@@ -253,6 +254,63 @@ def test_masks_follow_the_channels_of_the_table_only() -> None:
     remove_channels(GroupTable.build(model, x), {"conv1": [0]})
     with pytest.raises(InputError, match="pruned since"), masks.attached():
         pass
+
+
+class OnTheInput(nn.Module):
+    """A residual block and a concatenation right on the picture."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 3, 3, padding=1))
+        self.other = nn.Conv2d(3, 3, 3, padding=1)
+        self.mix, self.head = nn.Conv2d(6, 8, 1), nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x + self.branch(x)
+        return self.head(self.mix(torch.cat([y, self.other(x)], 1)).relu())
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, lambda x: (x,), lambda x: {"x": x}])
+def test_channels_summed_with_the_input_stay(wrap: Callable[[Tensor], object]) -> None:
+    torch.manual_seed(0)
+    model, x = OnTheInput(), torch.randn(2, 3, 8, 8)
+    table = GroupTable.build(model, wrap(x))
+    assert "model's input" in (table.groups["branch.1"].blocked or "")
+    free = {n for n, g in table.groups.items() if g.blocked is None}
+    assert free == {"branch.0", "other", "mix"}
+    masks = SoftMasks(model, wrap(x), table=table)
+    gone = half_of_every_group(masks)
+    masks.zero(gone)
+    with masks.attached():
+        masked = model(x)
+    remove_channels(GroupTable.build(model, wrap(x)), gone)
+    assert torch.allclose(model(x), masked, atol=1e-6)
+
+
+class BesideTheInput(nn.Module):
+    """A layer that reads the picture, or coordinates, and channels of its own side by side."""
+
+    def __init__(self, is_first: bool, is_constant: bool) -> None:
+        super().__init__()
+        self.is_first, self.is_constant = is_first, is_constant
+        self.conv, self.mix = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(9, 8, 1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        other = torch.ones_like(x) if self.is_constant else x
+        parts = [other, y] if self.is_first else [y, other]
+        return self.head(self.mix(torch.cat(parts, 1)).relu())
+
+
+@pytest.mark.parametrize("is_first", [True, False])
+@pytest.mark.parametrize("is_constant", [True, False])
+def test_channels_beside_what_is_not_followed_stay(is_first: bool, is_constant: bool) -> None:
+    model, x = BesideTheInput(is_first, is_constant), torch.randn(2, 3, 8, 8)
+    table = GroupTable.build(model, x)
+    assert "beside channels that cannot be followed" in (table.groups["conv"].blocked or "")
+    assert table.groups["mix"].blocked is None
+    assert set(SoftMasks(model, x, table=table).channels) == {"mix"}
 
 
 def test_bad_arguments() -> None:
