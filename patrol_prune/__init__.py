@@ -41,6 +41,12 @@ _WHERE = {
     "ResidualBlock": "blocks",
     "residual_blocks": "blocks",
     "remove_blocks": "removal",
+    "BNNeck": "reid_model",
+    "add_bnneck": "reid_model",
+    "build_reid_model": "reid_model",
+    "embed": "reid_model",
+    "PKBatches": "reid_training",
+    "ReidLoss": "reid_training",
     "SoftMasks": "masks",
     "fold_masks": "folding",
     "Plan": "plan",
@@ -132,6 +138,8 @@ if TYPE_CHECKING:
     from patrol_prune.pixels import Normalization
     from patrol_prune.plan import Plan, plan
     from patrol_prune.pruner import PatrolPruner
+    from patrol_prune.reid_model import BNNeck, add_bnneck, build_reid_model, embed
+    from patrol_prune.reid_training import PKBatches, ReidLoss
     from patrol_prune.removal import remove_blocks
     from patrol_prune.split import Split, SplitPoint, split_points
     from patrol_prune.surrogate import SurrogateEnsemble, SurrogateSpec

@@ -17,6 +17,7 @@ ORDER = [
     "_vehicle_drawing", "_vehicle_scenes", "vehicles", "models",
     "groups", "prunable", "_tp", "local_groups", "group_table", "cost", "_trace", "_cuts", "split",
     "_residuals", "blocks", "removal",
+    "metric_learning", "reid_model", "reid_training",
     "budget", "_search", "choice", "metrics", "covariance", "jacobian", "bounds",
     "plan", "_mask_hooks", "masks", "folding", "shrinkage", "lipschitz", "spectral_rules",
     "spectral", "decoder_blocks", "decoders", "surrogate", "objective", "survivors", "importance",
@@ -42,6 +43,7 @@ DOORS = {
     "optuna": {"tune_study"},
     "safetensors": {"storage", "checkpoint"},
     "jinja2": {"report"},
+    "pytorch_metric_learning": {"metric_learning"},
 }
 
 
