@@ -121,7 +121,7 @@ def read_retrieval_folder(root: str | os.PathLike[str]) -> ReidSet:
         InputError: a part is missing or empty, or no class has two pictures to test with.
     """
     listings = []
-    for part in find_parts(root):
+    for part in find_parts(Path(root)):
         try:
             listing = ImageFolder(str(part))
         except FileNotFoundError as error:
@@ -137,7 +137,8 @@ def read_retrieval_folder(root: str | os.PathLike[str]) -> ReidSet:
         for samples in listings
     )
     seen: set[int] = set()
-    query, gallery = [], []
+    query: list[ReidImage] = []
+    gallery: list[ReidImage] = []
     for image in test:
         (gallery if image.identity in seen else query).append(image)
         seen.add(image.identity)
