@@ -31,6 +31,12 @@ _WHERE = {
     "ImageSet": "data",
     "Batches": "data",
     "load_image_folder": "data",
+    "ReidImage": "reid_layout",
+    "ReidSet": "reid_layout",
+    "read_reid": "reid_layout",
+    "read_retrieval_folder": "reid_layout",
+    "Retrieval": "retrieval",
+    "retrieval": "retrieval",
     "count_macs": "cost",
     "count_params": "cost",
     "edge_macs": "cost",
@@ -138,9 +144,16 @@ if TYPE_CHECKING:
     from patrol_prune.pixels import Normalization
     from patrol_prune.plan import Plan, plan
     from patrol_prune.pruner import PatrolPruner
+    from patrol_prune.reid_layout import (
+        ReidImage,
+        ReidSet,
+        read_reid,
+        read_retrieval_folder,
+    )
     from patrol_prune.reid_model import BNNeck, add_bnneck, build_reid_model, embed
     from patrol_prune.reid_training import PKBatches, ReidLoss
     from patrol_prune.removal import remove_blocks
+    from patrol_prune.retrieval import Retrieval, retrieval
     from patrol_prune.split import Split, SplitPoint, split_points
     from patrol_prune.surrogate import SurrogateEnsemble, SurrogateSpec
     from patrol_prune.tune import tune

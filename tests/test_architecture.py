@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "patrol_prune"
 # A module imports only from modules that stand above it.
 ORDER = [
     "errors", "precision", "pixels", "storage", "data",
+    "reid_layout", "retrieval",
     "_vehicle_drawing", "_vehicle_scenes", "vehicles", "models",
     "groups", "prunable", "_tp", "local_groups", "group_table", "cost", "_trace", "_cuts", "split",
     "_residuals", "blocks", "removal",
@@ -41,6 +42,7 @@ DOORS = {
     "jsonargparse": {"commands", "_audit_command", "_tune_command"},
     "rich": {"commands", "_audit_command", "_tune_command", "tables"},
     "optuna": {"tune_study"},
+    "sklearn": {"retrieval"},
     "safetensors": {"storage", "checkpoint"},
     "jinja2": {"report"},
     "pytorch_metric_learning": {"metric_learning"},
