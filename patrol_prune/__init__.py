@@ -37,6 +37,7 @@ _WHERE = {
     "read_retrieval_folder": "reid_layout",
     "Retrieval": "retrieval",
     "retrieval": "retrieval",
+    "write_vehicle_reid": "vehicle_identities",
     "count_macs": "cost",
     "count_params": "cost",
     "edge_macs": "cost",
@@ -159,6 +160,7 @@ if TYPE_CHECKING:
     from patrol_prune.tune import tune
     from patrol_prune.tune_result import TuneResult, TuneTrial
     from patrol_prune.tune_settings import TuneConfig
+    from patrol_prune.vehicle_identities import write_vehicle_reid
 
 
 def __getattr__(name: str) -> Any:

@@ -15,7 +15,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / "patrol_prune"
 ORDER = [
     "errors", "precision", "pixels", "storage", "data",
     "reid_layout", "retrieval",
-    "_vehicle_drawing", "_vehicle_scenes", "vehicles", "models",
+    "_vehicle_shapes", "_vehicle_scenes", "_vehicle_drawing", "_vehicle_files", "vehicles",
+    "_vehicle_sites", "vehicle_identities", "models",
     "groups", "prunable", "_tp", "local_groups", "group_table", "cost", "_trace", "_cuts", "split",
     "_residuals", "blocks", "removal",
     "metric_learning", "reid_model", "reid_training",
