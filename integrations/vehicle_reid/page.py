@@ -1,9 +1,9 @@
-"""One page that a person understands in a minute: what is left of the pictures, and what it cost."""
+"""One page that a person understands in a minute: what is left of the pictures, at what cost."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def headline(result: Mapping[str, Any]) -> str:
 
 def write_page(
     result: Mapping[str, Any], audits: Mapping[str, AuditReport], victims: Pictures,
-    attributes: Mapping[str, Any], path: Path,
+    path: Path,
 ) -> None:
     """Write the page to `path`, whole or not at all; its pictures are inside.
 
@@ -104,14 +104,14 @@ def write_page(
         result: the content of `result.json`.
         audits: of each method; their examples are all victims.
         victims: in the same order.
-        attributes: of the files, empty where there are none.
         path: of the HTML file.
     """
     count = min(result["settings"]["attackers"]["examples"], len(victims))
     index = np.linspace(0, len(victims) - 1, count).round().astype(int)
     rows = [("original", victims.images.permute(0, 2, 3, 1).numpy())]
     rows += [(method, report.examples["edge"]) for method, report in audits.items()]
-    boxes = [plate_box(attributes.get(victims.names[i])) for i in index]
+    boxes = [None if victims.truth is None else plate_box(victims.truth.boxes[i].tolist())
+             for i in index]
     strips = [
         {
             "label": {"original": "Original", **HEADINGS}[key], "help": HELP[key],
@@ -157,11 +157,8 @@ def attack_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
-def plate_box(about: Mapping[str, Any] | None) -> tuple[float, float, float, float] | None:
-    """Left, top, right and bottom of a plate with a margin, in shares of the side."""
-    corners = None if about is None else about.get("plate_corners")
-    if not corners:
-        return None
+def plate_box(corners: Sequence[Sequence[float]]) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom around a plate's corners with a margin, in pixels."""
     xs, ys = [p[0] for p in corners], [p[1] for p in corners]
     dx, dy = _MARGIN * (max(xs) - min(xs)), _MARGIN * (max(ys) - min(ys))
     return min(xs) - dx, min(ys) - dy, max(xs) + dx, max(ys) + dy
@@ -169,11 +166,10 @@ def plate_box(about: Mapping[str, Any] | None) -> tuple[float, float, float, flo
 
 def crop(image: np.ndarray, box: tuple[float, float, float, float]) -> np.ndarray:
     """The plate, enlarged."""
-    side = image.shape[0]
-    cut = Image.fromarray(image).transform(
-        _PLATE, Image.Transform.EXTENT, tuple(side * v for v in box), Image.Resampling.BICUBIC
+    made = Image.fromarray(np.ascontiguousarray(image))
+    return np.asarray(
+        made.transform(_PLATE, Image.Transform.EXTENT, box, Image.Resampling.BICUBIC)
     )
-    return np.asarray(cut)
 
 
 def inline(image: np.ndarray) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
 from PIL import Image, UnidentifiedImageError
 from settings import ReidRun
 from torch import Tensor
@@ -19,8 +18,9 @@ import patrol_prune as pp
 from patrol_prune.data import ImageSet
 from patrol_prune.errors import InputError
 from patrol_prune.reid_layout import ReidImage, ReidSet, read_reid, read_retrieval_folder
+from patrol_prune.vehicle_identities import write_vehicle_reid
 
-ATTRIBUTES = "attributes.json"
+TRUTH = "attributes.json"
 _LEAST_STD = 1e-3
 
 
@@ -32,22 +32,32 @@ class Pictures:
         images: uint8 `[N, 3, S, S]`.
         identities: `[N]`, as the set numbers them.
         cameras: `[N]`, -1 where unknown.
-        names: of the files, relative to the set's folder.
+        truth: plates and places, where the set tells them.
     """
 
     images: Tensor
     identities: Tensor
     cameras: Tensor
-    names: tuple[str, ...]
+    truth: VehicleTruth | None = None
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.images)
 
     def subset(self, indices: Sequence[int] | Tensor) -> Pictures:
         """Some of them."""
         index = torch.as_tensor(indices, dtype=torch.long)
-        names = tuple(self.names[i] for i in index.tolist())
-        return Pictures(self.images[index], self.identities[index], self.cameras[index], names)
+        return Pictures(self.images[index], self.identities[index], self.cameras[index],
+                        None if self.truth is None else _some(self.truth, index))
+
+    def and_then(self, other: Pictures) -> Pictures:
+        """These, and the other ones behind them, of the same set."""
+        truth = None
+        if self.truth is not None and other.truth is not None:
+            one, two = self.truth, other.truth
+            truth = VehicleTruth(one.plates + two.plates, torch.cat([one.boxes, two.boxes]),
+                                 one.scenes + two.scenes, torch.cat([one.hidden, two.hidden]))
+        return Pictures(*(torch.cat([getattr(self, key), getattr(other, key)])
+                          for key in ("images", "identities", "cameras")), truth)
 
     def pixels(self) -> Tensor:
         """float32 on [0, 1]."""
@@ -67,7 +77,6 @@ class Everybody:
         victims: positions among the queries whose uploads are inverted.
         junk: as in `ReidSet`.
         normalization: from pixels to the model's input.
-        attributes: by name of the file; empty where the set has none.
         layout: of the set.
         digest: of every picture and label.
     """
@@ -80,7 +89,6 @@ class Everybody:
     victims: Tensor
     junk: tuple[tuple[int, ...], ...]
     normalization: pp.Normalization
-    attributes: dict[str, Any]
     layout: str
     digest: str
 
@@ -125,7 +133,7 @@ def everybody(config: ReidRun) -> Everybody:
         digest.update(part.images.numpy().tobytes() + part.identities.numpy().tobytes())
     return Everybody(
         defender, attacker.subset(order[first:]), attacker.subset(order[:first]), query, gallery,
-        victims, found.junk, _normalization(defender), _attributes(root), found.layout,
+        victims, found.junk, _normalization(defender), found.layout,
         digest.hexdigest(),
     )
 
@@ -134,12 +142,12 @@ def set_folder(config: ReidRun) -> Path:
     """Where the pictures lie; the rendered ones are drawn there first."""
     if config.data != "rendered":
         return Path(config.data).expanduser()
-    from patrol_prune.vehicle_identities import write_vehicle_reid
-
     drawn = config.rendered
     root = Path(config.runs) / f"{config.name}-vehicles"
-    write_vehicle_reid(root, drawn.identities, drawn.cameras, drawn.images_per_camera,
-                       config.image_size, config.seed)
+    write_vehicle_reid(
+        root, identities=drawn.identities, cameras=drawn.cameras,
+        images_per_camera=drawn.images_per_camera, size=config.image_size, seed=config.seed,
+    )
     return root
 
 
@@ -170,7 +178,7 @@ def read(images: Sequence[ReidImage], root: Path, size: int) -> Pictures:
         torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         torch.tensor([image.identity for image in images]),
         torch.tensor([image.camera for image in images]),
-        tuple(image.path.relative_to(root).as_posix() for image in images),
+        read_vehicle_truth(root, images, size) if (root / TRUTH).is_file() else None,
     )
 
 
@@ -207,8 +215,7 @@ def _normalization(defender: ImageSet) -> pp.Normalization:
                             tuple(round(v, 4) for v in std.tolist()))
 
 
-def _attributes(root: Path) -> dict[str, Any]:
-    file = root / ATTRIBUTES
-    if not file.is_file():
-        return {}
-    return dict(json.loads(file.read_text(encoding="utf-8"))["files"])
+def _some(truth: VehicleTruth, index: Tensor) -> VehicleTruth:
+    rows = index.tolist()
+    return VehicleTruth(tuple(truth.plates[i] for i in rows), truth.boxes[index],
+                        tuple(truth.scenes[i] for i in rows), truth.hidden[index])

@@ -23,7 +23,7 @@ class Rendered:
         images_per_camera: of each vehicle.
     """
 
-    identities: int = 240
+    identities: int = 200
     cameras: int = 6
     images_per_camera: int = 2
 
@@ -38,6 +38,7 @@ class Batch:
         smoothing: of the labels in the cross-entropy.
         margin: of the triplets.
         triplet_weight: of the triplet loss beside the cross-entropy.
+        adversarial_images: of a batch go to the attackers inside PATROL's training; None is all.
     """
 
     identities: int = 12
@@ -45,6 +46,7 @@ class Batch:
     smoothing: float = 0.1
     margin: float = 0.3
     triplet_weight: float = 1.0
+    adversarial_images: int | None = 24
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Attackers:
     seeds: tuple[int, ...] = (0,)
     share: float = 0.5
     reader_share: float = 0.25
-    victims: int = 200
+    victims: int = 150
     examples: int = 8
 
     def __post_init__(self) -> None:
@@ -128,14 +130,14 @@ class ReidRun:
     rendered: Rendered = field(default_factory=Rendered)
     batch: Batch = field(default_factory=Batch)
     train: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(
-        epochs=24, distill_weight=0.0))
+        epochs=20, distill_weight=0.0))
     score: ScoreConfig = field(default_factory=lambda: ScoreConfig(batches=10, surrogate_steps=60))
     privacy: PrivacyConfig = field(default_factory=lambda: PrivacyConfig(beta=40.0))
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(
-        epochs=12, lr=0.03, inner_steps=2, surrogate_warmup_steps=60))
+        epochs=8, lr=0.03, inner_steps=2, surrogate_warmup_steps=60))
     attackers: Attackers = field(default_factory=Attackers)
     attacker: InverseNetworkConfig = field(default_factory=lambda: InverseNetworkConfig(
-        width=32, depth=3, epochs=12, batch_size=32, max_extensions=1))
+        width=32, depth=3, epochs=10, batch_size=32, max_extensions=1))
     rmle: RMLEConfig = field(default_factory=lambda: RMLEConfig(
         steps=60, tuning_images=4, tuning_steps=20, refine=False))
 

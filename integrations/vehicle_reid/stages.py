@@ -183,6 +183,7 @@ class Work:
                 split, loss, alpha=alpha, beta=beta, noise_std=privacy.noise_std,
                 lipschitz_form=privacy.lipschitz_form, surrogate_loss=privacy.surrogate_loss,
                 normalization=self.people.normalization, precision=config.precision,
+                adversarial_images=self.config.batch.adversarial_images,
                 seed=self.config.seed + 1,
             )
             return pp.finetune(
@@ -268,7 +269,7 @@ class Work:
             self.say("The attacker learns to read his own pictures.")
             split, people = self.load(DENSE), self.people
             self._checks = LeakChecks(
-                people, self.config.seed,
+                people, self.attacker_pictures, seed=self.config.seed, device=str(self.device),
                 embed=lambda pixels: self.embed(split, pixels),
             )
         return self._checks
@@ -298,7 +299,7 @@ class Work:
         )
         report.to_json(self.folder / "audits" / f"{method}.json")
         self.say("Reading plates, scenes and vehicles out of what was rebuilt.")
-        leaks = self.checks.of(victims, self.attacker_pictures, rebuilt)
+        leaks = self.checks.of(victims, rebuilt)
         self.folder.finish(
             f"audit {method}", [f"audits/{method}.json", f"audits/{method}_examples"],
             strongest=_record(report, "edge"), floor=_record(report, "floor"),
@@ -309,10 +310,7 @@ class Work:
     @property
     def attacker_pictures(self) -> Pictures:
         """Those that readers learn from: first what no inversion attack saw, then the others."""
-        one, two = self.people.reader, self.people.inverter
-        return Pictures(torch.cat([one.images, two.images]),
-                        torch.cat([one.identities, two.identities]),
-                        torch.cat([one.cameras, two.cameras]), one.names + two.names)
+        return self.people.reader.and_then(self.people.inverter)
 
     def do_result(self) -> None:
         result = {
@@ -329,8 +327,7 @@ class Work:
         audits = {m: AuditReport.from_json(self.folder / "audits" / f"{m}.json")
                   for m in methods(self.config)}
         victims = self.people.query.subset(self.people.victims)
-        write_page(_finite(result), audits, victims, self.people.attributes,
-                   self.folder.path / PAGE)
+        write_page(_finite(result), audits, victims, self.folder.path / PAGE)
         self.say(f"The page is {self.folder.path / PAGE}.")
         self.folder.finish("result", [RESULT, PAGE])
 
