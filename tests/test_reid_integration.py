@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from patrol_prune.audit_report import AuditReport
 from patrol_prune.leaks import PlateReader
 from patrol_prune.vehicle_truth import VehicleTruth
 
@@ -105,6 +106,68 @@ def test_settings_and_folders_that_do_not_fit_are_refused(script: Any, tmp_path:
     assert main(["--layout", "folder"]) == 2
     assert "rendered set" in capsys.readouterr().err
     assert main(["--attackers.attacks", '["inverse"]']) == 2
+
+
+def _result(script: Any) -> dict[str, Any]:
+    """As `result.json` has it, with numbers that tell where each of them went."""
+
+    def leak(rate: float) -> dict[str, Any]:
+        row = {"rate": rate, "chance": 0.05, "count": 9, "attack": "rmle", "reader": "own"}
+        return {"rows": [row, {**row, "rate": 0.0}], "strongest": row}
+
+    def about(k: float) -> dict[str, Any]:
+        record = {"subject": "edge", "attack": "rmle", "ssim": k, "ssim_worst5": k + 0.01}
+        named = {"map": k / 2, "rank1": k / 3, "attack": "rmle"}
+        return {
+            "retrieval": {"map": 0.9 - k / 10, "rank1": 0.95, "minp": 0.5},
+            "edge_macs": 36_500_000, "feature_bytes": 131_072,
+            "audit": {"strongest": record, "floor": {"ssim": 0.1, "ssim_worst5": 0.2},
+                      "records": [record, {**record, "subject": "floor"}], "flags": ["odd"],
+                      "leaks": {"plates": leak(k), "characters": leak(k), "scenes": leak(k),
+                                "identification": {"rows": [named], "strongest": named}}},
+        }
+
+    best = {"map": 0.97, "rank1": 0.98}
+    read = {"strongest": {"rate": 0.99}}
+    return {
+        "methods": {"dense": about(0.8), "taylor": about(0.7), "patrol": about(0.3)},
+        "originals": {"plates": read, "characters": read, "scenes": read,
+                      "identification": {"strongest": best,
+                                         "chance": {"map": 0.02, "rank1": 0.01}}},
+        "settings": {"name": "<b>", "model": "small_resnet", "attackers": {"examples": 2,
+                                                                           "seeds": [0]}},
+        "plan": {"at": "layer2"},
+        "data": {"layout": "veri-776", "counts": {
+            "query": 3, "gallery": 6, "test_identities": 3, "victims": 3, "inverter": 9,
+            "reader": 3}},
+    }
+
+
+def test_the_page_shows_each_row_with_its_plates_and_numbers(script: Any, tmp_path: Path) -> None:
+    page, result = script["page"], _result(script)
+    victims = _pictures(script, 3)
+    victims.truth.boxes[:] = torch.tensor([[2.0, 3.0], [9.0, 3.0], [9.0, 6.0], [2.0, 6.0]])
+    shown = victims.images.permute(0, 2, 3, 1).numpy()
+    audits = {m: AuditReport([], examples={"edge": shown}) for m in result["methods"]}
+    page.write_page(result, audits, victims, tmp_path / "index.html")
+    html = (tmp_path / "index.html").read_text()
+    assert html.count("data:image/png") == 2 * 2 * 4  # two pictures and plates in four rows
+    assert "<b>" not in html.split("<style>")[0] and "odd" in html
+    assert "-4.0 points" not in page.headline(result)
+    assert "+4.0 points of mAP" in page.headline(result)
+    assert "30.0% instead of 70.0%" in page.headline(result)
+    cells = {row["label"]: row["cells"] for row in page.comparison(result)}
+    assert cells["Plates read, whole"] == ["80.0%", "70.0%", "30.0%", "99.0%", "5.0%"]
+    assert cells["Likeness of rebuilt pictures, SSIM"] == [
+        "0.800", "0.700", "0.300", "1.000", "0.100"]
+    assert [r["plates"] for r in page.attack_rows(result)] == [0.8, 0.7, 0.3]
+    for kind in ("plates", "characters", "scenes"):  # a set without plates has no such rows
+        for about in result["methods"].values():
+            del about["audit"]["leaks"][kind]
+    assert "Plates read, whole" not in {row["label"] for row in page.comparison(result)}
+    assert "plates" not in page.headline(result)
+    assert page.plate_box([[2, 3], [12, 3], [12, 8], [2, 8]]) == pytest.approx(
+        (0.8, 2.4, 13.2, 8.6))
 
 
 @pytest.mark.slow
