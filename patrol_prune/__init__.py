@@ -38,6 +38,12 @@ _WHERE = {
     "Retrieval": "retrieval",
     "retrieval": "retrieval",
     "write_vehicle_reid": "vehicle_identities",
+    "VehicleTruth": "vehicle_truth",
+    "read_vehicle_truth": "vehicle_truth",
+    "Leak": "leaks",
+    "PlateReader": "leaks",
+    "ReaderConfig": "leaks",
+    "SceneReader": "leaks",
     "count_macs": "cost",
     "count_params": "cost",
     "edge_macs": "cost",
@@ -136,6 +142,7 @@ if TYPE_CHECKING:
     from patrol_prune.folding import fold_masks
     from patrol_prune.importance import GroupPatrolImportance, PatrolImportance
     from patrol_prune.jacobian import jacobian_effective_rank
+    from patrol_prune.leaks import Leak, PlateReader, ReaderConfig, SceneReader
     from patrol_prune.learned_masks import LearnedMasks, MaskConfig, learn_masks
     from patrol_prune.lipschitz import block_lipschitz, lipschitz_loss
     from patrol_prune.mask_importance import MaskImportance
@@ -161,6 +168,7 @@ if TYPE_CHECKING:
     from patrol_prune.tune_result import TuneResult, TuneTrial
     from patrol_prune.tune_settings import TuneConfig
     from patrol_prune.vehicle_identities import write_vehicle_reid
+    from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ ORDER = [
     "errors", "precision", "pixels", "storage", "data",
     "reid_layout", "retrieval",
     "_vehicle_shapes", "_vehicle_scenes", "_vehicle_drawing", "_vehicle_files", "vehicles",
-    "_vehicle_sites", "vehicle_identities", "models",
+    "_vehicle_sites", "vehicle_identities", "vehicle_truth", "leaks", "models",
     "groups", "prunable", "_tp", "local_groups", "group_table", "cost", "_trace", "_cuts", "split",
     "_residuals", "blocks", "removal",
     "metric_learning", "reid_model", "reid_training",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def test_what_a_reader_reads_is_counted_where_nothing_is_in_front(script: Any) -
     class Plates(PlateReader):
         def __init__(self) -> None:
             super().__init__()
-            self._common, self._network = ("A", "A", "A"), torch.nn.Identity()
+            self._places, self._network = (Counter("A"),) * 3, torch.nn.Identity()
 
         def read(self, images: torch.Tensor, boxes: torch.Tensor) -> list[str]:
             return ["AAA"] * len(images)
@@ -95,6 +96,8 @@ def test_what_a_reader_reads_is_counted_where_nothing_is_in_front(script: Any) -
     # of 12 plates 3 are hidden; 0, 6 and 9 of the others say AAA
     assert (found["plates"].rate, found["plates"].count) == (3 / 9, 9)
     assert (found["characters"].rate, found["characters"].count) == (3 / 9, 27)
+    assert found["characters"].chance == pytest.approx(3 / 9)
+    assert found["plates"].chance == pytest.approx((3 / 9) ** 3)
     assert found["scenes"] == "12 12"
 
 
