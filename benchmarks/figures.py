@@ -16,6 +16,7 @@ from typing import Any
 import audit_figures
 import backbone_figures
 import matplotlib
+import reid_figures
 
 from patrol_prune.report import render_table
 
@@ -356,6 +357,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "bounds": ("bounds", lambda: audit_figures.bounds(source("bounds"))),
     "backbones": ("backbones",
                   lambda: backbone_figures.backbones(load("backbones"), source("backbones"))),
+    "reid": ("reid", lambda: reid_figures.reid(load("reid"))),
     "throughput": ("throughput", lambda: audit_figures.throughput(source("throughput"))),
 }
 """Name of each block to the record it needs and the function that renders it."""
@@ -374,7 +376,8 @@ def render(text: str) -> str:
 
 
 def main() -> None:
-    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")),
+                 *sorted((ROOT / "integrations").glob("*/README.md"))]:
         before = page.read_text()
         after = render(before)
         if after != before:

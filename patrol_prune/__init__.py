@@ -31,6 +31,19 @@ _WHERE = {
     "ImageSet": "data",
     "Batches": "data",
     "load_image_folder": "data",
+    "ReidImage": "reid_layout",
+    "ReidSet": "reid_layout",
+    "read_reid": "reid_layout",
+    "read_retrieval_folder": "reid_layout",
+    "Retrieval": "retrieval",
+    "retrieval": "retrieval",
+    "write_vehicle_reid": "vehicle_identities",
+    "VehicleTruth": "vehicle_truth",
+    "read_vehicle_truth": "vehicle_truth",
+    "Leak": "leaks",
+    "PlateReader": "leaks",
+    "ReaderConfig": "leaks",
+    "SceneReader": "leaks",
     "count_macs": "cost",
     "count_params": "cost",
     "edge_macs": "cost",
@@ -41,6 +54,12 @@ _WHERE = {
     "ResidualBlock": "blocks",
     "residual_blocks": "blocks",
     "remove_blocks": "removal",
+    "BNNeck": "reid_model",
+    "add_bnneck": "reid_model",
+    "build_reid_model": "reid_model",
+    "embed": "reid_model",
+    "PKBatches": "reid_training",
+    "ReidLoss": "reid_training",
     "SoftMasks": "masks",
     "fold_masks": "folding",
     "Latency": "latency",
@@ -128,6 +147,7 @@ if TYPE_CHECKING:
     from patrol_prune.importance import GroupPatrolImportance, PatrolImportance
     from patrol_prune.jacobian import jacobian_effective_rank
     from patrol_prune.latency import Latency, LatencyConfig, measure_latency
+    from patrol_prune.leaks import Leak, PlateReader, ReaderConfig, SceneReader
     from patrol_prune.learned_masks import LearnedMasks, MaskConfig, learn_masks
     from patrol_prune.lipschitz import block_lipschitz, lipschitz_loss
     from patrol_prune.mask_importance import MaskImportance
@@ -138,12 +158,23 @@ if TYPE_CHECKING:
     from patrol_prune.plan import Plan, plan
     from patrol_prune.plan_limits import PlanLimits
     from patrol_prune.pruner import PatrolPruner
+    from patrol_prune.reid_layout import (
+        ReidImage,
+        ReidSet,
+        read_reid,
+        read_retrieval_folder,
+    )
+    from patrol_prune.reid_model import BNNeck, add_bnneck, build_reid_model, embed
+    from patrol_prune.reid_training import PKBatches, ReidLoss
     from patrol_prune.removal import remove_blocks
+    from patrol_prune.retrieval import Retrieval, retrieval
     from patrol_prune.split import Split, SplitPoint, split_points
     from patrol_prune.surrogate import SurrogateEnsemble, SurrogateSpec
     from patrol_prune.tune import tune
     from patrol_prune.tune_result import TuneResult, TuneTrial
     from patrol_prune.tune_settings import TuneConfig
+    from patrol_prune.vehicle_identities import write_vehicle_reid
+    from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
 
 
 def __getattr__(name: str) -> Any:

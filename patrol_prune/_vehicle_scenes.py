@@ -45,14 +45,25 @@ class Canvas:
     def __init__(self, size: int, top: Colour, bottom: Colour) -> None:
         ramp = np.linspace(0.0, 1.0, size, dtype=np.float32)[:, None, None]
         rows = np.asarray(top, np.float32) * (1 - ramp) + np.asarray(bottom, np.float32) * ramp
-        self.size = size
-        self.image = Image.fromarray(rows.astype(np.uint8)).resize((size, size))
-        self.draw = ImageDraw.Draw(self.image)
+        self._hold(Image.fromarray(rows.astype(np.uint8)).resize((size, size)))
 
-    def shade(self) -> Colour:
-        """The ground's colour in a shadow."""
-        pixel = np.asarray(self.image)[-2, self.size // 2]
-        red, green, blue = (int(0.42 * float(channel)) for channel in pixel)
+    def _hold(self, image: Image.Image) -> None:
+        self.size = image.width
+        self.image = image
+        self.draw = ImageDraw.Draw(image)
+
+    @classmethod
+    def on(cls, image: Image.Image) -> Canvas:
+        """A canvas over a square picture that is there already; the picture is drawn on."""
+        canvas = cls.__new__(cls)
+        canvas._hold(image)
+        return canvas
+
+    def shade(self, share: float) -> Colour:
+        """The ground's colour in a shadow that leaves this share of the light."""
+        pixel = self.image.getpixel((self.size // 2, self.size - 2))
+        assert isinstance(pixel, tuple)
+        red, green, blue = (int(share * channel) for channel in pixel)
         return red, green, blue
 
     def rectangle(self, x0: float, y0: float, x1: float, y1: float, colour: Colour) -> None:
@@ -65,10 +76,22 @@ class Canvas:
         s = self.size
         self.draw.ellipse(((x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s), fill=colour)
 
-    def polygon(self, points: list[tuple[float, float]], colour: Colour) -> None:
-        """A filled polygon."""
-        s = self.size
-        self.draw.polygon([(x * s, y * s) for x, y in points], fill=colour)
+    def polygon(self, corners: np.ndarray, colour: Colour) -> None:
+        """A filled polygon, its corners as x, y, x, y, ..."""
+        self.draw.polygon((corners * self.size).tolist(), fill=colour)
+
+    def polygons(
+        self,
+        points: np.ndarray,
+        spans: tuple[tuple[int, int], ...],
+        colours: list[list[int]],
+        seen: list[bool],
+    ) -> None:
+        """Those polygons that are seen, in their order; `points[start:stop]` are one's corners."""
+        flat = (points * self.size).ravel().tolist()
+        for (start, stop), (red, green, blue), shown in zip(spans, colours, seen, strict=True):
+            if shown:
+                self.draw.polygon(flat[2 * start : 2 * stop], fill=(red, green, blue))
 
 
 def _vary(rng: random.Random, colour: Colour, spread: int = 16) -> Colour:
@@ -158,6 +181,36 @@ def _garage(rng: random.Random, size: int) -> Canvas:
     return canvas
 
 
+def _tunnel(rng: random.Random, size: int) -> Canvas:
+    canvas = Canvas(size, _vary(rng, (66, 60, 52)), _vary(rng, (120, 108, 88)))
+    canvas.ellipse(0.5, 0.52, 0.62, 0.46, _vary(rng, (92, 84, 70)))
+    canvas.ellipse(0.5, 0.54, 0.16, 0.13, _vary(rng, (216, 216, 206), 10))
+    for i in range(6):
+        x, width = 0.08 + 0.16 * i, 0.035 if i in (2, 3) else 0.055
+        canvas.rectangle(x, 0.1 + 0.05 * abs(i - 2.5), x + width, 0.13 + 0.05 * abs(i - 2.5),
+                         (250, 224, 150))
+    canvas.rectangle(0, 0.58, 1, 1, _vary(rng, (70, 68, 66)))
+    canvas.rectangle(0, 0.58, 1, 0.62, (150, 140, 118))
+    for i in range(4):
+        canvas.rectangle(0.05 + i * 0.28, 0.94, 0.18 + i * 0.28, 0.96, (214, 206, 176))
+    return canvas
+
+
+def _snow(rng: random.Random, size: int) -> Canvas:
+    canvas = Canvas(size, _vary(rng, (176, 190, 206)), _vary(rng, (226, 230, 236)))
+    for x in (rng.uniform(-0.1, 0.3), rng.uniform(0.5, 1.0)):
+        canvas.polygon(np.array([x - 0.4, 0.56, x, rng.uniform(0.12, 0.24), x + 0.4, 0.56]),
+                       _vary(rng, (140, 152, 172)))
+    canvas.rectangle(0, 0.54, 1, 1, _vary(rng, (240, 243, 248), 6))
+    for _ in range(6):
+        x, height = rng.random(), rng.uniform(0.12, 0.24)
+        canvas.polygon(np.array([x - 0.06, 0.6, x, 0.6 - height, x + 0.06, 0.6]),
+                       _vary(rng, (52, 82, 76)))
+    canvas.rectangle(0, 0.66, 1, 1, _vary(rng, (176, 180, 188)))
+    canvas.rectangle(0, 0.93, 1, 1, (228, 232, 238))
+    return canvas
+
+
 SCENES: dict[str, Callable[[random.Random, int], Canvas]] = {
     "city": _city,
     "coast": _coast,
@@ -165,17 +218,26 @@ SCENES: dict[str, Callable[[random.Random, int], Canvas]] = {
     "garage": _garage,
     "night": _night,
     "road": _road,
+    "snow": _snow,
+    "tunnel": _tunnel,
 }
 
 
 def photograph(picture: Image.Image, lens: Lens, size: int, seed: int) -> Image.Image:
     """The picture at `size` pixels as one camera records it: blur, cast, contrast, noise."""
-    picture = picture.resize((size, size), Image.Resampling.BOX)
+    factor = picture.width // size
+    if picture.width == factor * size:
+        picture = picture.reduce(factor)
+    else:
+        picture = picture.resize((size, size), Image.Resampling.BOX)
     if lens.blur > 0.0:
         picture = picture.filter(ImageFilter.GaussianBlur(lens.blur * size / 64))
-    pixels = np.asarray(picture, np.float32) / np.float32(255.0)
-    pixels = (pixels - 0.5) * lens.contrast + (0.5 + lens.brightness)
-    pixels *= np.asarray(lens.cast, np.float32)
-    noise = np.random.default_rng(seed).standard_normal(pixels.shape, dtype=np.float32)
-    pixels += np.float32(lens.noise) * noise
-    return Image.fromarray((pixels.clip(0.0, 1.0) * 255.0 + 0.5).astype(np.uint8))
+    cast = np.asarray(lens.cast, np.float32)
+    gain = cast * np.float32(lens.contrast)
+    offset = cast * np.float32(255.0 * (0.5 + lens.brightness - 0.5 * lens.contrast)) + 0.5
+    noise = np.random.default_rng(seed).standard_normal((size, size, 3), dtype=np.float32)
+    noise *= np.float32(255.0 * lens.noise)
+    pixels = np.asarray(picture) * gain
+    pixels += offset.astype(np.float32)
+    pixels += noise
+    return Image.fromarray(pixels.clip(0.0, 255.0, out=pixels).astype(np.uint8))

@@ -26,7 +26,7 @@ from patrol_prune.audit_choice import (
     pixels_of,
 )
 from patrol_prune.audit_report import AuditReport
-from patrol_prune.audit_run import AuditRun
+from patrol_prune.audit_run import AuditRun, Observer
 from patrol_prune.pixels import Normalization
 
 __all__ = ["AttackChoice", "AuditReport", "HasEdge", "audit", "compute_features"]
@@ -61,6 +61,7 @@ def audit(
     check_attacks: bool = False,
     largest_feature_bytes: int = 2 << 30,
     progress: Callable[[str], None] | None = None,
+    observer: Observer | None = None,
 ) -> AuditReport:
     """Reconstruct the victim's images from what the edge sends, and measure how well that went.
 
@@ -93,6 +94,8 @@ def audit(
         largest_feature_bytes: of the attacker's features to keep in memory; of larger ones,
             attacks are given the edge alone and query it batch by batch.
         progress: called with one sentence before each step; they are logged in any case.
+        observer: called after each attack with the subject, the attack's name, the fitted attack
+            and its reconstructions of the victim's images, for measures of your own.
 
     Raises:
         InputError: before any work, on data that is not on [0, 1], differs in shape, is too small
@@ -114,7 +117,7 @@ def audit(
     check_counts(made, attackers)
     run = AuditRun(
         attackers, victim,
-        normalization or Normalization(), batch_size, largest_feature_bytes, progress,
+        normalization or Normalization(), batch_size, largest_feature_bytes, progress, observer,
     )
     with torch.random.fork_rng(devices=[]):
         if check_attacks:

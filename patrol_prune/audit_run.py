@@ -40,6 +40,8 @@ from patrol_prune.pixels import Normalization
 logger = logging.getLogger("patrol_prune.audit")
 
 _CHECKED = 128
+Observer = Callable[[str, str, Attack, Tensor], None]
+"""Called with a subject, an attack's name, the attack and its reconstructions `[N, C, H, W]`."""
 
 
 class AuditRun:
@@ -53,10 +55,11 @@ class AuditRun:
         batch_size: int,
         largest_feature_bytes: int,
         progress: Callable[[str], None] | None,
+        observer: Observer | None = None,
     ) -> None:
         self.attackers, self.victim = attackers, victim
         self.normalization, self.batch_size, self.progress = normalization, batch_size, progress
-        self.largest_feature_bytes = largest_feature_bytes
+        self.largest_feature_bytes, self.observer = largest_feature_bytes, observer
         self.result = AuditReport(records=[])
         self.best: dict[str, tuple[float, Tensor]] = {}
 
@@ -150,6 +153,8 @@ class AuditRun:
             subject, factory.name, seed, guess, own, start, fit=fit, box=box_of(attack),
             random_edge=known.random_edge,
         )
+        if self.observer is not None:
+            self.observer(subject, factory.name, attack, guess)
         return fit
 
     def knowledge(

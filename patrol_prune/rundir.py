@@ -48,6 +48,7 @@ class RunDirectory:
         config: the run's settings as plain data. A directory with the same settings is resumed.
         overwrite: throw away what an earlier run left here, and nothing else.
         free_keys: dotted settings that do not change a result (`device`); they may differ.
+        outputs: names of files and folders of a run's own, which `overwrite` throws away as well.
 
     Raises:
         RunDirectoryError: the directory holds a run with other settings (each is named), holds
@@ -61,8 +62,9 @@ class RunDirectory:
         *,
         overwrite: bool = False,
         free_keys: Iterable[str] = (),
+        outputs: Iterable[str] = (),
     ) -> None:
-        self.path = Path(path)
+        self.path, self.outputs = Path(path), (*OUTPUTS, *outputs)
         if self.path.exists() and not self.path.is_dir():
             raise RunDirectoryError(f"{self.path} is a file. Give another name to the run.")
         _refuse_strangers(self.path)
@@ -165,7 +167,7 @@ class RunDirectory:
         return True
 
     def _clear(self) -> None:
-        for name in OUTPUTS:
+        for name in self.outputs:
             path = self / name
             if path.is_dir():
                 shutil.rmtree(path)

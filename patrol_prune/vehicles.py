@@ -7,13 +7,9 @@ Everything is drawn from a seed; the same seed gives the same bytes.
 
 from __future__ import annotations
 
-import json
-import logging
 import math
 import os
 import random
-import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,11 +19,11 @@ from PIL import Image
 
 from patrol_prune import _vehicle_drawing as drawing
 from patrol_prune import _vehicle_scenes as scenes
+from patrol_prune._vehicle_files import write_whole
+from patrol_prune._vehicle_shapes import GLYPHS, SHAPES
 from patrol_prune.errors import InputError, nearest
 
-logger = logging.getLogger(__name__)
-
-BODIES: tuple[str, ...] = tuple(sorted(drawing.SHAPES))
+BODIES: tuple[str, ...] = tuple(sorted(SHAPES))
 COLOURS: dict[str, tuple[int, int, int]] = {
     "black": (44, 44, 50),
     "blue": (42, 88, 186),
@@ -43,10 +39,10 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 VIEWPOINTS: tuple[str, ...] = ("front-left", "front-right", "rear-left", "rear-right")
 CAMERAS: tuple[str, ...] = tuple(scenes.LENSES)
 BACKGROUNDS: tuple[str, ...] = tuple(scenes.SCENES)
-PLATE_CHARACTERS: str = "".join(drawing.GLYPHS)
+PLATE_CHARACTERS: str = "".join(GLYPHS)
 SIZES = (32, 256)
-DRAWING_VERSION = 1
-_OVERSAMPLE = 2
+DRAWING_VERSION = 2
+OVERSAMPLE = 2
 
 
 @dataclass(frozen=True)
@@ -140,33 +136,32 @@ def render(vehicle: Vehicle, size: int = 64) -> Image.Image:
     Raises:
         InputError: the size is out of range.
     """
-    _check_size(size)
+    check_size(size)
     rng = random.Random(vehicle.detail)
-    canvas = scenes.SCENES[vehicle.background](rng, size * _OVERSAMPLE)
-    yaw = math.radians(vehicle.yaw if vehicle.viewpoint.startswith("front") else 180 - vehicle.yaw)
-    if vehicle.viewpoint.endswith("right"):
-        yaw = -yaw
-    camera = drawing.Camera3D(yaw, math.radians(vehicle.pitch), 7.5)
-    side = rng.choice((-1, 1))
-    angle = yaw + side * math.radians(50)
-    light = (0.62 * math.cos(angle), 0.62 * math.sin(angle), 0.78)
-    base = drawing.PLATE_WHITE if rng.random() < 0.7 else (250, 214, 60)
-    faces = drawing.vehicle_faces(
-        vehicle.body, COLOURS[vehicle.colour], vehicle.plate, base, camera, light
+    canvas = scenes.SCENES[vehicle.background](rng, size * OVERSAMPLE)
+    camera = drawing.Camera3D(
+        corner_yaw(vehicle.viewpoint, vehicle.yaw), math.radians(vehicle.pitch), 7.5
     )
-    flat = [(camera.project(points), colour) for points, colour in faces]
-    x0 = min(x for points, _ in flat for x, _ in points)
-    x1 = max(x for points, _ in flat for x, _ in points)
-    y0 = min(y for points, _ in flat for _, y in points)
-    y1 = max(y for points, _ in flat for _, y in points)
-    gain = vehicle.scale * min(1.0 / (x1 - x0), 0.86 / (y1 - y0))
-    margin = 0.5 - gain * (x1 - x0) / 2  # the plate sits at the vehicle's end: never cut it off
-    dx = 0.5 + max(-margin, min(margin, vehicle.shift[0])) - gain * (x0 + x1) / 2
-    dy = 0.92 + vehicle.shift[1] - gain * y1
-    flat.insert(0, (camera.project(drawing.shadow(vehicle.body)), canvas.shade()))
-    for points, colour in flat:
-        canvas.polygon([(gain * x + dx, gain * y + dy) for x, y in points], colour)
+    light = drawing.Light(sun(camera.yaw, rng.choice((-1, 1))))
+    base: drawing.Colour = (248, 248, 244) if rng.random() < 0.7 else (250, 214, 60)
+    paints = drawing.palette({"body": COLOURS[vehicle.colour], "plate": base})
+    drawing.draw_vehicle(
+        canvas, drawing.Design(vehicle.body), paints, vehicle.plate, camera, light,
+        (vehicle.scale, vehicle.shift),
+    )
     return scenes.photograph(canvas.image, scenes.LENSES[vehicle.camera], size, vehicle.detail)
+
+
+def corner_yaw(viewpoint: str, degrees: float) -> float:
+    """The camera's yaw in radians for a viewpoint and an angle to the vehicle's axis."""
+    yaw = math.radians(degrees if viewpoint.startswith("front") else 180 - degrees)
+    return -yaw if viewpoint.endswith("right") else yaw
+
+
+def sun(yaw: float, side: int) -> tuple[float, float, float]:
+    """A direction of light from 50 degrees to one side of the camera, and from above."""
+    angle = yaw + side * math.radians(50)
+    return (0.62 * math.cos(angle), 0.62 * math.sin(angle), 0.78)
 
 
 def write_vehicles(
@@ -195,8 +190,7 @@ def write_vehicles(
         InputError: too few pictures for one per class, a size out of range, or a folder that
             holds something else.
     """
-    root = Path(root)
-    _check_size(size)
+    check_size(size)
     for name, count in (("train", train), ("test", test)):
         if count < len(BODIES):
             raise InputError(
@@ -210,28 +204,14 @@ def write_vehicles(
         "size": size,
         "seed": seed,
     }
-    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
-        _check_same(root, parameters)
-        logger.info("the vehicles in %s are used as they stand", root)
-        return root
-    root.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{root.name}-", dir=root.parent))
-    try:
+
+    def fill(scratch: Path) -> dict[str, Any]:
         files: dict[str, dict[str, Any]] = {}
         for part, count in (("train", train), ("test", test)):
             files.update(_write_part(scratch, part, count, size, seed))
-        record = {"parameters": parameters, "classes": list(BODIES), "files": files}
-        with (scratch / "attributes.json").open("w", encoding="utf-8") as stream:
-            json.dump(record, stream, indent=1)
-            stream.flush()
-            os.fsync(stream.fileno())
-        scratch.chmod(0o755)
-        scratch.replace(root)
-    except BaseException:
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    logger.info("wrote %d pictures of vehicles to %s", len(files), root)
-    return root
+        return {"classes": list(BODIES), "files": files}
+
+    return write_whole(Path(root), parameters, fill)
 
 
 def _write_part(
@@ -249,32 +229,10 @@ def _write_part(
     return files
 
 
-def _check_size(size: int) -> None:
+def check_size(size: int) -> None:
+    """Refuse a picture size that nothing can be drawn at."""
     if not SIZES[0] <= size <= SIZES[1]:
         raise InputError(
             f"Expected a picture size from {SIZES[0]} to {SIZES[1]} pixels, came {size}. Choose "
             "one in that range."
-        )
-
-
-def _check_same(root: Path, parameters: dict[str, int]) -> None:
-    """Refuse a folder that is not the complete set with these parameters."""
-    way_out = "Name another folder, or remove this one first."
-    try:
-        record = json.loads((root / "attributes.json").read_text(encoding="utf-8"))
-        found, names = record["parameters"], list(record["files"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(
-            f"Expected {root} to be empty or to hold a set of rendered vehicles; it holds "
-            f"something else. {way_out}"
-        ) from None
-    if found != parameters:
-        raise InputError(
-            f"Expected the vehicles in {root} to be made with {parameters}, came {found}. {way_out}"
-        )
-    missing = [name for name in names if not (root / name).is_file()]
-    if missing:
-        raise InputError(
-            f"Expected {len(names)} pictures in {root}; {len(missing)} are missing, the first is "
-            f"{missing[0]}. {way_out}"
         )

@@ -14,10 +14,12 @@ PACKAGE = Path(__file__).resolve().parent.parent / "patrol_prune"
 # A module imports only from modules that stand above it.
 ORDER = [
     "errors", "precision", "pixels", "storage", "data",
-    "_vehicle_drawing", "_vehicle_scenes", "vehicles", "models",
+    "reid_layout", "retrieval",
+    "_vehicle_shapes", "_vehicle_scenes", "_vehicle_drawing", "_vehicle_files", "vehicles",
+    "_vehicle_sites", "vehicle_identities", "vehicle_truth", "leaks", "models",
     "groups", "channel_norms", "live_attention", "prunable", "_tp", "local_groups", "group_table",
     "cost", "latency", "_trace", "_cuts", "split", "transmitted", "_residuals", "blocks", "removal",
-    "_block_pruning",
+    "_block_pruning", "metric_learning", "reid_model", "reid_training",
     "budget", "_search", "choice", "metrics", "covariance", "jacobian", "bounds",
     "edge_sizes", "plan_limits", "plan_rows", "_mask_hooks", "masks", "folding", "shrinkage",
     "lipschitz", "spectral_rules",
@@ -44,8 +46,10 @@ DOORS = {
     "jsonargparse": {"commands", "_audit_command", "_tune_command", "_plan_command"},
     "rich": {"commands", "_audit_command", "_tune_command", "_plan_command", "tables"},
     "optuna": {"tune_study"},
+    "sklearn": {"retrieval"},
     "safetensors": {"storage", "checkpoint"},
     "jinja2": {"report"},
+    "pytorch_metric_learning": {"metric_learning"},
 }
 
 

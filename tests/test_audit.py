@@ -396,3 +396,16 @@ def test_every_attack_that_ships_runs_on_a_split_model() -> None:
                   config=dataclasses.replace(CONFIG, epochs=2))
     assert {r["attack"] for r in found.records} == {*ATTACKS, "mean_image"}
     assert {r["box"] for r in found.records} == {"black", "white", "none"}
+
+
+def test_an_observer_gets_every_fitted_attack_and_what_it_rebuilt() -> None:
+    seen = []
+
+    def observer(subject: str, name: str, attack: object, guess: Tensor) -> None:
+        seen.append((subject, name, guess.clone(), attack.fitted))  # type: ignore[attr-defined]
+
+    audit(closed_edge(), KNOWN, VICTIM, attacks={"oracle": Oracle()}, observer=observer,
+          undefended=open_edge())
+    assert [(s, n, f) for s, n, _, f in seen] == [("edge", "oracle", True),
+                                                  ("undefended", "oracle", True)]
+    assert torch.equal(seen[0][2], VICTIM)

@@ -119,3 +119,13 @@ def test_settings_that_cannot_be_read(tmp_path: Path, text: str) -> None:
 def test_flatten() -> None:
     nested = {"a": {"b": (1, 2), "c": {}}, "d": None}
     assert flatten(nested) == {"a.b": [1, 2], "a.c": {}, "d": None}
+
+
+def test_overwrite_clears_a_runs_own_outputs_too(tmp_path: Path) -> None:
+    for overwrite, kept in ((False, True), (True, False)):
+        with RunDirectory(tmp_path / "a", {}, overwrite=overwrite, outputs=["mine"]) as run:
+            (run / "theirs").mkdir(exist_ok=True)
+            assert (run / "mine").exists() is (kept and run.resumed)
+            (run / "mine").mkdir(exist_ok=True)
+    with RunDirectory(tmp_path / "a", {}, overwrite=True, outputs=["mine"]) as run:
+        assert not (run / "mine").exists() and (run / "theirs").is_dir()

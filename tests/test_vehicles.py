@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from patrol_prune import _vehicle_drawing as drawing
+from patrol_prune._vehicle_shapes import GLYPHS
 from patrol_prune.errors import InputError
 from patrol_prune.vehicles import (
     BACKGROUNDS,
@@ -91,7 +92,7 @@ def test_the_paint_has_the_colour_it_is_said_to_have() -> None:
 
 
 def test_no_two_glyphs_are_close() -> None:
-    glyphs = list(drawing.GLYPHS.values())
+    glyphs = list(GLYPHS.values())
     assert all(len(g) == 15 and set(g) <= {"#", "."} for g in glyphs)
     for i, one in enumerate(glyphs):
         for other in glyphs[:i]:
@@ -131,8 +132,8 @@ def test_a_vehicle_is_never_cut_off(body: str, shift: float, outside: int) -> No
 @pytest.mark.parametrize("yaw", [-40, -10, 10, 40])
 def test_a_plate_is_read_from_left_to_right_and_upright(sign: int, yaw: int) -> None:
     camera = drawing.Camera3D(np.radians(yaw if sign > 0 else 180 - yaw), np.radians(15), 7.5)
-    faces = list(drawing._plate_faces("L1L", 1.8 * sign, sign, 0.6, drawing.PLATE_WHITE))
-    flat = [np.array(camera.project(points)) for points, _ in faces]
+    mesh = drawing.plate_mesh("L1L", drawing.Design("sedan"), sign)
+    flat = [camera.project(mesh.points[start:stop]) for start, stop in mesh.spans]
     for corners in flat:  # low left, low right, high right, high left, y downwards
         (x0, y0), (x1, _), (x2, y2), (x3, _) = corners
         assert x0 < x1 and x3 < x2 and y2 < y0
@@ -159,8 +160,7 @@ def test_the_camera_agrees_with_a_projection_by_matrices() -> None:
     points = rng.uniform(-1, 1, (20, 3))
     seen = (points - eye) @ np.stack([right, -up, forward]).T
     expected = seen[:, :2] / seen[:, 2:]
-    flat = camera.project([(float(x), float(y), float(z)) for x, y, z in points])
-    assert np.allclose(flat, expected, atol=1e-12)
+    assert np.allclose(camera.project(points), expected, atol=1e-12)
 
 
 def test_a_sample_depends_on_its_generator_alone() -> None:

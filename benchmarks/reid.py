@@ -1,0 +1,135 @@
+"""Vehicle re-identification: dense, Taylor-pruned and PATROL, and what their uploads give away.
+
+    python benchmarks/reid.py                                           # rendered vehicles
+    python benchmarks/reid.py --photographs ~/.cache/patrol_prune/grocery128
+
+Runs `integrations/vehicle_reid/run.py` in `--work`, on from where it was stopped, and puts its
+rows into `results/reid.json`; rows of another set that stand there stay, each with its commit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict, dataclass, replace
+from datetime import date, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from record import ROOT, commit, cpu_name, write
+
+sys.path.insert(0, str(ROOT.parent / "integrations" / "vehicle_reid"))
+
+import run as vehicle_reid
+from settings import Attackers, ReidRun
+
+from patrol_prune.attacks import InverseNetworkConfig
+from patrol_prune.finetune import FinetuneConfig
+
+KEPT = ("attack", "attack_seed", "attacker_images", "victim_images", "ssim", "ssim_worst5", "psnr",
+        "mse", "plateau")
+KINDS = ("plates", "characters", "scenes")
+
+
+@dataclass(frozen=True)
+class Reid:
+    """Arguments.
+
+    Attributes:
+        work: folder of the runs.
+        photographs: an image folder to measure instead of the rendered vehicles, a class as an
+            identity.
+        threads: of torch.
+        seed: of everything.
+    """
+
+    work: Path = Path("runs")
+    photographs: Path | None = None
+    threads: int = 1
+    seed: int = 0
+
+
+def config_of(args: Reid) -> ReidRun:
+    """The settings of the run."""
+    work = str(args.work.expanduser())
+    if args.photographs is None:
+        return ReidRun(runs=work, name="reid-rendered", seed=args.seed)
+    small = ReidRun(
+        data=str(args.photographs.expanduser()), layout="folder", image_size=64, runs=work,
+        name="reid-photographs", seed=args.seed, attackers=Attackers(victims=81, share=0.4),
+    )
+    return replace(
+        small, train=FinetuneConfig(epochs=25, distill_weight=0.0),
+        finetune=replace(small.finetune, epochs=6),
+        attacker=InverseNetworkConfig(width=32, depth=3, epochs=8, batch_size=32,
+                                      max_extensions=1),
+    )
+
+
+def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
+    """One flat row for each method."""
+    made = []
+    originals = result["originals"]
+    for method, about in result["methods"].items():
+        audit = about["audit"]
+        row = {
+            "dataset": dataset, "model": result["settings"]["model"], "method": method,
+            "split": result["plan"]["at"], "train_seed": result["settings"]["seed"],
+            **{k: about[k] for k in ("edge_macs", "edge_params", "feature_bytes")},
+            **about["retrieval"], **{k: audit["strongest"].get(k) for k in KEPT},
+            "floor_ssim": audit["floor"]["ssim"], "floor_mse": audit["floor"]["mse"],
+            "flags": audit["flags"],
+        }
+        for kind in KINDS:
+            found = audit["leaks"].get(kind)
+            row |= {f"{kind}_{k}": None if found is None else found["strongest"][k]
+                    for k in ("rate", "chance", "count", "attack", "reader")}
+            row[f"{kind}_original"] = (None if found is None
+                                       else originals[kind]["strongest"]["rate"])
+        named, of_original = audit["leaks"]["identification"], originals["identification"]
+        row |= {f"named_{k}": named["strongest"][k] for k in ("map", "rank1", "attack")}
+        row |= {f"named_{k}_original": of_original["strongest"][k] for k in ("map", "rank1")}
+        row |= {f"named_{k}_chance": of_original["chance"][k] for k in ("map", "rank1")}
+        made.append(row)
+    return made
+
+
+def minutes(folder: Path) -> float:
+    """That the stages took, by the clock, pauses between two starts left out."""
+    began, total = {}, 0.0
+    for line in (folder / "events.jsonl").read_text().splitlines():
+        event = json.loads(line)
+        if event["event"] == "stage begins":
+            began[event["stage"]] = event["time"]
+        elif event["event"] == "stage done" and event["stage"] in began:
+            total += event["time"] - began.pop(event["stage"])
+    return total / 60
+
+
+def main(args: Reid) -> None:
+    torch.set_num_threads(args.threads)
+    measured_at = os.environ.setdefault("BENCHMARK_COMMIT", commit())
+    config = config_of(args)
+    result = vehicle_reid.run(config, progress=lambda stage, sentence: print(
+        f"{datetime.now():%H:%M} {stage}: {sentence}", flush=True))
+    counts = result["data"]["counts"]
+    dataset = ("rendered vehicles, 64x64" if args.photographs is None
+               else f"photographs ({args.photographs.name}), 64x64")
+    mine = [{**row, "counts": counts, "commit": measured_at, "date": date.today().isoformat(),
+             "device": cpu_name(),
+             "minutes": round(minutes(Path(config.runs) / config.name), 1),
+             "epochs": [config.train.epochs, config.finetune.epochs]}
+            for row in rows(result, dataset)]
+    target = ROOT / "results" / "reid.json"
+    before = json.loads(target.read_text())["rows"] if target.exists() else []
+    kept = [row for row in before if row["dataset"] != dataset]
+    settings = {k: v for k, v in asdict(config).items() if k not in ("data", "runs")}
+    every = sorted(kept + mine, key=lambda row: not row["dataset"].startswith("rendered"))
+    print(write("reid", every, settings=settings))
+
+
+if __name__ == "__main__":
+    main(auto_cli(Reid, as_positional=False))

@@ -1,0 +1,100 @@
+"""The tables of the re-identification comparison."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from patrol_prune.report import render_table
+
+NAMES = {"dense": "dense, not pruned", "taylor": "Taylor pruning", "patrol": "**PATROL**"}
+KINDS = {"plates": "plates read", "characters": "characters", "scenes": "places"}
+
+
+def reid(record: dict[str, Any]) -> str:
+    """For each set: a sentence, what it costs, and what the uploads give away."""
+    blocks = []
+    for dataset in dict.fromkeys(row["dataset"] for row in record["rows"]):
+        rows = [row for row in record["rows"] if row["dataset"] == dataset]
+        blocks += [about(rows), verdict(rows), costs(rows), leaks(rows), measured(record, rows)]
+    return "\n\n".join(block for block in blocks if block)
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.1f}%"
+
+
+def about(rows: list[dict[str, Any]]) -> str:
+    first = rows[0]
+    counts = first["counts"]
+    return (
+        f"**{first['dataset'][0].upper()}{first['dataset'][1:]}**: {first['model']} with a BNNeck, "
+        f"cut after {first['split']}, trained for {first['epochs'][0]} epochs on "
+        f"{counts['defender']:,} pictures of {counts['identities']} identities and fine-tuned for "
+        f"{first['epochs'][1]}; {counts['query']} queries in a gallery of {counts['gallery']} "
+        f"pictures of {counts['test_identities']} identities. The attacker owns "
+        f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
+        f"attacked. Floor, the mean image: SSIM {first['floor_ssim']:.3f}. One training seed, one "
+        "attack seed."
+    )
+
+
+def verdict(rows: list[dict[str, Any]]) -> str:
+    """PATROL beside Taylor pruning in one sentence, from the rows."""
+    found = {row["method"]: row for row in rows}
+    if "taylor" not in found or "patrol" not in found:
+        return ""
+    one, two = found["taylor"], found["patrol"]
+    text = (f"PATROL against Taylor pruning at equal edge MACs: "
+            f"{100 * (two['map'] - one['map']):+.1f} points of mAP, SSIM of the strongest attack "
+            f"{two['ssim'] / one['ssim']:.2f} times")
+    if two["plates_rate"] is not None:
+        text += (f", plates read {percent(two['plates_rate'])} instead of "
+                 f"{percent(one['plates_rate'])}")
+    return text + "."
+
+
+def costs(rows: list[dict[str, Any]]) -> str:
+    table = [{
+        "method": NAMES[row["method"]], "macs": f"{row['edge_macs'] / 1e6:.2f} M",
+        "bytes": f"{row['feature_bytes'] / 1024:.0f} KiB",
+        **{k: percent(row[k]) for k in ("map", "rank1", "rank5", "minp")},
+        "ssim": row["ssim"], "attack": row["attack"], "ssim_worst5": row["ssim_worst5"],
+        "mse": row["mse"],
+    } for row in rows]
+    return render_table(table, {
+        "method": "method", "macs": "edge MACs", "bytes": "uploaded", "map": "mAP",
+        "rank1": "rank 1", "rank5": "rank 5", "minp": "mINP",
+        "ssim": "SSIM under the strongest attack", "attack": "which attack",
+        "ssim_worst5": "worst 5%", "mse": "its MSE",
+    }).strip()
+
+
+def leaks(rows: list[dict[str, Any]]) -> str:
+    """What could be read out of rebuilt pictures; the originals and chance in the last lines."""
+    kinds = {k: v for k, v in KINDS.items() if rows[0][f"{k}_rate"] is not None}
+    table = [{
+        "of": NAMES[row["method"]], **{k: percent(row[f"{k}_rate"]) for k in kinds},
+        "map": percent(row["named_map"]), "rank1": percent(row["named_rank1"]),
+    } for row in rows]
+    first = rows[0]
+    table.append({
+        "of": "the originals themselves", **{k: percent(first[f"{k}_original"]) for k in kinds},
+        "map": percent(first["named_map_original"]),
+        "rank1": percent(first["named_rank1_original"]),
+    })
+    table.append({
+        "of": "by chance", **{k: percent(first[f"{k}_chance"]) for k in kinds},
+        "map": percent(first["named_map_chance"]), "rank1": percent(first["named_rank1_chance"]),
+    })
+    return render_table(table, {
+        "of": "rebuilt from", **kinds, "map": "vehicle named, mAP", "rank1": "rank 1",
+    }).strip()
+
+
+def measured(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    first, versions = rows[0], record["versions"]
+    return (
+        f"Measured {first['date']} at {first['commit']} on {first['device']}, one thread beside "
+        f"other work, {first['minutes']:.0f} minutes; torch {versions['torch']}, torch-pruning "
+        f"{versions['torch-pruning']}; `python benchmarks/reid.py`."
+    )

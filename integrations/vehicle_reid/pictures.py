@@ -1,0 +1,221 @@
+"""The pictures of a re-identification set, read into memory and divided between who owns what."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
+from PIL import Image, UnidentifiedImageError
+from settings import ReidRun
+from torch import Tensor
+
+import patrol_prune as pp
+from patrol_prune.data import ImageSet
+from patrol_prune.errors import InputError
+from patrol_prune.reid_layout import ReidImage, ReidSet, read_reid, read_retrieval_folder
+from patrol_prune.vehicle_identities import write_vehicle_reid
+
+TRUTH = "attributes.json"
+_LEAST_STD = 1e-3
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Some pictures and what is known of them.
+
+    Attributes:
+        images: uint8 `[N, 3, S, S]`.
+        identities: `[N]`, as the set numbers them.
+        cameras: `[N]`, -1 where unknown.
+        truth: plates and places, where the set tells them.
+    """
+
+    images: Tensor
+    identities: Tensor
+    cameras: Tensor
+    truth: VehicleTruth | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def subset(self, indices: Sequence[int] | Tensor) -> Pictures:
+        """Some of them."""
+        index = torch.as_tensor(indices, dtype=torch.long)
+        return Pictures(self.images[index], self.identities[index], self.cameras[index],
+                        None if self.truth is None else _some(self.truth, index))
+
+    def and_then(self, other: Pictures) -> Pictures:
+        """These, and the other ones behind them, of the same set."""
+        truth = None
+        if self.truth is not None and other.truth is not None:
+            one, two = self.truth, other.truth
+            truth = VehicleTruth(one.plates + two.plates, torch.cat([one.boxes, two.boxes]),
+                                 one.scenes + two.scenes, torch.cat([one.hidden, two.hidden]))
+        return Pictures(*(torch.cat([getattr(self, key), getattr(other, key)])
+                          for key in ("images", "identities", "cameras")), truth)
+
+    def pixels(self) -> Tensor:
+        """float32 on [0, 1]."""
+        return self.images.float() / 255.0
+
+
+@dataclass(frozen=True)
+class Everybody:
+    """Who owns which pictures.
+
+    Attributes:
+        defender: what the model is trained, scored and fine-tuned on; its classes are identities.
+        inverter: the attacker's pictures that his inversion attacks learn from.
+        reader: the attacker's other pictures, which those attacks never saw: what readers of
+            plates and scenes learn from is rebuilt from these.
+        query, gallery: of the test part.
+        victims: positions among the queries whose uploads are inverted.
+        junk: as in `ReidSet`.
+        normalization: from pixels to the model's input.
+        layout: of the set.
+        digest: of every picture and label.
+    """
+
+    defender: ImageSet
+    inverter: Pictures
+    reader: Pictures
+    query: Pictures
+    gallery: Pictures
+    victims: Tensor
+    junk: tuple[tuple[int, ...], ...]
+    normalization: pp.Normalization
+    layout: str
+    digest: str
+
+    def example(self) -> Tensor:
+        """One picture as model input `[1, 3, S, S]`."""
+        return self.normalization.to_input(self.defender.pixels([0]))
+
+
+def everybody(config: ReidRun) -> Everybody:
+    """Read the set that the settings name, drawing it first where it is the rendered one.
+
+    The attacker's identities are none of the defender's; where test identities were trained on,
+    as in an image folder, the training pictures are divided one by one instead.
+
+    Raises:
+        InputError: a set that cannot be read, or too few identities or pictures for everybody.
+    """
+    root = set_folder(config)
+    found = read_set(config, root)
+    parts = [read(part, root, config.image_size)
+             for part in (found.train, found.query, found.gallery)]
+    train, query, gallery = parts
+    count = min(config.attackers.victims, len(query))
+    victims = torch.linspace(0, len(query) - 1, count).round().long()
+    generator = torch.Generator().manual_seed(config.seed)
+    closed = bool(set(train.identities.tolist()) & set(query.identities.tolist()))
+    theirs = _attackers(train, config.attackers.share, closed, generator)
+    own = train.subset((~theirs).nonzero().flatten())
+    attacker = _without(train.subset(theirs.nonzero().flatten()), query.subset(victims))
+    order = torch.randperm(len(attacker), generator=generator)
+    first = round(config.attackers.reader_share * len(attacker))
+    defender = _labelled(own)
+    if len(attacker) - first < 40 or first < 20 or len(defender.classes) < config.batch.identities:
+        raise InputError(
+            "Expected at least 40 pictures for the attacker to invert with, 20 to read with and "
+            f"{config.batch.identities} identities for the defender, came {len(attacker) - first}, "
+            f"{first} and {len(defender.classes)}. Give more pictures, or change "
+            "--attackers.share, --attackers.reader-share or --batch.identities."
+        )
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.images.numpy().tobytes() + part.identities.numpy().tobytes())
+    return Everybody(
+        defender, attacker.subset(order[first:]), attacker.subset(order[:first]), query, gallery,
+        victims, found.junk, _normalization(defender), found.layout,
+        digest.hexdigest(),
+    )
+
+
+def set_folder(config: ReidRun) -> Path:
+    """Where the pictures lie; the rendered ones are drawn there first."""
+    if config.data != "rendered":
+        return Path(config.data).expanduser()
+    drawn = config.rendered
+    root = Path(config.runs) / f"{config.name}-vehicles"
+    write_vehicle_reid(
+        root, identities=drawn.identities, cameras=drawn.cameras,
+        images_per_camera=drawn.images_per_camera, size=config.image_size, seed=config.seed,
+    )
+    return root
+
+
+def read_set(config: ReidRun, root: Path) -> ReidSet:
+    """Who is on which file."""
+    return read_retrieval_folder(root) if config.layout == "folder" else read_reid(root)
+
+
+def read(images: Sequence[ReidImage], root: Path, size: int) -> Pictures:
+    """The files, each stretched to a square: nothing of a narrow picture is cut off.
+
+    Raises:
+        InputError: a file that is no picture, by name.
+    """
+    pixels = np.empty((len(images), size, size, 3), dtype=np.uint8)
+    for row, image in enumerate(images):
+        try:
+            with Image.open(image.path) as handle:
+                picture = handle.convert("RGB")
+        except (UnidentifiedImageError, OSError, ValueError) as error:
+            raise InputError(
+                f"Expected a picture, but {image.path} cannot be read ({error}). Remove it."
+            ) from error
+        if picture.size != (size, size):
+            picture = picture.resize((size, size), Image.Resampling.BILINEAR)
+        pixels[row] = np.asarray(picture)
+    return Pictures(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor([image.identity for image in images]),
+        torch.tensor([image.camera for image in images]),
+        read_vehicle_truth(root, images, size) if (root / TRUTH).is_file() else None,
+    )
+
+
+def _attackers(
+    train: Pictures, share: float, closed: bool, generator: torch.Generator
+) -> Tensor:
+    """Which of the training pictures the attacker owns."""
+    if closed:
+        order = torch.randperm(len(train), generator=generator)
+        mine = torch.zeros(len(train), dtype=torch.bool)
+        mine[order[: round(share * len(train))]] = True
+        return mine
+    identities = train.identities.unique()
+    order = torch.randperm(len(identities), generator=generator)
+    return torch.isin(train.identities, identities[order[: round(share * len(identities))]])
+
+
+def _without(attacker: Pictures, victims: Pictures) -> Pictures:
+    """The attacker's pictures but for copies of a victim's."""
+    seen = {image.numpy().tobytes() for image in victims.images}
+    keep = [i for i, image in enumerate(attacker.images) if image.numpy().tobytes() not in seen]
+    return attacker.subset(keep)
+
+
+def _labelled(pictures: Pictures) -> ImageSet:
+    names, labels = pictures.identities.unique(return_inverse=True)
+    return ImageSet(pictures.images, labels, tuple(str(n) for n in names.tolist()))
+
+
+def _normalization(defender: ImageSet) -> pp.Normalization:
+    some = defender.pixels(torch.linspace(0, len(defender) - 1, min(2000, len(defender))).long())
+    mean, std = some.mean(dim=(0, 2, 3)), some.std(dim=(0, 2, 3)).clamp(min=_LEAST_STD)
+    return pp.Normalization(tuple(round(v, 4) for v in mean.tolist()),
+                            tuple(round(v, 4) for v in std.tolist()))
+
+
+def _some(truth: VehicleTruth, index: Tensor) -> VehicleTruth:
+    rows = index.tolist()
+    return VehicleTruth(tuple(truth.plates[i] for i in rows), truth.boxes[index],
+                        tuple(truth.scenes[i] for i in rows), truth.hidden[index])

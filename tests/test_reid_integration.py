@@ -1,0 +1,205 @@
+"""The vehicle re-identification script: parts by hand, and the whole path on a tiny drawn set."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from patrol_prune.audit_report import AuditReport
+from patrol_prune.leaks import PlateReader
+from patrol_prune.vehicle_truth import VehicleTruth
+
+FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
+MODULES = ("leak_checks", "page", "pictures", "run", "settings", "stages")
+TINY = [
+    "--data", "rendered", "--rendered.identities", "32", "--rendered.cameras", "3",
+    "--rendered.images-per-camera", "2", "--model", "small_resnet", "--name", "tiny",
+    "--batch.identities", "4", "--batch.images-each", "3", "--attackers.victims", "8",
+    "--train.epochs", "1", "--finetune.epochs", "1", "--finetune.surrogate-warmup-steps", "1",
+    "--finetune.inner-steps", "1", "--score.batches", "1", "--score.surrogate-steps", "1",
+    "--attackers.reader-share", "0.4", "--attackers.attacks",
+    '["linear_inverse", "inverse_network"]', "--attacker.epochs", "1", "--attacker.width", "8",
+    "--attacker.depth", "1", "--attacker.max-extensions", "0", "--attackers.examples", "3",
+]
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Any]:
+    """The modules of the script, imported as it imports them."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import leak_checks
+        import page
+        import pictures
+        import run
+
+        yield {"run": run, "pictures": pictures, "page": page, "leak_checks": leak_checks}
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in MODULES:
+            sys.modules.pop(name, None)
+
+
+def _pictures(script: Any, count: int) -> Any:
+    truth = VehicleTruth(
+        tuple("AB0"[i % 3] * 3 for i in range(count)), torch.zeros(count, 4, 2),
+        tuple("city" if i % 2 else "coast" for i in range(count)),
+        torch.arange(count) % 4 == 3,
+    )
+    images = torch.arange(count).view(-1, 1, 1, 1).expand(count, 3, 16, 16).to(torch.uint8)
+    return script["pictures"].Pictures(images, torch.arange(count) // 4, torch.arange(count) % 2,
+                                       truth)
+
+
+def test_pictures_keep_their_truth_when_parted_and_joined(script: Any) -> None:
+    every = _pictures(script, 12)
+    again = every.subset([0, 5, 7]).and_then(every.subset([11]))
+    assert again.images[:, 0, 0, 0].tolist() == [0, 5, 7, 11]
+    assert again.truth.plates == tuple(every.truth.plates[i] for i in (0, 5, 7, 11))
+    assert again.truth.hidden.tolist() == [False, False, True, True]
+    assert again.identities.tolist() == [0, 1, 1, 2]
+
+
+def test_an_attacker_owns_identities_or_in_a_closed_set_pictures(script: Any) -> None:
+    every = _pictures(script, 40)
+    generator = torch.Generator().manual_seed(0)
+    apart = script["pictures"]._attackers(every, 0.5, False, generator)
+    theirs, ours = (set(every.identities[m].tolist()) for m in (apart, ~apart))
+    assert len(theirs) == 5 and not theirs & ours
+    mixed = script["pictures"]._attackers(every, 0.5, True, generator)
+    assert int(mixed.sum()) == 20
+    assert set(every.identities[mixed].tolist()) & set(every.identities[~mixed].tolist())
+
+
+def test_what_a_reader_reads_is_counted_where_nothing_is_in_front(script: Any) -> None:
+    class Plates(PlateReader):
+        def __init__(self) -> None:
+            super().__init__()
+            self._places, self._network = (Counter("A"),) * 3, torch.nn.Identity()
+
+        def read(self, images: torch.Tensor, boxes: torch.Tensor) -> list[str]:
+            return ["AAA"] * len(images)
+
+    class Scenes:
+        def accuracy(self, images: torch.Tensor, scenes: Any) -> str:
+            return f"{len(images)} {len(scenes)}"
+
+    victims = _pictures(script, 12)
+    found = script["leak_checks"].read((Plates(), Scenes()), victims, victims.pixels())
+    # of 12 plates 3 are hidden; 0, 6 and 9 of the others say AAA
+    assert (found["plates"].rate, found["plates"].count) == (3 / 9, 9)
+    assert (found["characters"].rate, found["characters"].count) == (3 / 9, 27)
+    assert found["characters"].chance == pytest.approx(3 / 9)
+    assert found["plates"].chance == pytest.approx((3 / 9) ** 3)
+    assert found["scenes"] == "12 12"
+
+
+def test_settings_and_folders_that_do_not_fit_are_refused(script: Any, tmp_path: Path,
+                                                          capsys: Any) -> None:
+    main = script["run"].main
+    assert main(["--data", str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
+    assert "image_train" in capsys.readouterr().err
+    assert main(["--layout", "folder"]) == 2
+    assert "rendered set" in capsys.readouterr().err
+    assert main(["--attackers.attacks", '["inverse"]']) == 2
+
+
+def _result(script: Any) -> dict[str, Any]:
+    """As `result.json` has it, with numbers that tell where each of them went."""
+
+    def leak(rate: float) -> dict[str, Any]:
+        row = {"rate": rate, "chance": 0.05, "count": 9, "attack": "rmle", "reader": "own"}
+        return {"rows": [row, {**row, "rate": 0.0}], "strongest": row}
+
+    def about(k: float) -> dict[str, Any]:
+        record = {"subject": "edge", "attack": "rmle", "ssim": k, "ssim_worst5": k + 0.01}
+        named = {"map": k / 2, "rank1": k / 3, "attack": "rmle"}
+        return {
+            "retrieval": {"map": 0.9 - k / 10, "rank1": 0.95, "minp": 0.5},
+            "edge_macs": 36_500_000, "feature_bytes": 131_072,
+            "audit": {"strongest": record, "floor": {"ssim": 0.1, "ssim_worst5": 0.2},
+                      "records": [record, {**record, "subject": "floor"}], "flags": ["odd"],
+                      "leaks": {"plates": leak(k), "characters": leak(k), "scenes": leak(k),
+                                "identification": {"rows": [named], "strongest": named}}},
+        }
+
+    best = {"map": 0.97, "rank1": 0.98}
+    read = {"strongest": {"rate": 0.99}}
+    return {
+        "methods": {"dense": about(0.8), "taylor": about(0.7), "patrol": about(0.3)},
+        "originals": {"plates": read, "characters": read, "scenes": read,
+                      "identification": {"strongest": best,
+                                         "chance": {"map": 0.02, "rank1": 0.01}}},
+        "settings": {"name": "<b>", "model": "small_resnet", "attackers": {"examples": 2,
+                                                                           "seeds": [0]}},
+        "plan": {"at": "layer2"},
+        "data": {"layout": "veri-776", "counts": {
+            "query": 3, "gallery": 6, "test_identities": 3, "victims": 3, "inverter": 9,
+            "reader": 3}},
+    }
+
+
+def test_the_page_shows_each_row_with_its_plates_and_numbers(script: Any, tmp_path: Path) -> None:
+    page, result = script["page"], _result(script)
+    victims = _pictures(script, 3)
+    victims.truth.boxes[:] = torch.tensor([[2.0, 3.0], [9.0, 3.0], [9.0, 6.0], [2.0, 6.0]])
+    shown = victims.images.permute(0, 2, 3, 1).numpy()
+    audits = {m: AuditReport([], examples={"edge": shown}) for m in result["methods"]}
+    page.write_page(result, audits, victims, tmp_path / "index.html")
+    html = (tmp_path / "index.html").read_text()
+    assert html.count("data:image/png") == 2 * 2 * 4  # two pictures and plates in four rows
+    assert "<b>" not in html.split("<style>")[0] and "odd" in html
+    assert "-4.0 points" not in page.headline(result)
+    assert "+4.0 points of mAP" in page.headline(result)
+    assert "30.0% instead of 70.0%" in page.headline(result)
+    cells = {row["label"]: row["cells"] for row in page.comparison(result)}
+    assert cells["Plates read, whole"] == ["80.0%", "70.0%", "30.0%", "99.0%", "5.0%"]
+    assert cells["Likeness of rebuilt pictures, SSIM"] == [
+        "0.800", "0.700", "0.300", "1.000", "0.100"]
+    assert [r["plates"] for r in page.attack_rows(result)] == [0.8, 0.7, 0.3]
+    for kind in ("plates", "characters", "scenes"):  # a set without plates has no such rows
+        for about in result["methods"].values():
+            del about["audit"]["leaks"][kind]
+    assert "Plates read, whole" not in {row["label"] for row in page.comparison(result)}
+    assert "plates" not in page.headline(result)
+    assert page.plate_box([[2, 3], [12, 3], [12, 8], [2, 8]]) == pytest.approx(
+        (0.8, 2.4, 13.2, 8.6))
+
+
+@pytest.mark.slow
+def test_the_whole_path_and_again_from_where_it_stopped(script: Any, tmp_path: Path,
+                                                        capsys: Any) -> None:
+    main, runs = script["run"].main, ["--runs", str(tmp_path)]
+    assert main([*TINY, *runs]) == 0
+    told = capsys.readouterr().out
+    assert "Plates read, whole" in told and "PATROL" in told
+    run = tmp_path / "tiny"
+    result = json.loads((run / "result.json").read_text())
+    budget = result["plan"]["budget"]
+    assert list(result["methods"]) == ["dense", "taylor", "patrol"]
+    for method, about in result["methods"].items():
+        assert 0 <= about["retrieval"]["map"] <= 1
+        assert (about["edge_macs"] <= budget) is (method != "dense")
+        for kind in ("plates", "characters", "scenes"):
+            rows = about["audit"]["leaks"][kind]["rows"]
+            assert len(rows) == 2 * 3  # two attacks, three readers
+            best = about["audit"]["leaks"][kind]["strongest"]
+            assert best["rate"] == max(row["rate"] for row in rows)
+    assert result["originals"]["identification"]["chance"]["map"] < 1
+    page = (run / "index.html").read_text()
+    assert page.count("data:image/png") == 2 * 3 * 4  # picture and plate, three of each row
+    before = (run / "manifest.json").read_text()
+    (run / "index.html").unlink()
+    assert main([*TINY, *runs]) == 0  # the last stage alone
+    assert (run / "index.html").read_text() == page
+    assert json.loads(before)["stages"].keys() == json.loads(
+        (run / "manifest.json").read_text())["stages"].keys()
+    assert main([*TINY, *runs, "--seed", "1"]) == 2
+    assert "another run" in capsys.readouterr().err
