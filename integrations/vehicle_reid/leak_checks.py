@@ -7,11 +7,11 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from patrol_prune.leaks import Leak, PlateReader, ReaderConfig, SceneReader
 from pictures import Everybody, Pictures
 from torch import Tensor
 
 import patrol_prune as pp
+from patrol_prune.leaks import Leak, PlateReader, ReaderConfig, SceneReader
 
 OWN = "the attacker's own pictures"
 _DRAWS = 20

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
 from PIL import Image, UnidentifiedImageError
 from settings import ReidRun
 from torch import Tensor
@@ -19,6 +18,7 @@ from patrol_prune.data import ImageSet
 from patrol_prune.errors import InputError
 from patrol_prune.reid_layout import ReidImage, ReidSet, read_reid, read_retrieval_folder
 from patrol_prune.vehicle_identities import write_vehicle_reid
+from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
 
 TRUTH = "attributes.json"
 _LEAST_STD = 1e-3
