@@ -136,6 +136,9 @@ def with_defence(args: Frontier, data: Data, method: Method) -> tuple[pp.Split, 
     """A finished pruned model with one more defence, trained on with it for `sweep_epochs`."""
     origin = next(m for m in methods(replace(args, only=())) if m.key == method.start)
     base, known = defended(args, data, origin)
+    channels = RECIPES[method.recipe].upload_channels
+    if channels is not None:
+        base = narrowed(args, data, base, origin, channels)
     defence = defence_of(method)
     calibration = next(iter(data.batches(args.seed + 4, augment=False)))[0]
     split = defence.apply(base, calibration=calibration)
@@ -164,6 +167,23 @@ def with_defence(args: Frontier, data: Data, method: Method) -> tuple[pp.Split, 
     split.model.eval()
     return split, {**meta, "accuracy_before_finetuning": known["accuracy"],
                    "feature_bytes": defence.upload_bytes(split.feature_shape)}
+
+
+def narrowed(args: Frontier, data: Data, split: pp.Split, origin: Method, channels: int
+             ) -> pp.Split:
+    """The split with this many channels left in what it uploads, by PATROL's score; kept."""
+    folder = args.work / "models" / f"{origin.key}-upload-{channels}"
+    if not folder.is_dir():
+        method = Method("patrol", origin.split, "patrol", score_beta=args.beta)
+        importance = scored(args, data, method, split)
+        for name, group in importance.masks.table.groups.items():
+            if group.crossing is not None:
+                gone = importance.scores[name].argsort()[: group.channels - channels].tolist()
+                importance.masks.table.raw[name].prune(gone, record_history=False)
+        recalibrate_batchnorm(split.model, data.batches(args.seed + 1))
+        history = [*split.pruning_history, *importance.masks.table.graph.pruning_history()]
+        pp.save(split, folder, history=history)
+    return pp.load(folder, lambda: SmallResNet(10, width=args.width))
 
 
 def prune_and_finetune(args: Frontier, data: Data, method: Method, dense: SmallResNet,

@@ -31,6 +31,7 @@ class Recipe:
         epochs: as many times the sweep's.
         alpha: weight of each block's Lipschitz constant.
         lipschitz_form: of that term.
+        upload_channels: the upload is pruned to so many channels first, by PATROL's score.
     """
 
     surrogates: tuple[SurrogateSpec, ...] = DEFAULT_SURROGATES
@@ -43,6 +44,7 @@ class Recipe:
     epochs: int = 1
     alpha: float = 0.0
     lipschitz_form: LipschitzForm = "scale_free"
+    upload_channels: int | None = None
 
     def adversary(self) -> Adversary:
         return Adversary(images=self.images, surrogates=self.surrogates, loss=self.loss)
@@ -61,6 +63,8 @@ RECIPES: dict[str, Recipe] = {
     "pool": Recipe(surrogates=LARGE, images=None, pool=True),
     "features": Recipe(surrogates=LARGE, images=None, feature_weight=1.0),
     "long": Recipe(surrogates=LARGE, images=None, epochs=3),
+    "narrow-16": Recipe(upload_channels=16),
+    "narrow-8": Recipe(upload_channels=8),
     "lipschitz-paper": Recipe(alpha=0.02, lipschitz_form="paper"),
     "lipschitz-scale-free": Recipe(alpha=0.02),
     "lipschitz-spectral": Recipe(alpha=0.002, lipschitz_form="spectral"),
