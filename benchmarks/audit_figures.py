@@ -55,6 +55,8 @@ INSIDE = {
     "renewed": "larger surrogates, the weakest renewed",
     "pool": "larger surrogates with images of their own",
     "features": "larger surrogates, features distilled",
+    "narrow-16": "upload pruned to 16 channels first",
+    "narrow-8": "upload pruned to 8 channels first",
     "long": "larger surrogates, three times as long",
     "lipschitz-paper": "the paper's Lipschitz term alone",
     "lipschitz-scale-free": "the scale-free Lipschitz term alone",

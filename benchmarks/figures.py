@@ -331,6 +331,31 @@ def fidelity() -> str:
     return "\n\n".join([text, render_table(table, columns).strip(), circumstances(record)])
 
 
+def scores() -> str:
+    """Accuracy under each score and limit: after pruning, and after one epoch more."""
+    record = load("scores")
+    settings, found = record["settings"], {}
+    for row in record["rows"]:
+        key = (row["score"], row["max_pruning_ratio"])
+        found[key] = f"{100 * row['accuracy_before']:.1f}% / {100 * row['accuracy']:.1f}%"
+    limits = sorted({limit for _, limit in found})
+    names = {"second_order": "patrol", "absolute": "patrol_absolute"}
+    kinds = dict.fromkeys(score for score, _ in found)
+    table = [{"score": SCORES[names.get(score, score)],
+              **{f"{limit}": found.get((score, limit), "") for limit in limits}}
+             for score in kinds]
+    columns = {"score": "score", **{f"{limit}": f"at most {limit:.0%} of a group"
+                                    for limit in limits}}
+    text = (
+        f"The same trained model ({100 * settings['dense_accuracy']:.1f}%) cut after "
+        f"{settings['split']} and pruned at once to {settings['edge_macs']:.0%} of the edge's MACs, "
+        f"scored on {settings['calibration_images']:,} images, no privacy term: accuracy right "
+        f"after pruning / after one epoch of {settings['train_images']:,} images, one seed, on "
+        "10,000 test images of CIFAR-10. Columns: the largest share of a group that may go."
+    )
+    return "\n\n".join([text, render_table(table, columns).strip(), circumstances(record)])
+
+
 def rank(value: float | None) -> str:
     return "constant" if value is None else f"{value:.2f}"
 
@@ -353,6 +378,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "sweep": ("frontier", lambda: audit_figures.sweep(of_frontier(is_swept))),
     "gap": ("frontier", lambda: audit_figures.surrogate_gap(source("frontier"))),
     "fidelity": ("fidelity", fidelity),
+    "scores": ("scores", scores),
     "published": ("published", lambda: audit_figures.published(source("published"))),
     "bounds": ("bounds", lambda: audit_figures.bounds(source("bounds"))),
     "backbones": ("backbones",
