@@ -348,10 +348,11 @@ def scores() -> str:
                                     for limit in limits}}
     text = (
         f"The same trained model ({100 * settings['dense_accuracy']:.1f}%) cut after "
-        f"{settings['split']} and pruned at once to {settings['edge_macs']:.0%} of the edge's MACs, "
-        f"scored on {settings['calibration_images']:,} images, no privacy term: accuracy right "
-        f"after pruning / after one epoch of {settings['train_images']:,} images, one seed, on "
-        "10,000 test images of CIFAR-10. Columns: the largest share of a group that may go."
+        f"{settings['split']} and pruned at once to {settings['edge_macs']:.0%} of its edge's "
+        f"MACs, scored on {settings['calibration_images']:,} images, without privacy terms. "
+        "Accuracy right after pruning / after one epoch of "
+        f"{settings['train_images']:,} images; one seed, 10,000 test images of CIFAR-10. Columns: "
+        "the largest share of a group that may go."
     )
     return "\n\n".join([text, render_table(table, columns).strip(), circumstances(record)])
 
