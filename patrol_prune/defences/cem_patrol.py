@@ -52,7 +52,7 @@ class CemPatrol(AdversarialOnly):
         generator = torch.Generator().manual_seed(self.seed)
         noise = torch.randn(1, *example.shape[1:], generator=generator).to(example)
         objective = PatrolObjective(split, _sum_of_logits, precision="fp32", seed=self.seed)
-        importance = PatrolImportance(objective, normalizer=None)
+        importance = PatrolImportance(objective, task_change="absolute", normalizer=None)
         importance.accumulate(noise, torch.zeros(1))
         table = importance.masks.table
         gone = {}
