@@ -230,7 +230,8 @@ def test_removal_that_would_move_channels_between_groups_is_none() -> None:
     """One GroupNorm over two groups of the model side by side: they stay whole."""
     table = GroupTable.build(seeded(Joined(nn.GroupNorm(4, 20))), batch("")[:1])
     for name in ("left", "right"):
-        assert "'norm' puts a part of these channels into groups" in (table.groups[name].blocked or "")
+        why = table.groups[name].blocked or ""
+        assert "'norm' puts a part of these channels into groups" in why
 
 
 def test_what_stays_approximate_is_named() -> None:
