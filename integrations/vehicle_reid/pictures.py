@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
 from PIL import Image, UnidentifiedImageError
 from settings import ReidRun
 from torch import Tensor
@@ -19,6 +18,7 @@ from patrol_prune.data import ImageSet
 from patrol_prune.errors import InputError
 from patrol_prune.reid_layout import ReidImage, ReidSet, read_reid, read_retrieval_folder
 from patrol_prune.vehicle_identities import write_vehicle_reid
+from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
 
 TRUTH = "attributes.json"
 _LEAST_STD = 1e-3
@@ -78,6 +78,7 @@ class Everybody:
         junk: as in `ReidSet`.
         normalization: from pixels to the model's input.
         layout: of the set.
+        closed: whether the identities of the test were trained on, with other pictures.
         digest: of every picture and label.
     """
 
@@ -90,6 +91,7 @@ class Everybody:
     junk: tuple[tuple[int, ...], ...]
     normalization: pp.Normalization
     layout: str
+    closed: bool
     digest: str
 
     def example(self) -> Tensor:
@@ -134,7 +136,7 @@ def everybody(config: ReidRun) -> Everybody:
     return Everybody(
         defender, attacker.subset(order[first:]), attacker.subset(order[:first]), query, gallery,
         victims, found.junk, _normalization(defender), found.layout,
-        digest.hexdigest(),
+        closed, digest.hexdigest(),
     )
 
 
