@@ -62,8 +62,8 @@ def config_of(args: Reid) -> ReidRun:
         name="reid-photographs", seed=args.seed, attackers=Attackers(victims=81, share=0.4),
     )
     return replace(
-        small, train=FinetuneConfig(epochs=25, distill_weight=0.0),
-        finetune=replace(small.finetune, epochs=6),
+        small, train=FinetuneConfig(epochs=15, distill_weight=0.0),
+        finetune=replace(small.finetune, epochs=5),
         attacker=InverseNetworkConfig(width=32, depth=3, epochs=8, batch_size=32,
                                       max_extensions=1),
     )

@@ -155,6 +155,7 @@ def test_the_page_shows_each_row_with_its_plates_and_numbers(script: Any, tmp_pa
     page.write_page(result, audits, victims, tmp_path / "index.html")
     html = (tmp_path / "index.html").read_text()
     assert html.count("data:image/png") == 2 * 2 * 4  # two pictures and plates in four rows
+    assert "never saw in training" in html
     assert "<b>" not in html.split("<style>")[0] and "odd" in html
     assert "-4.0 points" not in page.headline(result)
     assert "+4.0 points of mAP" in page.headline(result)
@@ -164,6 +165,9 @@ def test_the_page_shows_each_row_with_its_plates_and_numbers(script: Any, tmp_pa
     assert cells["Likeness of rebuilt pictures, SSIM"] == [
         "0.800", "0.700", "0.300", "1.000", "0.100"]
     assert [r["plates"] for r in page.attack_rows(result)] == [0.8, 0.7, 0.3]
+    result["data"]["closed"] = True
+    page.write_page(result, audits, victims, tmp_path / "index.html")
+    assert "never saw" not in (tmp_path / "index.html").read_text()
     for kind in ("plates", "characters", "scenes"):  # a set without plates has no such rows
         for about in result["methods"].values():
             del about["audit"]["leaks"][kind]

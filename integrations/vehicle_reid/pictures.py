@@ -78,6 +78,7 @@ class Everybody:
         junk: as in `ReidSet`.
         normalization: from pixels to the model's input.
         layout: of the set.
+        closed: whether the identities of the test were trained on, with other pictures.
         digest: of every picture and label.
     """
 
@@ -90,6 +91,7 @@ class Everybody:
     junk: tuple[tuple[int, ...], ...]
     normalization: pp.Normalization
     layout: str
+    closed: bool
     digest: str
 
     def example(self) -> Tensor:
@@ -134,7 +136,7 @@ def everybody(config: ReidRun) -> Everybody:
     return Everybody(
         defender, attacker.subset(order[first:]), attacker.subset(order[:first]), query, gallery,
         victims, found.junk, _normalization(defender), found.layout,
-        digest.hexdigest(),
+        closed, digest.hexdigest(),
     )
 
 

@@ -98,7 +98,8 @@ class Work:
             "cameras": len(people.gallery.cameras.unique()), "victims": len(people.victims),
         }
         self.say("; ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in counts.items()) + ".")
-        self.folder.finish("data", digest=people.digest, counts=counts, layout=people.layout)
+        self.folder.finish("data", digest=people.digest, counts=counts, layout=people.layout,
+                           closed=people.closed)
 
     def do_plan(self) -> None:
         made = pp.plan(
