@@ -306,8 +306,11 @@ def main(args: Frontier) -> None:
     odd = sorted({row["method"] + "-" + row["split"] for row in rows
                   if {**settings, **row.get("made_with", {"seed": None})} != {
                       **settings, "commit": row.get("made_with", {}).get("commit")}})
-    before = {k: v for k, v in earlier_record(args).items() if k in OF_A_RECORD}
+    first = earlier_record(args)  # of rows kept from record to record, the oldest tells
+    before = {k: v for k, v in (first.get("earlier") or first).items() if k in OF_A_RECORD}
+    commits = dict.fromkeys(row["made_with"]["commit"] for row in rows if row["base"] != EARLIER)
     print(write("frontier", rows, settings=settings, workers_threads=args.threads, earlier=before,
+                commit=", ".join(commits) or commit(),
                 shifted=args.shifted and args.shifted.name, missing=missing,
                 with_other_settings=odd))
     asked = [step.key for step in steps(args) if step.key in missing]
