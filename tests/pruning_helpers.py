@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -10,6 +12,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional
 
+from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.masks import SoftMasks
 from patrol_prune.split import Split
 
@@ -51,6 +54,27 @@ def half_of_every_group(masks: SoftMasks, seed: int = 1) -> dict[str, Tensor]:
         size = group.channels // group.tie
         gone[name] = group.units(torch.randperm(size, generator=g)[: size // 2])
     return gone
+
+
+def assert_zero_is_removal(
+    model: nn.Module, x: Tensor, choice: Callable[[SoftMasks], dict[str, Tensor]]
+) -> None:
+    """Masked against really pruned, under layers that normalise over the masked channels."""
+
+    def run(net: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return net(x)
+
+    pruned, dense = copy.deepcopy(model), run(model)
+    masks = SoftMasks(model, x[:1])
+    assert masks.normalised and not masks.inexact
+    gone = choice(masks)
+    masks.zero(gone)
+    with masks.attached():
+        masked = run(model)
+    remove_channels(GroupTable.build(pruned, x[:1]), gone)
+    assert (masked - dense).abs().max() > 1e-2 * dense.abs().max()
+    assert (masked - run(pruned)).abs().max() <= 2e-6 * max(1.0, masked.abs().max())
 
 
 class Block(nn.Module):
