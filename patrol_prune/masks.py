@@ -8,9 +8,8 @@ and the transmitted feature where the group crosses the split:
 `m = 1` changes no bit; `m_c = 0` equals the removal of channel c, in evaluation and in training
 mode. A layer that normalises over the group's channels (LayerNorm, GroupNorm) takes its statistics
 over the live ones, with the weights `m` (`channel_norms.py`), and so does attention
-(`live_attention.py`). Exception: where such a layer
-normalises in a way of its own, or the removal would mix its groups (`SoftMasks.inexact`), its
-statistics still count a masked channel.
+(`live_attention.py`). Exception: a layer that normalises in a way of its own, whose statistics
+still count a masked channel (`SoftMasks.inexact`).
 
 The mask of a residual block is one number; it multiplies the output of the layer that gives the
 branch's value (METHOD.md 2.2). 1 changes no bit, 0 equals `remove_blocks`.

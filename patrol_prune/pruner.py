@@ -125,7 +125,9 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         followed(model, example_inputs, options["forward_fn"], make)
         self._example_inputs = example_inputs
         self._graph_options = {n: options.get(n) for n in _GRAPH_OPTIONS}
-        self._table = GroupTable.build(model, example_inputs, split=split, graph=self.DG)
+        self._table = GroupTable.build(
+            model, example_inputs, split=split, graph=self.DG, forward_fn=options["forward_fn"]
+        )
         self._tied()
         self._costs = MacModel(
             split, self._table, blocks=prunable_blocks(split, structures, self.ignored_layers)
@@ -147,7 +149,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         if not self._table.is_current():
             before = self._table
             self._table = GroupTable.build(
-                self.model, self._example_inputs, split=self.split, graph=self.DG
+                self.model, self._example_inputs, split=self.split, graph=self.DG,
+                forward_fn=self._graph_options["forward_fn"],
             )
             self._tied()
             self.initial = {**initial_widths(before, self._table, self.initial), **self.initial}

@@ -12,9 +12,11 @@ import torch
 from pruning_helpers import backbone, cifar_resnet, half_of_every_group, randomize
 from torch import Tensor, nn
 
+from patrol_prune._tp import GroupMagnitudeImportance
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.group_table import GroupTable, build_graph, remove_channels
 from patrol_prune.masks import SoftMasks
+from patrol_prune.pruner import PatrolPruner
 from patrol_prune.split import Split
 
 EXACT = [
@@ -285,6 +287,21 @@ def test_channels_summed_with_the_input_stay(wrap: Callable[[Tensor], object]) -
         masked = model(x)
     remove_channels(GroupTable.build(model, wrap(x)), gone)
     assert torch.allclose(model(x), masked, atol=1e-6)
+
+
+def test_a_pruners_own_forward_reaches_the_second_tracing() -> None:
+    model, x = OnTheInput(), torch.randn(2, 3, 8, 8)
+
+    def forward(net: nn.Module, given: dict[str, Tensor]) -> Tensor:
+        return net(given["picture"])
+
+    pruner = PatrolPruner(
+        model, {"picture": x}, GroupMagnitudeImportance(), split=Split(model, x, at="mix"),
+        edge_macs=0.7, forward_fn=forward,
+    )  # fmt: skip
+    assert "model's input" in (pruner.table.groups["branch.1"].blocked or "")
+    pruner.step()
+    assert model.branch[1].out_channels == 3 and model(x).shape == (2, 2, 8, 8)
 
 
 class BesideTheInput(nn.Module):
