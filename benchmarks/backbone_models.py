@@ -21,6 +21,8 @@ SEGMENTATION = (
     "lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "fcn_resnet50",
     "deeplabv3_resnet50", "fcn_resnet101", "deeplabv3_resnet101",
 )  # fmt: skip
+AUXILIARY = ("googlenet", "inception_v3")
+WITHOUT_HEADS = tuple(f"{name}, no auxiliary heads" for name in AUXILIARY)
 DETECTION = (
     "ssdlite320_mobilenet_v3_large", "fasterrcnn_mobilenet_v3_large_320_fpn",
     "fasterrcnn_mobilenet_v3_large_fpn", "ssd300_vgg16", "fasterrcnn_resnet50_fpn",
@@ -54,6 +56,8 @@ def classifiers() -> list[str]:
 
 def kind_of(name: str) -> str:
     """What a model is for; of all but classifiers only the backbone is taken, without a pyramid."""
+    if name in WITHOUT_HEADS:
+        return "classification, auxiliary heads off"
     if name in SEGMENTATION:
         return "segmentation backbone"
     return "detection backbone" if name in DETECTION else "classification"
@@ -66,17 +70,18 @@ def image_size(name: str) -> int:
 
 def build(name: str, size: int) -> nn.Module:
     """A model with random weights, statistics and affine parameters, in evaluation mode."""
-    kind = kind_of(name)
+    kind, name, _ = kind_of(name), *name.partition(",")[::2]
     options: dict[str, Any] = {"weights": None, "num_classes": CLASSES}
-    if kind != "classification":
+    backbone_only = kind.endswith("backbone")
+    if backbone_only:
         options["weights_backbone"] = None
     elif name.startswith("vit"):
         options["image_size"] = size
-    elif name in ("googlenet", "inception_v3"):
-        options["init_weights"] = False
+    elif name in AUXILIARY:
+        options |= {"init_weights": False, "aux_logits": "off" not in kind}
     with torch.random.fork_rng(devices=[]), uninitialised():
         model = torchvision.models.get_model(name, **options)
-    if kind != "classification":
+    if backbone_only:
         model = Maps(getattr(model.backbone, "body", model.backbone))
     fill(model)
     return model.eval()

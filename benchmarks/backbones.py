@@ -20,7 +20,15 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from backbone_models import DETECTION, SEGMENTATION, build, classifiers, image_size, kind_of
+from backbone_models import (
+    DETECTION,
+    SEGMENTATION,
+    WITHOUT_HEADS,
+    build,
+    classifiers,
+    image_size,
+    kind_of,
+)
 from jsonargparse import auto_cli
 from processes import told, within
 from record import ROOT, commit, write
@@ -239,7 +247,7 @@ def main(config: Backbones) -> None:
     torch.set_num_threads(config.threads)
     rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
     known = {(row["model"], row["place"]) for row in rows}
-    names = config.only or (*classifiers(), *SEGMENTATION, *DETECTION)
+    names = config.only or (*classifiers(), *WITHOUT_HEADS, *SEGMENTATION, *DETECTION)
     for place in config.at:
         for name in names:
             if (name, place) in known:

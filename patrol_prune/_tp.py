@@ -42,9 +42,10 @@ from patrol_prune.groups import (
 from patrol_prune.prunable import as_forward_fn, preserved
 
 __all__ = [
-    "BasePruner", "DependencyGraph", "Group", "GroupMagnitudeImportance", "GroupTaylorImportance",
-    "Importance", "bounded_enumeration", "joined_to_the_input", "leaves", "linear_scheduler",
-    "output_channels", "pruning_group", "replay", "run_part", "to_plain", "traced", "width_of",
+    "BasePruner", "DependencyGraph", "ExplodingGroupsError", "Group", "GroupMagnitudeImportance",
+    "GroupTaylorImportance", "Importance", "bounded_enumeration", "joined_to_the_input", "leaves",
+    "linear_scheduler", "output_channels", "pruning_group", "replay", "run_part", "to_plain",
+    "traced", "width_of",
 ]  # fmt: skip
 
 _layernorm = PrunerBox[tp.ops.OPTYPE.LN]
@@ -67,6 +68,10 @@ _MAX_SECONDS = 20.0
 _SLACK = 4
 _PRODUCT = "MulBackward0"
 _map_concat = _index_mapping.update_concat_index_mapping
+
+
+class ExplodingGroupsError(UnsupportedModelError):
+    """Following a model's channels would take longer, and more memory, than anyone has."""
 
 
 @contextmanager
@@ -183,7 +188,7 @@ def bounded_enumeration(model: nn.Module) -> Iterator[None]:
     any layer is wide, too many of them, or too much processor time end in an error.
 
     Raises:
-        UnsupportedModelError: the groups of the model explode.
+        ExplodingGroupsError: the groups of the model explode.
     """
     flatten = _index_mapping._FlattenIndexMapping
     add_dep, refresh, spread = Group.add_dep, _index_mapping.update_index_mapping, flatten.__call__
@@ -193,7 +198,7 @@ def bounded_enumeration(model: nn.Module) -> Iterator[None]:
     def check(length: int, total: int, where: str) -> None:
         slow = time.thread_time() - start > _MAX_SECONDS
         if length > longest or total > _MAX_INDICES or slow:
-            raise UnsupportedModelError(
+            raise ExplodingGroupsError(
                 f"its channel groups explode at {where}, which Torch-Pruning cannot follow"
             )
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune._tp import (
+    ExplodingGroupsError,
     bounded_enumeration,
     leaves,
     pruning_group,
@@ -102,6 +103,20 @@ def find_parts(
     names: list[str] = []
     blocked: dict[str, str] = {}
     failures = {"": failure}
+    exploded: dict[object, ExplodingGroupsError] = {}
+
+    def attempt(name: str, child: nn.Module) -> dict[str, str]:
+        if name not in inputs:
+            raise UnsupportedModelError("it does not map one tensor to one, once")
+        likeness = _likeness(child, inputs[name])
+        if likeness in exploded:  # most blocks of a stage are alike, and each takes seconds
+            raise exploded[likeness]
+        innermost = all(_weighted(c) < 2 for c in child.children())
+        try:
+            return _try(child, inputs[name], one_by_one=innermost)
+        except ExplodingGroupsError as error:
+            exploded[likeness] = error
+            raise
 
     def visit(prefix: str, module: nn.Module) -> None:
         for child_name, child in module.named_children():
@@ -109,10 +124,7 @@ def find_parts(
             if _weighted(child) < 2:
                 continue
             try:
-                if name not in inputs:
-                    raise UnsupportedModelError("it does not map one tensor to one, once")
-                innermost = all(_weighted(c) < 2 for c in child.children())
-                found = _try(child, inputs[name], one_by_one=innermost)
+                found = attempt(name, child)
             except UnsupportedModelError as error:
                 failures[name] = str(error)
                 visit(name, child)
@@ -123,6 +135,12 @@ def find_parts(
     visit("", model)
     runner = RunParts({name: inputs[name] for name in names})
     return Parts(tuple(names), blocked, failures), runner
+
+
+def _likeness(module: nn.Module, x: Tensor) -> object:
+    """What two modules have in common whose channels are followed alike."""
+    shapes = tuple((name, tuple(p.shape)) for name, p in module.named_parameters())
+    return repr(module), shapes, tuple(x.shape)
 
 
 def _inputs_of_modules(model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[str, Tensor]:

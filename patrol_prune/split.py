@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -335,11 +335,27 @@ def _childless(prefix: str, half: nn.Module) -> dict[str, nn.Module]:
 def _edge_macs(graph: CutGraph, example_inputs: Tensor | Sequence[Tensor]) -> list[int]:
     """MACs up to each cut.
 
-    A running sum over the nodes, if it agrees with `count_macs` for the whole model; otherwise
-    every edge is counted by itself.
+    A running sum over the nodes, if it agrees with `count_macs` for the whole model; else one over
+    the stretches between two cuts; where that does not agree either, every edge by itself.
     """
+    whole = count_macs(graph.model, example_inputs).total
     totals = list(accumulate(graph.facts[node].macs for node in graph.order))
-    if totals[-1] == count_macs(graph.model, example_inputs).total:
+    if totals[-1] == whole:
         return [totals[cut.position] for cut in graph.cuts]
+    sums = list(accumulate(_stretches(graph, example_inputs)))
+    if sums[-1] == whole:
+        return sums[:-1]
     pieces = (graph.piece(None, cut, "Edge") for cut in graph.cuts)
     return [count_macs(piece, example_inputs).total for piece in pieces]
+
+
+def _stretches(graph: CutGraph, example_inputs: Tensor | Sequence[Tensor]) -> list[int]:
+    """MACs from the input to the first cut, from each cut to the next, and to the output."""
+    x = _sample(graph.model, example_inputs)
+    found = []
+    for start, stop in pairwise((None, *graph.cuts, None)):
+        piece = graph.piece(start, stop, "Stretch")
+        found.append(count_macs(piece, x).total)
+        if stop is not None:
+            x = run_on(piece, x)
+    return found

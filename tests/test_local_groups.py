@@ -20,7 +20,8 @@ from torchvision.models.swin_transformer import (
     SwinTransformerBlockV2,
 )
 
-from patrol_prune._tp import GroupMagnitudeImportance
+from patrol_prune import local_groups
+from patrol_prune._tp import ExplodingGroupsError, GroupMagnitudeImportance
 from patrol_prune.checkpoint import load, save
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import UnsupportedModelError
@@ -207,6 +208,30 @@ def test_a_part_runs_once() -> None:
     model = nn.Sequential(Twice(), nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)))
     parts, _ = find_parts(model, run, "of a test")
     assert parts.names[-1] == "1" and "0.inner" not in parts.names
+
+
+class Explodes(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, width), nn.Linear(width, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x))
+
+
+def test_of_alike_parts_that_explode_one_is_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    followed = []
+
+    def explode(part: nn.Module, x: Tensor, *, one_by_one: bool) -> dict[str, str]:
+        followed.append((part, tuple(x.shape)))
+        raise ExplodingGroupsError("as in a test")
+
+    monkeypatch.setattr(local_groups, "_try", explode)
+    model = nn.Sequential(Explodes(4), Explodes(4), Explodes(6), nn.Linear(8, 3))
+    parts, _ = find_parts(model, run, "of a test")
+    assert parts.names == () and [part for part, _ in followed] == [model[0], model[2]]
+    assert {"0", "1", "2"} <= set(parts.failures)
+    assert parts.failures["1"] == parts.failures["0"] == "as in a test"
 
 
 class TwoHeads(nn.Module):

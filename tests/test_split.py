@@ -122,8 +122,9 @@ def test_training_mode_composes_too(name: str) -> None:
             assert torch.equal(value, after[key]), key
 
 
-def test_disagreeing_counters_fall_back_to_each_edge(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("stretches_agree", [True, False])
+def test_disagreeing_counters_fall_back_to_stretches_and_then_to_each_edge(
+    monkeypatch: pytest.MonkeyPatch, stretches_agree: bool
 ) -> None:
     model, x = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)), torch.zeros(1, 4)
     expected = [p.edge_macs for p in split_points(model, x)]
@@ -136,6 +137,8 @@ def test_disagreeing_counters_fall_back_to_each_edge(
         return graph
 
     monkeypatch.setattr(splits, "CutGraph", spoiled)
+    if not stretches_agree:
+        monkeypatch.setattr(splits, "_stretches", lambda *_: [1])
     assert [p.edge_macs for p in split_points(model, x)] == expected
 
 
