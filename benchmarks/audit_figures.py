@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 Row = dict[str, Any]
 
+USUAL_SPLIT = "layer3"
 METHODS = {
     "dense": "dense, not pruned",
     "taylor": "Taylor pruning",
@@ -194,6 +195,7 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
 def defence_name(row: Row) -> str:
     """The defence, the attackers inside where they are not the usual ones, and its base."""
     inside = f", {INSIDE[row['recipe']]}" if row.get("recipe") else ""
+    inside += f", after {row['split']}" if row["split"] != USUAL_SPLIT else ""
     return DEFENCES[row["method"]] + inside + (" †" if row.get("base") == "earlier" else "")
 
 
@@ -223,11 +225,12 @@ def surrogate_gap(circumstances: str) -> str:
 def sweep(circumstances: str) -> str:
     """Every defence at each strength: accuracy against the attacker's SSIM."""
     record = load("frontier")
-    rows = [r for r in record["rows"] if r.get("defence")]
+    rows = [r for r in record["rows"] if r.get("defence") and r["split"] == USUAL_SPLIT]
     if not rows:
         return "Not measured yet."
     settings = record["settings"]
-    missing = [m for m in record.get("missing", []) if m.startswith(("with-", "patrol-more-"))]
+    missing = [m for m in record.get("missing", []) if m.startswith(("with-", "patrol-more-"))
+               and f"-{USUAL_SPLIT}-" in m]
     table = []
     for row in sorted(rows, key=lambda r: (list(DEFENCES).index(r["method"]),
                                            r.get("recipe") or "", r["strength"])):

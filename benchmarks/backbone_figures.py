@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from patrol_prune.report import render_table
 
 Row = dict[str, Any]
 ALL = 80
+LIMIT = 60.0
+"""Seconds that a model's whole path at one split should stay under."""
+PLACES = ("first third", "middle", "last third")
 COLUMNS = {
-    "model": "model", "place": "where", "split": "split after", "image_size": "input",
-    "macs": "edge MACs", "of_dense": "of the dense edge", "mask_error": "mask against removal",
+    "model": "model", "image_size": "input", **{place: place for place in PLACES},
+    "of_dense": "of the dense edge", "mask_error": "mask against removal",
     "left": "left whole", "seconds": "seconds", "peak_mb": "MB", "status": "status",
 }  # fmt: skip
 
@@ -19,55 +23,68 @@ def backbones(record: dict[str, Any], source: str) -> str:
     """Summary, one table per kind, and what stays whole for which reason."""
     parts = [summary(record)]
     for kind in dict.fromkeys(row["kind"] for row in record["rows"]):
-        rows = [line(r) for r in sorted(record["rows"], key=by_name) if r["kind"] == kind]
-        parts.append(f"### {kind.capitalize()}\n\n" + render_table(rows, COLUMNS).strip())
+        models = by_model(row for row in record["rows"] if row["kind"] == kind)
+        table = render_table([line(rows) for rows in models.values()], COLUMNS).strip()
+        parts.append(f"### {kind[0].upper()}{kind[1:]}\n\n{table}")
     return "\n\n".join([*parts, unfollowed(record["rows"]), source])
+
+
+def by_model(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each model, by name, shallow to deep."""
+    models: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda r: (r["model"], PLACES.index(r["place"]))):
+        models.setdefault(row["model"], []).append(row)
+    return models
 
 
 def summary(record: dict[str, Any]) -> str:
     """How many of torchvision's classifiers, which not and why, and the slowest."""
     rows = [row for row in record["rows"] if row["kind"] == "classification"]
-    tried = {row["model"] for row in rows}
-    good = {row["model"] for row in rows if row["status"] == "ok"}
-    text = [f"**{len(good)} of {ALL}** classification models keep every invariant at a split."]
+    models = by_model(rows)
+    good = [name for name, of in models.items()
+            if len(of) == len(PLACES) and all(r["status"] == "ok" for r in of)]  # fmt: skip
+    text = [f"**{len(good)} of {ALL}** classification models keep every invariant at all three "
+            "splits."]  # fmt: skip
     failed = [f"{r['model']} at the {r['place']} ({r['status']})" for r in rows
               if r["status"] != "ok"]  # fmt: skip
     if failed:
         text.append(f"Not: {'; '.join(failed)}.")
-    if len(tried) < ALL:
-        text.append(f"{ALL - len(tried)} are not measured yet.")
-    slowest = max(rows, key=lambda row: row.get("cpu_seconds", 0.0))
+    missing = [name for name, of in models.items() if len(of) < len(PLACES)]
+    if missing or len(models) < ALL:
+        text.append(f"{ALL - len(models) + len(missing)} are not measured at all of them.")
+    slow = sorted((r for r in rows if r.get("seconds", 0.0) > LIMIT),
+                  key=lambda r: -r["seconds"])  # fmt: skip
+    over = "; ".join(f"{r['model']} at the {r['place']} {r['seconds']:.0f} s" for r in slow)
     text.append(
-        f"The slowest is {slowest['model']}, {slowest['cpu_seconds']:.0f} seconds of processor "
-        f"time for everything; the median is {median(rows):.0f}. Seconds in the table are the "
-        "wall clock's on a machine with much else to do."
+        f"The whole path of a model at a split took {median(rows):.0f} s in the middle, and more "
+        f"than {LIMIT:.0f} s {'nowhere' if not slow else 'here: ' + over}."
     )
     return " ".join(text)
 
 
-def by_name(row: Row) -> tuple[str, str]:
-    """Order of the rows in the table."""
-    return row["model"], row["place"]
-
-
 def median(rows: list[Row]) -> float:
-    """Middle processor time of the rows that have one."""
-    values = sorted(row["cpu_seconds"] for row in rows if "cpu_seconds" in row)
+    """Middle of the rows' seconds."""
+    values = sorted(row["seconds"] for row in rows if "seconds" in row)
     return float(values[len(values) // 2])
 
 
-def line(row: Row) -> Row:
-    """One row of the table."""
-    done = "edge_macs" in row
-    error = f"{row['max_error_mask_zeros']:.0e}" if "max_error_mask_zeros" in row else ""
-    if row.get("exact") is False:
-        error += f" ({len(row['inexact'])} inexact)"
+def line(rows: list[Row]) -> Row:
+    """One model: its splits, and the worst of its rows."""
+    done = [row for row in rows if "edge_macs" in row]
+    shares = [100 * row["edge_macs"] / row["edge_macs_dense"] for row in done]
+    errors = [row["max_error_mask_zeros"] for row in done if "max_error_mask_zeros" in row]
+    inexact = sum(len(row.get("inexact", [])) for row in done)
+    bad = [f"{row['place']}: {row['status']}" for row in rows if row["status"] != "ok"]
     return {
-        **row,
-        "macs": f"{row['edge_macs'] / 1e6:.1f} M" if done else "",
-        "of_dense": f"{100 * row['edge_macs'] / row['edge_macs_dense']:.2f}%" if done else "",
-        "mask_error": error, "left": row.get("left_whole", ""), "seconds": row.get("seconds", ""),
-        "peak_mb": row.get("peak_mb", ""),
+        "model": rows[0]["model"], "image_size": rows[0]["image_size"],
+        **{row["place"]: f"`{row['split']}`" if row["split"] else "" for row in rows},
+        "of_dense": f"{min(shares):.2f}% to {max(shares):.2f}%" if shares else "",
+        "mask_error": (f"{max(errors):.0e}" if errors else "") + f" ({inexact} inexact)"
+        * bool(inexact),
+        "left": max((row["left_whole"] for row in done), default=""),
+        "seconds": max((row["seconds"] for row in rows if "seconds" in row), default=""),
+        "peak_mb": max((row["peak_mb"] for row in rows if "peak_mb" in row), default=""),
+        "status": "; ".join(bad) or "ok",
     }  # fmt: skip
 
 

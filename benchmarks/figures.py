@@ -15,6 +15,7 @@ from typing import Any
 
 import audit_figures
 import backbone_figures
+import depth_figures
 import matplotlib
 import reid_figures
 import score_figures
@@ -93,6 +94,10 @@ def of_frontier(rows: Callable[[Row], bool]) -> str:
 
 def is_swept(row: Row) -> bool:
     return bool(row.get("defence"))
+
+
+def is_deeper(row: Row) -> bool:
+    return row["split"] == "layer4.0"
 
 
 def is_model(row: Row) -> bool:
@@ -300,6 +305,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "every-attack": ("frontier", lambda: audit_figures.every_attack(of_frontier(is_model))),
     "sweep": ("frontier", lambda: audit_figures.sweep(of_frontier(is_swept))),
     "gap": ("frontier", lambda: audit_figures.surrogate_gap(source("frontier"))),
+    "depth": ("frontier", lambda: depth_figures.depth(load("frontier"), of_frontier(is_deeper))),
     "fidelity": ("fidelity", lambda: score_figures.fidelity(*told("fidelity"))),
     "scores": ("scores", lambda: score_figures.scores(*told("scores"))),
     "published": ("published", lambda: audit_figures.published(source("published"))),

@@ -109,7 +109,7 @@ def attack_config(args: Frontier, step: Step) -> pp.InverseNetworkConfig:
     """The strong decoder. A feature of 16x16 or more costs four times as much, and converges
     sooner; fewer images are seen as often as many.
     """
-    shallow = step.method.split != "layer3"
+    shallow = step.method.split in ("layer1", "layer2")
     epochs = max(1, args.attack_epochs // 2) if shallow else args.attack_epochs
     epochs *= LONG if step.group == "long" else 1
     if step.fewer is not None or step.shifted:
@@ -178,7 +178,8 @@ def row_of(args: Frontier, step: Step, split: pp.Split, known: dict[str, Any],
         "dataset": DATASET, "model": f"resnet18-cifar-w{args.width}", "method": method.name,
         "defence": method.defence or None, "strength": method.strength if method.defence else None,
         "recipe": method.recipe or None, "base": base(args),
-        "split": method.split, "train_seed": args.seed,
+        "split": method.split, "train_seed": args.seed, "start": method.start or None,
+        "finetune_epochs": method.epochs, "max_pruning_ratio": method.max_pruning_ratio,
         "edge_macs": pp.edge_macs(split), "edge_params": pp.count_params(split.edge),
         "feature_bytes": known["feature_bytes"],
         "attack_seed": step.seed, "floor_ssim": floor["ssim"], "floor_mse": floor["mse"],
@@ -188,8 +189,14 @@ def row_of(args: Frontier, step: Step, split: pp.Split, known: dict[str, Any],
         "times_as_long": LONG if step.group == "long" else 1,
         **{k: known.get(k) for k in ("accuracy", "accuracy_before_finetuning", "surrogate_mse",
                                      "surrogate_ssim", "kept")},
-        "train_seconds": known["seconds"], "made_with": made_with(args),
+        "dense_accuracy": dense_accuracy(args), "train_seconds": known["seconds"],
+        "made_with": made_with(args),
     }
+
+
+def dense_accuracy(args: Frontier) -> float:
+    """Of the model that every method began with."""
+    return float(json.loads((args.work / "baseline" / "meta.json").read_text())["accuracy"])
 
 
 def base(args: Frontier) -> str:

@@ -71,7 +71,7 @@ class Method:
     """One compared method: how it scores channels, what training keeps on, how it is attacked.
 
     A `defence` is applied to the finished model of the method whose key is `start`, and trained
-    for `sweep_epochs` more.
+    for `sweep_epochs` more. `epochs` and `max_pruning_ratio` stand in for the experiment's.
     """
 
     name: str
@@ -87,6 +87,8 @@ class Method:
     strength: float = 0.0
     start: str = ""
     recipe: str = ""
+    epochs: int | None = None
+    max_pruning_ratio: float | None = None
 
     @property
     def key(self) -> str:
@@ -113,6 +115,7 @@ def methods(args: Frontier) -> list[Method]:
         Method("magnitude", "layer3", "magnitude"),
         replace(patrol, name="patrol-masks", score="masks", score_alpha=0.0, score_beta=0.0,
                 alpha=0.0, attack_seeds=(0,), every_attack=False),
+        *deeper(args),
         Method("dense", "layer2"),
         Method("dense", "layer1"),
         Method("taylor", "layer2", "taylor"),
@@ -135,6 +138,15 @@ SWEEP: dict[str, tuple[float, ...]] = {
     "laplacian_noise": (1.0,),
 }
 """Each defence and its strengths (see the defence for what the number is), most telling first."""
+
+
+DEEPER = "layer4.0"
+"""The deepest split whose edge can be brought to the budget here with its upload whole."""
+DEEPER_SWEEP: dict[str, tuple[float, ...]] = {
+    "none": (0.0,), "patrol": (10.0, 40.0), "disco": (0.5,), "feature_dropout": (0.5,),
+    "gaussian_noise": (1.0,),
+}
+"""What stands on the model that is cut there."""
 
 
 INSIDE: dict[str, tuple[float, ...]] = {
@@ -164,3 +176,16 @@ def swept(args: Frontier) -> list[Method]:
     # Each defence's first strength comes first, so that an interrupted sweep has a point of each.
     first = [p for p in points if p.strength == SWEEP[p.defence][0]]
     return [own, *first, *[p for p in points if p not in first]]
+
+
+def deeper(args: Frontier) -> list[Method]:
+    """More layers on the device at the same budget, and defences on top of that model.
+
+    So much must go there that the scores of first order leave a network of little use: this base
+    is pruned by the score of second order, up to 75% of a group.
+    """
+    base = Method("patrol-score-only", DEEPER, "patrol", epochs=8, max_pruning_ratio=0.75)
+    return [base, *[
+        Method(f"with-{name}", DEEPER, defence=name, strength=strength, start=base.key)
+        for name, strengths in DEEPER_SWEEP.items() for strength in strengths
+    ]]

@@ -192,16 +192,17 @@ def prune_and_finetune(args: Frontier, data: Data, method: Method, dense: SmallR
 
     Learned masks take more than half of the epochs, so that no method trains for longer.
     """
-    epochs = args.finetune_epochs
+    epochs = whole = method.epochs or args.finetune_epochs
     if method.score == "masks":
-        epochs = max(1, args.finetune_epochs // 2 + 1)
+        epochs = max(1, whole // 2 + 1)
         pruned = masked(args, data, method, dense, split, budget, epochs)
-        epochs = max(1, args.finetune_epochs - epochs)
+        epochs = max(1, whole - epochs)
     else:
         pruner = pp.PatrolPruner(split.model, split.example_inputs,
                                  scored(args, data, method, split), split=split,
                                  edge_macs=budget, boundary="keep",
-                                 max_pruning_ratio=args.max_pruning_ratio)
+                                 max_pruning_ratio=method.max_pruning_ratio
+                                 or args.max_pruning_ratio)
         pruned = pruner.step()
     objective = objective_for(split, method.alpha, method.beta, args.seed + 10)
     recalibrate_batchnorm(split.model, data.batches(args.seed + 1))

@@ -1,0 +1,77 @@
+"""The table about depth: more layers on the device at the same budget, and defences on top."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from audit_figures import DEFENCES, STRENGTHS, USUAL_SPLIT
+
+from patrol_prune.report import render_table
+
+Row = dict[str, Any]
+STRONG = "inverse_network_ssim"
+BASES = {"taylor-layer3": "Taylor's score", "patrol-score-only-layer4.0": "PATROL's score"}
+COLUMNS = {
+    "split": "split after", "base": "pruned by", "defence": "trained on with",
+    "strength": "strength", "accuracy": "accuracy", "ssim": "attacker's SSIM",
+    "worst": "worst 5%", "mse": "attacker's MSE", "believed": "surrogates believed",
+    "macs": "edge MACs", "bytes": "uploaded", "plateau": "plateau",
+}
+
+
+def depth(record: dict[str, Any], measured: str) -> str:
+    """One line for each defended model, the usual split's first."""
+    rows = [row for row in record["rows"] if row.get("start") in BASES
+            and row["attack"] == STRONG and row.get("times_as_long", 1) == 1
+            and row.get("victim_images", 0) >= 1_000]
+    rows += [row for row in record["rows"] if row.get("base") != "earlier"
+             and row.get("start") is None and row.get("defence") in ("none", "patrol", "disco")
+             and row.get("recipe") is None]
+    if not any(row["split"] != USUAL_SPLIT for row in rows):
+        return "Not measured yet."
+    dense = next(row["dense_accuracy"] for row in rows if row.get("dense_accuracy"))
+    rows.sort(key=lambda row: (row["split"], list(DEFENCES).index(row["method"]),
+                               row["strength"]))
+    settings = record["settings"]
+    return "\n\n".join([
+        f"The same budget at two depths. Each base is pruned, fine-tuned (5 and 8 epochs of "
+        f"{settings['train_images']:,} images), then trained with a defence for "
+        f"{settings['sweep_epochs']} epochs of {settings['sweep_images']:,} images more, and "
+        "attacked by a fresh residual decoder (MSE + SSIM); 1,000 test images, one training seed. "
+        f"The dense model has {100 * dense:.1f}%. Floor, the mean image: "
+        f"SSIM {rows[-1]['floor_ssim']:.3f}.",
+        render_table([line(row) for row in rows], COLUMNS).strip(),
+        within(rows, dense), measured,
+    ])
+
+
+def line(row: Row) -> dict[str, str]:
+    believed = row.get("surrogate_mse")
+    return {
+        "split": row["split"], "base": BASES.get(row.get("start") or "taylor-layer3", ""),
+        "defence": DEFENCES[row["method"]],
+        "strength": STRENGTHS.get(row["defence"], "").format(row["strength"]),
+        "accuracy": f"{100 * row['accuracy']:.1f}%", "ssim": f"{row['ssim']:.3f}",
+        "worst": f"{row['ssim_worst5']:.3f}", "mse": f"{row['mse']:.4f}",
+        "believed": "" if believed is None else f"{believed:.4f}",
+        "macs": f"{row['edge_macs'] / 1e6:.2f} M",
+        "bytes": f"{row['feature_bytes'] / 1024:.3g} KiB",
+        "plateau": "yes" if row["plateau"] else "no",
+    }
+
+
+def within(rows: list[Row], dense: float) -> str:
+    """The most private row within one and three points of the dense model."""
+    found = []
+    for points, goal in ((1, 0.22), (3, 0.17)):
+        near = [row for row in rows if row["accuracy"] >= dense - points / 100]
+        if not near:
+            found.append(f"No row is within {points} point{'s' * (points > 1)} of the dense model.")
+            continue
+        best = min(near, key=lambda row: row["ssim"])
+        found.append(
+            f"Within {points} point{'s' * (points > 1)} of the dense model the most private row "
+            f"is {DEFENCES[best['method']]} after {best['split']} (SSIM {best['ssim']:.3f}; the "
+            f"goal of {goal} is {'met' if best['ssim'] <= goal else 'not met'})."
+        )
+    return " ".join(found)
