@@ -42,12 +42,18 @@ class Reid:
         work: folder of the runs.
         photographs: an image folder to measure instead of the rendered vehicles, a class as an
             identity.
+        at: where to cut.
+        beta: weight of PATROL's adversarial term.
+        epochs: of fine-tuning, where not the usual ones.
         threads: of torch.
         seed: of everything.
     """
 
     work: Path = Path("runs")
     photographs: Path | None = None
+    at: str = "layer2"
+    beta: float = 40.0
+    epochs: int | None = None
     threads: int = 1
     seed: int = 0
 
@@ -55,18 +61,27 @@ class Reid:
 def config_of(args: Reid) -> ReidRun:
     """The settings of the run."""
     work = str(args.work.expanduser())
+    other = "" if usual(args) else f"-{args.at}-beta-{args.beta:g}"
+    plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at)
+    plain = replace(plain, privacy=replace(plain.privacy, beta=args.beta), finetune=replace(
+        plain.finetune, epochs=args.epochs or plain.finetune.epochs))
     if args.photographs is None:
-        return ReidRun(runs=work, name="reid-rendered", seed=args.seed)
-    small = ReidRun(
-        data=str(args.photographs.expanduser()), layout="folder", image_size=64, runs=work,
-        name="reid-photographs", seed=args.seed, attackers=Attackers(victims=81, share=0.4),
+        return plain
+    small = replace(
+        plain, data=str(args.photographs.expanduser()), layout="folder",
+        name=f"reid-photographs{other}", attackers=Attackers(victims=81, share=0.4),
     )
     return replace(
         small, train=FinetuneConfig(epochs=15, distill_weight=0.0),
-        finetune=replace(small.finetune, epochs=5),
+        finetune=replace(small.finetune, epochs=args.epochs or 5),
         attacker=InverseNetworkConfig(width=32, depth=3, epochs=8, batch_size=32,
                                       max_extensions=1),
     )
+
+
+def usual(args: Reid) -> bool:
+    """Whether this is the cut and the strength that the record began with."""
+    return (args.at, args.beta) == (Reid.at, Reid.beta)
 
 
 def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
@@ -77,7 +92,8 @@ def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
         audit = about["audit"]
         row = {
             "dataset": dataset, "model": result["settings"]["model"], "method": method,
-            "split": result["plan"]["at"], "train_seed": result["settings"]["seed"],
+            "split": result["plan"]["at"], "beta": result["settings"]["privacy"]["beta"],
+            "train_seed": result["settings"]["seed"],
             **{k: about[k] for k in ("edge_macs", "edge_params", "feature_bytes")},
             **about["retrieval"], **{k: audit["strongest"].get(k) for k in KEPT},
             "floor_ssim": audit["floor"]["ssim"], "floor_mse": audit["floor"]["mse"],
@@ -125,7 +141,8 @@ def main(args: Reid) -> None:
             for row in rows(result, dataset)]
     target = ROOT / "results" / "reid.json"
     before = json.loads(target.read_text())["rows"] if target.exists() else []
-    kept = [row for row in before if row["dataset"] != dataset]
+    kept = [row for row in before
+            if (row["dataset"], row["split"], row["beta"]) != (dataset, args.at, args.beta)]
     settings = {k: v for k, v in asdict(config).items() if k not in ("data", "runs")}
     every = sorted(kept + mine, key=lambda row: not row["dataset"].startswith("rendered"))
     print(write("reid", every, settings=settings))

@@ -11,10 +11,12 @@ KINDS = {"plates": "plates read", "characters": "characters", "scenes": "places"
 
 
 def reid(record: dict[str, Any]) -> str:
-    """For each set: a sentence, what it costs, and what the uploads give away."""
+    """For each run: a sentence, what it costs, and what the uploads give away."""
     blocks = []
-    for dataset in dict.fromkeys(row["dataset"] for row in record["rows"]):
-        rows = [row for row in record["rows"] if row["dataset"] == dataset]
+    runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        runs.setdefault((row["dataset"], row["split"], row["beta"]), []).append(row)
+    for rows in runs.values():
         blocks += [about(rows), verdict(rows), costs(rows), leaks(rows), measured(record, rows)]
     return "\n\n".join(block for block in blocks if block)
 
@@ -30,7 +32,8 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"**{first['dataset'][0].upper()}{first['dataset'][1:]}**: {first['model']} with a BNNeck, "
         f"cut after {first['split']}, trained for {first['epochs'][0]} epochs on "
         f"{counts['defender']:,} pictures of {counts['identities']} identities and fine-tuned for "
-        f"{first['epochs'][1]}; {counts['query']} queries in a gallery of {counts['gallery']} "
+        f"{first['epochs'][1]}, PATROL at β {first['beta']:g}; {counts['query']} queries in a "
+        f"gallery of {counts['gallery']} "
         f"pictures of {counts['test_identities']} identities. The attacker owns "
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
         f"attacked. Floor, the mean image: SSIM {first['floor_ssim']:.3f}. One training seed, one "
