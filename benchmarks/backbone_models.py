@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 CLASSES = 10
 SMALLEST = 64
-SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56, "swin_v2_": 128, "swin_": 112}
+SIZES = {"inception_v3": 299, "maxvit_t": 224, "vit_h_14": 56, "swin_v2_": 128, "swin_": 112,
+         "ssd300_": 300}
 """Input sides other than 64, by the beginning of the name: an auxiliary head, a fixed partition, a
-patch of 14 pixels, windows of 8 and of 7 that would otherwise be mostly padding."""
+patch of 14 pixels, windows of 8 and of 7 that would otherwise be mostly padding, a size that the
+last of many strided layers needs."""
 
 SEGMENTATION = (
     "lraspp_mobilenet_v3_large", "deeplabv3_mobilenet_v3_large", "fcn_resnet50",

@@ -82,7 +82,8 @@ def steps(args: Frontier) -> list[Step]:
     thorough: list[Step] = []
     for m in (m for m in rows if m.every_attack):
         thorough += [Step(m, "white", WHITE, optimised=True)]
-        thorough += [Step(m, name, (name,)) for name in LEARNED]
+        thorough += [Step(m, name, (name,)) for name in LEARNED
+                     if not (m.defence and name == STRONG)]
         if m.name == "dense":  # a ceiling, not a competitor
             continue
         thorough += [Step(m, "long", (STRONG,))]

@@ -143,10 +143,12 @@ SWEEP: dict[str, tuple[float, ...]] = {
 DEEPER = "layer4.0"
 """The deepest split whose edge can be brought to the budget here with its upload whole."""
 DEEPER_SWEEP: dict[str, tuple[float, ...]] = {
-    "none": (0.0,), "patrol": (10.0, 40.0), "disco": (0.5,), "feature_dropout": (0.5,),
-    "gaussian_noise": (1.0,),
+    "none": (0.0,), "patrol": (10.0, 40.0), "patrol@longer": (10.0,), "disco": (0.5,),
+    "feature_dropout": (0.5,), "gaussian_noise": (1.0,),
 }
-"""What stands on the model that is cut there."""
+"""What stands on the model that is cut there: the defence, its recipe, its strengths."""
+DEEPER_BEST = ("with-patrol", "", 10.0)
+"""Of these, what meets every attack."""
 
 
 INSIDE: dict[str, tuple[float, ...]] = {
@@ -185,7 +187,11 @@ def deeper(args: Frontier) -> list[Method]:
     is pruned by the score of second order, up to 75% of a group.
     """
     base = Method("patrol-score-only", DEEPER, "patrol", epochs=8, max_pruning_ratio=0.75)
-    return [base, *[
-        Method(f"with-{name}", DEEPER, defence=name, strength=strength, start=base.key)
-        for name, strengths in DEEPER_SWEEP.items() for strength in strengths
-    ]]
+    rows = [base]
+    for name, strengths in DEEPER_SWEEP.items():
+        defence, _, recipe = name.partition("@")
+        rows += [Method(f"with-{defence}", DEEPER, defence=defence, strength=strength,
+                        start=base.key, recipe=recipe,
+                        every_attack=(f"with-{defence}", recipe, strength) == DEEPER_BEST)
+                 for strength in strengths]
+    return rows

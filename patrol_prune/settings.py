@@ -40,8 +40,8 @@ class ScoreConfig:
         task_change: how the first is predicted: "second_order", or "absolute" to first order.
         batches: calibration batches.
         surrogate_steps: steps of the surrogate attackers before scoring.
-        max_pruning_ratio: the largest share of a group's channels that may go; first-order scores
-            underrate the last channels of a layer.
+        max_pruning_ratio: the largest share of a group's channels that may go; scores underrate
+            the last channels of a layer, those of first order most (docs/method.md).
         min_channels: the fewest channels a group keeps.
         round_to: kept numbers are multiples of this.
         steps: prune in so many steps, scores refreshed between.
@@ -55,7 +55,7 @@ class ScoreConfig:
     task_change: TaskChange = "second_order"
     batches: int = 20
     surrogate_steps: int = 150
-    max_pruning_ratio: float = 0.6
+    max_pruning_ratio: float = 0.75
     min_channels: int = 2
     round_to: int | None = None
     steps: int = 1
