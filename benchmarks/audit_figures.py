@@ -184,8 +184,14 @@ def every_attack(circumstances: str) -> str:
     return "\n\n".join(filter(None, [
         render_table(table, columns).strip(),
         "\\* had not reached its plateau: a longer attack would see more.",
-        f"Not measured: {', '.join(missing)}." * bool(missing), circumstances,
+        not_measured(missing), circumstances,
     ]))
+
+
+def not_measured(missing: list[str]) -> str:
+    """How many points the benchmark knows of that nobody has waited for."""
+    return (f"{len(missing)} points that the benchmark knows are not measured; `missing` in the "
+            "record names them.") * bool(missing)
 
 
 def verdict(groups: dict[str, dict[str, Row]]) -> str:
@@ -252,8 +258,7 @@ def sweep(circumstances: str) -> str:
     if not rows:
         return "Not measured yet."
     settings = record["settings"]
-    missing = [m for m in record.get("missing", []) if m.startswith(("with-", "patrol-more-"))
-               and f"-{USUAL_SPLIT}-" in m]
+    missing = [m for m in record.get("missing", []) if m.startswith(("with-", "patrol-more-"))]
     table = []
     for row in sorted(rows, key=lambda r: (list(DEFENCES).index(r["method"]),
                                            r.get("recipe") or "", r["strength"])):
@@ -282,8 +287,7 @@ def sweep(circumstances: str) -> str:
         "before. Edge MACs are equal but where the table says otherwise; quantisation and a "
         "bottleneck upload less. Rows with † stand on an earlier training of the same models "
         "(dense 84.6%), whose weights were not kept: compare them with their own \"none\".",
-        render_table(table, columns).strip(),
-        f"Not measured: {', '.join(missing)}." * bool(missing), circumstances,
+        render_table(table, columns).strip(), not_measured(missing), circumstances,
     ])
 
 
@@ -354,24 +358,6 @@ def bounds(circumstances: str) -> str:
         "unbiased attackers above the mean image's error is void: a biased attacker does better. "
         "Information is an estimate of an upper bound, from the variances alone.",
         render_table(table, columns).strip(), circumstances,
-    ])
-
-
-def throughput(circumstances: str) -> str:
-    """Milliseconds per image of rMLE, together and one at a time."""
-    record = load("throughput")
-    columns = {"edge": "edge", "precision": "precision", "images": "together",
-               "ms_per_image_together_wall": "ms per image",
-               "ms_per_image_alone_wall": "one at a time, ms", "times_faster_wall": "times faster",
-               "times_faster_cpu": "in CPU time", "mse_together": "MSE together",
-               "mse_alone": "MSE one at a time"}
-    steps, threads = record["rows"][0]["steps"], record["threads"]
-    met = [row for row in record["rows"] if row["times_faster_wall"] >= 5.0]
-    return "\n\n".join([
-        f"rMLE, {steps} steps, {threads} threads, both ways in turns within one process; medians. "
-        "The MSE is over the images that ran both ways. The goal of 5 times is met in "
-        f"{len(met)} of {len(record['rows'])} rows.",
-        render_table(record["rows"], columns).strip(), circumstances,
     ])
 
 
