@@ -10,7 +10,8 @@ from patrol_prune.report import render_table
 
 Row = dict[str, Any]
 STRONG = "inverse_network_ssim"
-BASES = {"taylor-layer3": "Taylor's score", "patrol-score-only-layer4.0": "PATROL's score"}
+BASES = {"taylor-layer3": "Taylor's score", "patrol-score-only-layer4.0": "PATROL's score",
+         "patrol-score-only-layer4": "PATROL's score"}
 COLUMNS = {
     "split": "split after", "base": "pruned by", "defence": "trained on with",
     "strength": "strength", "accuracy": "accuracy", "ssim": "attacker's SSIM",

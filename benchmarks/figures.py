@@ -97,7 +97,7 @@ def is_swept(row: Row) -> bool:
 
 
 def is_deeper(row: Row) -> bool:
-    return row["split"] == "layer4.0"
+    return row["split"].startswith("layer4")
 
 
 def is_model(row: Row) -> bool:

@@ -140,14 +140,14 @@ SWEEP: dict[str, tuple[float, ...]] = {
 """Each defence and its strengths (see the defence for what the number is), most telling first."""
 
 
-DEEPER = "layer4.0"
-"""The deepest split whose edge can be brought to the budget here with its upload whole."""
-DEEPER_SWEEP: dict[str, tuple[float, ...]] = {
-    "none": (0.0,), "patrol": (10.0, 40.0), "patrol@longer": (10.0,), "disco": (0.5,),
-    "feature_dropout": (0.5,), "gaussian_noise": (1.0,),
+DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
+    "layer4.0": {"none": (0.0,), "patrol": (10.0, 40.0), "patrol@longer": (10.0,),
+                 "disco": (0.5,), "feature_dropout": (0.5,), "gaussian_noise": (1.0,)},
+    "layer4": {"none": (0.0,), "patrol": (10.0,)},
 }
-"""What stands on the model that is cut there: the defence, its recipe, its strengths."""
-DEEPER_BEST = ("with-patrol", "", 10.0)
+"""Deeper splits whose edge can be brought to the budget with the upload whole, and what stands on
+each pruned model: the defence, its recipe, its strengths."""
+DEEPER_BEST = ("with-patrol-10-layer4.0",)
 """Of these, what meets every attack."""
 
 
@@ -186,12 +186,12 @@ def deeper(args: Frontier) -> list[Method]:
     So much must go there that the scores of first order leave a network of little use: this base
     is pruned by the score of second order, up to 75% of a group.
     """
-    base = Method("patrol-score-only", DEEPER, "patrol", epochs=8, max_pruning_ratio=0.75)
-    rows = [base]
-    for name, strengths in DEEPER_SWEEP.items():
-        defence, _, recipe = name.partition("@")
-        rows += [Method(f"with-{defence}", DEEPER, defence=defence, strength=strength,
-                        start=base.key, recipe=recipe,
-                        every_attack=(f"with-{defence}", recipe, strength) == DEEPER_BEST)
-                 for strength in strengths]
-    return rows
+    rows = []
+    for split, defences in DEEPER.items():
+        base = Method("patrol-score-only", split, "patrol", epochs=8, max_pruning_ratio=0.75)
+        rows.append(base)
+        for name, strengths in defences.items():
+            defence, _, recipe = name.partition("@")
+            rows += [Method(f"with-{defence}", split, defence=defence, strength=strength,
+                            start=base.key, recipe=recipe) for strength in strengths]
+    return [replace(row, every_attack=row.key in DEEPER_BEST) for row in rows]
