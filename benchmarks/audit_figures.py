@@ -61,7 +61,7 @@ INSIDE = {
     "features": "larger surrogates, features distilled",
     "narrow-16": "upload pruned to 16 channels first",
     "narrow-8": "upload pruned to 8 channels first",
-    "longer": "three times as long",
+    "longer": "three times as long", "taylor": "on Taylor pruning",
     "long": "larger surrogates, three times as long",
     "lipschitz-paper": "the paper's Lipschitz term alone",
     "lipschitz-scale-free": "the scale-free Lipschitz term alone",
@@ -212,7 +212,7 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
     )
     if ours == "deeper":
         sent = {m: next(iter(groups[m].values()))["feature_bytes"] / 1024 for m in ssim}
-        text += (" It is cut one block deeper than Taylor pruning, for which its scores make room, "
+        text += (" It is cut one block deeper than Taylor pruning here "
                  f"and uploads {sent[ours]:.0f} KiB instead of {sent['taylor']:.0f}.")
     plain = ATTACKS["inverse_network"]
     if all(plain in ssim[m] for m in ssim):

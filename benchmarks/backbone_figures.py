@@ -26,7 +26,8 @@ def backbones(record: dict[str, Any], source: str) -> str:
         models = by_model(row for row in record["rows"] if row["kind"] == kind)
         table = render_table([line(rows) for rows in models.values()], COLUMNS).strip()
         parts.append(f"### {kind[0].upper()}{kind[1:]}\n\n{table}")
-    return "\n\n".join([*parts, unfollowed(record["rows"]), source])
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in record["rows"]))
+    return "\n\n".join([*parts, unfollowed(record["rows"]), f"{source} Rows at {commits}."])
 
 
 def by_model(rows: Iterable[Row]) -> dict[str, list[Row]]:

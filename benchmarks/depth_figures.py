@@ -10,8 +10,11 @@ from patrol_prune.report import render_table
 
 Row = dict[str, Any]
 STRONG = "inverse_network_ssim"
-BASES = {"taylor-layer3": "Taylor's score", "patrol-score-only-layer4.0": "PATROL's score",
-         "patrol-score-only-layer4": "PATROL's score"}
+BASES = {
+    "taylor-layer3": "Taylor's score", "taylor-layer4.0": "Taylor's score",
+    "patrol-score-only-layer4.0": "second-order score",
+    "patrol-score-only-layer4": "second-order score",
+}
 COLUMNS = {
     "split": "split after", "base": "pruned by", "defence": "trained on with",
     "strength": "strength", "accuracy": "accuracy", "ssim": "attacker's SSIM",
@@ -35,8 +38,8 @@ def depth(record: dict[str, Any], measured: str) -> str:
                                row["strength"]))
     settings = record["settings"]
     return "\n\n".join([
-        f"The same budget at two depths. Each base is pruned, fine-tuned (5 and 8 epochs of "
-        f"{settings['train_images']:,} images), then trained with a defence for "
+        "The same budget at several depths. Each base is pruned for accuracy alone and fine-tuned "
+        f"(after layer3 5 epochs of {settings['train_images']:,} images, deeper 8), then trained with a defence for "
         f"{settings['sweep_epochs']} epochs of {settings['sweep_images']:,} images more, and "
         "attacked by a fresh residual decoder (MSE + SSIM); 1,000 test images, one training seed. "
         f"The dense model has {100 * dense:.1f}%. Floor, the mean image: "
@@ -50,7 +53,8 @@ def line(row: Row) -> dict[str, str]:
     believed = row.get("surrogate_mse")
     return {
         "split": row["split"], "base": BASES.get(row.get("start") or "taylor-layer3", ""),
-        "defence": DEFENCES[row["method"]],
+        "defence": DEFENCES[row["method"]].replace("none (trained on)", "nothing")
+        + ", three times as long" * (row.get("recipe") == "longer"),
         "strength": STRENGTHS.get(row["defence"], "").format(row["strength"]),
         "accuracy": f"{100 * row['accuracy']:.1f}%", "ssim": f"{row['ssim']:.3f}",
         "worst": f"{row['ssim_worst5']:.3f}", "mse": f"{row['mse']:.4f}",
@@ -72,7 +76,7 @@ def within(rows: list[Row], dense: float) -> str:
         best = min(near, key=lambda row: row["ssim"])
         found.append(
             f"Within {points} point{'s' * (points > 1)} of the dense model the most private row "
-            f"is {DEFENCES[best['method']]} after {best['split']} (SSIM {best['ssim']:.3f}; the "
+            f"is trained with {line(best)['defence']} after {best['split']} (SSIM {best['ssim']:.3f}; the "
             f"goal of {goal} is {'met' if best['ssim'] <= goal else 'not met'})."
         )
     return " ".join(found)

@@ -183,8 +183,8 @@ def swept(args: Frontier) -> list[Method]:
 def deeper(args: Frontier) -> list[Method]:
     """More layers on the device at the same budget, and defences on top of that model.
 
-    So much must go there that the scores of first order leave a network of little use: this base
-    is pruned by the score of second order, up to 75% of a group.
+    So much must go there that the scores differ: this base is pruned by the score of second order
+    for the task alone, up to 75% of a group; Taylor's stands beside it at its own best limit.
     """
     rows = []
     for split, defences in DEEPER.items():
@@ -194,4 +194,7 @@ def deeper(args: Frontier) -> list[Method]:
             defence, _, recipe = name.partition("@")
             rows += [Method(f"with-{defence}", split, defence=defence, strength=strength,
                             start=base.key, recipe=recipe) for strength in strengths]
+    host = Method("taylor", "layer4.0", "taylor", epochs=8, max_pruning_ratio=0.5)
+    rows += [host, Method("with-none", "layer4.0", defence="none", start=host.key,
+                          recipe="taylor")]
     return [replace(row, every_attack=row.key in DEEPER_BEST) for row in rows]
