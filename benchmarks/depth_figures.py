@@ -39,7 +39,8 @@ def depth(record: dict[str, Any], measured: str) -> str:
     settings = record["settings"]
     return "\n\n".join([
         "The same budget at several depths. Each base is pruned for accuracy alone and fine-tuned "
-        f"(after layer3 5 epochs of {settings['train_images']:,} images, deeper 8), then trained with a defence for "
+        f"(after layer3 5 epochs of {settings['train_images']:,} images, deeper 8), then trained "
+        "with a defence for "
         f"{settings['sweep_epochs']} epochs of {settings['sweep_images']:,} images more, and "
         "attacked by a fresh residual decoder (MSE + SSIM); 1,000 test images, one training seed. "
         f"The dense model has {100 * dense:.1f}%. Floor, the mean image: "
@@ -76,7 +77,7 @@ def within(rows: list[Row], dense: float) -> str:
         best = min(near, key=lambda row: row["ssim"])
         found.append(
             f"Within {points} point{'s' * (points > 1)} of the dense model the most private row "
-            f"is trained with {line(best)['defence']} after {best['split']} (SSIM {best['ssim']:.3f}; the "
-            f"goal of {goal} is {'met' if best['ssim'] <= goal else 'not met'})."
+            f"is trained with {line(best)['defence']} after {best['split']} "
+            f"(SSIM {best['ssim']:.3f}; the goal of {goal} is {'met' if best['ssim'] <= goal else 'not met'})."
         )
     return " ".join(found)
