@@ -254,7 +254,7 @@ def _report(options: Namespace) -> None:
 def demo_config(name: str, runs: str, data: Path, *, seed: int, device: str) -> RunConfig:
     """Settings that finish within minutes on two CPU cores, and still show the leak."""
     return RunConfig(
-        data=str(data), edge_macs="layer1", model="small_resnet", at="layer2", image_size=64,
+        data=str(data), edge_macs="layer1", model="small_resnet", at="layer3", image_size=64,
         name=name, runs=runs, batch_size=32, device=device, seed=seed,
         train=FinetuneConfig(epochs=12, distill_weight=0.0),
         score=ScoreConfig(batches=10, surrogate_steps=60),
