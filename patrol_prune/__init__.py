@@ -3,7 +3,7 @@
     import patrol_prune as pp
 
     split = pp.Split(model, example_inputs, at="layer3")
-    objective = pp.PatrolObjective(split, task_loss, beta=40.0)
+    objective = pp.PatrolObjective(split, task_loss, beta=10.0)
     importance = pp.PatrolImportance(objective)
     pruner = pp.PatrolPruner(model, example_inputs, importance, split=split, edge_macs=0.5)
 """

@@ -101,7 +101,7 @@ class PrivacyConfig:
     """
 
     alpha: float = 0.0
-    beta: float = 40.0
+    beta: float = 10.0
     surrogate_loss: Literal["auto", "mse", "mse+ssim"] = "auto"
     noise_std: float = 0.1
     lipschitz_form: LipschitzForm = "scale_free"

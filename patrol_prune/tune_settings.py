@@ -34,7 +34,7 @@ class TuneConfig(RunConfig):
         most_splits: how many places auto tries.
         max_channel_ratio: auto leaves out a place where a larger share of channels has to go.
         budget_range: least and largest share of the budget that a trial's edge takes: [0.5,1].
-        beta_range: least and largest weight of the surrogate attackers, as in [5,200]; on a log
+        beta_range: least and largest weight of the surrogate attackers, as in [2,100]; on a log
             scale.
         alpha_choices: weights of the Lipschitz term that are tried, as in [0,0.01].
         min_accuracy: the least accuracy, in [0, 1].
@@ -54,7 +54,7 @@ class TuneConfig(RunConfig):
     most_splits: int = 4
     max_channel_ratio: float = 0.6
     budget_range: tuple[float, float] = (0.5, 1.0)
-    beta_range: tuple[float, float] = (5.0, 200.0)
+    beta_range: tuple[float, float] = (2.0, 100.0)
     alpha_choices: tuple[float, ...] = (0.0, 0.01)
     min_accuracy: float | None = None
     max_accuracy_drop: float | None = None
