@@ -75,9 +75,10 @@ def within(rows: list[Row], dense: float) -> str:
             found.append(f"No row is within {points} point{'s' * (points > 1)} of the dense model.")
             continue
         best = min(near, key=lambda row: row["ssim"])
+        met = "met" if best["ssim"] <= goal else "not met"
         found.append(
             f"Within {points} point{'s' * (points > 1)} of the dense model the most private row "
             f"is trained with {line(best)['defence']} after {best['split']} "
-            f"(SSIM {best['ssim']:.3f}; the goal of {goal} is {'met' if best['ssim'] <= goal else 'not met'})."
+            f"(SSIM {best['ssim']:.3f}; the goal of {goal} is {met})."
         )
     return " ".join(found)

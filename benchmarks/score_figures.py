@@ -58,7 +58,8 @@ def fidelity(record: dict[str, Any], measured: str) -> str:
 def scores(record: dict[str, Any], measured: str) -> str:
     """Accuracy under each score and limit: after pruning, and after one epoch more."""
     settings, found = record["settings"], {}
-    for row in record["rows"]:
+    usual = [row for row in record["rows"] if row["budget"] == settings["edge_macs"]]
+    for row in usual:
         key = (row["score"], row["max_pruning_ratio"])
         found[key] = f"{100 * row['accuracy_before']:.1f}% / {100 * row['accuracy']:.1f}%"
     limits = sorted({limit for _, limit in found})
@@ -77,7 +78,26 @@ def scores(record: dict[str, Any], measured: str) -> str:
         f"{settings['train_images']:,} images; one seed, 10,000 test images of CIFAR-10. Columns: "
         "the largest share of a group that may go."
     )
-    return "\n\n".join([text, render_table(table, columns).strip(), measured])
+    others = [row for row in record["rows"] if row["budget"] != settings["edge_macs"]]
+    return "\n\n".join(filter(None, [text, render_table(table, columns).strip(),
+                                     structures(others), measured]))
+
+
+def structures(rows: list[Row]) -> str:
+    """Channels, blocks or both at one budget."""
+    if not rows:
+        return ""
+    table = [{
+        "what": row["structures"], "before": f"{100 * row['accuracy_before']:.1f}%",
+        "after": f"{100 * row['accuracy']:.1f}%", "macs": f"{row['edge_macs'] / 1e6:.2f} M",
+        "blocks": ", ".join(row["removed_blocks"]),
+    } for row in rows]
+    columns = {"what": "what may go", "before": "right after pruning", "after": "after one epoch",
+               "macs": "edge MACs", "blocks": "blocks that went"}
+    first = rows[0]
+    return (f"The same model at {first['budget']:.0%} of its edge's MACs, by `PatrolImportance`, "
+            f"at most {first['max_pruning_ratio']:.0%} of a group:\n\n"
+            + render_table(table, columns).strip())
 
 
 def rank(value: float | None) -> str:

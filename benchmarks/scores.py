@@ -34,6 +34,8 @@ from patrol_prune.finetune import FinetuneConfig, finetune, recalibrate_batchnor
 LIMITS = (0.5, 0.75, 0.9)
 FIRST = (("taylor", 0.5), ("second_order", 0.75), ("taylor", 0.75), ("absolute", 0.75))
 """The most telling rows, measured first."""
+STRUCTURES = ("channels", "blocks", "both")
+"""What may go, by the score of second order, at `blocks_edge_macs`."""
 OURS = ("second_order", "absolute")
 HOSTS = {
     "taylor": tp.importance.GroupTaylorImportance,
@@ -50,6 +52,8 @@ class Scores:
         weights: safetensors file of the trained `SmallResNet(10, width=16)`.
         split: where the model is cut.
         edge_macs: budget of the edge, as a fraction.
+        blocks_edge_macs: budget where blocks alone are to meet it; few of them can go.
+        blocks_limit: largest share of a group's channels that may go there.
         train_images: of the epoch after pruning.
         calibration_images: on which channels are scored.
         batch_size: of both.
@@ -62,6 +66,8 @@ class Scores:
     weights: Path
     split: str = "layer3"
     edge_macs: float = 0.37
+    blocks_edge_macs: float = 0.5
+    blocks_limit: float = 0.75
     train_images: int = 20_000
     calibration_images: int = 1_280
     batch_size: int = 128
@@ -70,11 +76,11 @@ class Scores:
     seed: int = 0
 
 
-def importance_of(score: str, split: pp.Split, calibration: Batches) -> Any:
+def importance_of(score: str, split: pp.Split, calibration: Batches, structures: str) -> Any:
     """The score, accumulated over the same batches."""
     if score in OURS:
         objective = pp.PatrolObjective(split, F.cross_entropy, normalization=NORMALIZATION)
-        ours = pp.PatrolImportance(objective, task_change=score)
+        ours = pp.PatrolImportance(objective, task_change=score, blocks=structures != "channels")
         for x, y in calibration:
             ours.accumulate(x, y)
         return ours
@@ -84,16 +90,17 @@ def importance_of(score: str, split: pp.Split, calibration: Batches) -> Any:
     return HOSTS[score]()
 
 
-def measure(args: Scores, dense: nn.Module, images: Any, test: Batches, score: str, limit: float
-            ) -> dict[str, Any]:
+def measure(args: Scores, dense: nn.Module, images: Any, test: Batches, score: str, limit: float,
+            structures: str = "channels", budget: float | None = None) -> dict[str, Any]:
     """One row."""
     start = time.perf_counter()
     model = copy.deepcopy(dense)
     split = pp.Split(model, torch.zeros(1, 3, 32, 32), at=args.split)
     calibration = Batches(images.calibration, args.batch_size, normalization=NORMALIZATION)
-    importance = importance_of(score, split, calibration)
-    pp.PatrolPruner(model, split.example_inputs, importance, split=split,
-                    edge_macs=args.edge_macs, max_pruning_ratio=limit).step()
+    importance = importance_of(score, split, calibration, structures)
+    result = pp.PatrolPruner(model, split.example_inputs, importance, split=split,
+                             edge_macs=budget or args.edge_macs, max_pruning_ratio=limit,
+                             structures=structures).step()
     model.zero_grad(set_to_none=True)
     recalibrate_batchnorm(model, images.batches(args.seed + 1, augment=False))
     before = accuracy(model, test)
@@ -101,6 +108,8 @@ def measure(args: Scores, dense: nn.Module, images: Any, test: Batches, score: s
     finetune(model, images.batches(args.seed + 2), config=config, teacher=dense, progress=False)
     return {
         "score": score, "max_pruning_ratio": limit, "seed": args.seed,
+        "structures": structures, "budget": budget or args.edge_macs,
+        "removed_blocks": list(result.removed_blocks),
         "edge_macs": edge_macs(split), "accuracy_before": before,
         "accuracy": accuracy(model, test), "seconds": round(time.perf_counter() - start),
         "commit": commit(),
@@ -112,7 +121,8 @@ def main(args: Scores) -> None:
     torch.set_num_threads(args.threads)
     path = ROOT / "results" / "scores.json"
     rows = json.loads(path.read_text())["rows"] if path.exists() else []
-    done = {(r["score"], r["max_pruning_ratio"], r["seed"]) for r in rows}
+    done = {(r["score"], r["max_pruning_ratio"], r["structures"], r["budget"], r["seed"])
+            for r in rows}
     about = Fidelity(data=args.data, train_images=args.train_images, seed=args.seed,
                      calibration_images=args.calibration_images)
     images = load_images(about)
@@ -122,10 +132,14 @@ def main(args: Scores) -> None:
     settings = {k: v for k, v in asdict(args).items() if k not in ("data", "weights", "seed")}
     settings["dense_accuracy"] = accuracy(dense, test)
     every = [(score, limit) for limit in LIMITS for score in (*OURS, *HOSTS)]
-    for score, limit in dict.fromkeys((*FIRST, *every)):
-        if (score, limit, args.seed) in done:
+    wanted = [("second_order", args.blocks_limit, structures, args.blocks_edge_macs)
+              for structures in STRUCTURES]
+    wanted += [(score, limit, "channels", args.edge_macs)
+               for score, limit in dict.fromkeys((*FIRST, *every))]
+    for row in wanted:
+        if (*row, args.seed) in done:
             continue
-        rows.append(measure(args, dense, images, test, score, limit))
+        rows.append(measure(args, dense, images, test, *row))
         print(rows[-1], flush=True)
         write("scores", rows, settings=settings)
 
