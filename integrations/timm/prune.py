@@ -55,7 +55,7 @@ def prune(args: argparse.Namespace, name: str, at: str) -> None:
     # split and score
     split = pp.Split(model, x, at=at)
     objective = pp.PatrolObjective(
-        split, nn.functional.cross_entropy, alpha=0.01, beta=10.0, normalization=normalization
+        split, nn.functional.cross_entropy, beta=10.0, normalization=normalization
     )
     objective.fit_surrogates(batches, steps=args.surrogate_steps)
     importance = pp.PatrolImportance(objective)

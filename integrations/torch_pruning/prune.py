@@ -37,7 +37,7 @@ def main() -> None:
 
     # --- PATROL instead of tp.importance.MagnitudeImportance() ---------------------------------
     split = pp.Split(model, example_inputs, at=args.at)
-    objective = pp.PatrolObjective(split, torch.nn.functional.cross_entropy, alpha=0.01, beta=10.0)
+    objective = pp.PatrolObjective(split, torch.nn.functional.cross_entropy, beta=10.0)
     objective.fit_surrogates(calibration, steps=10)
     importance = pp.PatrolImportance(objective)
     for x, y in calibration:

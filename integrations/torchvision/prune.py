@@ -79,7 +79,7 @@ def main() -> None:
     # split and score
     split = pp.Split(model, x, at=args.at)
     objective = pp.PatrolObjective(
-        split, nn.functional.cross_entropy, alpha=0.01, beta=10.0, normalization=IMAGENET
+        split, nn.functional.cross_entropy, beta=10.0, normalization=IMAGENET
     )
     objective.fit_surrogates(batches, steps=args.surrogate_steps)
     importance = pp.PatrolImportance(objective)
