@@ -93,6 +93,10 @@ def attack_name(row: Row) -> str:
     return name
 
 
+def is_deeper_best(row: Row) -> bool:
+    return (row["method"], row.get("recipe"), row.get("strength"), row["split"]) == DEEPER
+
+
 def thorough(rows: list[Row]) -> dict[str, dict[str, Row]]:
     """Of each model that met many attacks, the row of each attack.
 
@@ -101,7 +105,7 @@ def thorough(rows: list[Row]) -> dict[str, dict[str, Row]]:
     """
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
-        deeper = (row["method"], row.get("recipe"), row.get("strength"), row["split"]) == DEEPER
+        deeper = is_deeper_best(row)
         usual = row["split"] == USUAL_SPLIT and not row.get("defence") and row["method"] in METHODS
         if not (deeper or usual):
             continue
@@ -228,9 +232,16 @@ def defence_name(row: Row) -> str:
     return DEFENCES[row["method"]] + inside + (" †" if row.get("base") == "earlier" else "")
 
 
+def under_one_attack(record: dict[str, Any]) -> list[Row]:
+    """The defended models under the decoder that every one of them met."""
+    return [row for row in record["rows"] if row.get("defence")
+            and row["attack"] == "inverse_network_ssim" and row.get("times_as_long", 1) == 1
+            and row.get("victim_images", 1_000) >= 1_000]
+
+
 def surrogate_gap(circumstances: str) -> str:
     """What the attackers inside believed against what a fresh one got."""
-    rows = [r for r in load("frontier")["rows"] if r.get("surrogate_ssim") is not None]
+    rows = [r for r in under_one_attack(load("frontier")) if r.get("surrogate_ssim") is not None]
     if not rows:
         return "Not measured yet."
     table = [{
@@ -254,7 +265,7 @@ def surrogate_gap(circumstances: str) -> str:
 def sweep(circumstances: str) -> str:
     """Every defence at each strength: accuracy against the attacker's SSIM."""
     record = load("frontier")
-    rows = [r for r in record["rows"] if r.get("defence") and r["split"] == USUAL_SPLIT]
+    rows = [r for r in under_one_attack(record) if r["split"] == USUAL_SPLIT]
     if not rows:
         return "Not measured yet."
     settings = record["settings"]
@@ -365,21 +376,22 @@ def plot_sweep() -> None:
     """Accuracy against SSIM, one line for each defence."""
     from matplotlib import pyplot
 
-    rows = [r for r in load("frontier")["rows"] if r.get("defence")]
+    rows = under_one_attack(load("frontier"))
     if not rows:
         return
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.8), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 4.8), layout="constrained")
     markers = itertools.cycle("ovs^D<>Pp*hX")
     names = dict.fromkeys(defence_name(r) for m in DEFENCES for r in rows if r["method"] == m)
     for name in names:
         same = sorted((r for r in rows if defence_name(r) == name), key=lambda r: r["ssim"])
-        bold = {"linewidth": 2.2, "color": "black"} if name.startswith("PATROL") else {}
+        colour = "crimson" if "after layer" in name else "black"
+        bold = {"linewidth": 2.2, "color": colour} if name.startswith("PATROL") else {}
         axes.plot([r["ssim"] for r in same], [100 * r["accuracy"] for r in same],
                   marker=next(markers), label=name, alpha=0.85, **bold)
     axes.axvline(rows[0]["floor_ssim"], color="green", linestyle=":", label="floor: mean image")
     axes.set(xlabel="fresh attacker's SSIM (lower is more private)", ylabel="accuracy in %",
              title="Defences over their own strength (edge MACs and uploads: see the table)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(0.04, 1.0))
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
     figure.savefig(ROOT / "docs" / "defences.png", dpi=110)
     pyplot.close(figure)

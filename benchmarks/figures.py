@@ -104,6 +104,10 @@ def is_model(row: Row) -> bool:
     return not row.get("defence")
 
 
+def is_thorough(row: Row) -> bool:
+    return is_model(row) or audit_figures.is_deeper_best(row)
+
+
 def frontier() -> str:
     record = load("frontier")
     table = []
@@ -318,8 +322,9 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "budget": ("budget", budget),
     "grocery": ("grocery", grocery),
     "step_cost": ("step_cost", step_cost),
-    "strongest": ("frontier", lambda: audit_figures.strongest(of_frontier(is_model))),
-    "every-attack": ("frontier", lambda: audit_figures.every_attack(of_frontier(is_model))),
+    "strongest": ("frontier", lambda: audit_figures.strongest(of_frontier(is_thorough))),
+    "every-attack": ("frontier", lambda: audit_figures.every_attack(
+        of_frontier(is_thorough))),
     "sweep": ("frontier", lambda: audit_figures.sweep(of_frontier(is_swept))),
     "gap": ("frontier", lambda: audit_figures.surrogate_gap(source("frontier"))),
     "depth": ("frontier", lambda: depth_figures.depth(load("frontier"), of_frontier(is_deeper))),
