@@ -217,7 +217,8 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
     if ours == "deeper":
         sent = {m: next(iter(groups[m].values()))["feature_bytes"] / 1024 for m in ssim}
         text += (" It is cut one block deeper than Taylor pruning here "
-                 f"and uploads {sent[ours]:.0f} KiB instead of {sent['taylor']:.0f}.")
+                 f"and uploads {sent[ours]:.0f} KiB instead of {sent['taylor']:.0f}; the table of "
+                 "depths has Taylor pruning at that cut too.")
     plain = ATTACKS["inverse_network"]
     if all(plain in ssim[m] for m in ssim):
         text += (f" Under the residual decoder of MSE alone it is "
