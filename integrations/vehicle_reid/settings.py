@@ -121,7 +121,7 @@ class ReidRun:
     model: str = "small_resnet"
     weights: str | None = None
     image_size: int = 64
-    at: str = "layer2"
+    at: str = "layer3"
     edge_macs: str = "0.5"
     name: str = "reid"
     runs: str = "runs"
@@ -132,7 +132,7 @@ class ReidRun:
     train: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(
         epochs=20, distill_weight=0.0))
     score: ScoreConfig = field(default_factory=lambda: ScoreConfig(batches=10, surrogate_steps=60))
-    privacy: PrivacyConfig = field(default_factory=lambda: PrivacyConfig(beta=40.0))
+    privacy: PrivacyConfig = field(default_factory=lambda: PrivacyConfig(beta=10.0))
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(
         epochs=8, lr=0.03, inner_steps=2, surrogate_warmup_steps=60))
     attackers: Attackers = field(default_factory=Attackers)
