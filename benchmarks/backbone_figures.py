@@ -59,8 +59,8 @@ def summary(record: dict[str, Any]) -> str:
                   key=lambda r: -r["seconds"])  # fmt: skip
     over = "; ".join(f"{r['model']} at the {r['place']} {r['seconds']:.0f} s" for r in slow)
     text.append(
-        f"The whole path of a model at a split took {median(rows):.0f} s in the middle, and more "
-        f"than {LIMIT:.0f} s {'nowhere' if not slow else 'here: ' + over}."
+        f"The whole path of a model at a split took {median(rows):.0f} s (median), and more than "
+        f" {LIMIT:.0f} s {'nowhere' if not slow else 'here: ' + over}."
     )
     return " ".join(text)
 

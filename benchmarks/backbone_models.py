@@ -72,7 +72,7 @@ def image_size(name: str) -> int:
 
 def build(name: str, size: int) -> nn.Module:
     """A model with random weights, statistics and affine parameters, in evaluation mode."""
-    kind, name, _ = kind_of(name), *name.partition(",")[::2]
+    kind, name = kind_of(name), name.split(",")[0]
     options: dict[str, Any] = {"weights": None, "num_classes": CLASSES}
     backbone_only = kind.endswith("backbone")
     if backbone_only:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from audit_figures import DEFENCES, STRENGTHS, USUAL_SPLIT
+from frontier_methods import DEEPER_EPOCHS
 
 from patrol_prune.report import render_table
 
@@ -28,6 +29,7 @@ def depth(record: dict[str, Any], measured: str) -> str:
     rows = [row for row in record["rows"] if row.get("start") in BASES
             and row["attack"] == STRONG and row.get("times_as_long", 1) == 1
             and row.get("victim_images", 0) >= 1_000]
+    # Rows after layer3 are older than the name of their start, and stand on Taylor pruning.
     rows += [row for row in record["rows"] if row.get("base") != "earlier"
              and row.get("start") is None and row.get("defence") in ("none", "patrol", "disco")
              and row.get("recipe") is None]
@@ -39,7 +41,8 @@ def depth(record: dict[str, Any], measured: str) -> str:
     settings = record["settings"]
     return "\n\n".join([
         "The same budget at several depths. Each base is pruned for accuracy alone and fine-tuned "
-        f"(after layer3 5 epochs of {settings['train_images']:,} images, deeper 8), then trained "
+        f"(after {USUAL_SPLIT} {settings['finetune_epochs']} epochs of "
+        f"{settings['train_images']:,} images, deeper {DEEPER_EPOCHS}), then trained "
         "with a defence for "
         f"{settings['sweep_epochs']} epochs of {settings['sweep_images']:,} images more, and "
         "attacked by a fresh residual decoder (MSE + SSIM); 1,000 test images, one training seed. "

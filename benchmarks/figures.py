@@ -17,6 +17,7 @@ import audit_figures
 import backbone_figures
 import depth_figures
 import matplotlib
+import published_figures
 import reid_figures
 import score_figures
 
@@ -330,7 +331,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "depth": ("frontier", lambda: depth_figures.depth(load("frontier"), of_frontier(is_deeper))),
     "fidelity": ("fidelity", lambda: score_figures.fidelity(*told("fidelity"))),
     "scores": ("scores", lambda: score_figures.scores(*told("scores"))),
-    "published": ("published", lambda: audit_figures.published(source("published"))),
+    "published": ("published", lambda: published_figures.published(source("published"))),
     "bounds": ("bounds", lambda: audit_figures.bounds(source("bounds"))),
     "backbones": ("backbones",
                   lambda: backbone_figures.backbones(load("backbones"), source("backbones"))),

@@ -175,12 +175,13 @@ def first_images(each: dict[str, list[float]]) -> dict[str, float | int]:
 def row_of(args: Frontier, step: Step, split: pp.Split, known: dict[str, Any],
            record: dict[str, Any], floor: dict[str, Any]) -> dict[str, Any]:
     method = step.method
+    base_of = next((m for m in methods(replace(args, only=())) if m.key == method.start), method)
     return {
         "dataset": DATASET, "model": f"resnet18-cifar-w{args.width}", "method": method.name,
         "defence": method.defence or None, "strength": method.strength if method.defence else None,
         "recipe": method.recipe or None, "base": base(args),
         "split": method.split, "train_seed": args.seed, "start": method.start or None,
-        "finetune_epochs": method.epochs, "max_pruning_ratio": method.max_pruning_ratio,
+        "finetune_epochs": base_of.epochs, "max_pruning_ratio": base_of.max_pruning_ratio,
         "edge_macs": pp.edge_macs(split), "edge_params": pp.count_params(split.edge),
         "feature_bytes": known["feature_bytes"],
         "attack_seed": step.seed, "floor_ssim": floor["ssim"], "floor_mse": floor["mse"],

@@ -147,7 +147,9 @@ DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
 }
 """Deeper splits whose edge can be brought to the budget with the upload whole, and what stands on
 each pruned model: the defence, its recipe, its strengths."""
-DEEPER_BEST = ("with-patrol-10-layer4.0",)
+DEEPER_EPOCHS = 8
+"""Of fine-tuning there, before any defence."""
+DEEPER_BEST = "with-patrol-10-layer4.0"
 """Of these, what meets every attack."""
 
 
@@ -188,13 +190,15 @@ def deeper(args: Frontier) -> list[Method]:
     """
     rows = []
     for split, defences in DEEPER.items():
-        base = Method("patrol-score-only", split, "patrol", epochs=8, max_pruning_ratio=0.75)
+        base = Method("patrol-score-only", split, "patrol", epochs=DEEPER_EPOCHS,
+                      max_pruning_ratio=0.75)
         rows.append(base)
         for name, strengths in defences.items():
             defence, _, recipe = name.partition("@")
             rows += [Method(f"with-{defence}", split, defence=defence, strength=strength,
                             start=base.key, recipe=recipe) for strength in strengths]
-    host = Method("taylor", "layer4.0", "taylor", epochs=8, max_pruning_ratio=0.5)
+    host = Method("taylor", "layer4.0", "taylor", epochs=DEEPER_EPOCHS,
+                  max_pruning_ratio=0.5)
     rows += [host, Method("with-none", "layer4.0", defence="none", start=host.key,
                           recipe="taylor")]
-    return [replace(row, every_attack=row.key in DEEPER_BEST) for row in rows]
+    return [replace(row, every_attack=row.key == DEEPER_BEST) for row in rows]
