@@ -143,7 +143,7 @@ SWEEP: dict[str, tuple[float, ...]] = {
 DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
     "layer4.0": {"none": (0.0,), "patrol": (10.0, 40.0), "patrol@longer": (10.0,),
                  "disco": (0.5,), "feature_dropout": (0.5,), "gaussian_noise": (1.0,)},
-    "layer4": {"none": (0.0,), "patrol": (10.0,)},
+    "layer4": {"none": (0.0,), "patrol": (10.0,), "patrol@longer": (10.0, 3.0)},
 }
 """Deeper splits whose edge can be brought to the budget with the upload whole, and what stands on
 each pruned model: the defence, its recipe, its strengths."""
