@@ -60,6 +60,8 @@ _WHERE = {
     "embed": "reid_model",
     "PKBatches": "reid_training",
     "ReidLoss": "reid_training",
+    "OpenedAttention": "open_attention",
+    "open_attention": "open_attention",
     "SoftMasks": "masks",
     "fold_masks": "folding",
     "Latency": "latency",
@@ -153,6 +155,7 @@ if TYPE_CHECKING:
     from patrol_prune.mask_importance import MaskImportance
     from patrol_prune.masks import SoftMasks
     from patrol_prune.objective import PatrolObjective
+    from patrol_prune.open_attention import OpenedAttention, open_attention
     from patrol_prune.origins import rebuild_optimizer
     from patrol_prune.pixels import Normalization
     from patrol_prune.plan import Plan, plan

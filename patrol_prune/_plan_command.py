@@ -17,6 +17,7 @@ from patrol_prune import figures
 from patrol_prune.errors import InputError
 from patrol_prune.latency import LatencyConfig
 from patrol_prune.models import build_model
+from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import Plan, PlanLimits, PlanRow, plan, short
 
 
@@ -35,6 +36,7 @@ def _plan_options(
     threads: int | None = None,
     plot: str | None = None,
     structures: Literal["channels", "blocks", "both"] = "channels",
+    heads: bool = True,
 ) -> None:
     """Options of `plan`.
 
@@ -53,6 +55,7 @@ def _plan_options(
         threads: of torch, for latency; those it has been given without it.
         plot: a PNG file to draw the table into.
         structures: whether channels, residual blocks or both may go.
+        heads: whether attention may lose whole heads.
     """
 
 
@@ -89,6 +92,8 @@ def show(options: dict[str, Any], out: Callable[[str], None]) -> None:
     timed = options["latency"] or limits.latency_ms is not None
     model = build_model(options["model"], classes, image_size=size)
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    if options["heads"]:
+        open_attention(model, image)
     made = plan(
         model, image, edge_macs=options["edge_macs"], at=options["at"],
         boundary=options["boundary"], every=options["every"], limits=limits,

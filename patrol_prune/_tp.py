@@ -28,6 +28,7 @@ from torch_pruning.pruner.importance import (
     Importance,
 )
 
+from patrol_prune.attention_heads import channels_followed
 from patrol_prune.channel_norms import is_removal
 from patrol_prune.errors import UnsupportedModelError
 from patrol_prune.groups import (
@@ -60,6 +61,17 @@ def _cut_in_order(weight: nn.Parameter, keep: Tensor, dim: int) -> nn.Parameter:
 
 
 _layernorm._prune_parameter_and_grad = _cut_in_order
+
+_trace = DependencyGraph._trace
+
+
+def _trace_heads(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Torch-Pruning follows no matrix product, and attention's heads would not meet q, k and v."""
+    with channels_followed(model):
+        return _trace(self, model, *args, **kwargs)
+
+
+DependencyGraph._trace = _trace_heads
 
 linear_scheduler = tp.pruner.algorithms.scheduler.linear_scheduler
 

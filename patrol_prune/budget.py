@@ -8,7 +8,8 @@ and `c_in`, `c_out` are linear in the numbers of kept channels of the coupled gr
 (concatenations add, flattening multiplies, depthwise convolutions follow). So the cost of any
 choice is one small matrix product, and no copy of the model is ever pruned to find out.
 `nn.MultiheadAttention` over L positions of width E costs `4 L E^2 + 2 L^2 E`: its projections, and
-the two products of L by L by E. What is no such layer (products in a forward) enters as a
+the two products of L by L by E; attention whose heads can go has its projections as layers, and
+`2 L^2` for each of their channels. What is no such layer (products in a forward) enters as a
 constant. A residual block that may go is one
 more variable, 1 or 0, and a factor of all its layers.
 """
@@ -23,6 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from patrol_prune.attention_heads import HeadProduct
 from patrol_prune.blocks import ResidualBlock
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import InputError
@@ -67,7 +69,7 @@ class MacModel:
             counted = {
                 name: (m, count.by_module.get(names.get(id(m), "?"), 0))
                 for name, m in split.edge_layers.items()
-                if isinstance(m, (CONV, nn.Linear, nn.MultiheadAttention))
+                if isinstance(m, (CONV, nn.Linear, nn.MultiheadAttention, HeadProduct))
             }
             self.positions = {
                 name: _positions(name, m, macs) for name, (m, macs) in counted.items() if macs
@@ -177,10 +179,12 @@ class MacModel:
             attends, products = isinstance(module, nn.MultiheadAttention), row >= len(layers)
             if attends:
                 self._factor[row] *= 2 * self.positions[name] if products else 4
-            alone = products or (groups == c_out and groups > 1)  # one input channel each
+            heads = isinstance(module, HeadProduct)
+            alone = products or heads or (groups == c_out and groups > 1)  # one input channel each
             self._groups[row] = 1 if alone else groups
             dense_out[row], dense_in[row] = c_out, 1 if alone else c_in
-            for owner, member in self.table.members_of(module, "out"):
+            holder, way = (module.head_of, "parameter") if heads else (module, "out")
+            for owner, member in self.table.members_of(holder, way):
                 self._out[row] += self.held(owner, member.root_idxs)
             if not alone:
                 for owner, member in self.table.members_of(module, "in"):
@@ -236,6 +240,8 @@ def _widths(module: nn.Module) -> tuple[int, int, int]:
         return module.out_features, module.in_features, 1
     if isinstance(module, nn.MultiheadAttention):
         return module.embed_dim, module.embed_dim, 1
+    if isinstance(module, HeadProduct):
+        return module.head_of.numel(), 1, 1
     assert isinstance(module, CONV)
     return module.out_channels, module.in_channels, module.groups
 

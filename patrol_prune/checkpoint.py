@@ -2,7 +2,8 @@
 
     edge.patrol/  weights.safetensors   every parameter and buffer of the whole model
                   architecture.json     Torch-Pruning's pruning history, the residual blocks that
-                                        were removed, and the sizes that led to
+                                        were removed, the attention whose heads were opened, and
+                                        the sizes that led to
                   split.json            where the model is cut, and what goes in
                   manifest.json         the sha256 of the three
 
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from patrol_prune._tp import replay
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
 from patrol_prune.group_table import build_graph
+from patrol_prune.open_attention import open_attention, opened_attention
 from patrol_prune.pixels import Normalization
 from patrol_prune.prunable import follow_widths, preserved
 from patrol_prune.removal import remove_blocks
@@ -122,6 +124,7 @@ def save(
         "removed_blocks": [
             [str(name), int(after)] for name, after in getattr(split, "removed_blocks", ())
         ],
+        "opened_attention": list(opened_attention(split.model)),
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "layers": _sizes(split.model),
         "strides": _unusual_strides(split.model),
@@ -167,6 +170,7 @@ def load(
     dtype = getattr(torch, about["example"]["dtype"])
     example = torch.zeros(about["example"]["shape"], dtype=dtype)
     split = _build(model_factory(), about, example, tensors, path)
+    _open(split, architecture.get("opened_attention", []), tensors, path)
     removed = [(str(name), int(at)) for name, at in architecture.get("removed_blocks", [])]
     if architecture["pruning_history"] or removed:
         _replay(split, architecture["pruning_history"], removed, path)
@@ -268,6 +272,23 @@ def _build(
             "of the very model that was saved.",
             path=str(path / SPLIT),
         ) from error
+
+
+def _open(split: Split, names: list[str], tensors: dict[str, Tensor], path: Path) -> None:
+    """Put the attention with heads of its own where the saved model had it."""
+    names = [name for name in names if name not in opened_attention(split.model)]
+    if not names:
+        return
+    try:
+        open_attention(split.model, split.example_inputs, names=names)
+    except PatrolError as error:
+        raise CheckpointError(
+            f"The factory's model has not the attention that {path / ARCHITECTURE} tells of: "
+            f"{error} Give the factory of the very model that was saved.",
+            path=str(path / ARCHITECTURE),
+        ) from error
+    _cast(split.model, tensors)
+    split.refresh()
 
 
 def _replay(split: Split, history: History, removed: list[tuple[str, int]], path: Path) -> None:

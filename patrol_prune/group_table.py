@@ -104,8 +104,8 @@ class GroupTable:
                 table._by_module.setdefault(id(member.module), []).append((group.name, member))
         return table
 
-    def members_of(self, module: nn.Module, direction: str) -> list[tuple[str, Member]]:
-        """The (group name, member) pairs of one layer and direction ("out" or "in")."""
+    def members_of(self, module: object, direction: str) -> list[tuple[str, Member]]:
+        """The (group name, member) pairs of a layer and a direction ("out", "in", "parameter")."""
         wanted = (direction, "through")
         found = self._by_module.get(id(module), [])
         return [(name, m) for name, m in found if m.direction in wanted]

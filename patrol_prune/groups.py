@@ -15,6 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from patrol_prune.attention_heads import HeadLinear
+
 CHANNEL_NORMS = (nn.LayerNorm, nn.GroupNorm)
 CONV = nn.modules.conv._ConvNd
 
@@ -90,6 +92,12 @@ class ChannelGroup:
         """The layers whose input carries the group's mask."""
         return (m for m in self.members if m.direction == "in")
 
+    @property
+    def fewest_units(self) -> int:
+        """Tied units that have to stay: two, as a grouped convolution with one channel left per
+        group would be read as a depthwise one; of attention's heads, one."""
+        return 1 if self.tie == 1 or isinstance(self.members[0].module, HeadLinear) else 2
+
     def units(self, channels: Tensor) -> Tensor:
         """`channels` completed to whole tied units, sorted."""
         size = self.channels // self.tie
@@ -109,6 +117,8 @@ def _groups_of(m: Member) -> int:
     """In how many groups a layer divides its channels."""
     if isinstance(m.module, CONV) and m.direction != "through":
         return m.module.groups
+    if isinstance(m.module, HeadLinear) and m.direction == "out":
+        return m.module.head_dim
     if isinstance(m.module, nn.GroupNorm):
         return m.module.num_groups
     return m.module.num_heads if isinstance(m.module, nn.MultiheadAttention) else 1

@@ -27,6 +27,7 @@ from patrol_prune.errors import RunDirectoryError
 from patrol_prune.finetune import accuracy, finetune, recalibrate_batchnorm
 from patrol_prune.importance import PatrolImportance
 from patrol_prune.objective import PatrolObjective
+from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import Plan, plan, short
 from patrol_prune.preparation import (
     Images,
@@ -176,11 +177,14 @@ class Work:
         self.say("Looking for places to cut.")
         config = self.config
         model = fresh_model(config, len(self.images.classes))
+        opened = self.open_heads(model)
         made = plan(
             model, self.images.example(), edge_macs=config.edge_macs, at=config.at,
             boundary=config.boundary, max_pruning_ratio=config.score.max_pruning_ratio,
             min_channels=config.score.min_channels, structures=config.score.structures,
         )
+        if opened:  # the dense model is cut before its heads are opened
+            Split(self.factory(), self.images.example(), at=made.recommended)
         if config.privacy.lipschitz_form == "spectral" and (
             config.privacy.alpha or config.score.lip_weight
         ):  # an edge that form cannot read is refused before any training
@@ -197,6 +201,12 @@ class Work:
 
     def factory(self) -> torch.nn.Module:
         return fresh_model(self.config, len(self.images.classes))
+
+    def open_heads(self, model: torch.nn.Module) -> tuple[str, ...]:
+        """Give the attention heads of its own, where they may go; the layers that were replaced."""
+        if not self.config.score.heads:
+            return ()
+        return open_attention(model, self.images.example()).opened
 
     def load(self, name: str) -> Split:
         return checkpoint.load(self.folder / name, self.factory, device=self.device)
@@ -238,6 +248,8 @@ class Work:
     def do_prune(self) -> None:
         config, notes = self.config, self.folder.notes("plan")
         split = self.load(DENSE)
+        if self.open_heads(split.model):
+            split.refresh()
         importance = PatrolImportance(
             self.scoring_objective(split), task_weight=config.score.task_weight,
             lip_weight=config.score.lip_weight, adv_weight=config.score.adv_weight,

@@ -44,6 +44,7 @@ class ScoreConfig:
             the last channels of a layer, those of first order most (docs/method.md).
         min_channels: the fewest channels a group keeps.
         round_to: kept numbers are multiples of this.
+        heads: attention may lose whole heads (`open_attention`).
         steps: prune in so many steps, scores refreshed between.
         between_epochs: epochs of fine-tuning, privacy terms on, between two steps.
     """
@@ -58,6 +59,7 @@ class ScoreConfig:
     max_pruning_ratio: float = 0.75
     min_channels: int = 2
     round_to: int | None = None
+    heads: bool = True
     steps: int = 1
     between_epochs: int = 0
 

@@ -1,0 +1,307 @@
+"""Attention whose heads can be removed one by one.
+
+    a_h = softmax(s_h q_h k_h^T + b_h),    y = sum_h W_o,h a_h v_h + c
+
+Head h enters the output through its own columns of `W_o`: a zero mask on what `W_o` reads from it
+equals its removal, and its rows of `W_q`, `W_k` and `W_v` go along. PyTorch's and torchvision's
+attention packs q, k and v into one weight and takes the width of a head from that of the stream,
+so that no head can go. Here q, k, v and the output are linear layers, and a core without weights
+of its own multiplies; the width that is left says how many heads there are.
+
+Channel `i H + h` of q, k and v is dimension i of head h, for H heads: the heads lie side by side in
+every dimension. Head h is then the channels `{h, h + H, h + 2 H, ...}`, tied as the channels of a
+grouped convolution are (`ChannelGroup.tie`), and everything that knows such ties scores, masks and
+removes whole heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+__all__ = [
+    "HeadLinear", "HeadProduct", "OpenAttention", "OpenPartitionAttention", "OpenSelfAttention",
+    "OpenWindowAttention", "channels_followed", "heads_side_by_side",
+]  # fmt: skip
+
+_LARGEST_LOGIT_SCALE = math.log(100.0)
+_following: ContextVar[bool] = ContextVar("following", default=False)
+
+
+@contextmanager
+def channels_followed(model: nn.Module) -> Iterator[None]:
+    """Inside, the product of the heads is a sum: the same channels meet, and nothing is mixed.
+
+    For whoever follows channels through operators, and cannot through a matrix product; so that
+    `head_of` is found among the operators, it has a gradient inside.
+    """
+    frozen = [m.head_of for m in model.modules()
+              if isinstance(m, HeadProduct) and not m.head_of.requires_grad]
+    token = _following.set(True)
+    try:
+        for p in frozen:
+            p.requires_grad_(True)
+        yield
+    finally:
+        _following.reset(token)
+        for p in frozen:
+            p.requires_grad_(False)
+
+
+def heads_side_by_side(heads: int, head_dim: int) -> Tensor:
+    """`[heads * head_dim]`: where channel `i H + h` is if each head's channels are in one piece."""
+    return torch.arange(heads * head_dim).view(heads, head_dim).T.reshape(-1)
+
+
+class HeadLinear(nn.Linear):
+    """The projection to q, k or v: its outputs belong to heads, `head_dim` of them to each.
+
+    Args:
+        weight: `[heads * head_dim, width]`, heads side by side.
+        bias: `[heads * head_dim]` or None.
+        head_dim: dimensions of a head.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, head_dim: int) -> None:
+        super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+        self.weight = nn.Parameter(weight.detach().clone())
+        if bias is not None:
+            self.bias = nn.Parameter(bias.detach().clone())
+        self.head_dim = head_dim
+
+
+class HeadProduct(nn.Module):
+    """`softmax(scale q k^T + bias) v`, head by head; which heads are left, `head_of` says.
+
+    Args:
+        heads: H, at first.
+        head_dim: d.
+        scale: of the products.
+        dropout: of the attention, in training mode.
+        cosine: q and k are of unit length, and every head has a scale of its own (Swin V2).
+
+    Shapes: q, k, v `[..., N, d H']` for the `H'` heads that are left, bias `[1, H, N, N]` for all
+    heads that there were, logit_scale `[H, 1, 1]`, mask `[W, N, N]` where the first dimension holds
+    W windows of each image. The result is `[..., N, d H']`.
+    """
+
+    head_of: nn.Parameter
+
+    def __init__(
+        self, heads: int, head_dim: int, *, scale: float, dropout: float = 0.0,
+        cosine: bool = False,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.head_dim, self.scale, self.dropout, self.cosine = head_dim, scale, dropout, cosine
+        # A parameter, so that it is pruned with the channels; it is never trained.
+        self.head_of = nn.Parameter(torch.arange(heads).repeat(head_dim).float(), False)
+
+    @property
+    def heads(self) -> int:
+        """Heads that are left."""
+        return self.head_of.numel() // self.head_dim
+
+    def kept(self) -> Tensor:
+        """`[H']` the numbers that the heads that are left had at first."""
+        return self.head_of.detach()[: self.heads].round().long()
+
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
+        mask: Tensor | None = None, logit_scale: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """See the class."""
+        if _following.get():
+            return (q + k + v) * self.head_of
+        q, k, v = self._by_head(q), self._by_head(k), self._by_head(v)
+        if logit_scale is not None:
+            scale = logit_scale.clamp(max=_LARGEST_LOGIT_SCALE).exp()[self.kept()]
+            logits = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * scale
+        else:
+            logits = (q * self.scale) @ k.transpose(-2, -1)
+        if bias is not None:
+            logits = logits + bias[:, self.kept()]
+        if mask is not None:
+            logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
+        attention = F.dropout(logits.softmax(-1), self.dropout, self.training)
+        return (attention @ v).movedim(-3, -1).flatten(-2)
+
+    def _by_head(self, x: Tensor) -> Tensor:
+        """`[..., N, d H']` -> `[..., H', N, d]`."""
+        return x.unflatten(-1, (self.head_dim, -1)).movedim(-1, -3)
+
+    def extra_repr(self) -> str:
+        """For printing the model."""
+        return f"heads={self.heads}, head_dim={self.head_dim}"
+
+
+class OpenAttention(nn.Module):
+    """q, k, v, their product and the projection of what comes out.
+
+    Args:
+        weights: of q, k and v, each `[heads * head_dim, width]`, every head's rows in one piece.
+        biases: likewise, or None.
+        out: the projection; its input columns in the same order.
+        core: the product.
+    """
+
+    def __init__(
+        self, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], out: nn.Linear,
+        core: HeadProduct,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        order = heads_side_by_side(core.heads, core.head_dim).to(out.weight.device)
+        self.q, self.k, self.v = (
+            HeadLinear(w[order], None if b is None else b[order], core.head_dim)
+            for w, b in zip(weights, biases, strict=True)
+        )
+        self.core = core.to(out.weight)
+        self.out = nn.Linear(out.in_features, out.out_features, out.bias is not None, device="meta")
+        self.out.weight = nn.Parameter(out.weight.detach()[:, order].clone())
+        if out.bias is not None:
+            self.out.bias = nn.Parameter(out.bias.detach().clone())
+
+    @property
+    def num_heads(self) -> int:
+        """Heads that are left."""
+        return self.core.heads
+
+    def attend(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """Self-attention over `[..., N, width]`."""
+        value: Tensor = self.out(self.core(self.q(x), self.k(x), self.v(x), **kwargs))
+        return value
+
+
+class OpenSelfAttention(OpenAttention):
+    """In the place of `nn.MultiheadAttention` over one sequence, without masks.
+
+    Args:
+        batch_first: the shape is `[B, N, width]`, not `[N, B, width]`.
+    """
+
+    def __init__(self, *args: Any, batch_first: bool) -> None:
+        super().__init__(*args)
+        self.batch_first = batch_first
+
+    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        """Keys and values are the queries; the weights of the attention are not given back."""
+        if self.batch_first:
+            return self.attend(query), None
+        return self.attend(query.transpose(0, 1)).transpose(0, 1), None
+
+
+class OpenTokenAttention(OpenAttention):
+    """In the place of timm's `Attention`, over `[B, N, width]`.
+
+    Args:
+        dropout: of what comes out.
+    """
+
+    def __init__(self, *args: Any, dropout: float) -> None:
+        super().__init__(*args)
+        self.proj_drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Without masks."""
+        value: Tensor = self.proj_drop(self.attend(x))
+        return value
+
+
+class OpenPartitionAttention(OpenAttention):
+    """In the place of MaxViT's attention over `[B, G, P, width]`.
+
+    Args:
+        source: the layer as it was, without its projections: the bias of positions is still its.
+    """
+
+    def __init__(self, *args: Any, source: Any) -> None:
+        super().__init__(*args)
+        self.source = source
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, G, P, width]` to the same."""
+        return self.attend(x, bias=self.source.get_relative_positional_bias())
+
+
+class OpenWindowAttention(OpenAttention):
+    """In the place of Swin's attention over windows of `[B, H, W, width]`.
+
+    Args:
+        source: the layer as it was, without its projections: the bias of positions is still its.
+    """
+
+    def __init__(self, *args: Any, source: Any) -> None:
+        super().__init__(*args)
+        self.source = source
+        self.window, self.shift = tuple(source.window_size), tuple(source.shift_size)
+        self.proj_drop = nn.Dropout(source.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, H, W, width]` to the same."""
+        given = {"bias": self.source.get_relative_position_bias()}
+        if self.core.cosine:
+            given["logit_scale"] = self.source.logit_scale
+        if any(self.shift):
+            given["mask"] = shift_mask(x, self.window, self.shift)
+        windows = to_windows(x, self.window, self.shift)
+        value = self.proj_drop(self.attend(windows, **given))
+        return from_windows(value, x, self.window, self.shift)
+
+
+def to_windows(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """`[B, H, W, C]`, padded and rolled -> `[B * windows, positions of a window, C]`."""
+    (height, width), moved = _padded(x, window), _moved(x, window, shift)
+    x = F.pad(x, (0, 0, 0, width - x.shape[2], 0, height - x.shape[1]))
+    if any(moved):
+        x = x.roll((-moved[0], -moved[1]), (1, 2))
+    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))
+    return x.transpose(2, 3).flatten(3, 4).flatten(0, 2)
+
+
+def from_windows(
+    windows: Tensor, like: Tensor, window: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """What `to_windows` made, in place again, cut to the size of `like`."""
+    (height, width), moved = _padded(like, window), _moved(like, window, shift)
+    rows, columns = height // window[0], width // window[1]
+    x = windows.unflatten(1, window).unflatten(0, (-1, rows, columns))
+    x = x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+    if any(moved):
+        x = x.roll(moved, (1, 2))
+    return x[:, : like.shape[1], : like.shape[2]].contiguous()
+
+
+def shift_mask(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """`[windows, N, N]`: -100 between positions that the roll alone made neighbours, else 0."""
+    (height, width), moved = _padded(x, window), _moved(x, window, shift)
+    region = torch.zeros(1, height, width, 1)
+    for axis, (size, whole) in enumerate(zip((height, width), window, strict=True), start=1):
+        if moved[axis - 1]:
+            place = torch.zeros(size)
+            place[size - whole :] = 1.0
+            place[size - moved[axis - 1] :] = 2.0
+            region += place.view([-1 if i == axis else 1 for i in range(4)]) * 3 ** (axis - 1)
+    region = to_windows(region, window, (0, 0)).squeeze(-1)
+    apart = region[:, None, :] != region[:, :, None]
+    return apart.to(x.device, x.dtype) * -100.0
+
+
+for _name in ("to_windows", "from_windows", "shift_mask"):
+    fx.wrap(_name)
+
+
+def _padded(x: Tensor, window: tuple[int, int]) -> tuple[int, int]:
+    height, width = (-(-x.shape[i + 1] // window[i]) * window[i] for i in range(2))
+    return height, width
+
+
+def _moved(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> tuple[int, int]:
+    """The roll; none along an axis that a single window covers."""
+    height, width = _padded(x, window)
+    return shift[0] * (window[0] < height), shift[1] * (window[1] < width)

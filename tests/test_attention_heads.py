@@ -1,0 +1,372 @@
+"""Attention with heads of its own computes what the old layer does, and loses heads one by one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch_pruning as tp
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pruning_helpers import half_of_every_group, seeded
+from torch import Tensor, nn
+from torch.nn import functional
+from torchvision.models import SwinTransformer, VisionTransformer
+from torchvision.models.maxvit import MaxVit
+from torchvision.models.swin_transformer import (
+    PatchMergingV2,
+    ShiftedWindowAttention,
+    ShiftedWindowAttentionV2,
+    SwinTransformerBlockV2,
+)
+
+import patrol_prune as pp
+from patrol_prune.attention_heads import HeadProduct, OpenAttention, heads_side_by_side
+from patrol_prune.group_table import GroupTable, remove_channels
+from patrol_prune.open_attention import open_attention, opened_attention
+
+SWIN = {"patch_size": [4, 4], "embed_dim": 12, "depths": [2, 2], "num_heads": [3, 6],
+        "window_size": [4, 4], "num_classes": 5}  # fmt: skip
+
+
+def vit() -> nn.Module:
+    return seeded(VisionTransformer(32, 8, 2, 4, 16, 32, num_classes=5))
+
+
+def swin() -> nn.Module:
+    return seeded(SwinTransformer(**SWIN))
+
+
+def swin_v2() -> nn.Module:
+    return seeded(SwinTransformer(**SWIN, block=SwinTransformerBlockV2,
+                                  downsample_layer=PatchMergingV2))  # fmt: skip
+
+
+def maxvit() -> nn.Module:
+    return seeded(MaxVit(
+        input_size=(32, 32), stem_channels=8, partition_size=2, block_channels=[16, 24],
+        block_layers=[1, 1], head_dim=4, stochastic_depth_prob=0.0, num_classes=5,
+    ))  # fmt: skip
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
+    "vit": (vit, "encoder.layers.encoder_layer_1", 2),
+    "swin": (swin, "features.1", 4),
+    "swin_v2": (swin_v2, "features.1", 4),
+    "maxvit": (maxvit, "blocks.0", 4),
+}
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[Callable[[], nn.Module], Tensor, str, int]:
+    make, at, layers = CASES[request.param]
+    return make, torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(3)), at, layers
+
+
+Case = tuple[Callable[[], nn.Module], Tensor, str, int]
+
+
+class TestTheSameLayer:
+    def test_outputs_gradients_and_cost_stay(self, case: Case) -> None:
+        make, x, at, layers = case
+        model, old = make(), make()
+        opened = open_attention(model, x)
+        assert len(opened.opened) == layers and not opened.left
+        assert opened_attention(model) == opened.opened
+        ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+        close(model(ours), old(theirs))
+        model(ours).square().sum().backward()
+        old(theirs).square().sum().backward()
+        close(ours.grad, theirs.grad)
+        cost = [pp.edge_macs(pp.Split(m, x, at=at)) for m in (model, old)]
+        assert cost[0] == cost[1]
+
+    def test_the_mode_of_every_module_stays(self) -> None:
+        model = vit().train()
+        model.encoder.layers[1].self_attention.eval()
+        open_attention(model, torch.randn(1, 3, 32, 32))
+        assert model.encoder.layers[0].self_attention.core.training
+        assert not model.encoder.layers[1].self_attention.core.training
+
+    @settings(max_examples=40)
+    @given(
+        second=st.booleans(), heads=st.integers(1, 4), head_dim=st.integers(1, 4),
+        window=st.tuples(st.integers(2, 4), st.integers(2, 4)), shifted=st.booleans(),
+        size=st.tuples(st.integers(1, 11), st.integers(1, 11)), bias=st.booleans(),
+    )  # fmt: skip
+    def test_windows_of_any_size(
+        self, second: bool, heads: int, head_dim: int, window: tuple[int, int], shifted: bool,
+        size: tuple[int, int], bias: bool,
+    ) -> None:  # fmt: skip
+        kind = ShiftedWindowAttentionV2 if second else ShiftedWindowAttention
+        shift = [w // 2 if shifted else 0 for w in window]
+        layer = seeded(kind(heads * head_dim, list(window), shift, heads, qkv_bias=bias))
+        x = torch.randn(2, *size, heads * head_dim, generator=torch.Generator().manual_seed(1))
+        model = nn.Sequential(layer)
+        expected = model(x)
+        assert open_attention(model, x).opened == ("0",)
+        close(model(x), expected)
+
+    def test_dropout_is_of_training_alone(self) -> None:
+        layer = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+        model, x = Itself(layer).eval(), torch.randn(2, 6, 8)
+        expected = model(x)
+        open_attention(model, x)
+        close(model(x), expected)
+        model.train()
+        assert not torch.equal(model(x), model(x))
+
+    def test_a_sequence_may_come_first(self) -> None:
+        model, x = Itself(nn.MultiheadAttention(8, 2)).eval(), torch.randn(5, 3, 8)
+        expected = model(x[:1]), model(x)
+        assert open_attention(model, x).opened == ("attention",)
+        close(model(x[:1]), expected[0])
+        close(model(x), expected[1])
+
+    def test_zeros_as_an_example_prove_nothing_and_are_not_taken(self) -> None:
+        model = vit()
+        x = torch.randn(1, 3, 32, 32)
+        expected = model(x)
+        open_attention(model, torch.zeros(1, 3, 32, 32))
+        close(model(x), expected)
+
+
+class TestWhatStays:
+    def test_a_layer_that_reads_attention_s_weights_keeps_it(self) -> None:
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        model, x = nn.Sequential(layer).eval(), torch.randn(1, 5, 8)
+        expected = model(x)
+        found = open_attention(model, x)
+        assert not found.opened and "does not run" in found.left["0.self_attn"]
+        assert torch.equal(model(x), expected)
+
+    def test_masked_and_crossed_attention(self) -> None:
+        for model in (Itself(nn.MultiheadAttention(8, 2, batch_first=True), masked=True),
+                      Itself(nn.MultiheadAttention(8, 2, batch_first=True), crossed=True)):
+            x = torch.randn(1, 5, 8)
+            expected = model.eval()(x)
+            assert "keys or values of its own" in open_attention(model, x).left["attention"]
+            assert torch.equal(model(x), expected)
+
+    def test_attention_that_adds_keys(self) -> None:
+        model = Itself(nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)).eval()
+        assert "keys and values" in open_attention(model, torch.randn(1, 5, 8)).left["attention"]
+
+    def test_an_asked_for_layer_that_cannot_is_an_error(self) -> None:
+        model = nn.Sequential(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)).eval()
+        with pytest.raises(pp.UnsupportedModelError, match=r"0\.self_attn"):
+            open_attention(model, torch.randn(1, 5, 8), names=["0.self_attn"])
+        with pytest.raises(pp.InputError, match="Did you mean"):
+            open_attention(model, torch.randn(1, 5, 8), names=["0.self_atn"])
+
+    def test_a_network_without_attention_is_not_even_run(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 4, 3))
+        model.register_forward_hook(lambda *_: pytest.fail("was run"))
+        assert open_attention(model, torch.randn(1, 3, 8, 8)).opened == ()
+
+
+class TestHeadsGo:
+    def test_ones_change_no_bit_and_zeros_are_removals(self, case: Case) -> None:
+        make, x, _, layers = case
+        model = make()
+        open_attention(model, x)
+        before = model(x)
+        masks = pp.SoftMasks(model, x)
+        heads = [n for n in masks.channels if n.endswith((".q", ".k", ".v"))]
+        assert len(heads) == layers and not masks.inexact
+        with masks.attached():
+            assert torch.equal(model(x), before)
+        gone = half_of_every_group(masks)
+        masks.zero(gone)
+        with masks.attached():
+            expected = model(x)
+        remove_channels(masks.table, gone)
+        close(model(x), expected)
+        assert not torch.allclose(expected, before, rtol=0.0, atol=1e-3)
+
+    @pytest.mark.parametrize("kind", ["vit", "swin", "swin_v2", "maxvit"])
+    def test_a_removed_head_is_a_head_that_nobody_reads(self, kind: str) -> None:
+        """Held against the old layer: its output columns of that head set to zero."""
+        make, _, _ = CASES[kind]
+        model, old, x = make(), make(), torch.randn(2, 3, 32, 32)
+        name = open_attention(model, x).opened[-1]
+        layer = model.get_submodule(name)
+        heads, head_dim, lost = layer.num_heads, layer.core.head_dim, 1
+        source = old.get_submodule(name)
+        out = next(getattr(source, n) for n in ("out_proj", "proj", "merge") if hasattr(source, n))
+        out.weight.data[:, lost * head_dim : (lost + 1) * head_dim] = 0.0
+        table = GroupTable.build(model, x)
+        group = next(n for n in table.groups if n.startswith(f"{name}."))
+        remove_channels(table, {group: table.groups[group].units(torch.tensor([lost]))})
+        assert layer.num_heads == heads - 1 == source_heads(source) - 1
+        assert layer.core.kept().tolist() == [h for h in range(heads) if h != lost]
+        close(model(x), old(x))
+
+    def test_the_budget_is_met_and_counted_exactly(self, case: Case) -> None:
+        make, x, at, _ = case
+        model = make()
+        open_attention(model, x)
+        split = pp.Split(model, x, at=at)
+        pruner = pp.PatrolPruner(model, x, scored(split, x), split=split, edge_macs=0.7)
+        assert pruner.costs.constant == 0 and pruner.dense_edge_macs == pp.edge_macs(split)
+        result = pruner.step()
+        assert result.edge_macs == pp.edge_macs(split) <= result.budget
+        model.train()
+        model(x).sum().backward()
+
+    def test_one_head_may_be_all_that_is_left(self) -> None:
+        model, x = vit(), torch.randn(2, 3, 32, 32)
+        open_attention(model, x)
+        split = pp.Split(model, x, at="encoder.layers.encoder_layer_0")
+        importance = tp.importance.GroupMagnitudeImportance()
+        least = pp.PatrolPruner(model, x, importance, split=split, edge_macs=1.0)
+        pp.PatrolPruner(model, x, importance, split=split,
+                        edge_macs=least.smallest_edge_macs()).step()  # fmt: skip
+        assert model.encoder.layers[0].self_attention.num_heads == 1
+        assert model.encoder.layers[1].self_attention.num_heads == 4
+        assert model(x).isfinite().all()
+
+    def test_blocks_go_beside_heads(self) -> None:
+        model, x = vit(), torch.randn(2, 3, 32, 32)
+        open_attention(model, x)
+        split = pp.Split(model, x, at="encoder.layers.encoder_layer_1")
+        masks = pp.SoftMasks(model, x, split=split, blocks=True)
+        name = "encoder.layers.encoder_layer_0.self_attention"
+        masks.zero({}, [name])
+        with masks.attached():
+            expected = model(x)
+        pp.remove_blocks(split, [name])
+        close(model(x), expected)
+
+    def test_learned_masks_take_whole_heads(self) -> None:
+        model, x = vit(), torch.randn(8, 3, 32, 32)
+        open_attention(model, x)
+        split = pp.Split(model, x, at="encoder.layers.encoder_layer_1")
+        labels = torch.arange(8) % 5
+        config = pp.MaskConfig(epochs=6, lr=0.01, max_pruning_ratio=0.8)
+        objective = pp.PatrolObjective(split, functional.cross_entropy)
+        learned = pp.learn_masks(split, [(x, labels)] * 3, objective, edge_macs=0.7,
+                                 config=config, progress=False)  # fmt: skip
+        learned.harden()
+        for layer in model.encoder.layers:
+            attention = layer.self_attention
+            assert attention.core.head_of.numel() == attention.num_heads * 4
+            assert attention.q.out_features == attention.num_heads * 4
+        assert model(x).isfinite().all()
+
+    def test_torch_pruning_s_own_pruner_takes_whole_heads(self) -> None:
+        """With its convention for channels that go together."""
+        model, x = vit(), torch.randn(1, 3, 32, 32)
+        open_attention(model, x)
+        layers = [m for m in model.modules() if isinstance(m, OpenAttention)]
+        pruner = tp.pruner.BasePruner(
+            model, x, tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.5,
+            ignored_layers=[model.heads, model.conv_proj,
+                            *(layer.mlp[3] for layer in model.encoder.layers),
+                            *(layer.out for layer in layers)],
+            out_channel_groups={p: p.head_dim for a in layers for p in (a.q, a.k, a.v)},
+            in_channel_groups={}, num_heads={},
+        )  # fmt: skip
+        pruner.step()
+        assert [a.num_heads for a in layers] == [2, 2]
+        assert model(x).isfinite().all()
+
+
+class TestKept:
+    def test_load_gives_the_same_bits(self, case: Case, tmp_path: Path) -> None:
+        make, x, at, _ = case
+        model = make()
+        open_attention(model, x)
+        split = pp.Split(model, x, at=at)
+        pp.PatrolPruner(model, x, scored(split, x), split=split, edge_macs=0.7).step()
+        expected = model(x)
+        pp.save(split, tmp_path / "with")
+        split.pruning_history = ()
+        pp.save(split, tmp_path / "without")
+        for name in ("with", "without"):
+            again = pp.load(tmp_path / name, make)
+            assert torch.equal(again.model(x), expected)
+            assert torch.equal(again.cloud(again.edge(x)), expected)
+
+    def test_the_factory_may_open_it_itself(self, tmp_path: Path) -> None:
+        x = torch.randn(1, 3, 32, 32)
+
+        def opened() -> nn.Module:
+            model = vit()
+            open_attention(model, x)
+            return model
+
+        split = pp.Split(opened(), x, at="encoder.layers.encoder_layer_0")
+        pp.save(split, tmp_path / "it")
+        assert torch.equal(pp.load(tmp_path / "it", opened).model(x), split.model(x))
+
+    def test_a_factory_of_another_model(self, tmp_path: Path) -> None:
+        model, x = vit(), torch.randn(1, 3, 32, 32)
+        open_attention(model, x)
+        pp.save(pp.Split(model, x, at="encoder.layers.encoder_layer_0"), tmp_path / "it")
+
+        def other() -> nn.Module:
+            net = vit()
+            net.encoder.layers[1].self_attention = Twice(8)
+            return net
+
+        with pytest.raises(pp.CheckpointError, match="encoder_layer_1"):
+            pp.load(tmp_path / "it", other)
+
+    def test_copies_run_alone(self, case: Case) -> None:
+        make, x, _, _ = case
+        model = make()
+        open_attention(model, x)
+        twin = copy.deepcopy(model)
+        assert torch.equal(twin(x), model(x))
+
+
+@given(heads=st.integers(1, 6), head_dim=st.integers(1, 6))
+def test_the_order_puts_every_head_side_by_side(heads: int, head_dim: int) -> None:
+    order = heads_side_by_side(heads, head_dim)
+    core = HeadProduct(heads, head_dim, scale=1.0)
+    assert sorted(order.tolist()) == list(range(heads * head_dim))
+    assert torch.equal(core.head_of.long(), order // head_dim)
+    assert core.kept().tolist() == list(range(heads))
+
+
+class Itself(nn.Module):
+    """Attention of a sequence to itself, or not quite."""
+
+    def __init__(self, attention: nn.Module, masked: bool = False, crossed: bool = False) -> None:
+        super().__init__()
+        self.attention, self.masked, self.crossed = attention, masked, crossed
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(x.shape[1], x.shape[1]).triu(1).bool() if self.masked else None
+        other = x.flip(1) if self.crossed else x
+        value: Tensor = self.attention(x, x, other, attn_mask=mask, need_weights=False)[0]
+        return value
+
+
+class Twice(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, x: Tensor, *args: Tensor, **kwargs: bool) -> tuple[Tensor, None]:
+        return 2 * x, None
+
+
+def source_heads(layer: nn.Module) -> int:
+    return int(getattr(layer, "num_heads", None) or layer.n_heads)
+
+
+def scored(split: pp.Split, x: Tensor) -> pp.PatrolImportance:
+    importance = pp.PatrolImportance(pp.PatrolObjective(split, functional.cross_entropy))
+    importance.accumulate(x, torch.arange(len(x)) % 5)
+    return importance
+
+
+def close(ours: Tensor | None, theirs: Tensor | None) -> None:
+    assert ours is not None and theirs is not None
+    scale = float(theirs.detach().abs().max())
+    torch.testing.assert_close(ours, theirs, rtol=0.0, atol=2e-5 * scale + 1e-7)
