@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import patrol_prune as pp
+from patrol_prune.attention_heads import HeadProduct
 from patrol_prune.group_table import GroupTable, remove_channels
 
 RESULTS = ROOT / "results" / "backbones.json"
@@ -118,6 +119,8 @@ def _measure(config: Backbones, row: Row, clock: Clock) -> None:
     x = torch.randn(1, 3, size, size)
     with clock.stage("build"):
         model = build(name, size)
+    with clock.stage("heads"):
+        row["opened_attention"] = len(pp.open_attention(model, x).opened)
     with clock.stage("split_points"):
         points = pp.split_points(model, x)
     row["split_points"] = len(points)
@@ -140,8 +143,10 @@ def _measure(config: Backbones, row: Row, clock: Clock) -> None:
     inexact = sorted(set(masks.inexact) & {n for n, gone in removed.items() if len(gone)})
     row["inexact"] = [*inexact]
     row["exact"] = not inexact
+    heads = heads_of(split.edge)
     with clock.stage("step"):
         result = pruner.step()
+    row["removed_heads"] = heads - heads_of(split.edge)
     row |= {"removed_channels": result.removed_channels,
             "edge_macs_dense": result.edge_macs_before, "edge_macs_budget": result.budget,
             "edge_macs": pp.edge_macs(split), "left_whole": len(result.left_whole),
@@ -165,6 +170,11 @@ def _measure(config: Backbones, row: Row, clock: Clock) -> None:
     row["status"] = verdict(row)
 
 
+def heads_of(edge: nn.Module) -> int:
+    """The attention heads on the edge that may go, or could."""
+    return sum(m.heads for m in edge.modules() if isinstance(m, HeadProduct))
+
+
 def zeroed(
     model: nn.Module, x: Tensor, split: pp.Split, pruner: pp.PatrolPruner
 ) -> tuple[pp.SoftMasks, dict[str, Tensor]]:
@@ -182,6 +192,7 @@ def zeroed(
 def exact_groups_only(name: str, size: int, x: Tensor, at: str) -> float:
     """Zero mask against removal for half of every edge group that nothing normalises over."""
     model = build(name, size)
+    pp.open_attention(model, x)
     split = pp.Split(model, x, at=at)
     table = GroupTable.build(model, x, split=split)
     masks = pp.SoftMasks(model, x, split=split, table=table)
