@@ -15,7 +15,7 @@ PLACES = ("first third", "middle", "last third")
 COLUMNS = {
     "model": "model", "image_size": "input", **{place: place for place in PLACES},
     "of_dense": "of the dense edge", "mask_error": "mask against removal",
-    "left": "left whole", "seconds": "seconds", "peak_mb": "MB", "status": "status",
+    "heads": "heads gone", "left": "left whole", "seconds": "seconds", "peak_mb": "MB", "status": "status",
 }  # fmt: skip
 
 
@@ -84,6 +84,8 @@ def line(rows: list[Row]) -> Row:
         "of_dense": f"{min(shares):.2f}% to {max(shares):.2f}%" if shares else "",
         "mask_error": (f"{max(errors):.0e}" if errors else "") + f" ({inexact} inexact)"
         * bool(inexact),
+        "heads": max((row["removed_heads"] for row in done if row.get("opened_attention")),
+                     default=""),
         "left": max((row["left_whole"] for row in done), default=""),
         "seconds": max((row["seconds"] for row in rows if "seconds" in row), default=""),
         "peak_mb": max((row["peak_mb"] for row in rows if "peak_mb" in row), default=""),
@@ -111,3 +113,27 @@ def unfollowed(rows: list[Row]) -> str:
     if not lines:
         return "Every layer of these models can be followed."
     return "### Left whole because nothing can follow it\n\n" + "\n".join(lines.values())
+
+
+HEADS = {
+    "model": "model", "layers": "layers", "heads": "heads", "infer": "inference, opened",
+    "train": "training step, opened", "left": "heads left", "macs": "MACs then",
+    "infer_halved": "inference then",
+}
+
+
+def heads(record: dict[str, Any], source: str) -> str:
+    """Times of opened attention over those of the layers before."""
+    table = [{**row, "left": row["heads_left"],
+              "macs": f"{100 * row['macs_halved'] / row['macs']:.0f}%",
+              **{k: f"{row[k]:.2f}" for k in ("infer", "train", "infer_halved")}}
+             for row in record["rows"]]
+    alike = all(row["macs"] == row["macs_opened"] for row in record["rows"])
+    return "\n\n".join([
+        "Processor time of the whole model over that of the unchanged one, "
+        f"{record['image_size']}x{record['image_size']}, batch {record['batch']}, "
+        f"{record['threads']} thread, medians of {record['turns']} turns; opened, and with half "
+        "of the heads of every layer gone. The multiply-adds of the opened models are "
+        f"{'those of the unchanged ones' if alike else 'others, which is an error'}.",
+        render_table(table, HEADS).strip(), source,
+    ])

@@ -335,6 +335,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "bounds": ("bounds", lambda: audit_figures.bounds(source("bounds"))),
     "backbones": ("backbones",
                   lambda: backbone_figures.backbones(load("backbones"), source("backbones"))),
+    "heads": ("heads", lambda: backbone_figures.heads(*told("heads"))),
     "reid": ("reid", lambda: reid_figures.reid(load("reid"))),
     "throughput": ("throughput", lambda: throughput(source("throughput"))),
 }

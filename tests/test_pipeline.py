@@ -97,6 +97,28 @@ def test_floor_and_ceiling_stand_beside_the_edge(finished: RunResult) -> None:
     assert set(finished.audit.examples) == {"originals", "floor", "edge", "undefended"}
 
 
+def test_a_vision_transformer_loses_heads(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its MLPs alone could not meet this budget."""
+    (tmp_path / "tiny_vit.py").write_text(
+        "from torchvision.models import VisionTransformer\n"
+        "def build(num_classes):\n"
+        "    return VisionTransformer(16, 8, 2, 4, 16, 16, num_classes=num_classes)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = replace(tiny(folder, tmp_path), model="tiny_vit:build", edge_macs="0.6",
+                     at="encoder.layers.encoder_layer_1")  # fmt: skip
+    result = run(config)
+    assert result.summary.pruned["edge_macs"] <= result.summary.plan["budget"]
+    split = load(result.directory / "edge.patrol",
+                 lambda: build_model("tiny_vit:build", 3, image_size=16))  # fmt: skip
+    left = [layer.self_attention.num_heads for layer in split.model.encoder.layers]
+    assert min(left) < 4
+    with pytest.raises(BudgetError):
+        run(replace(config, name="b", score=replace(config.score, heads=False)))
+
+
 def test_the_same_settings_do_nothing_again(
     finished: RunResult, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
