@@ -15,7 +15,8 @@ PLACES = ("first third", "middle", "last third")
 COLUMNS = {
     "model": "model", "image_size": "input", **{place: place for place in PLACES},
     "of_dense": "of the dense edge", "mask_error": "mask against removal",
-    "heads": "heads gone", "left": "left whole", "seconds": "seconds", "peak_mb": "MB", "status": "status",
+    "heads": "heads gone", "left": "left whole", "seconds": "seconds", "peak_mb": "MB",
+    "status": "status",
 }  # fmt: skip
 
 
