@@ -62,8 +62,8 @@ def summary(record: dict[str, Any]) -> str:
                   key=lambda r: -r[SECONDS])  # fmt: skip
     over = "; ".join(f"{r['model']} at the {r['place']} {r[SECONDS]:.0f} s" for r in slow)
     text.append(
-        f"The whole path of a model at a split took {median(rows):.0f} s of processor time (median), "
-        f"and more than {LIMIT:.0f} s {'nowhere' if not slow else 'here: ' + over}."
+        f"The whole path of a model at a split took {median(rows):.0f} s of processor time "
+        f"(median), and more than {LIMIT:.0f} s {'nowhere' if not slow else 'here: ' + over}."
     )
     return " ".join(text)
 
