@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from patrol_prune.audit_scores import thumbnail_side
 from patrol_prune.errors import InputError
 
 COSTS = ("edge_macs", "edge_params", "feature_bytes", "accuracy")
@@ -47,6 +48,10 @@ class Audit(Protocol):
     @property
     def examples(self) -> dict[str, np.ndarray]:
         """Pictures uint8 [K, H, W, 3] by subject, and the originals."""
+
+    @property
+    def thumbnails(self) -> list[dict[str, Any]]:
+        """What thumbnails of the pictures show; empty where that was not measured."""
 
 
 @dataclass
@@ -262,8 +267,26 @@ def story(summary: RunSummary, audit: Audit) -> list[tuple[str, str]]:
             f" Of the likeness that the undefended upload gives away beyond the average picture, "
             f"{100 * left:.0f}% is left."
         )
+    sees += as_thumbnail(audit)
     sees += " SSIM 1 is the same picture."
     return [("What was cut", cut), ("What it costs the device", cost), ("What is seen", sees)]
+
+
+def as_thumbnail(audit: Audit) -> str:
+    """One sentence: how small a thumbnail shows as much; empty where that was not measured."""
+    sides = {}
+    for subject in (EDGE, UNDEFENDED):
+        best = strongest(audit.records, subject)
+        side = None if best is None else thumbnail_side(audit.thumbnails, float(best["ssim"]))
+        if side is not None:
+            sides[subject] = f"{side:.0f}x{side:.0f}"
+    if EDGE not in sides:
+        few = audit.thumbnails and (strongest(audit.records, EDGE) or {}).get("ssim", 1.0) < (
+            audit.thumbnails[0]["ssim"])
+        return " By SSIM it shows less than the picture's mean colour would." if few else ""
+    text = f" By SSIM it shows as much as a thumbnail of {sides[EDGE]} pixels, enlarged"
+    before = sides.get(UNDEFENDED)
+    return f"{text}; the undefended upload, of {before}." if before else f"{text}."
 
 
 def limits(summary: RunSummary, audit: Audit) -> list[str]:

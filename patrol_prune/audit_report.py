@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from patrol_prune.audit_scores import thumbnail_side
 from patrol_prune.errors import CheckpointError, InputError, nearest
 from patrol_prune.storage import atomic_directory, atomic_write_text, read_whole
 
@@ -51,6 +52,8 @@ class AuditReport:
         examples: `"originals"` and each subject to uint8 images `[E, H, W, C]`; a subject's are
             the reconstructions of its strongest attack.
         example_indices: which of the victim's images the examples are.
+        thumbnails: what thumbnails of the victim's images show, from one pixel to as many as the
+            strongest attack's SSIM: `side`, `ssim`, `ssim_worst5`, `mse`.
     """
 
     records: list[dict[str, Any]]
@@ -58,6 +61,7 @@ class AuditReport:
     per_image: dict[str, dict[str, list[float]]] = field(default_factory=dict)
     examples: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     example_indices: list[int] = field(default_factory=list)
+    thumbnails: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -71,6 +75,15 @@ class AuditReport:
         unknown subject is an InputError.
         """
         return max(self._of(subject), key=lambda record: float(record["ssim"]))
+
+    def as_thumbnail(self, subject: str = "edge") -> float | None:
+        """The side, in pixels, of the thumbnail with the strongest attack's mean SSIM.
+
+        A way to say what an SSIM means: at 3.4, the attacker's pictures are as like the originals
+        as thumbnails between 3x3 and 4x4 pixels, enlarged. None where the mean colour alone shows
+        more, or thumbnails were not measured.
+        """
+        return thumbnail_side(self.thumbnails, float(self.strongest(subject)["ssim"]))
 
     def summary(self) -> list[dict[str, Any]]:
         """One row per subject, attack and attacker's images: mean and spread over the seeds.
@@ -100,6 +113,7 @@ class AuditReport:
             "flags": self.flags,
             "per_image": self.per_image,
             "example_indices": self.example_indices,
+            "thumbnails": self.thumbnails,
             "examples": {},
         }
         if path is not None and self.examples:
@@ -126,6 +140,7 @@ class AuditReport:
             version = content["version"]
             report = cls(*(content[k] for k in ("records", "flags", "per_image")))
             report.example_indices = content["example_indices"]
+            report.thumbnails = content.get("thumbnails", [])
             files = content["examples"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CheckpointError(

@@ -33,13 +33,14 @@ from patrol_prune.attacks.checks import ATTACK_FAILED
 from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
-from patrol_prune.audit_scores import score
+from patrol_prune.audit_scores import score, thumbnails
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.pixels import Normalization
 
 logger = logging.getLogger("patrol_prune.audit")
 
 _CHECKED = 128
+_THUMBNAILS = 500
 Observer = Callable[[str, str, Attack, Tensor], None]
 """Called with a subject, an attack's name, the attack and its reconstructions `[N, C, H, W]`."""
 
@@ -274,6 +275,9 @@ class AuditRun:
 
     def report(self, examples: int) -> AuditReport:
         """The finished report, with evenly spaced examples of each subject's strongest attack."""
+        seen = [r["ssim"] for r in self.result.records if r["subject"] != "floor"]
+        few = torch.linspace(0, len(self.victim) - 1, min(_THUMBNAILS, len(self.victim))).long()
+        self.result.thumbnails = thumbnails(self.victim[few], max(seen, default=0.0))
         count = min(examples, len(self.victim))
         if count > 0:
             index = torch.linspace(0, len(self.victim) - 1, count).round().long()

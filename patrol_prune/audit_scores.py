@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+from typing import Any
+
 from torch import Tensor
 
 from patrol_prune.attacks.identification import identify
-from patrol_prune.metrics import MS_SSIM_SIDE, gmsd, ms_ssim, mse, psnr, ssim
+from patrol_prune.metrics import MS_SSIM_SIDE, gmsd, ms_ssim, mse, psnr, ssim, thumbnail
 
 WORST_SHARE = 0.05
 LARGEST_PSNR = 100.0
+SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
+"""Of the thumbnails that reconstructions are held against, in pixels."""
 
 
 def score(originals: Tensor, guess: Tensor) -> tuple[dict[str, float | None], dict[str, Tensor]]:
@@ -31,9 +36,8 @@ def score(originals: Tensor, guess: Tensor) -> tuple[dict[str, float | None], di
         per_image["ms_ssim"] = ms_ssim(originals, guess)
     numbers: dict[str, float | None] = {"ms_ssim": None}
     numbers |= {name: _mean(values) for name, values in per_image.items()}
-    worst = max(1, round(WORST_SHARE * len(originals)))
-    numbers["ssim_worst5"] = _mean(per_image["ssim"].topk(worst).values)
-    numbers["mse_worst5"] = _mean(per_image["mse"].topk(worst, largest=False).values)
+    numbers["ssim_worst5"] = _worst(per_image["ssim"])
+    numbers["mse_worst5"] = -_worst(-per_image["mse"])
     found = identify(originals, guess) if len(originals) > 1 else None
     for name in ("rank1", "rank5", "chance1", "chance5"):
         numbers[name] = None if found is None else getattr(found, name)
@@ -42,3 +46,41 @@ def score(originals: Tensor, guess: Tensor) -> tuple[dict[str, float | None], di
 
 def _mean(values: Tensor) -> float:
     return float(values.double().mean())
+
+
+def _worst(values: Tensor) -> float:
+    """The mean of the largest 5%."""
+    return _mean(values.topk(max(1, round(WORST_SHARE * len(values)))).values)
+
+
+def thumbnails(originals: Tensor, up_to: float) -> list[dict[str, Any]]:
+    """What thumbnails of the originals show: one row per side, smallest first.
+
+    Args:
+        originals: `[N, C, H, W]` on [0, 1].
+        up_to: stop behind the first whose mean SSIM is above this one.
+
+    Returns:
+        rows with `side` (pixels), and the means `ssim`, `ssim_worst5` and `mse`.
+    """
+    rows: list[dict[str, Any]] = []
+    for side in (s for s in SIDES if s < min(originals.shape[2:])):
+        shown = thumbnail(originals, side).clamp(0.0, 1.0)
+        values = ssim(originals, shown)
+        rows.append({"side": side, "ssim": _mean(values), "ssim_worst5": _worst(values),
+                     "mse": _mean(mse(originals, shown))})
+        if rows[-1]["ssim"] > up_to:
+            break
+    return rows
+
+
+def thumbnail_side(rows: list[dict[str, Any]], seen: float) -> float | None:
+    """The side of the thumbnail whose mean SSIM is `seen`, in pixels, between rows by a line.
+
+    None where one pixel, the mean colour, shows more, or no row as much.
+    """
+    for small, large in pairwise(rows):
+        if small["ssim"] <= seen <= large["ssim"] and large["ssim"] > small["ssim"]:
+            share = (seen - small["ssim"]) / (large["ssim"] - small["ssim"])
+            return float(small["side"] + share * (large["side"] - small["side"]))
+    return None

@@ -109,6 +109,17 @@ def gmsd(x: Tensor, y: Tensor) -> Tensor:
     return _in_chunks(_gmsd, x, y)
 
 
+def thumbnail(images: Tensor, side: int) -> Tensor:
+    """Images `[N, C, H, W]` as a thumbnail of `side` by `side` pixels shows them at full size.
+
+    Averaged over areas, then enlarged bilinearly: a measure of what an SSIM means. One pixel is the
+    image's own mean colour.
+    """
+    small = functional.adaptive_avg_pool2d(images, side)
+    height, width = images.shape[2:]
+    return functional.interpolate(small, size=(height, width), mode="bilinear", align_corners=False)
+
+
 def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
     """`1 - mean SSIM` of `y` against `x`, a differentiable scalar; not validated, not chunked."""
     return 1.0 - _ssim(x, y).mean()

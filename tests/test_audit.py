@@ -24,7 +24,7 @@ from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.audit import audit, compute_features
 from patrol_prune.audit_report import AuditReport, mean_and_std
 from patrol_prune.errors import CheckpointError, InputError, TrainingError
-from patrol_prune.metrics import mse, ssim
+from patrol_prune.metrics import mse, ssim, thumbnail
 from patrol_prune.pixels import Normalization
 
 IMAGES = smooth_images(240, (3, 16, 16), seed=9)
@@ -115,6 +115,32 @@ def test_summary_and_strongest(report: AuditReport) -> None:
     assert mean_and_std([2.0]) == (2.0, None)
     with pytest.raises(InputError, match="Did you mean: undefended"):
         report.strongest("undefend")
+
+
+class Thumbnails(Oracle):
+    """Sees thumbnails of the victim's images."""
+
+    def __init__(self, side: int) -> None:
+        self.side = side
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return thumbnail(VICTIM, self.side)
+
+
+@pytest.mark.parametrize("side", [2, 4, 6])
+def test_a_likeness_is_told_as_a_thumbnail_of_the_same(side: int, tmp_path: Path) -> None:
+    made = audit(open_edge(), KNOWN, VICTIM, attacks={"cheat": Thumbnails(side)})
+    sides = [row["side"] for row in made.thumbnails]
+    assert sides == sorted(sides) and sides[0] == 1 and max(sides) < 16
+    assert made.as_thumbnail() == pytest.approx(side, abs=1e-3)
+    made.to_json(tmp_path / "audit.json")
+    assert AuditReport.from_json(tmp_path / "audit.json").as_thumbnail() == made.as_thumbnail()
+
+
+def test_the_whole_picture_is_no_thumbnail() -> None:
+    made = audit(open_edge(), KNOWN, VICTIM, attacks={"oracle": Oracle()})
+    assert made.as_thumbnail() is None and made.thumbnails[-1]["side"] == 12
+    assert AuditReport(made.records).as_thumbnail() is None
 
 
 def test_the_report_comes_back_from_disk(report: AuditReport, tmp_path: Path) -> None:

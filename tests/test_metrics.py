@@ -115,3 +115,11 @@ def test_images_too_small_for_ssim_are_refused() -> None:
     x = images(0, (2, 3, 10, 16))
     with pytest.raises(InputError, match="at least 11x11"):
         metrics.ssim(x, x)
+
+
+def test_a_thumbnail_of_one_pixel_is_the_mean_colour_and_of_all_the_image() -> None:
+    x = torch.rand(2, 3, 12, 16)
+    assert torch.allclose(metrics.thumbnail(x, 1), x.mean((2, 3), keepdim=True).expand_as(x))
+    square = torch.rand(2, 1, 12, 12)
+    assert torch.allclose(metrics.thumbnail(square, 12), square)
+    assert metrics.thumbnail(x, 4).shape == x.shape

@@ -24,6 +24,7 @@ from patrol_prune._report_facts import (
     limits,
     number,
     short,
+    story,
     strongest,
 )
 from patrol_prune.audit_report import AuditReport
@@ -83,6 +84,24 @@ def make_summary(**changes: Any) -> RunSummary:
         notes=["The pictures are drawn."],
     )
     return replace(summary, **changes)
+
+
+LADDER = [{"side": k, "ssim": 0.2 + 0.05 * k, "ssim_worst5": 0.5, "mse": 0.01}
+          for k in range(1, 20)]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], ""),
+        (LADDER, "a thumbnail of 2x2 pixels, enlarged; the undefended upload, of 13x13."),
+        (LADDER[:3], "a thumbnail of 2x2 pixels, enlarged."),
+        (LADDER[5:], "less than the picture's mean colour would."),
+    ],
+)
+def test_the_story_says_what_a_likeness_means(rows: list[dict[str, Any]], expected: str) -> None:
+    seen = dict(story(make_summary(), make_audit(thumbnails=rows)))["What is seen"]
+    assert expected in seen and ("By SSIM" in seen) == bool(rows)
 
 
 class Page(HTMLParser):
