@@ -20,6 +20,7 @@ import matplotlib
 import published_figures
 import reid_figures
 import score_figures
+import yardstick_figures
 
 from patrol_prune.report import render_table
 
@@ -336,6 +337,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "backbones": ("backbones",
                   lambda: backbone_figures.backbones(load("backbones"), source("backbones"))),
     "heads": ("heads", lambda: backbone_figures.heads(*told("heads"))),
+    "yardsticks": ("yardsticks", lambda: yardstick_figures.yardsticks(*told("yardsticks"))),
     "reid": ("reid", lambda: reid_figures.reid(load("reid"))),
     "throughput": ("throughput", lambda: throughput(source("throughput"))),
 }
