@@ -143,10 +143,13 @@ SWEEP: dict[str, tuple[float, ...]] = {
 DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
     "layer4.0": {"none": (0.0,), "patrol": (10.0, 40.0), "patrol@longer": (10.0,),
                  "disco": (0.5,), "feature_dropout": (0.5,), "gaussian_noise": (1.0,)},
-    "layer4": {"none": (0.0,), "patrol": (10.0,), "patrol@longer": (10.0, 3.0)},
+    "layer4": {"none": (0.0,), "patrol@longer": (10.0, 3.0)},
+    "avgpool": {"none": (0.0,), "patrol@longer": (10.0,)},
 }
 """Deeper splits whose edge can be brought to the budget with the upload whole, and what stands on
 each pruned model: the defence, its recipe, its strengths."""
+SAME_MODEL = {"avgpool": "layer4"}
+"""Splits with nothing to prune behind another: what stands there begins with that one's model."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
 DEEPER_BEST = "with-patrol-10-layer4.0"
@@ -190,9 +193,10 @@ def deeper(args: Frontier) -> list[Method]:
     """
     rows = []
     for split, defences in DEEPER.items():
-        base = Method("patrol-score-only", split, "patrol", epochs=DEEPER_EPOCHS,
-                      max_pruning_ratio=0.75)
-        rows.append(base)
+        base = Method("patrol-score-only", SAME_MODEL.get(split, split), "patrol",
+                      epochs=DEEPER_EPOCHS, max_pruning_ratio=0.75)
+        if split not in SAME_MODEL:
+            rows.append(base)
         for name, strengths in defences.items():
             defence, _, recipe = name.partition("@")
             rows += [Method(f"with-{defence}", split, defence=defence, strength=strength,

@@ -136,6 +136,11 @@ def with_defence(args: Frontier, data: Data, method: Method) -> tuple[pp.Split, 
     """A finished pruned model with one more defence, trained on with it for `sweep_epochs`."""
     origin = next(m for m in methods(replace(args, only=())) if m.key == method.start)
     base, known = defended(args, data, origin)
+    if base.at != method.split:
+        history = base.pruning_history
+        base = pp.Split(base.model, base.example_inputs, at=method.split)
+        base.pruning_history = history
+        known = {**known, "feature_bytes": pp.feature_bytes(base.feature_shape)}
     channels = RECIPES[method.recipe].upload_channels
     if channels is not None:
         base = narrowed(args, data, base, origin, channels)
