@@ -26,9 +26,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from patrol_prune.errors import InputError
+
 __all__ = [
     "HeadLinear", "HeadProduct", "OpenAttention", "OpenPartitionAttention", "OpenSelfAttention",
-    "OpenWindowAttention", "channels_followed", "heads_side_by_side",
+    "OpenTokenAttention", "OpenWindowAttention", "channels_followed", "heads_side_by_side",
 ]  # fmt: skip
 
 _LARGEST_LOGIT_SCALE = math.log(100.0)
@@ -60,20 +62,28 @@ def heads_side_by_side(heads: int, head_dim: int) -> Tensor:
     return torch.arange(heads * head_dim).view(heads, head_dim).T.reshape(-1)
 
 
+def _own(tensor: Tensor, order: Tensor, dim: int = 0) -> nn.Parameter:
+    """A parameter of its own with another order, trainable where the tensor is."""
+    return nn.Parameter(tensor.detach().index_select(dim, order), tensor.requires_grad)
+
+
 class HeadLinear(nn.Linear):
     """The projection to q, k or v: its outputs belong to heads, `head_dim` of them to each.
 
     Args:
-        weight: `[heads * head_dim, width]`, heads side by side.
+        weight: `[heads * head_dim, width]`.
         bias: `[heads * head_dim]` or None.
         head_dim: dimensions of a head.
+        order: of the rows, so that heads lie side by side.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, head_dim: int) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, head_dim: int, order: Tensor
+    ) -> None:
         super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
-        self.weight = nn.Parameter(weight.detach().clone())
+        self.weight = _own(weight, order)
         if bias is not None:
-            self.bias = nn.Parameter(bias.detach().clone())
+            self.bias = _own(bias, order)
         self.head_dim = head_dim
 
 
@@ -117,6 +127,12 @@ class HeadProduct(nn.Module):
         mask: Tensor | None = None, logit_scale: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """See the class."""
+        if q.shape[-1] != self.head_of.numel():
+            raise InputError(
+                f"Expected q of {self.head_of.numel()} channels, came {q.shape[-1]}: something "
+                "pruned a projection and not the heads. Prune opened attention by PatrolPruner, or "
+                "by Torch-Pruning with every projection's head_dim as out_channel_groups."
+            )
         if _following.get():
             return (q + k + v) * self.head_of
         q, k, v = self._by_head(q), self._by_head(k), self._by_head(v)
@@ -158,14 +174,14 @@ class OpenAttention(nn.Module):
         super().__init__()
         order = heads_side_by_side(core.heads, core.head_dim).to(out.weight.device)
         self.q, self.k, self.v = (
-            HeadLinear(w[order], None if b is None else b[order], core.head_dim)
+            HeadLinear(w, b, core.head_dim, order)
             for w, b in zip(weights, biases, strict=True)
         )
         self.core = core.to(out.weight)
         self.out = nn.Linear(out.in_features, out.out_features, out.bias is not None, device="meta")
-        self.out.weight = nn.Parameter(out.weight.detach()[:, order].clone())
+        self.out.weight = _own(out.weight, order, dim=1)
         if out.bias is not None:
-            self.out.bias = nn.Parameter(out.bias.detach().clone())
+            self.out.bias = nn.Parameter(out.bias.detach().clone(), out.bias.requires_grad)
 
     @property
     def num_heads(self) -> int:
@@ -189,11 +205,32 @@ class OpenSelfAttention(OpenAttention):
         super().__init__(*args)
         self.batch_first = batch_first
 
-    def forward(self, query: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        """Keys and values are the queries; the weights of the attention are not given back."""
-        if self.batch_first:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True, is_causal: bool = False,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        """`(y, None)`, as with `need_weights=False`.
+
+        Raises:
+            InputError: keys or values of their own, a mask, or weights that are asked for.
+        """
+        if key is not query or value is not query:
+            raise InputError("Opened attention is of a sequence to itself, came other keys.")
+        _refuse_masks(key_padding_mask, attn_mask, is_causal)
+        if need_weights:
+            raise InputError(
+                "Opened attention gives no weights back, came need_weights=True, which is the "
+                "default. Call it with need_weights=False."
+            )
+        if self.batch_first or query.dim() == 2:
             return self.attend(query), None
         return self.attend(query.transpose(0, 1)).transpose(0, 1), None
+
+
+def _refuse_masks(*masks: Any) -> None:
+    if any(mask is not None and mask is not False for mask in masks):
+        raise InputError("Opened attention knows no masks, came one.")
 
 
 class OpenTokenAttention(OpenAttention):
@@ -207,8 +244,11 @@ class OpenTokenAttention(OpenAttention):
         super().__init__(*args)
         self.proj_drop = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Without masks."""
+    def forward(
+        self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Tensor:
+        """`[B, N, width]` to the same; a mask is an InputError."""
+        _refuse_masks(attn_mask, is_causal)
         value: Tensor = self.proj_drop(self.attend(x))
         return value
 
@@ -280,16 +320,16 @@ def from_windows(
 def shift_mask(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
     """`[windows, N, N]`: -100 between positions that the roll alone made neighbours, else 0."""
     (height, width), moved = _padded(x, window), _moved(x, window, shift)
-    region = torch.zeros(1, height, width, 1)
+    region = x.new_zeros(1, height, width, 1)
     for axis, (size, whole) in enumerate(zip((height, width), window, strict=True), start=1):
         if moved[axis - 1]:
-            place = torch.zeros(size)
+            place = x.new_zeros(size)
             place[size - whole :] = 1.0
             place[size - moved[axis - 1] :] = 2.0
             region += place.view([-1 if i == axis else 1 for i in range(4)]) * 3 ** (axis - 1)
     region = to_windows(region, window, (0, 0)).squeeze(-1)
     apart = region[:, None, :] != region[:, :, None]
-    return apart.to(x.device, x.dtype) * -100.0
+    return apart.to(x.dtype) * -100.0
 
 
 for _name in ("to_windows", "from_windows", "shift_mask"):

@@ -53,7 +53,8 @@ class AuditReport:
             the reconstructions of its strongest attack.
         example_indices: which of the victim's images the examples are.
         thumbnails: what thumbnails of the victim's images show, from one pixel to as many as the
-            strongest attack's SSIM: `side`, `ssim`, `ssim_worst5`, `mse`.
+            strongest attack's SSIM: `side`, `ssim`, `ssim_worst5`, `mse`, means over `images` of
+            them, evenly spaced (at most 500, fewer of large ones).
     """
 
     records: list[dict[str, Any]]

@@ -40,7 +40,7 @@ from patrol_prune.pixels import Normalization
 logger = logging.getLogger("patrol_prune.audit")
 
 _CHECKED = 128
-_THUMBNAILS = 500
+_THUMBNAIL_PIXELS = 5_000_000
 Observer = Callable[[str, str, Attack, Tensor], None]
 """Called with a subject, an attack's name, the attack and its reconstructions `[N, C, H, W]`."""
 
@@ -276,8 +276,10 @@ class AuditRun:
     def report(self, examples: int) -> AuditReport:
         """The finished report, with evenly spaced examples of each subject's strongest attack."""
         seen = [r["ssim"] for r in self.result.records if r["subject"] != "floor"]
-        few = torch.linspace(0, len(self.victim) - 1, min(_THUMBNAILS, len(self.victim))).long()
-        self.result.thumbnails = thumbnails(self.victim[few], max(seen, default=0.0))
+        self.say("Looking for the thumbnails that show as much.")
+        few = max(50, min(500, _THUMBNAIL_PIXELS // self.victim[0, 0].numel()))
+        some = torch.linspace(0, len(self.victim) - 1, min(few, len(self.victim))).long()
+        self.result.thumbnails = thumbnails(self.victim[some], max(seen, default=0.0))
         count = min(examples, len(self.victim))
         if count > 0:
             index = torch.linspace(0, len(self.victim) - 1, count).round().long()

@@ -61,14 +61,14 @@ def thumbnails(originals: Tensor, up_to: float) -> list[dict[str, Any]]:
         up_to: stop behind the first whose mean SSIM is above this one.
 
     Returns:
-        rows with `side` (pixels), and the means `ssim`, `ssim_worst5` and `mse`.
+        rows with `side` (pixels), the means `ssim`, `ssim_worst5` and `mse`, and `images`.
     """
     rows: list[dict[str, Any]] = []
     for side in (s for s in SIDES if s < min(originals.shape[2:])):
         shown = thumbnail(originals, side).clamp(0.0, 1.0)
         values = ssim(originals, shown)
         rows.append({"side": side, "ssim": _mean(values), "ssim_worst5": _worst(values),
-                     "mse": _mean(mse(originals, shown))})
+                     "mse": _mean(mse(originals, shown)), "images": len(originals)})
         if rows[-1]["ssim"] > up_to:
             break
     return rows

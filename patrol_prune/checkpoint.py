@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from patrol_prune._tp import replay
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
 from patrol_prune.group_table import build_graph
-from patrol_prune.open_attention import open_attention, opened_attention
+from patrol_prune.open_attention import open_as_recorded, opened_attention
 from patrol_prune.pixels import Normalization
 from patrol_prune.prunable import follow_widths, preserved
 from patrol_prune.removal import remove_blocks
@@ -169,8 +169,9 @@ def load(
     tensors = read_tensors(files[WEIGHTS], path / WEIGHTS)
     dtype = getattr(torch, about["example"]["dtype"])
     example = torch.zeros(about["example"]["shape"], dtype=dtype)
-    split = _build(model_factory(), about, example, tensors, path)
-    _open(split, architecture.get("opened_attention", []), tensors, path)
+    built = model_factory()
+    _open(built, architecture.get("opened_attention", []), path)
+    split = _build(built, about, example, tensors, path)
     removed = [(str(name), int(at)) for name, at in architecture.get("removed_blocks", [])]
     if architecture["pruning_history"] or removed:
         _replay(split, architecture["pruning_history"], removed, path)
@@ -274,21 +275,23 @@ def _build(
         ) from error
 
 
-def _open(split: Split, names: list[str], tensors: dict[str, Tensor], path: Path) -> None:
+def _open(
+    built: nn.Module | tuple[nn.Module, nn.Module], names: list[str], path: Path
+) -> None:
     """Put the attention with heads of its own where the saved model had it."""
-    names = [name for name in names if name not in opened_attention(split.model)]
-    if not names:
-        return
-    try:
-        open_attention(split.model, split.example_inputs, names=names)
-    except PatrolError as error:
-        raise CheckpointError(
-            f"The factory's model has not the attention that {path / ARCHITECTURE} tells of: "
-            f"{error} Give the factory of the very model that was saved.",
-            path=str(path / ARCHITECTURE),
-        ) from error
-    _cast(split.model, tensors)
-    split.refresh()
+    halves = (("", built),) if isinstance(built, nn.Module) else zip(
+        ("edge.", "cloud."), built, strict=True)
+    for prefix, half in halves:
+        there = opened_attention(half)
+        own = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+        try:
+            open_as_recorded(half, [n for n in own if n not in there])
+        except PatrolError as error:
+            raise CheckpointError(
+                f"The factory's model has not the attention that {path / ARCHITECTURE} tells of: "
+                f"{error} Give the factory of the very model that was saved.",
+                path=str(path / ARCHITECTURE),
+            ) from error
 
 
 def _replay(split: Split, history: History, removed: list[tuple[str, int]], path: Path) -> None:

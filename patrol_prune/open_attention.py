@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.utils._pytree import tree_leaves
 
+from patrol_prune import _tp  # noqa: F401  (Torch-Pruning follows heads from here on)
 from patrol_prune._trace import run_on
 from patrol_prune.attention_heads import (
     HeadProduct,
@@ -23,7 +27,7 @@ from patrol_prune.attention_heads import (
 from patrol_prune.cost import as_single_tensor, device_of, evaluating, no_fused_attention
 from patrol_prune.errors import InputError, UnsupportedModelError, nearest
 
-__all__ = ["OpenedAttention", "open_attention", "opened_attention"]
+__all__ = ["OpenedAttention", "open_as_recorded", "open_attention", "opened_attention"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,17 +56,18 @@ def open_attention(
     """Replace attention layers by equal ones whose heads are channel groups of their own.
 
     `nn.MultiheadAttention` over one sequence, torchvision's attention of Swin, Swin V2 and MaxViT,
-    and timm's `Attention` are known. The new layers hold the same weights in another order, cost
-    the same multiply-adds and give the same outputs up to rounding. That is checked for each of
-    them on what it is given while the model runs on the example; where it does not hold, the old
-    layer stays. From then on one channel group holds the heads of each layer (its q, k and v, and
-    what reads them); they are scored, masked and removed whole, and one of them stays.
+    and timm's `Attention` are known, not what inherits from them. The new layers hold the same
+    weights in another order, cost the same multiply-adds and give the same outputs up to rounding.
+    That is checked for each of them on what it is given while the model runs on the example, and
+    for the model; where it does not hold, the old layer stays. Masks are refused when they come.
+    From then on one channel group holds the heads of each layer (its q, k and v, and what reads
+    them); they are scored, masked and removed whole, and one of them stays.
 
     Call it before anything else is made from the model: splits that exist need `refresh()`, and
     optimisers hold parameters that are no longer there. `save` and `load` know about it.
 
     Args:
-        model: changed in place; hooks on a replaced layer are lost.
+        model: changed in place.
         example_inputs: a batch `[N, ...]` that the model takes, or a tuple with one.
         names: the layers to replace; all that can be, by default.
 
@@ -71,7 +76,7 @@ def open_attention(
 
     Raises:
         InputError: a name that is no attention layer, or the model cannot run on the example.
-        UnsupportedModelError: a named layer cannot be replaced.
+        UnsupportedModelError: a named layer cannot be replaced; the model is then as it was.
 
     Example:
         >>> from torchvision.models import VisionTransformer
@@ -80,9 +85,10 @@ def open_attention(
         ('encoder.layers.encoder_layer_0.self_attention',)
     """
     x = as_single_tensor(example_inputs)[:1].detach().to(device_of(model, example_inputs))
-    x = x if bool(x.count_nonzero()) else torch.rand_like(x)  # zeros would hide a wrong order
+    if x.is_floating_point() and not bool(x.count_nonzero()):  # zeros would hide a wrong order
+        x = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
     known = {name: m for name, m in model.named_modules() if _opener(m) is not None}
-    wanted = list(known if names is None else names)
+    wanted = list(dict.fromkeys(known if names is None else names))
     for name in wanted:
         if name not in known:
             raise InputError(f"Expected an attention layer, came {name!r}. {nearest(name, known)}")
@@ -91,14 +97,33 @@ def open_attention(
     training = {name: known[name].training for name in wanted}
     with evaluating(model), torch.no_grad():
         left = _replace(model, {n: known[n] for n in wanted}, x)
-    for name in training.keys() - left.keys():
-        model.get_submodule(name).train(training[name])
     if names is not None and left:
+        for name in wanted:
+            _put(model, name, known[name])
+            known[name].train(training[name])
         name, why = next(iter(left.items()))
         raise UnsupportedModelError(f"The attention layer {name!r} cannot be replaced: {why}.")
+    for name in training.keys() - left.keys():
+        model.get_submodule(name).train(training[name])
     for name, why in left.items():
         logger.info("Attention %s keeps its heads: %s.", name, why)
     return OpenedAttention(tuple(n for n in wanted if n not in left), left)
+
+
+def open_as_recorded(model: nn.Module, names: Iterable[str]) -> None:
+    """Replace these layers without running anything: `load` compares names and shapes later.
+
+    Raises:
+        UnsupportedModelError: a layer is not there, or is none that can be replaced.
+    """
+    there = dict(model.named_modules())
+    for name in names:
+        opener = _opener(there.get(name))
+        opened = opener(there[name]) if opener is not None else "there is no attention to replace"
+        if isinstance(opened, str):
+            raise UnsupportedModelError(f"The attention layer {name!r} cannot be replaced: "
+                                        f"{opened}.")  # fmt: skip
+        _put(model, name, opened.train(there[name].training))
 
 
 def opened_attention(model: nn.Module) -> tuple[str, ...]:
@@ -108,13 +133,12 @@ def opened_attention(model: nn.Module) -> tuple[str, ...]:
 
 def _replace(model: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> dict[str, str]:
     """Replace what can be; name -> why not for the others."""
-    calls = _calls(model, layers, x)
+    calls, expected = _calls(model, layers, x)
     left: dict[str, str] = {}
     made: dict[str, nn.Module] = {}
+    shared = _shared(model)
     for name, layer in layers.items():
-        opener = _opener(layer)
-        assert opener is not None
-        opened = opener(layer)
+        opened = _opened(name, layer, shared)
         why = opened if isinstance(opened, str) else _differs(opened.eval(), calls.get(name, []))
         if why is None and isinstance(opened, nn.Module):
             made[name] = opened
@@ -122,15 +146,38 @@ def _replace(model: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> dict[
             left[name] = str(why)
     for name in made:
         _put(model, name, made[name])
-    if made and _fails(model, x) is not None:
+    if made and _changes(model, x, expected) is not None:
         for name in made:
             _put(model, name, layers[name])
         for name in made:
             _put(model, name, made[name])
-            if (why := _fails(model, x)) is not None:
+            if (why := _changes(model, x, expected)) is not None:
                 _put(model, name, layers[name])
                 left[name] = why
     return left
+
+
+def _opened(name: str, layer: nn.Module, shared: set[int]) -> OpenAttention | str:
+    """What takes a layer's place, or why nothing can."""
+    opener = _opener(layer)
+    assert opener is not None
+    if not name:
+        return "it is the model itself; put it into a module"
+    if any(id(p) in shared for p in layer.parameters()):
+        return "it shares weights with another layer"
+    if any(m._forward_hooks or m._forward_pre_hooks or is_parametrized(m)
+           for m in layer.modules()):  # fmt: skip
+        return "it has hooks or parametrised weights"
+    try:
+        return opener(layer)
+    except Exception as error:  # a layer of a release that is not known here
+        return f"it is not what it was taken for ({type(error).__name__}: {error})"
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Parameters that are there under more than one name."""
+    names = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    return {p for p, count in names.items() if count > 1}
 
 
 @dataclass(frozen=True)
@@ -139,18 +186,18 @@ class _Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    value: Tensor
+    value: Any
 
 
 def _calls(
     model: nn.Module, layers: dict[str, nn.Module], x: Tensor
-) -> dict[str, list[_Call]]:
+) -> tuple[dict[str, list[_Call]], Any]:
+    """Every call of these layers, and the model's output."""
     found: dict[str, list[_Call]] = {}
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            value = output[0] if isinstance(output, tuple) else output
-            found.setdefault(name, []).append(_Call(args, kwargs, value.clone()))
+            found.setdefault(name, []).append(_Call(args, kwargs, output))
 
         return hook
 
@@ -158,11 +205,11 @@ def _calls(
                for name, m in layers.items()]
     try:
         with no_fused_attention():  # the fused layer around it does not call it
-            run_on(model, x.clone())
+            output = run_on(model, x.clone())
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return found, output
 
 
 def _differs(opened: nn.Module, calls: list[_Call]) -> str | None:
@@ -170,22 +217,43 @@ def _differs(opened: nn.Module, calls: list[_Call]) -> str | None:
     if not calls:
         return "the model does not call it"
     for call in calls:
-        given = opened(*call.args, **call.kwargs)
-        got = given[0] if isinstance(given, tuple) else given
-        within = _TOLERANCE * float(call.value.abs().max()) + 1e-9
-        if got.shape != call.value.shape or not torch.allclose(
-            got, call.value, rtol=0.0, atol=within
-        ):
-            return "it is called with a mask, or with keys or values of its own"
+        try:
+            got = opened(*call.args, **call.kwargs)
+        except Exception as error:  # a mask, say, or keys of its own
+            return f"with another layer there the call fails ({type(error).__name__}: {error})"
+        if (apart := _apart(call.value, got)) is not None:
+            return f"another layer there gives something else ({apart})"
     return None
 
 
-def _fails(model: nn.Module, x: Tensor) -> str | None:
-    """Why the model does not run, where a module around a new layer reads what it has not."""
+def _changes(model: nn.Module, x: Tensor, expected: Any) -> str | None:
+    """Why the model is not what it was: a module around a new layer may read what it has not."""
     try:
-        model(x.clone())
+        got = model(x.clone())
     except Exception as error:
         return f"the model does not run with another layer there ({type(error).__name__}: {error})"
+    apart = _apart(expected, got)
+    return apart and f"the model gives something else with another layer there ({apart})"
+
+
+def _apart(expected: Any, got: Any) -> str | None:
+    """How two outputs differ by more than rounding, or None."""
+    first, second = (
+        [v for v in tree_leaves(value) if isinstance(v, Tensor) and v.is_floating_point()]
+        for value in (expected, got)
+    )
+    if [v.shape for v in first] != [v.shape for v in second]:
+        return "other shapes"
+    for a, b in zip(first, second, strict=True):
+        if not a.numel():
+            continue
+        scale = float(a.abs().max())
+        if not scale < float("inf"):
+            return "the model's own values are not finite"
+        within = max(_TOLERANCE, 4.0 * torch.finfo(a.dtype).eps) * scale + 1e-9
+        apart = float((a.float() - b.float()).abs().max())
+        if not apart <= within:
+            return f"by {apart:.2g}, of values up to {scale:.2g}"
     return None
 
 
@@ -197,12 +265,12 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
 Opener = Callable[[Any], OpenAttention | str]
 
 
-def _opener(module: nn.Module) -> Opener | None:
-    """What replaces a layer, by the names of its class and its bases (torchvision's, timm's)."""
-    if isinstance(module, nn.MultiheadAttention):
+def _opener(module: object) -> Opener | None:
+    """What replaces a layer, by its exact class."""
+    kind = type(module)
+    if kind is nn.MultiheadAttention:
         return _multihead
-    kinds = {(c.__module__.split(".")[0], c.__name__) for c in type(module).__mro__}
-    return next((opener for kind, opener in _OPENERS.items() if kind in kinds), None)
+    return _OPENERS.get(f"{kind.__module__}.{kind.__name__}")
 
 
 def _multihead(layer: nn.MultiheadAttention) -> OpenAttention | str:
@@ -246,18 +314,20 @@ def _tokens(layer: Any) -> OpenAttention | str:
     return OpenTokenAttention(weights, biases, layer.proj, core, dropout=layer.proj_drop.p)
 
 
-_OPENERS: dict[tuple[str, str], Opener] = {
-    ("torchvision", "ShiftedWindowAttention"): _windows,
-    ("torchvision", "RelativePositionalMultiHeadAttention"): _partitions,
-    ("timm", "Attention"): _tokens,
+_OPENERS: dict[str, Opener] = {
+    "torchvision.models.swin_transformer.ShiftedWindowAttention": _windows,
+    "torchvision.models.swin_transformer.ShiftedWindowAttentionV2": _windows,
+    "torchvision.models.maxvit.RelativePositionalMultiHeadAttention": _partitions,
+    "timm.layers.attention.Attention": _tokens,
+    "timm.models.vision_transformer.Attention": _tokens,
 }
 
 
 def _thirds(
     weight: Tensor, bias: Tensor | None
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor | None, ...]]:
-    weights = weight.detach().chunk(3)
-    return weights, (None,) * 3 if bias is None else bias.detach().chunk(3)
+    with torch.enable_grad():  # so that they say whether they are trained
+        return weight.chunk(3), (None,) * 3 if bias is None else bias.chunk(3)
 
 
 def _without(layer: Any, *children: str) -> Any:

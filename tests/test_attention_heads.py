@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from torchvision.models.swin_transformer import (
 )
 
 import patrol_prune as pp
-from patrol_prune.attention_heads import HeadProduct, OpenAttention, heads_side_by_side
+from patrol_prune.attention_heads import HeadProduct, heads_side_by_side
 from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.open_attention import open_attention, opened_attention
 
@@ -126,6 +128,30 @@ class TestTheSameLayer:
         close(model(x[:1]), expected[0])
         close(model(x), expected[1])
 
+    def test_frozen_parameters_stay_frozen(self) -> None:
+        model = vit().requires_grad_(False)
+        model.encoder.layers[1].self_attention.in_proj_weight.requires_grad_(True)
+        open_attention(model, torch.randn(1, 3, 32, 32))
+        trained = {n.removeprefix("encoder.layers.encoder_layer_1.self_attention.")
+                   for n, p in model.named_parameters() if p.requires_grad}
+        assert trained == {"q.weight", "k.weight", "v.weight"}
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+    def test_other_precisions(self, dtype: torch.dtype, tmp_path: Path) -> None:
+        model, x = swin().to(dtype), torch.randn(2, 3, 32, 32).to(dtype)
+        assert len(open_attention(model, x).opened) == 4
+        split = pp.Split(model, x, at="features.1")
+        pp.save(split, tmp_path / "it")
+        for make in (swin, lambda: swin().to(dtype)):
+            assert torch.equal(pp.load(tmp_path / "it", make).model(x), model(x))
+
+    def test_nobody_s_random_numbers_are_used(self) -> None:
+        before = torch.get_rng_state()
+        model = vit()
+        after = torch.get_rng_state()
+        open_attention(model, torch.zeros(1, 3, 32, 32))
+        assert torch.equal(torch.get_rng_state(), after) and len(before) == len(after)
+
     def test_zeros_as_an_example_prove_nothing_and_are_not_taken(self) -> None:
         model = vit()
         x = torch.randn(1, 3, 32, 32)
@@ -143,13 +169,63 @@ class TestWhatStays:
         assert not found.opened and "does not run" in found.left["0.self_attn"]
         assert torch.equal(model(x), expected)
 
-    def test_masked_and_crossed_attention(self) -> None:
-        for model in (Itself(nn.MultiheadAttention(8, 2, batch_first=True), masked=True),
-                      Itself(nn.MultiheadAttention(8, 2, batch_first=True), crossed=True)):
-            x = torch.randn(1, 5, 8)
-            expected = model.eval()(x)
-            assert "keys or values of its own" in open_attention(model, x).left["attention"]
-            assert torch.equal(model(x), expected)
+    @pytest.mark.parametrize(
+        ("how", "why"),
+        [({"masked": True}, "no masks"), ({"crossed": True}, "other keys"),
+         ({"weights": True}, "need_weights=False")],
+    )  # fmt: skip
+    def test_what_the_new_layer_cannot_do(self, how: dict[str, bool], why: str) -> None:
+        model = Itself(nn.MultiheadAttention(8, 2, batch_first=True), **how)
+        x = torch.randn(1, 5, 8)
+        nn.init.zeros_(model.attention.out_proj.weight)  # the outputs could not tell
+        expected = model.eval()(x)
+        assert why in open_attention(model, x).left["attention"]
+        assert torch.equal(model(x), expected)
+
+    def test_a_mask_that_comes_later_is_refused(self) -> None:
+        model = Itself(nn.MultiheadAttention(8, 2, batch_first=True)).eval()
+        assert open_attention(model, torch.randn(1, 5, 8)).opened
+        model.masked = True
+        with pytest.raises(pp.InputError, match="no masks"):
+            model(torch.randn(1, 5, 8))
+
+    def test_shared_and_hooked_layers(self) -> None:
+        layer = nn.MultiheadAttention(8, 2, batch_first=True)
+        twice = nn.Sequential(Itself(layer), Itself(layer)).eval()
+        found = open_attention(twice, torch.randn(1, 5, 8))
+        assert not found.opened and "shares weights" in found.left["0.attention"]
+        hooked = Itself(nn.MultiheadAttention(8, 2, batch_first=True)).eval()
+        hooked.attention.out_proj.register_forward_hook(lambda *_: None)
+        assert "hooks" in open_attention(hooked, torch.randn(1, 5, 8)).left["attention"]
+
+    def test_what_inherits_may_do_anything(self) -> None:
+        class Own(nn.MultiheadAttention):
+            pass
+
+        found = open_attention(Itself(Own(8, 2, batch_first=True)), torch.randn(1, 5, 8))
+        assert found.opened == () and found.left == {}
+
+    def test_a_model_that_asks_what_layer_it_has(self) -> None:
+        model = Asking(nn.MultiheadAttention(8, 2, batch_first=True)).eval()
+        x = torch.randn(1, 5, 8)
+        expected = model(x)
+        assert "gives something else" in open_attention(model, x).left["attention"]
+        assert torch.equal(model(x), expected)
+
+    def test_the_model_itself(self) -> None:
+        layer = ShiftedWindowAttention(8, [2, 2], [0, 0], 2).eval()
+        assert "the model itself" in open_attention(layer, torch.randn(1, 4, 4, 8)).left[""]
+
+    def test_timm_s_other_attention_is_not_taken_for_the_plain_one(self) -> None:
+        timm = pytest.importorskip("timm")
+        made = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 1, "num_heads": 3}
+        plain = timm.models.vision_transformer.VisionTransformer(**made, num_classes=5).eval()
+        beit = timm.models.beit.Beit(**made, num_classes=5).eval()
+        x = torch.randn(1, 3, 32, 32)
+        expected = plain(x)
+        assert open_attention(plain, x).opened == ("blocks.0.attn",)
+        close(plain(x), expected)
+        assert open_attention(beit, x).opened == ()
 
     def test_attention_that_adds_keys(self) -> None:
         model = Itself(nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)).eval()
@@ -161,6 +237,10 @@ class TestWhatStays:
             open_attention(model, torch.randn(1, 5, 8), names=["0.self_attn"])
         with pytest.raises(pp.InputError, match="Did you mean"):
             open_attention(model, torch.randn(1, 5, 8), names=["0.self_atn"])
+        both = nn.Sequential(Itself(nn.MultiheadAttention(8, 2, batch_first=True)), *model).eval()
+        with pytest.raises(pp.UnsupportedModelError):
+            open_attention(both, torch.randn(1, 5, 8), names=["0.attention", "1.self_attn"])
+        assert isinstance(both[0].attention, nn.MultiheadAttention)
 
     def test_a_network_without_attention_is_not_even_run(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 3))
@@ -258,21 +338,36 @@ class TestHeadsGo:
         assert model(x).isfinite().all()
 
     def test_torch_pruning_s_own_pruner_takes_whole_heads(self) -> None:
-        """With its convention for channels that go together."""
+        """With its convention for channels that go together, and nothing else of ours imported."""
+        script = """
+import torch, torch_pruning as tp, patrol_prune as pp
+from torchvision.models import VisionTransformer
+model, x = VisionTransformer(32, 8, 2, 4, 16, 32).eval(), torch.rand(1, 3, 32, 32)
+names = pp.open_attention(model, x).opened
+layers = [model.get_submodule(n) for n in names]
+whole = [model.heads, model.conv_proj, *(l.mlp[3] for l in model.encoder.layers),
+         *(l.out for l in layers)]
+tp.pruner.BasePruner(
+    model, x, tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.5, ignored_layers=whole,
+    out_channel_groups={p: p.head_dim for a in layers for p in (a.q, a.k, a.v)},
+    in_channel_groups={}, num_heads={},
+).step()
+model(x)
+print([a.num_heads for a in layers])
+"""
+        done = subprocess.run([sys.executable, "-W", "ignore", "-c", script], text=True,
+                              capture_output=True, check=True)  # fmt: skip
+        assert done.stdout.strip() == "[2, 2]"
+
+    def test_projections_that_lost_channels_and_heads_that_did_not(self) -> None:
         model, x = vit(), torch.randn(1, 3, 32, 32)
         open_attention(model, x)
-        layers = [m for m in model.modules() if isinstance(m, OpenAttention)]
-        pruner = tp.pruner.BasePruner(
-            model, x, tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.5,
-            ignored_layers=[model.heads, model.conv_proj,
-                            *(layer.mlp[3] for layer in model.encoder.layers),
-                            *(layer.out for layer in layers)],
-            out_channel_groups={p: p.head_dim for a in layers for p in (a.q, a.k, a.v)},
-            in_channel_groups={}, num_heads={},
-        )  # fmt: skip
-        pruner.step()
-        assert [a.num_heads for a in layers] == [2, 2]
-        assert model(x).isfinite().all()
+        layer = model.encoder.layers[0].self_attention
+        for p in (layer.q, layer.k, layer.v):
+            tp.prune_linear_out_channels(p, [0, 4, 8, 12])
+        tp.prune_linear_in_channels(layer.out, [0, 4, 8, 12])
+        with pytest.raises(pp.InputError, match="Prune opened attention by PatrolPruner"):
+            model(x)
 
 
 class TestKept:
@@ -336,15 +431,27 @@ def test_the_order_puts_every_head_side_by_side(heads: int, head_dim: int) -> No
 class Itself(nn.Module):
     """Attention of a sequence to itself, or not quite."""
 
-    def __init__(self, attention: nn.Module, masked: bool = False, crossed: bool = False) -> None:
+    def __init__(
+        self, attention: nn.Module, masked: bool = False, crossed: bool = False,
+        weights: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.attention, self.masked, self.crossed = attention, masked, crossed
+        self.weights = weights
 
     def forward(self, x: Tensor) -> Tensor:
         mask = torch.ones(x.shape[1], x.shape[1]).triu(1).bool() if self.masked else None
         other = x.flip(1) if self.crossed else x
-        value: Tensor = self.attention(x, x, other, attn_mask=mask, need_weights=False)[0]
+        value: Tensor = self.attention(x, x, other, attn_mask=mask, need_weights=self.weights)[0]
         return value
+
+
+class Asking(Itself):
+    """Adds its input only around the layer it knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        known = isinstance(self.attention, nn.MultiheadAttention)
+        return super().forward(x) + (x if known else 0.0)
 
 
 class Twice(nn.Module):
