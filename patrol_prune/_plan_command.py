@@ -20,6 +20,9 @@ from patrol_prune.models import build_model
 from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import Plan, PlanLimits, PlanRow, plan, short
 
+_OTHERS = 68
+"""Columns of the console that the plan's table takes beside the names."""
+
 
 def _plan_options(
     edge_macs: str,
@@ -105,7 +108,7 @@ def show(options: dict[str, Any], out: Callable[[str], None]) -> None:
         out(json.dumps(made.to_json(), indent=1))
         return
     console = Console()
-    console.print(plan_table(made))
+    console.print(plan_table(made, console.width))
     console.print(made.text, highlight=False, soft_wrap=True)
     if made.pruned:
         console.print(pruned_table(made))
@@ -113,8 +116,14 @@ def show(options: dict[str, Any], out: Callable[[str], None]) -> None:
         console.print(Text(f"Plot: {file.resolve()}"), soft_wrap=True)
 
 
-def plan_table(made: Plan) -> Table:
-    """One line for each place to cut; an arrow at the one to take."""
+def plan_table(made: Plan, width: int = 120) -> Table:
+    """One line for each place to cut; an arrow at the one to take.
+
+    Args:
+        made: the plan.
+        width: of the console; where it is narrow, names lose their beginnings, which are alike.
+    """
+    room = max(12, width - (_OTHERS if made.rows[0].latency is None else _OTHERS + 14))
     timed = made.rows[0].latency
     title = f"Places to cut, for {_allowed(made)} on the device"
     table = Table(title=title if timed is None else f"{title} ({timed.circumstances})")
@@ -126,7 +135,7 @@ def plan_table(made: Plan) -> Table:
     for row in made.rows:
         cells = [
             "→" if row.name == made.recommended else "",
-            row.name,
+            row.name if len(row.name) <= room else f"…{row.name[1 - room:]}",
             "×".join(str(n) for n in row.feature_shape),
             short(row.feature_bytes) + "B",
             short(row.edge_params),

@@ -224,6 +224,11 @@ def test_the_commands_tables_and_figure_show_what_was_measured(timed: Plan) -> N
     )
     assert Image.open(io.BytesIO(_plan_command.plan_figure(untimed))).width < picture.width
     assert len(_plan_command.plan_table(untimed).columns) == 8
+    long = dataclasses.replace(untimed.rows[0], name="encoder.layers.encoder_layer_6")
+    narrow = _plan_command.plan_table(dataclasses.replace(untimed, rows=(long,)), width=80)
+    console = Console(width=80, file=io.StringIO())
+    console.print(narrow)
+    assert "…der_layer_6 " in console.file.getvalue()
 
 
 def test_plain_data(timed: Plan) -> None:
