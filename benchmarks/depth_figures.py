@@ -6,7 +6,7 @@ from typing import Any
 
 from audit_figures import DEFENCES, STRENGTHS, USUAL_SPLIT
 from frontier_methods import DEEPER_EPOCHS
-from yardstick_figures import as_thumbnail, below_the_floor
+from yardstick_figures import as_thumbnail, below_the_floor, worst_of_the_floor
 
 from patrol_prune.report import render_table
 
@@ -51,7 +51,7 @@ def depth(record: dict[str, Any], measured: str) -> str:
         f"{settings['sweep_epochs']} epochs of {settings['sweep_images']:,} images more, and "
         "attacked by a fresh residual decoder (MSE + SSIM); 1,000 test images, one training seed. "
         f"The dense model has {100 * dense:.1f}%. Floor, the mean image: "
-        f"SSIM {rows[-1]['floor_ssim']:.3f}, worst 5% {rows[-1]['floor_ssim_worst5']:.3f}. "
+        f"SSIM {rows[-1]['floor_ssim']:.3f}{worst_of_the_floor()}. "
         "`as a thumbnail of`: the side, in pixels, of the thumbnail with the same SSIM.",
         render_table([line(row) for row in rows], COLUMNS).strip(),
         within(rows, dense), measured,

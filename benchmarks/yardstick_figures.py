@@ -63,3 +63,9 @@ def below_the_floor(goal: float, key: str = "ssim") -> str:
     if floor is None or goal >= floor[key]:
         return ""
     return f", which lies below the {floor[key]:.3f} of the mean image: no defence can reach it"
+
+
+def worst_of_the_floor() -> str:
+    """`, worst 5% 0.469`, or nothing."""
+    floor = next(iter(rows_of("mean image")), None)
+    return "" if floor is None else f", worst 5% {floor['ssim_worst5']:.3f}"

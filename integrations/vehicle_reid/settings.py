@@ -121,7 +121,7 @@ class ReidRun:
     model: str = "small_resnet"
     weights: str | None = None
     image_size: int = 64
-    at: str = "layer3"
+    at: str = "layer4"
     edge_macs: str = "0.5"
     name: str = "reid"
     runs: str = "runs"
