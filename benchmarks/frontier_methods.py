@@ -152,7 +152,7 @@ SAME_MODEL = {"avgpool": "layer4"}
 """Splits with nothing to prune behind another: what stands there begins with that one's model."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
-DEEPER_BEST = "with-patrol-10-layer4.0"
+DEEPER_BEST = "with-patrol@longer-10-layer4"
 """Of these, what meets every attack."""
 
 
