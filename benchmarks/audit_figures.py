@@ -21,7 +21,7 @@ METHODS = {
     "taylor": "Taylor pruning",
     "patrol": "**PATROL**",
     "patrol-adversarial": "PATROL, adversarial term only",
-    "deeper": "**PATROL, one block deeper**",
+    "deeper": "**PATROL, cut deeper**",
 }
 ATTACKS = {
     "inverse_network": "residual decoder",
@@ -219,8 +219,9 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
     if ours == "deeper":
         text = f"{at_the_same_cut()} {text}"
         sent = {m: next(iter(groups[m].values()))["feature_bytes"] / 1024 for m in ssim}
-        text += (" It is cut one block deeper than this Taylor pruning and uploads "
-                 f"{sent[ours]:.0f} KiB instead of {sent['taylor']:.0f}.")
+        cut = next(iter(groups[ours].values()))["split"]
+        text += (f" It is cut deeper, after {cut}, than this Taylor pruning and uploads "
+                 f"{sent[ours]:.3g} KiB instead of {sent['taylor']:.0f}.")
     plain = ATTACKS["inverse_network"]
     if all(plain in ssim[m] for m in ssim):
         text += (f" Under the residual decoder of MSE alone it is "
@@ -229,16 +230,30 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
 
 
 def at_the_same_cut() -> str:
-    """The deeper model beside Taylor pruning at its own cut, under the one decoder both met."""
+    """The deeper model beside pruning alone, there and by Taylor's score, under one decoder."""
     rows = under_one_attack(load("frontier"))
     ours = next((r for r in rows if is_deeper_best(r)), None)
-    host = next((r for r in rows if r.get("start") == "taylor-layer4.0"), None)
-    if ours is None or host is None:
+    if ours is None:
         return ""
-    return (f"**Against Taylor pruning at the same cut and budget, PATROL's SSIM is "
-            f"{ours['ssim'] / host['ssim']:.2f} times ({ours['ssim']:.3f} and {host['ssim']:.3f} "
-            "under the MSE + SSIM decoder), at "
-            f"{100 * (ours['accuracy'] - host['accuracy']):+.1f} points.**")
+    plain = next((r for r in rows if r["method"] == "with-none" and r["split"] == ours["split"]
+                  and not r.get("recipe")), None)
+    host = next((r for r in rows if r.get("start") == "taylor-layer4.0"), None)
+    text = []
+    if plain is not None:
+        text.append("Against the same pruned model without PATROL's fine-tuning"
+                    + beside(ours, plain, "its SSIM is"))
+    if host is not None:
+        alike = "upload" if host["feature_bytes"] == ours["feature_bytes"] else "a larger upload"
+        text.append(f"Against Taylor pruning cut after {host['split']}, with the same budget and "
+                    f"{alike}" + beside(ours, host, "it is"))
+    return f"**{' '.join(text)}**" if text else ""
+
+
+def beside(ours: Row, other: Row, verb: str) -> str:
+    """How one row's SSIM and accuracy stand to another's."""
+    return (f", {verb} {ours['ssim'] / other['ssim']:.2f} times ({ours['ssim']:.3f} and "
+            f"{other['ssim']:.3f} under the MSE + SSIM decoder), at "
+            f"{100 * (ours['accuracy'] - other['accuracy']):+.1f} points of accuracy.")
 
 
 def defence_name(row: Row) -> str:

@@ -6,12 +6,18 @@ from typing import Any
 
 from audit_figures import DEFENCES, STRENGTHS, USUAL_SPLIT
 from frontier_methods import DEEPER_EPOCHS
-from yardstick_figures import as_thumbnail, below_the_floor, worst_of_the_floor
+from yardstick_figures import (
+    as_thumbnail,
+    below_the_floor,
+    of_the_answers,
+    worst_of_the_floor,
+)
 
 from patrol_prune.report import render_table
 
 Row = dict[str, Any]
 STRONG = "inverse_network_ssim"
+DEPTHS = ("layer3", "layer4.0", "layer4", "avgpool")
 WORST = 0.35
 """The goal for the mean SSIM of the 5% of images that are seen best."""
 BASES = {
@@ -40,7 +46,7 @@ def depth(record: dict[str, Any], measured: str) -> str:
     if not any(row["split"] != USUAL_SPLIT for row in rows):
         return "Not measured yet."
     dense = next(row["dense_accuracy"] for row in rows if row.get("dense_accuracy"))
-    rows.sort(key=lambda row: (row["split"], list(DEFENCES).index(row["method"]),
+    rows.sort(key=lambda row: (DEPTHS.index(row["split"]), list(DEFENCES).index(row["method"]),
                                row["strength"]))
     settings = record["settings"]
     return "\n\n".join([
@@ -93,4 +99,5 @@ def within(rows: list[Row], dense: float) -> str:
     least = min(rows, key=lambda row: row["ssim_worst5"])
     found.append(f"The lowest worst 5% is {least['ssim_worst5']:.3f}; its goal is {WORST}"
                  f"{below_the_floor(WORST, 'ssim_worst5')}.")
+    found.append(of_the_answers())
     return " ".join(found)

@@ -58,14 +58,24 @@ def line(row: Row) -> Row:
 
 
 def below_the_floor(goal: float, key: str = "ssim") -> str:
-    """` which lies below the floor of 0.185`, or nothing."""
+    """`; it lies below the 0.185 of the mean image, ...`, or nothing."""
     floor = next(iter(rows_of("mean image")), None)
     if floor is None or goal >= floor[key]:
         return ""
-    return f", which lies below the {floor[key]:.3f} of the mean image: no defence can reach it"
+    return f"; it lies below the {floor[key]:.3f} of the mean image, so that no defence can reach it"
 
 
 def worst_of_the_floor() -> str:
     """`, worst 5% 0.469`, or nothing."""
     floor = next(iter(rows_of("mean image")), None)
     return "" if floor is None else f", worst 5% {floor['ssim_worst5']:.3f}"
+
+
+def of_the_answers() -> str:
+    """What the service's answers alone give away, in a sentence; or nothing."""
+    rows = rows_of("answers")
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: row["ssim"])
+    return (f"The dense model's answers alone, without any feature, give the same kind of attacker "
+            f"SSIM {best['ssim']:.3f} and {best['ssim_worst5']:.3f} on the worst 5%.")
