@@ -62,7 +62,8 @@ def below_the_floor(goal: float, key: str = "ssim") -> str:
     floor = next(iter(rows_of("mean image")), None)
     if floor is None or goal >= floor[key]:
         return ""
-    return f"; it lies below the {floor[key]:.3f} of the mean image, so that no defence can reach it"
+    return (f"; it lies below the {floor[key]:.3f} of the mean image, so that no defence can "
+            "reach it")
 
 
 def worst_of_the_floor() -> str:
