@@ -98,7 +98,7 @@ def open_attention(
     with evaluating(model), torch.no_grad():
         left = _replace(model, {n: known[n] for n in wanted}, x)
     if names is not None and left:
-        for name in wanted:
+        for name in filter(None, wanted):
             _put(model, name, known[name])
             known[name].train(training[name])
         name, why = next(iter(left.items()))

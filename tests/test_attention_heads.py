@@ -215,6 +215,9 @@ class TestWhatStays:
     def test_the_model_itself(self) -> None:
         layer = ShiftedWindowAttention(8, [2, 2], [0, 0], 2).eval()
         assert "the model itself" in open_attention(layer, torch.randn(1, 4, 4, 8)).left[""]
+        with pytest.raises(pp.UnsupportedModelError, match="the model itself"):
+            open_attention(layer, torch.randn(1, 4, 4, 8), names=[""])
+        assert "" not in dict(layer.named_children())
 
     def test_timm_s_other_attention_is_not_taken_for_the_plain_one(self) -> None:
         timm = pytest.importorskip("timm")
