@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from frontier_methods import DEEPER_BEST
+from yardstick_figures import rows_of
 
 from patrol_prune.report import render_table
 
@@ -372,14 +373,19 @@ def plot_sweep() -> None:
         return
     figure, axes = pyplot.subplots(figsize=(10, 4.8), layout="constrained")
     markers = itertools.cycle("ovs^D<>Pp*hX")
+    others = itertools.cycle(f"C{i}" for i in range(10) if i != 3)  # red is PATROL's, cut deeper
     names = dict.fromkeys(defence_name(r) for m in DEFENCES for r in rows if r["method"] == m)
     for name in names:
         same = sorted((r for r in rows if defence_name(r) == name), key=lambda r: r["ssim"])
-        colour = "crimson" if "after layer" in name else "black"
-        bold = {"linewidth": 2.2, "color": colour} if name.startswith("PATROL") else {}
+        bold = {"color": next(others)}
+        if name.startswith("PATROL"):
+            bold = {"linewidth": 2.2, "color": "crimson" if ", after " in name else "black"}
         axes.plot([r["ssim"] for r in same], [100 * r["accuracy"] for r in same],
                   marker=next(markers), label=name, alpha=0.85, **bold)
     axes.axvline(rows[0]["floor_ssim"], color="green", linestyle=":", label="floor: mean image")
+    if answers := rows_of("answers"):
+        axes.axvline(max(r["ssim"] for r in answers), color="green", linestyle="--",
+                     label="floor: the dense model's answers")
     axes.set(xlabel="fresh attacker's SSIM (lower is more private)", ylabel="accuracy in %",
              title="Defences over their own strength (edge MACs and uploads: see the table)")
     axes.grid(alpha=0.3)
