@@ -154,6 +154,8 @@ DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
 DEEPER_BEST = "with-patrol@longer-10-layer4"
 """Of these, what meets every attack."""
+DEEPEST = "with-patrol@longer-10-avgpool"
+"""And another, where an attack that fails would look like a defence that holds."""
 
 
 INSIDE: dict[str, tuple[float, ...]] = {
@@ -205,4 +207,4 @@ def deeper(args: Frontier) -> list[Method]:
                   max_pruning_ratio=0.5)
     rows += [host, Method("with-none", "layer4.0", defence="none", start=host.key,
                           recipe="taylor")]
-    return [replace(row, every_attack=row.key == DEEPER_BEST) for row in rows]
+    return [replace(row, every_attack=row.key in (DEEPER_BEST, DEEPEST)) for row in rows]
