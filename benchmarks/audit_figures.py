@@ -96,8 +96,13 @@ def attack_name(row: Row) -> str:
 
 def is_deeper_best(row: Row) -> bool:
     """Whether it is the model of a deeper cut that meets every attack."""
+    return is_model(row, DEEPER_BEST)
+
+
+def is_model(row: Row, key: str) -> bool:
+    """Whether a row is about the defended model of this key."""
     recipe = f"@{row['recipe']}" if row.get("recipe") else ""
-    return f"{row['method']}{recipe}-{row.get('strength') or 0:g}-{row['split']}" == DEEPER_BEST
+    return f"{row['method']}{recipe}-{row.get('strength') or 0:g}-{row['split']}" == key
 
 
 def thorough(rows: list[Row]) -> dict[str, dict[str, Row]]:

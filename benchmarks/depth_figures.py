@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from audit_figures import DEFENCES, STRENGTHS, USUAL_SPLIT
-from frontier_methods import DEEPER_EPOCHS
+from audit_figures import DEFENCES, STRENGTHS, USUAL_SPLIT, attack_name, is_model
+from frontier_methods import DEEPER_EPOCHS, DEEPEST
 from yardstick_figures import (
     as_thumbnail,
     below_the_floor,
@@ -60,8 +60,18 @@ def depth(record: dict[str, Any], measured: str) -> str:
         f"SSIM {rows[-1]['floor_ssim']:.3f}{worst_of_the_floor()}. "
         "`as a thumbnail of`: the side, in pixels, of the thumbnail with the same SSIM.",
         render_table([line(row) for row in rows], COLUMNS).strip(),
-        within(rows, dense), measured,
+        " ".join(filter(None, (within(rows, dense), deepest(record)))), measured,
     ])
+
+
+def deepest(record: dict[str, Any]) -> str:
+    """Every attack on the row behind the pooling, in a sentence."""
+    rows = [row for row in record["rows"] if is_model(row, DEEPEST)]
+    if len(rows) < 2:
+        return ""
+    rows.sort(key=lambda row: -row["ssim"])
+    each = ", ".join(f"{row['ssim']:.3f} by the {attack_name(row)}" for row in rows)
+    return f"PATROL's row after {rows[0]['split']} under every attack on it: {each}."
 
 
 def line(row: Row) -> dict[str, str]:
