@@ -117,19 +117,23 @@ def _flattened_concatenations() -> Iterator[None]:
 
 
 def _is_flattened(concat: Any, channels: int) -> bool:
-    """Whether a reshape of `[N, channels, H, W]` stands behind operators without weights."""
-    nodes, seen = list(concat.outputs), set()
+    """Whether a reshape of `[N, channels, H, W]` stands behind operators without weights.
+
+    Behind a further concatenation it is one of `[N, more channels, H, W]`.
+    """
+    nodes, seen = [(node, False) for node in concat.outputs], set()
     while nodes:
-        node = nodes.pop()
+        node, joined = nodes.pop()
         if id(node) in seen:
             continue
         seen.add(id(node))
         if node.type == tp.ops.OPTYPE.RESHAPE:
             size = list(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
-            if len(size) == 4 and size[1] == channels:
+            if len(size) == 4 and (size[1] > channels if joined else size[1] == channels):
                 return True
-        elif node.type == tp.ops.OPTYPE.ELEMENTWISE:
-            nodes += node.outputs
+        elif node.type in (tp.ops.OPTYPE.ELEMENTWISE, tp.ops.OPTYPE.CONCAT):
+            joined = joined or node.type == tp.ops.OPTYPE.CONCAT
+            nodes += [(further, joined) for further in node.outputs]
     return False
 
 

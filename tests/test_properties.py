@@ -323,6 +323,12 @@ def test_random_networks() -> None:
     check_many(200)
 
 
+def test_a_concatenation_inside_another_before_a_flattening() -> None:
+    stages = (Stage("Branches", 4, False, False), Stage("Dense", 4, False, False))
+    drawn = Drawn(stages, head="flatten", cut=0, boundary="keep", share=0.3, history=False, seed=0)
+    assert check(drawn) > 0
+
+
 @pytest.mark.slow
 def test_many_random_networks() -> None:
     check_many(4000)
