@@ -66,11 +66,14 @@ def depth(record: dict[str, Any], measured: str) -> str:
 
 def deepest(record: dict[str, Any]) -> str:
     """Every attack on the row behind the pooling, in a sentence."""
-    rows = [row for row in record["rows"] if is_model(row, DEEPEST)]
+    rows = [row for row in record["rows"] if is_model(row, DEEPEST)
+            and (row["attack"] != STRONG or row["victim_images"] >= 1_000)]
     if len(rows) < 2:
         return ""
     rows.sort(key=lambda row: -row["ssim"])
-    each = ", ".join(f"{row['ssim']:.3f} by the {attack_name(row)}" for row in rows)
+    each = "; ".join(f"{row['ssim']:.3f} by the {attack_name(row)}"
+                     + f" ({row['victim_images']} images)" * (row["victim_images"] < 1_000)
+                     for row in rows)
     return f"PATROL's row after {rows[0]['split']} under every attack on it: {each}."
 
 
