@@ -96,10 +96,10 @@ def attack_name(row: Row) -> str:
 
 def is_deeper_best(row: Row) -> bool:
     """Whether it is the model of a deeper cut that meets every attack."""
-    return is_model(row, DEEPER_BEST)
+    return has_key(row, DEEPER_BEST)
 
 
-def is_model(row: Row, key: str) -> bool:
+def has_key(row: Row, key: str) -> bool:
     """Whether a row is about the defended model of this key."""
     recipe = f"@{row['recipe']}" if row.get("recipe") else ""
     return f"{row['method']}{recipe}-{row.get('strength') or 0:g}-{row['split']}" == key
@@ -252,7 +252,8 @@ def at_the_same_cut() -> str:
         alike = "upload" if host["feature_bytes"] == ours["feature_bytes"] else "a larger upload"
         text.append(f"Against Taylor pruning cut after {host['split']}, with the same budget and "
                     f"{alike}" + beside(ours, host, "it is"))
-    return f"**{' '.join(text)}**" if text else ""
+    longer = " Both had fewer epochs than PATROL's row." * (ours.get("recipe") == "longer")
+    return f"**{' '.join(text)}**{longer}" if text else ""
 
 
 def beside(ours: Row, other: Row, verb: str) -> str:

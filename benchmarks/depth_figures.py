@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from audit_figures import DEFENCES, STRENGTHS, USUAL_SPLIT, attack_name, is_model
+from audit_figures import DEFENCES, STRENGTHS, USUAL_SPLIT, attack_name, has_key
 from frontier_methods import DEEPER_EPOCHS, DEEPEST
 from yardstick_figures import (
     as_thumbnail,
@@ -66,7 +66,7 @@ def depth(record: dict[str, Any], measured: str) -> str:
 
 def deepest(record: dict[str, Any]) -> str:
     """Every attack on the row behind the pooling, in a sentence."""
-    rows = [row for row in record["rows"] if is_model(row, DEEPEST)
+    rows = [row for row in record["rows"] if has_key(row, DEEPEST)
             and (row["attack"] != STRONG or row["victim_images"] >= 1_000)]
     if len(rows) < 2:
         return ""

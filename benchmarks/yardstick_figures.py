@@ -11,7 +11,8 @@ from patrol_prune.report import render_table
 
 Row = dict[str, Any]
 RECORD = Path(__file__).resolve().parent / "results" / "yardsticks.json"
-COLUMNS = {"what": "the attacker has", "ssim": "SSIM", "worst": "worst 5%", "mse": "MSE"}
+COLUMNS = {"what": "the attacker has", "ssim": "SSIM", "worst": "worst 5%", "mse": "MSE",
+           "plateau": "plateau"}
 ATTACKS = {"inverse_network_ssim": "a residual decoder (MSE + SSIM)",
            "linear_inverse": "the best linear decoder"}
 SHOWN = 8
@@ -32,7 +33,7 @@ def as_thumbnail(ssim: float) -> str:
 
 
 def yardsticks(record: dict[str, Any], source: str) -> str:
-    """The table, and which of the goals lie below what needs no feature."""
+    """What an attacker has without a feature, and what thumbnails show."""
     table = [line(row) for row in record["rows"]
              if row["what"] != "thumbnail" or row["side"] <= SHOWN]
     return "\n\n".join([
@@ -54,7 +55,8 @@ def line(row: Row) -> Row:
     else:
         what = "the image's class: the mean image of it"
     return {"what": what, "ssim": f"{row['ssim']:.3f}", "worst": f"{row['ssim_worst5']:.3f}",
-            "mse": f"{row['mse']:.4f}"}
+            "mse": f"{row['mse']:.4f}",
+            "plateau": {True: "yes", False: "no"}.get(row.get("plateau"), "")}
 
 
 def below_the_floor(goal: float, key: str = "ssim") -> str:
@@ -79,4 +81,5 @@ def of_the_answers() -> str:
         return ""
     best = max(rows, key=lambda row: row["ssim"])
     return (f"The dense model's answers alone, without any feature, give the same kind of attacker "
-            f"SSIM {best['ssim']:.3f} and {best['ssim_worst5']:.3f} on the worst 5%.")
+            f"SSIM {best['ssim']:.3f} and {best['ssim_worst5']:.3f} on the worst 5%"
+            + ", before it had reached its plateau" * (not best["plateau"]) + ".")

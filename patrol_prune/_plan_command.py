@@ -123,8 +123,8 @@ def plan_table(made: Plan, width: int = 120) -> Table:
         made: the plan.
         width: of the console; where it is narrow, names lose their beginnings, which are alike.
     """
-    room = max(12, width - (_OTHERS if made.rows[0].latency is None else _OTHERS + 14))
     timed = made.rows[0].latency
+    room = max(12, width - _OTHERS - 14 * (timed is not None))
     title = f"Places to cut, for {_allowed(made)} on the device"
     table = Table(title=title if timed is None else f"{title} ({timed.circumstances})")
     headings = ["", "cut after", "feature", "upload", "params", "dense MACs", "prune", "smallest"]

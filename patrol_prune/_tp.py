@@ -117,23 +117,21 @@ def _flattened_concatenations() -> Iterator[None]:
 
 
 def _is_flattened(concat: Any, channels: int) -> bool:
-    """Whether a reshape of `[N, channels, H, W]` stands behind operators without weights.
-
-    Behind a further concatenation it is one of `[N, more channels, H, W]`.
-    """
+    """Whether a reshape of `[N, channels, H, W]`, or of more behind a further concatenation, stands
+    behind operators without weights."""
     nodes, seen = [(node, False) for node in concat.outputs], set()
     while nodes:
         node, joined = nodes.pop()
-        if id(node) in seen:
+        if (id(node), joined) in seen:
             continue
-        seen.add(id(node))
+        seen.add((id(node), joined))
         if node.type == tp.ops.OPTYPE.RESHAPE:
             size = list(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
             if len(size) == 4 and (size[1] > channels if joined else size[1] == channels):
                 return True
         elif node.type in (tp.ops.OPTYPE.ELEMENTWISE, tp.ops.OPTYPE.CONCAT):
-            joined = joined or node.type == tp.ops.OPTYPE.CONCAT
-            nodes += [(further, joined) for further in node.outputs]
+            behind = joined or node.type == tp.ops.OPTYPE.CONCAT
+            nodes += [(further, behind) for further in node.outputs]
     return False
 
 
@@ -168,15 +166,7 @@ def output_channels(module: nn.Module, example_inputs: Any) -> list[tuple[nn.Mod
         one pair per group that reaches the output: its root layer, and a member "output" whose
         `idxs` number the output's channels and whose `root_idxs` number the root layer's.
     """
-    with preserved(module, trainable=True), torch.enable_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        graph = DependencyGraph().build_dependency(
-            module,
-            example_inputs,
-            forward_fn=as_forward_fn(example_inputs),
-            output_transform=_new_tensor,
-            verbose=False,
-        )
+    graph = traced(module, example_inputs, output_transform=_new_tensor)
     found = []
     with bounded_enumeration(module):
         for raw in graph.get_all_groups(ignored_layers=[]):
