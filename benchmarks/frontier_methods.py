@@ -143,8 +143,12 @@ SWEEP: dict[str, tuple[float, ...]] = {
 DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
     "layer4.0": {"none": (0.0,), "patrol": (10.0, 40.0), "patrol@longer": (10.0,),
                  "disco": (0.5,), "feature_dropout": (0.5,), "gaussian_noise": (1.0,)},
-    "layer4": {"none": (0.0,), "patrol@longer": (10.0, 3.0)},
-    "avgpool": {"none": (0.0,), "patrol@longer": (10.0,)},
+    "layer4": {"none": (0.0,), "none@longer": (0.0,), "patrol@longer": (10.0, 3.0),
+               "feature_dropout@longer": (0.5,), "gaussian_noise@longer": (1.0,),
+               "disco@longer": (0.5,)},
+    "avgpool": {"none": (0.0,), "none@longer": (0.0,), "patrol@longer": (10.0,),
+                "patrol@longest": (10.0,), "feature_dropout@longer": (0.5,),
+                "gaussian_noise@longer": (1.0,)},
 }
 """Deeper splits whose edge can be brought to the budget with the upload whole, and what stands on
 each pruned model: the defence, its recipe, its strengths."""

@@ -66,6 +66,7 @@ RECIPES: dict[str, Recipe] = {
     "narrow-16": Recipe(upload_channels=16),
     "narrow-8": Recipe(upload_channels=8),
     "longer": Recipe(epochs=3),
+    "longest": Recipe(epochs=6),
     "taylor": Recipe(),
     "lipschitz-paper": Recipe(alpha=0.02, lipschitz_form="paper"),
     "lipschitz-scale-free": Recipe(alpha=0.02),
