@@ -158,7 +158,7 @@ DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
 DEEPER_BEST = "with-patrol@longer-10-layer4"
 """Of these, what meets every attack."""
-DEEPEST = "with-patrol@longer-10-avgpool"
+DEEPEST = "with-patrol@longest-10-avgpool"
 """And another, where an attack that fails would look like a defence that holds."""
 
 
