@@ -62,7 +62,8 @@ INSIDE = {
     "features": "larger surrogates, features distilled",
     "narrow-16": "upload pruned to 16 channels first",
     "narrow-8": "upload pruned to 8 channels first",
-    "longer": "three times as long", "taylor": "on Taylor pruning",
+    "longer": "three times as long", "longest": "six times as long",
+    "taylor": "on Taylor pruning",
     "long": "larger surrogates, three times as long",
     "lipschitz-paper": "the paper's Lipschitz term alone",
     "lipschitz-scale-free": "the scale-free Lipschitz term alone",
@@ -241,19 +242,23 @@ def at_the_same_cut() -> str:
     ours = next((r for r in rows if is_deeper_best(r)), None)
     if ours is None:
         return ""
-    plain = next((r for r in rows if r["method"] == "with-none" and r["split"] == ours["split"]
-                  and not r.get("recipe")), None)
+    alone = {r.get("recipe"): r for r in rows
+             if r["method"] == "with-none" and r["split"] == ours["split"]}
+    plain = alone.get(ours.get("recipe"), alone.get(None))
     host = next((r for r in rows if r.get("start") == "taylor-layer4.0"), None)
     text = []
     if plain is not None:
         text.append("Against the same pruned model without PATROL's fine-tuning"
+                    + ", trained as long" * (plain.get("recipe") == ours.get("recipe"))
                     + beside(ours, plain, "its SSIM is"))
     if host is not None:
         alike = "upload" if host["feature_bytes"] == ours["feature_bytes"] else "a larger upload"
         text.append(f"Against Taylor pruning cut after {host['split']}, with the same budget and "
                     f"{alike}" + beside(ours, host, "it is"))
-    longer = " Both had fewer epochs than PATROL's row." * (ours.get("recipe") == "longer")
-    return f"**{' '.join(text)}**{longer}" if text else ""
+    fewer = [name for name, row in (("The former", plain), ("the latter", host))
+             if row is not None and row.get("recipe") != ours.get("recipe")]
+    longer = (" and ".join(fewer) + " had fewer epochs than PATROL's row.") if fewer else ""
+    return f"**{' '.join(text)}** {longer[:1].upper()}{longer[1:]}".strip() if text else ""
 
 
 def beside(ours: Row, other: Row, verb: str) -> str:

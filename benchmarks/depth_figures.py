@@ -25,6 +25,7 @@ BASES = {
     "patrol-score-only-layer4.0": "second-order score",
     "patrol-score-only-layer4": "second-order score",
 }
+TIMES = {"longer": ", three times as long", "longest": ", six times as long"}
 COLUMNS = {
     "split": "split after", "base": "pruned by", "defence": "trained on with",
     "strength": "strength", "accuracy": "accuracy", "ssim": "attacker's SSIM",
@@ -82,7 +83,7 @@ def line(row: Row) -> dict[str, str]:
     return {
         "split": row["split"], "base": BASES.get(row.get("start") or "taylor-layer3", ""),
         "defence": DEFENCES[row["method"]].replace("none (trained on)", "nothing")
-        + ", three times as long" * (row.get("recipe") == "longer"),
+        + TIMES.get(row.get("recipe") or "", ""),
         "strength": STRENGTHS.get(row["defence"], "").format(row["strength"]),
         "accuracy": f"{100 * row['accuracy']:.1f}%", "ssim": f"{row['ssim']:.3f}",
         "side": as_thumbnail(row["ssim"]),

@@ -64,10 +64,15 @@ def spread(rows: list[Row], key: str, digits: int) -> str:
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+FEW = 4
+"""Commits that a sentence lists."""
+
+
 def circumstances(record: dict[str, Any]) -> str:
-    versions = record["versions"]
+    versions, commits = record["versions"], record["commit"].split(", ")
+    at = record["commit"] if len(commits) <= FEW else f"{len(commits)} commits (each row names its)"
     return (
-        f"Measured {record['date']} at {record['commit']} on {record['device']}, "
+        f"Measured {record['date']} at {at} on {record['device']}, "
         f"torch {versions['torch']}, torchvision {versions['torchvision']}, torch-pruning "
         f"{versions['torch-pruning']}; `{record['command'].split(' --')[0]}`."
     )

@@ -147,8 +147,8 @@ DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
                "feature_dropout@longer": (0.5,), "gaussian_noise@longer": (1.0,),
                "disco@longer": (0.5,)},
     "avgpool": {"none": (0.0,), "none@longer": (0.0,), "patrol@longer": (10.0,),
-                "patrol@longest": (10.0,), "feature_dropout@longer": (0.5,),
-                "gaussian_noise@longer": (1.0,)},
+                "none@longest": (0.0,), "patrol@longest": (10.0,),
+                "feature_dropout@longer": (0.5,), "gaussian_noise@longer": (1.0,)},
 }
 """Deeper splits whose edge can be brought to the budget with the upload whole, and what stands on
 each pruned model: the defence, its recipe, its strengths."""
