@@ -242,23 +242,18 @@ def at_the_same_cut() -> str:
     ours = next((r for r in rows if is_deeper_best(r)), None)
     if ours is None:
         return ""
-    alone = {r.get("recipe"): r for r in rows
-             if r["method"] == "with-none" and r["split"] == ours["split"]}
-    plain = alone.get(ours.get("recipe"), alone.get(None))
+    plain = next((r for r in rows if r["method"] == "with-none" and r["split"] == ours["split"]
+                  and r.get("recipe") == ours.get("recipe")), None)
     host = next((r for r in rows if r.get("start") == "taylor-layer4.0"), None)
     text = []
     if plain is not None:
         text.append("Against the same pruned model without PATROL's fine-tuning"
-                    + ", trained as long" * (plain.get("recipe") == ours.get("recipe"))
-                    + beside(ours, plain, "its SSIM is"))
+                    ", trained as long" + beside(ours, plain, "its SSIM is"))
     if host is not None:
         alike = "upload" if host["feature_bytes"] == ours["feature_bytes"] else "a larger upload"
         text.append(f"Against Taylor pruning cut after {host['split']}, with the same budget and "
-                    f"{alike}" + beside(ours, host, "it is"))
-    fewer = [name for name, row in (("The former", plain), ("the latter", host))
-             if row is not None and row.get("recipe") != ours.get("recipe")]
-    longer = (" and ".join(fewer) + " had fewer epochs than PATROL's row.") if fewer else ""
-    return f"**{' '.join(text)}** {longer[:1].upper()}{longer[1:]}".strip() if text else ""
+                    f"{alike}, and fewer epochs" + beside(ours, host, "it is"))
+    return f"**{' '.join(text)}**" if text else ""
 
 
 def beside(ours: Row, other: Row, verb: str) -> str:

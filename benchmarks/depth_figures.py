@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from audit_figures import DEFENCES, STRENGTHS, USUAL_SPLIT, attack_name, has_key
+from audit_figures import DEFENCES, INSIDE, STRENGTHS, USUAL_SPLIT, attack_name, has_key
 from frontier_methods import DEEPER_EPOCHS, DEEPEST
 from yardstick_figures import (
     as_thumbnail,
@@ -25,7 +25,8 @@ BASES = {
     "patrol-score-only-layer4.0": "second-order score",
     "patrol-score-only-layer4": "second-order score",
 }
-TIMES = {"longer": ", three times as long", "longest": ", six times as long"}
+LONGER = ("longer", "longest")
+"""Recipes that only train longer."""
 COLUMNS = {
     "split": "split after", "base": "pruned by", "defence": "trained on with",
     "strength": "strength", "accuracy": "accuracy", "ssim": "attacker's SSIM",
@@ -83,7 +84,7 @@ def line(row: Row) -> dict[str, str]:
     return {
         "split": row["split"], "base": BASES.get(row.get("start") or "taylor-layer3", ""),
         "defence": DEFENCES[row["method"]].replace("none (trained on)", "nothing")
-        + TIMES.get(row.get("recipe") or "", ""),
+        + (f", {INSIDE[row['recipe']]}" if row.get("recipe") in LONGER else ""),
         "strength": STRENGTHS.get(row["defence"], "").format(row["strength"]),
         "accuracy": f"{100 * row['accuracy']:.1f}%", "ssim": f"{row['ssim']:.3f}",
         "side": as_thumbnail(row["ssim"]),

@@ -70,7 +70,7 @@ FEW = 4
 
 def circumstances(record: dict[str, Any]) -> str:
     versions, commits = record["versions"], record["commit"].split(", ")
-    at = record["commit"] if len(commits) <= FEW else f"{len(commits)} commits (each row names its)"
+    at = record["commit"] if len(commits) <= FEW else f"{len(commits)} commits, named in the rows,"
     return (
         f"Measured {record['date']} at {at} on {record['device']}, "
         f"torch {versions['torch']}, torchvision {versions['torchvision']}, torch-pruning "

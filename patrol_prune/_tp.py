@@ -201,17 +201,16 @@ def bounded_enumeration(model: nn.Module) -> Iterator[None]:
     start, fresh = time.thread_time(), set()
     longest = _SLACK * max((max(p.shape, default=1) for p in model.parameters()), default=1)
 
-    def check(length: int, total: int, where: Any) -> None:
+    def check(length: int, total: int, where: str) -> None:
         slow = time.thread_time() - start > _MAX_SECONDS
         if length > longest or total > _MAX_INDICES or slow:
-            place = where if isinstance(where, str) else _kind(where.name)
             raise ExplodingGroupsError(
-                f"its channel groups explode at {place}, which Torch-Pruning cannot follow"
+                f"its channel groups explode at {where}, which Torch-Pruning cannot follow"
             )
 
     def guarded(self: Any, dep: Any, idxs: Any) -> None:
         self.total = getattr(self, "total", 0) + len(idxs)
-        check(len(idxs), self.total, dep.target)
+        check(len(idxs), self.total, _kind(dep.target.name))
         add_dep(self, dep, idxs)
 
     def guarded_spread(self: Any, idxs: Any) -> Any:

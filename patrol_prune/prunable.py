@@ -89,7 +89,7 @@ def check_prunable(model: nn.Module) -> None:
 
 
 def _all_finite(values: torch.Tensor) -> bool:
-    """Whether no value is NaN or infinite; a finite sum tells it ten times as fast."""
+    """Whether no value is NaN or infinite; a finite sum tells it without a tensor of flags."""
     return bool(torch.isfinite(values.sum())) or bool(torch.isfinite(values).all())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from patrol_prune._tp import GroupMagnitudeImportance
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.group_table import GroupTable, build_graph, remove_channels
 from patrol_prune.masks import SoftMasks
+from patrol_prune.prunable import check_prunable
 from patrol_prune.pruner import PatrolPruner
 from patrol_prune.split import Split
 
@@ -377,9 +379,9 @@ def _old_spectral_norm() -> nn.Module:
         return nn.Sequential(nn.utils.spectral_norm(nn.Conv2d(3, 4, 3)), nn.Conv2d(4, 4, 3))
 
 
-def _nan() -> nn.Module:
+def _with_weights(*values: float) -> nn.Module:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3))
-    net[1].weight.data[0, 0, 0, 0] = float("nan")
+    net[1].weight.data.view(-1)[: len(values)] = torch.tensor(values)
     return net
 
 
@@ -388,7 +390,8 @@ def _nan() -> nn.Module:
     [
         (_weight_norm(), "'0'.*computed"),
         (_old_spectral_norm(), "'0'.*computed"),
-        (_nan(), "'1.weight'.*NaN"),
+        (_with_weights(math.nan), "'1.weight'.*NaN"),
+        (_with_weights(math.inf, -math.inf), "'1.weight'.*infinite"),
         (nn.Sequential(nn.ReLU()), "nothing to prune"),
         (nn.Sequential(nn.LazyConv2d(4, 3)), "lazy"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), FrozenBatchNorm2d()), "'1'.*buffers"),
@@ -397,6 +400,12 @@ def _nan() -> nn.Module:
 def test_models_refused_by_name(model: nn.Module, message: str) -> None:
     with pytest.raises(UnsupportedModelError, match=message):
         build_graph(model, torch.randn(1, 3, 12, 12))
+
+
+def test_weights_whose_sum_overflows_are_finite() -> None:
+    model = _with_weights(3e38, 3e38)
+    assert not model[1].weight.sum().isfinite()
+    check_prunable(model)
 
 
 def test_the_users_own_error_is_not_hidden() -> None:
