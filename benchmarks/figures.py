@@ -20,6 +20,7 @@ import matplotlib
 import published_figures
 import reid_figures
 import score_figures
+import seed_figures
 import yardstick_figures
 
 from patrol_prune.report import render_table
@@ -335,6 +336,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "sweep": ("frontier", lambda: audit_figures.sweep(of_frontier(is_swept))),
     "gap": ("frontier", lambda: audit_figures.surrogate_gap(source("frontier"))),
     "depth": ("frontier", lambda: depth_figures.depth(load("frontier"), of_frontier(is_deeper))),
+    "seeds": ("seeds", lambda: seed_figures.seeds(*told("seeds"))),
     "fidelity": ("fidelity", lambda: score_figures.fidelity(*told("fidelity"))),
     "scores": ("scores", lambda: score_figures.scores(*told("scores"))),
     "published": ("published", lambda: published_figures.published(source("published"))),

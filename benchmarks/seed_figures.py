@@ -1,0 +1,103 @@
+"""The table of training seeds, from `results/seeds.json`."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from audit_figures import DEFENCES, STRENGTHS
+from depth_figures import STRONG
+
+from patrol_prune.report import render_table
+
+Row = dict[str, Any]
+COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on with",
+           "accuracy": "accuracy", "lost": "points below dense", "ssim": "attacker's SSIM",
+           "long": "attacked 3 times as long", "worst": "worst 5%", "floor": "floor",
+           "macs": "edge MACs"}
+
+
+def seeds(record: dict[str, Any], measured: str) -> str:
+    """One line for each training seed and defence, and their means with sample deviations."""
+    rows = [row for row in record["rows"] if row["attack"] == STRONG]
+    usual = [row for row in rows if row["times_as_long"] == 1]
+    usual.sort(key=lambda row: (row["defence"] != "none", row["train_seed"]))
+    longer = {(row["defence"], row["train_seed"]): row for row in rows if row not in usual}
+    lines = [line(row, longer.get((row["defence"], row["train_seed"]))) for row in usual]
+    by_defence: dict[str, list[Row]] = {}
+    for row in usual:
+        by_defence.setdefault(row["defence"], []).append(row)
+    lines += [mean_line(each, [longer[key] for row in each
+                               if (key := (row["defence"], row["train_seed"])) in longer])
+              for each in by_defence.values()]
+    first = usual[0]
+    return "\n\n".join([
+        "Everything anew for each training seed: the parts of the images, the dense model, the "
+        f"pruned one, the defence, the attackers. After {first['split']}, "
+        f"{first['feature_bytes'] / 1024:.3g} KiB uploaded, every row trained three times as long "
+        f"as the sweep's; {first['victim_images']:,} test images; residual decoder (MSE + "
+        "SSIM). Floor: the mean image. `worst 5%` is of the longest attack in the line. ± is the "
+        f"sample deviation over {len(by_defence[first['defence']])} seeds.",
+        render_table(lines, COLUMNS).strip(), compared(by_defence), measured,
+    ])
+
+
+def name_of(row: Row) -> str:
+    strength = STRENGTHS.get(row["defence"], "").format(row["strength"])
+    name = DEFENCES[row["method"]].replace("none (trained on)", "nothing")
+    return f"{name}, {strength}" if strength else name
+
+
+def lost(row: Row) -> float:
+    """Points of accuracy below the seed's own dense model."""
+    return float(100 * (row["dense_accuracy"] - row["accuracy"]))
+
+
+def line(row: Row, longer: Row | None) -> dict[str, str]:
+    return {
+        "seed": str(row["train_seed"]), "dense": f"{100 * row['dense_accuracy']:.1f}%",
+        "defence": name_of(row), "accuracy": f"{100 * row['accuracy']:.1f}%",
+        "lost": f"{lost(row):.2f}", "ssim": f"{row['ssim']:.3f}",
+        "long": f"{longer['ssim']:.3f}" if longer else "",
+        "worst": f"{(longer or row)['ssim_worst5']:.3f}", "floor": f"{row['floor_ssim']:.3f}",
+        "macs": f"{row['edge_macs'] / 1e6:.2f} M",
+    }
+
+
+def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
+    def mean(values: list[float], digits: int, unit: str = "") -> str:
+        if not values:
+            return ""
+        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.{digits}f}{spread}{unit}"
+
+    return {
+        "seed": "mean", "dense": mean([100 * r["dense_accuracy"] for r in rows], 1, "%"),
+        "defence": name_of(rows[0]), "accuracy": mean([100 * r["accuracy"] for r in rows], 1, "%"),
+        "lost": mean([lost(r) for r in rows], 2), "ssim": mean([r["ssim"] for r in rows], 3),
+        "long": mean([r["ssim"] for r in longer], 3),
+        "worst": mean([r["ssim_worst5"] for r in longer or rows], 3),
+        "floor": mean([r["floor_ssim"] for r in rows], 3),
+        "macs": mean([r["edge_macs"] / 1e6 for r in rows], 2, " M"),
+    }
+
+
+def compared(by_defence: dict[str, list[Row]]) -> str:
+    """The defence against nothing on the same pruned model, seed by seed."""
+    nothing = {row["train_seed"]: row for row in by_defence.get("none", [])}
+    parts = []
+    for defence, rows in by_defence.items():
+        pairs = [(row, nothing[row["train_seed"]]) for row in rows if row["train_seed"] in nothing]
+        if defence == "none" or not pairs:
+            continue
+        ratios = [row["ssim"] / other["ssim"] for row, other in pairs]
+        costs = [100 * (other["accuracy"] - row["accuracy"]) for row, other in pairs]
+        parts.append(
+            f"{name_of(rows[0])} against nothing on the same pruned model, under the attack of "
+            f"usual length: {span(ratios)} times the SSIM, for {span(costs)} points of accuracy.")
+    return " ".join(parts)
+
+
+def span(values: list[float]) -> str:
+    """`0.30 to 0.49`, or the one value that all of them round to."""
+    return " to ".join(dict.fromkeys(f"{value:.2f}" for value in (min(values), max(values))))

@@ -1,0 +1,58 @@
+"""What the frontier's best rows give when everything is trained anew with other seeds.
+
+    python benchmarks/frontier.py --data ~/data/cifar10 --work ~/frontier-1 --seed 1 \\
+        --only '["with-none@longer-0-layer4", "with-patrol@longer-10-layer4"]'
+    python benchmarks/seeds.py --works '["~/frontier", "~/frontier-1", "~/frontier-2"]'
+
+A training seed parts the images anew and trains another dense model, another pruned one and other
+defences; each has a working directory of `frontier.py` of its own. This gathers their rows.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from frontier_methods import DEEPER_BEST
+from jsonargparse import auto_cli
+from record import commit, write
+
+CONTROL = "with-none@longer-0-layer4"
+STEPS = (f"{CONTROL}-ssim-0", f"{DEEPER_BEST}-ssim-0", f"{DEEPER_BEST}-long-0")
+
+
+def gathered(works: tuple[Path, ...]) -> list[dict[str, Any]]:
+    """The rows of every working directory, none of them missing and no training seed twice."""
+    rows: list[dict[str, Any]] = []
+    seeds: set[int] = set()
+    for work in works:
+        found: list[dict[str, Any]] = []
+        for step in STEPS:
+            path = work.expanduser() / "rows" / f"{step}.json"
+            if not path.exists():
+                raise SystemExit(f"Expected the row {step} in {work.name}, came none: run "
+                                 "frontier.py there first.")
+            found += json.loads(path.read_text())
+        seed = found[0]["train_seed"]
+        if any(row["train_seed"] != seed for row in found) or seed in seeds:
+            raise SystemExit(f"Expected one training seed in each directory, and each once; came "
+                             f"{sorted({row['train_seed'] for row in found})} in {work.name}.")
+        seeds.add(seed)
+        rows += found
+    return rows
+
+
+def main(works: tuple[Path, ...]) -> None:
+    """Write `results/seeds.json`.
+
+    Args:
+        works: working directories of `frontier.py`, one for each training seed.
+    """
+    rows = gathered(works)
+    commits = dict.fromkeys(row["made_with"]["commit"] for row in rows)
+    print(write("seeds", rows, commit=", ".join(commits) or commit()))
+
+
+if __name__ == "__main__":
+    auto_cli(main, as_positional=False)
