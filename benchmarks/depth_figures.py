@@ -79,11 +79,16 @@ def deepest(record: dict[str, Any]) -> str:
     return f"PATROL's row after {rows[0]['split']} under every attack on it: {each}."
 
 
+def trained_with(row: Row) -> str:
+    """The defence as the tables about pruned models call it."""
+    return DEFENCES[row["method"]].replace("none (trained on)", "nothing")
+
+
 def line(row: Row) -> dict[str, str]:
     believed = row.get("surrogate_mse")
     return {
         "split": row["split"], "base": BASES.get(row.get("start") or "taylor-layer3", ""),
-        "defence": DEFENCES[row["method"]].replace("none (trained on)", "nothing")
+        "defence": trained_with(row)
         + (f", {INSIDE[row['recipe']]}" if row.get("recipe") in LONGER else ""),
         "strength": STRENGTHS.get(row["defence"], "").format(row["strength"]),
         "accuracy": f"{100 * row['accuracy']:.1f}%", "ssim": f"{row['ssim']:.3f}",

@@ -60,9 +60,7 @@ def by_method(rows: list[Row]) -> dict[tuple[str, str], list[Row]]:
 
 
 def spread(rows: list[Row], key: str, digits: int) -> str:
-    values = [row[key] for row in rows]
-    text = f"{statistics.mean(values):.{digits}f}"
-    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    return seed_figures.mean_and_deviation([row[key] for row in rows], digits)
 
 
 FEW = 4

@@ -5,15 +5,17 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from audit_figures import DEFENCES, STRENGTHS
-from depth_figures import STRONG
+from audit_figures import STRENGTHS
+from depth_figures import STRONG, trained_with
 
 from patrol_prune.report import render_table
 
 Row = dict[str, Any]
+YES_OR_NO = {True: "yes", False: "no"}
 COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on with",
            "accuracy": "accuracy", "lost": "points below dense", "ssim": "attacker's SSIM",
-           "long": "attacked 3 times as long", "worst": "worst 5%", "floor": "floor",
+           "plateau": "plateau", "long": "attacked 3 times as long",
+           "long_plateau": "plateau there", "worst": "worst 5%", "floor": "floor",
            "macs": "edge MACs"}
 
 
@@ -38,14 +40,13 @@ def seeds(record: dict[str, Any], measured: str) -> str:
         f"as the sweep's; {first['victim_images']:,} test images; residual decoder (MSE + "
         "SSIM). Floor: the mean image. `worst 5%` is of the longest attack in the line. ± is the "
         f"sample deviation over {len(by_defence[first['defence']])} seeds.",
-        render_table(lines, COLUMNS).strip(), compared(by_defence), measured,
+        render_table(lines, COLUMNS).strip(), compared(by_defence, longer), measured,
     ])
 
 
 def name_of(row: Row) -> str:
     strength = STRENGTHS.get(row["defence"], "").format(row["strength"])
-    name = DEFENCES[row["method"]].replace("none (trained on)", "nothing")
-    return f"{name}, {strength}" if strength else name
+    return ", ".join(filter(None, (trained_with(row), strength)))
 
 
 def lost(row: Row) -> float:
@@ -58,31 +59,34 @@ def line(row: Row, longer: Row | None) -> dict[str, str]:
         "seed": str(row["train_seed"]), "dense": f"{100 * row['dense_accuracy']:.1f}%",
         "defence": name_of(row), "accuracy": f"{100 * row['accuracy']:.1f}%",
         "lost": f"{lost(row):.2f}", "ssim": f"{row['ssim']:.3f}",
+        "plateau": YES_OR_NO[row["plateau"]],
         "long": f"{longer['ssim']:.3f}" if longer else "",
+        "long_plateau": YES_OR_NO[longer["plateau"]] if longer else "",
         "worst": f"{(longer or row)['ssim_worst5']:.3f}", "floor": f"{row['floor_ssim']:.3f}",
         "macs": f"{row['edge_macs'] / 1e6:.2f} M",
     }
 
 
-def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
-    def mean(values: list[float], digits: int, unit: str = "") -> str:
-        if not values:
-            return ""
-        spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.{digits}f}{spread}{unit}"
+def mean_and_deviation(values: list[float], digits: int) -> str:
+    """`"0.419 ± 0.003"`, with the sample deviation where there is more than one value."""
+    text = f"{statistics.mean(values):.{digits}f}" if values else ""
+    return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
+
+def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
+    mean = mean_and_deviation
     return {
-        "seed": "mean", "dense": mean([100 * r["dense_accuracy"] for r in rows], 1, "%"),
-        "defence": name_of(rows[0]), "accuracy": mean([100 * r["accuracy"] for r in rows], 1, "%"),
+        "seed": "mean", "dense": mean([100 * r["dense_accuracy"] for r in rows], 1) + "%",
+        "defence": name_of(rows[0]), "accuracy": mean([100 * r["accuracy"] for r in rows], 1) + "%",
         "lost": mean([lost(r) for r in rows], 2), "ssim": mean([r["ssim"] for r in rows], 3),
         "long": mean([r["ssim"] for r in longer], 3),
         "worst": mean([r["ssim_worst5"] for r in longer or rows], 3),
         "floor": mean([r["floor_ssim"] for r in rows], 3),
-        "macs": mean([r["edge_macs"] / 1e6 for r in rows], 2, " M"),
+        "macs": mean([r["edge_macs"] / 1e6 for r in rows], 2) + " M",
     }
 
 
-def compared(by_defence: dict[str, list[Row]]) -> str:
+def compared(by_defence: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) -> str:
     """The defence against nothing on the same pruned model, seed by seed."""
     nothing = {row["train_seed"]: row for row in by_defence.get("none", [])}
     parts = []
@@ -91,10 +95,14 @@ def compared(by_defence: dict[str, list[Row]]) -> str:
         if defence == "none" or not pairs:
             continue
         ratios = [row["ssim"] / other["ssim"] for row, other in pairs]
+        careful = [longer[key]["ssim"] / other["ssim"] for row, other in pairs
+                   if (key := (defence, row["train_seed"])) in longer]
         costs = [100 * (other["accuracy"] - row["accuracy"]) for row, other in pairs]
         parts.append(
             f"{name_of(rows[0])} against nothing on the same pruned model, under the attack of "
-            f"usual length: {span(ratios)} times the SSIM, for {span(costs)} points of accuracy.")
+            f"usual length: {span(ratios)} times the SSIM, for {span(costs)} points of accuracy."
+            + (f" Its longest attack against the usual one on nothing: {span(careful)} times."
+               if careful else ""))
     return " ".join(parts)
 
 

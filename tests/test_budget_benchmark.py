@@ -3,30 +3,17 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def budget() -> Iterator[ModuleType]:
-    """The benchmark, imported as its folder's scripts import each other."""
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import budget
-
-        yield budget
-    for name in set(sys.modules) - before:
-        if name in ("budget", "record", "processes"):
-            del sys.modules[name]
+def budget(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return import_benchmark("budget")
 
 
 def test_a_process_gives_what_it_yields(budget: ModuleType) -> None:

@@ -2,31 +2,19 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 FEW = dict(batch=10, lipschitz_images=4)
 
 
 @pytest.fixture(scope="module")
-def step_cost() -> Iterator[ModuleType]:
-    """The benchmark, imported as its folder's scripts import each other."""
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import step_cost
-
-        yield step_cost
-    for name in set(sys.modules) - before:
-        if name in ("step_cost", "record"):
-            del sys.modules[name]
+def step_cost(import_benchmark: Callable[[str], ModuleType]) -> ModuleType:
+    return import_benchmark("step_cost")
 
 
 @pytest.mark.parametrize(("terms", "added"), [
