@@ -258,8 +258,9 @@ def at_the_same_cut() -> str:
 
 def beside(ours: Row, other: Row, verb: str) -> str:
     """How one row's SSIM and accuracy stand to another's."""
+    still = ", which was still improving on PATROL" * (not ours["plateau"])
     return (f", {verb} {ours['ssim'] / other['ssim']:.2f} times ({ours['ssim']:.3f} and "
-            f"{other['ssim']:.3f} under the MSE + SSIM decoder), at "
+            f"{other['ssim']:.3f} under the MSE + SSIM decoder{still}), at "
             f"{100 * (ours['accuracy'] - other['accuracy']):+.1f} points of accuracy.")
 
 
