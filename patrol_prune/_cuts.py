@@ -7,6 +7,7 @@ graph reads them for itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,10 @@ from patrol_prune.errors import InputError, nearest
 
 # Normalisations whose weights may have several dimensions and still mix no features.
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
+# Layers whose multiply-adds are channel pairs times positions, and operators of several tensors
+# that have none.
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_ELEMENTWISE = ("add", "iadd", "sub", "isub", "mul", "imul", "cat", "concat")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,7 @@ class CutGraph:
         traced: Traced = trace(model, x)
         self.model, self.constants = model, traced.constants
         self.facts, self.names, self.free = traced.facts, traced.names, traced.free
-        self.owner, self.calls = traced.owner, traced.calls
+        self.owner, self.calls, self.likeness = traced.owner, traced.calls, traced.likeness
         self.order = list(traced.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.order)}
         self.end = len(self.order) - 1
@@ -124,6 +129,32 @@ class CutGraph:
         if not isinstance(module, nn.Module) or isinstance(module, _NORMS):
             return False
         return any(p.dim() > 1 for p in module.parameters())
+
+    def positions(self, stop: int) -> dict[str, int] | None:
+        """Layer -> kernel elements times output positions, its multiply-adds per channel pair.
+
+        Of the convolutions and linear layers up to `stop`, where these are all that multiplies:
+        None where anything else does, or might, and has to be counted by a run.
+        """
+        found: dict[str, int] = {}
+        for node in self._needed(0, stop):
+            module: Any = self.attribute(node) if node.op == "call_module" else None
+            if type(module) in _PLAIN:
+                pairs = math.prod(module.weight.shape[:2])
+                name, macs = str(node.target), self.facts[node].macs
+                if macs % pairs:
+                    return None
+                found[name] = found.get(name, 0) + macs // pairs
+            elif self._may_multiply(node):
+                return None
+        return found
+
+    def _may_multiply(self, node: fx.Node) -> bool:
+        if node.op in ("call_function", "call_method"):
+            name = str(getattr(node.target, "__name__", node.target)).strip("_")
+            tensors = [n for n in node.all_input_nodes if self.facts[n].tensor is not None]
+            return self.facts[node].macs > 0 or (len(tensors) > 1 and name not in _ELEMENTWISE)
+        return self.bears_weights(node)
 
     def chain(self, stop: int) -> list[Cut]:
         """The cuts before `stop` that end a block: the last ones before a weight-bearing layer."""

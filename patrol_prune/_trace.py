@@ -21,7 +21,11 @@ from patrol_prune.errors import InputError, UnsupportedModelError
 logger = logging.getLogger(__name__)
 
 _ASSERTS = {"_assert", "_assert_async", "_assert_is_none"}
+_SETTINGS = ("inplace", "kernel_size", "stride", "padding", "dilation", "output_size", "ceil_mode")
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
+
+Likeness = tuple[tuple[Any, ...], ...]
+"""See `likeness`."""
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Traced:
         names: per node, the canonical name first, then the aliases.
         free: nodes whose value does not depend on the input.
         constants: tensors that the trace found and that are no attribute of the model.
+        likeness: see `likeness`, of the graph as it was traced.
         owner: per node, the innermost module it was made in; a layer for its own call.
         calls: every call of a module, inner ones first.
     """
@@ -68,6 +73,7 @@ class Traced:
     names: dict[fx.Node, tuple[str, ...]]
     free: set[fx.Node]
     constants: dict[str, Tensor]
+    likeness: Likeness | None
     owner: dict[fx.Node, str]
     calls: tuple[Call, ...]
 
@@ -89,6 +95,7 @@ def trace(model: nn.Module, x: Tensor) -> Traced:
         own = set(model.__dict__) | set(model._buffers)
         try:
             graph = _trace_graph(tracer, model)
+            alike = _likeness(model, graph)
             probe = _Probe(model, graph)
             got = probe.probe(x.clone())
         finally:
@@ -102,8 +109,38 @@ def trace(model: nn.Module, x: Tensor) -> Traced:
     _refuse_written_constants(graph, probe.facts, constants)
     _erase_dead(graph, probe.facts)
     free = _free_nodes(list(graph.nodes), probe.facts)
-    return Traced(graph, probe.facts, _names(graph, tracer), free, constants, tracer.owner,
-                  tuple(tracer.calls))
+    return Traced(graph, probe.facts, _names(graph, tracer), free, constants,
+                  None if constants else alike, tracer.owner, tuple(tracer.calls))
+
+
+def likeness(model: nn.Module) -> Likeness | None:
+    """What tracing the model gives, to compare with `==`; the model does not run.
+
+    Equal ones are the same operators in the same order on the same layer objects, which write in
+    place as before and make as many positions, whatever the layers' widths are. None where
+    the trace makes tensors of its own, whose values would have to be compared as well, and where
+    the model cannot be traced.
+    """
+    own = set(model.__dict__) | set(model._buffers)
+    with evaluating(model), torch.no_grad(), no_fused_attention():
+        try:
+            alike = _likeness(model, _trace_graph(_Tracer(), model))
+        except UnsupportedModelError:
+            return None
+        finally:
+            constants = [_take(model, name) for name in _new_constants(model, own)]
+    return None if constants else alike
+
+
+def _likeness(model: nn.Module, graph: fx.Graph) -> Likeness:
+    numbers = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
+    found = []
+    for node in graph.nodes:
+        arguments = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        settings = tuple(getattr(layer, name, None) for name in _SETTINGS)
+        found.append((node.op, node.target, arguments, layer, settings))
+    return tuple(found)
 
 
 def run_on(model: nn.Module, x: Tensor) -> Any:

@@ -48,7 +48,7 @@ class MacModel:
         blocks: residual blocks of the edge that may be removed; each is a cost variable.
 
     Attributes:
-        dense: edge MACs with every channel kept, by fvcore.
+        dense: edge MACs with every channel kept; fvcore counts as many.
         constant: the part that is none of these layers.
         opaque: attention layers of the edge whose cost is another (cross-attention, say); they
             are in the constant.
@@ -63,7 +63,10 @@ class MacModel:
         blocks: Mapping[str, ResidualBlock] | None = None,
     ) -> None:
         self.table, self.blocks = table, dict(blocks or {})
-        if previous is None:
+        if previous is None and split.positions is not None:
+            self.positions = {n: at for n, at in split.positions.items() if at}
+            self.constant, self.opaque = 0, frozenset[str]()
+        elif previous is None:
             count = count_macs(split.edge, split.example_inputs)
             names = {id(m): n for n, m in split.edge.named_modules()}
             counted = {

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from patrol_prune._cuts import Cut, CutGraph
-from patrol_prune._trace import attribute_of, run_on
+from patrol_prune._trace import Likeness, attribute_of, likeness, run_on
 from patrol_prune.cost import (
     as_single_tensor,
     count_macs,
@@ -115,6 +115,8 @@ class Split:
     cloud_layers: dict[str, nn.Module]
     pruning_history: Sequence[Any] = ()
     """How the model was pruned since it was built, as Torch-Pruning tells it; `save` keeps it."""
+    positions: dict[str, int] | None = None
+    """Edge layer -> kernel elements times output positions; None where other things multiply."""
     removed_blocks: Sequence[tuple[str, int]] = ()
     """The blocks that were removed, each with the length of `pruning_history` at that time."""
 
@@ -150,6 +152,7 @@ class Split:
         self.model, self.at, self.blocks = model, at, ()
         self._inputs = as_single_tensor(inputs)
         self._handles: list[RemovableHandle] = []
+        self._likeness: Likeness | None = None
 
     @property
     def example_inputs(self) -> Tensor:
@@ -164,7 +167,10 @@ class Split:
         """Read the model again, after pruning or after a layer was replaced.
 
         `edge` and `cloud` stay the same objects (so do `blocks`, if their number is the same).
+        Where only widths have changed, the halves are the same too, and the model runs once.
         """
+        if self._likeness is not None and self._has_other_widths_only():
+            return
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -173,12 +179,30 @@ class Split:
             return
         graph = CutGraph(self.model, _sample(self.model, self._inputs))
         cut = graph.find(self.at)
+        self._likeness, self.positions = graph.likeness, graph.positions(cut.position)
         self.at, self.feature_shape = cut.names[0], cut.feature_shape
         self.edge_layers = graph.layers(0, cut.position)
         self.cloud_layers = graph.layers(cut.position, graph.end)
         self.edge = self._adopt(getattr(self, "edge", None), graph, None, cut, "Edge")
         self.cloud = self._adopt(getattr(self, "cloud", None), graph, cut, None, "Cloud")
         self.blocks = self._chain(graph, cut)
+
+    def _has_other_widths_only(self) -> bool:
+        """Whether the trace is the one that was checked; then the feature's shape is read again."""
+        if likeness(self.model) != self._likeness:
+            return False
+        x = _sample(self.model, self._inputs)
+        with evaluating(self.model), torch.no_grad():
+            try:
+                z = run_on(self.edge, x)
+                _check_feature(z, x)
+                run_on(self.cloud, z)
+            except InputError:  # tracing anew says what is wrong
+                return False
+        self.feature_shape = tuple(z.shape[1:])
+        for half in (self.edge, self.cloud, *self.blocks):
+            half.training = self.model.training
+        return True
 
     def _refresh_composed(self, model: _Composed) -> None:
         x = _sample(model, self._inputs)

@@ -6,11 +6,13 @@ import copy
 import io
 import logging
 import pickle
+from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+import torch_pruning as tp
 from torch import Tensor, fx, nn
 from torchvision.models import VisionTransformer, get_model
 
@@ -320,6 +322,133 @@ class TestRefresh:
         assert split.edge is edge and len(edge._forward_pre_hooks) == 1
         assert not torch.equal(edge(x), old)
         assert torch.equal(split.cloud(edge(x)), model(x))
+
+
+    def test_other_widths_alone_are_read_by_one_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        model, x = build("resnet18")
+        split = Split(model, x, "layer2")
+        halves = [split.edge, split.cloud, *split.blocks]
+        graphs = [half.graph for half in halves if isinstance(half, fx.GraphModule)]
+        prune(model, x, model.layer2[0].conv2, [0, 1, 5])
+        monkeypatch.setattr(splits, "CutGraph", None)
+        model.train()
+        split.refresh()
+        assert split.feature_shape == (125, 4, 4)
+        assert all(half.training for half in halves) and model.training
+        assert [split.edge, split.cloud, *split.blocks] == halves
+        assert all(h.graph is g for h, g in zip(halves, graphs, strict=True))
+        model.eval()
+        assert torch.equal(split.cloud(split.edge(x)), model(x))
+
+    def test_a_forward_that_asks_for_widths_is_traced_again(self) -> None:
+        class Asks(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.a(x)
+                return self.c(self.b(x) if self.b.in_features == self.a.out_features else -x)
+
+        model, x = Asks().eval(), torch.randn(2, 4)
+        split = Split(model, x, "a")
+        model.b.in_features = 5
+        split.refresh()
+        assert torch.equal(split.cloud(split.edge(x)), model(x))
+        assert "b" not in split.cloud_layers
+
+    def test_what_writes_in_place_since_then_is_traced_again(self) -> None:
+        model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), torch.randn(2, 4)
+        split = Split(model, x, "0")
+        model[1].inplace = True
+        split.refresh()
+        z = split.edge(x)
+        before = z.clone()
+        split.cloud(z)
+        assert torch.equal(z, before)
+
+    def test_another_stride_makes_other_positions(self) -> None:
+        model, x = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1)), torch.randn(1, 1, 7, 7)
+        split = Split(model, x, "0")
+        assert split.positions == {"0": 9 * 25}
+        model[0].stride = (2, 2)
+        split.refresh()
+        assert split.positions == {"0": 9 * 9} and split.feature_shape == (2, 3, 3)
+
+    def test_a_model_that_no_longer_runs(self) -> None:
+        model, x = build("resnet18")
+        split = Split(model, x, "layer2")
+        model.layer3[0].conv1.weight = nn.Parameter(torch.ones(8, 100, 3, 3))
+        with pytest.raises(InputError, match=r"ResNet can run on.*\(1, 3, 32, 32\)"):
+            split.refresh()
+
+
+def prune(model: nn.Module, x: Tensor, layer: nn.Module, channels: list[int]) -> None:
+    graph = tp.DependencyGraph().build_dependency(model, x)
+    graph.get_pruning_group(layer, tp.prune_conv_out_channels, channels).prune()
+
+
+class TestPositions:
+    """Multiply-adds per channel pair, without a counter's run."""
+
+    @pytest.mark.parametrize("name", sorted(MODELS))
+    def test_every_layer_costs_what_fvcore_counts(self, name: str) -> None:
+        size, kwargs, _ = MODELS[name]
+        model, x = build(name, size, **kwargs)
+        last = split_points(model, x)[-1].name
+        split = Split(model, x, last)
+        if name in ("vit", "swin_t"):
+            assert split.positions is None  # attention has products of its own
+            return
+        assert split.positions is not None
+        counted = count_macs(split.edge, x)
+        macs = {n: at * split.edge_layers[n].weight.shape[:2].numel()
+                for n, at in split.positions.items()}
+        assert sum(macs.values()) == counted.total > 0
+        assert all(counted.by_module[n] == macs[n] for n in macs)
+
+    @pytest.mark.parametrize("product", [
+        lambda w, z: F.linear(z, w), lambda w, z: z @ w, lambda w, z: torch.mv(w, z[0])[None],
+        lambda w, z: torch.einsum("ni,ij->nj", z, w), lambda w, z: z @ z.T @ z,
+        lambda w, z: torch.inner(z, w), lambda w, z: torch.addmm(z, z, w),
+    ])  # fmt: skip
+    def test_products_in_a_forward_are_counted_by_a_run(
+        self, product: Callable[[Tensor, Tensor], Tensor]
+    ) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.last = nn.Linear(3, 5), nn.Linear(5, 2)
+                self.weight = nn.Parameter(torch.randn(5, 5))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.last(torch.relu(product(self.weight, self.first(x))))
+
+        x = torch.randn(1, 3)
+        assert Split(Net(), x, "first").positions == {"first": 1}
+        assert Split(Net(), x, "relu").positions is None
+
+    @pytest.mark.parametrize(("layer", "call", "plain"), [
+        (nn.PReLU(4), lambda layer, z: layer(z), True),
+        (nn.LayerNorm([4, 6, 6]), lambda layer, z: layer(z), True),
+        (nn.ConvTranspose2d(4, 4, 3), lambda layer, z: layer(z), False),
+        (nn.Bilinear(6, 6, 6), lambda layer, z: layer(z, z), False),
+        (nn.Embedding(4, 6), lambda layer, z: z + layer(torch.tensor([0])), False),
+    ])  # fmt: skip
+    def test_layers_of_other_kinds(
+        self, layer: nn.Module, call: Callable[..., Tensor], plain: bool
+    ) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.first, self.layer, self.last = nn.Conv2d(3, 4, 1), layer, nn.Conv2d(4, 2, 1)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.last(call(self.layer, self.first(x)))
+
+        model, x = Net(), torch.randn(1, 3, 6, 6)
+        split = Split(model, x, split_points(model, x)[-1].name)
+        assert split.positions == ({"first": 36} if plain else None)
 
 
 class TestInPlace:
