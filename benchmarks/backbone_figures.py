@@ -120,8 +120,9 @@ def unfollowed(rows: list[Row]) -> str:
 
 HEADS = {
     "model": "model", "layers": "layers", "heads": "heads", "infer": "inference, opened",
-    "train": "training step, opened", "left": "heads left", "macs": "MACs then",
-    "infer_halved": "inference then",
+    "train": "training step, opened", "left": "half of the heads", "macs": "MACs then",
+    "infer_halved": "inference then", "macs_narrow": "half of the dimensions: MACs",
+    "infer_narrow": "inference then",
 }
 
 
@@ -129,14 +130,17 @@ def heads(record: dict[str, Any], source: str) -> str:
     """Times of opened attention over those of the layers before."""
     table = [{**row, "left": row["heads_left"],
               "macs": f"{100 * row['macs_halved'] / row['macs']:.0f}%",
-              **{k: f"{row[k]:.2f}" for k in ("infer", "train", "infer_halved")}}
+              "macs_narrow": f"{100 * row['macs_narrow'] / row['macs']:.0f}%",
+              **{k: f"{row[k]:.2f}"
+                 for k in ("infer", "train", "infer_halved", "infer_narrow")}}
              for row in record["rows"]]
     alike = all(row["macs"] == row["macs_opened"] for row in record["rows"])
     return "\n\n".join([
         "Processor time of the whole model over that of the unchanged one, "
         f"{record['image_size']}x{record['image_size']}, batch {record['batch']}, "
-        f"{record['threads']} thread, medians of {record['turns']} turns; opened, and with half "
-        "of the heads of every layer gone. The multiply-adds of the opened models are "
+        f"{record['threads']} thread, medians of {record['turns']} turns; opened, then with "
+        "half of the heads of every layer gone, or half of the dimensions of every head. The "
+        "multiply-adds of the opened models are "
         f"{'those of the unchanged ones' if alike else 'others, which is an error'}.",
         render_table(table, HEADS).strip(), source,
     ])

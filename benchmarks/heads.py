@@ -3,8 +3,8 @@
     python benchmarks/heads.py
 
 The same model with and without `open_attention` takes turns in one process, in evaluation mode
-without gradients and in a training step; processor time, medians of the ratios within a turn. The
-last column is the opened edge with half of the heads of every layer gone.
+without gradients and in a training step; processor time, medians of the ratios within a turn. Then
+with half of the heads of every layer gone, and with half of the dimensions of every head.
 """
 
 from __future__ import annotations
@@ -75,13 +75,13 @@ def ratio(config: Heads, work: Callable[[nn.Module, Tensor], None], plain: nn.Mo
     return round(statistics.median(ratios), 3)
 
 
-def halved(model: nn.Module, x: Tensor) -> int:
-    """Remove half of the heads of every layer; how many are left."""
+def halved(model: nn.Module, x: Tensor) -> nn.Module:
+    """The model without half of the heads of every layer, or of the dimensions."""
     table = GroupTable.build(model, x)
     groups = [g for g in table.groups.values() if isinstance(g.members[0].module, HeadLinear)]
     remove_channels(table, {g.name: g.units(torch.arange(g.channels // g.tie // 2))
                             for g in groups})
-    return sum(m.num_heads for m in model.modules() if hasattr(m, "core"))
+    return model.eval()
 
 
 def measure(config: Heads, name: str) -> dict[str, Any]:
@@ -89,18 +89,24 @@ def measure(config: Heads, name: str) -> dict[str, Any]:
     torch.manual_seed(0)
     plain = torchvision.models.get_model(name, weights=None)
     x = torch.randn(1, 3, config.image_size, config.image_size)
-    opened = copy.deepcopy(plain)
+    opened, by_dimensions = copy.deepcopy(plain), copy.deepcopy(plain)
     layers = pp.open_attention(opened, x).opened
-    heads = sum(opened.get_submodule(n).num_heads for n in layers)
+    pp.open_attention(by_dimensions, x, unit="dimensions")
+
+    def heads(model: nn.Module) -> int:
+        return sum(model.get_submodule(n).num_heads for n in layers)
+
     row: dict[str, Any] = {
-        "model": name, "layers": len(layers), "heads": heads,
+        "model": name, "layers": len(layers), "heads": heads(opened),
         "macs": pp.count_macs(plain.eval(), x).total,
         "macs_opened": pp.count_macs(opened.eval(), x).total,
         "infer": ratio(config, infer, plain, opened), "train": ratio(config, train, plain, opened),
     }
-    row["heads_left"] = halved(opened, x)
-    row["macs_halved"] = pp.count_macs(opened.eval(), x).total
+    row["macs_halved"] = pp.count_macs(halved(opened, x), x).total
+    row["heads_left"] = heads(opened)
     row["infer_halved"] = ratio(config, infer, plain, opened)
+    row["macs_narrow"] = pp.count_macs(halved(by_dimensions, x), x).total
+    row["infer_narrow"] = ratio(config, infer, plain, by_dimensions)
     return row
 
 

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patrol_prune.attention_heads import HeadLinear
 from patrol_prune.channel_norms import ChannelNorm, Normalises, over_live_channels
 from patrol_prune.live_attention import attention_over_live_channels
+
+_LEAST_WEIGHT = 1e-12
 
 
 class PerImage:
@@ -103,6 +106,20 @@ class ConsumerMask:
         if args:
             return (self.gather.scale(args[0], self.dim), *args[1:]), kwargs
         return args, {**kwargs, "input": self.gather.scale(kwargs["input"], self.dim)}
+
+
+class ProjectionMask:
+    """Forward hook: masks what a projection to attention's heads gives, by a power of the mask."""
+
+    def __init__(self, gather: ChannelGather) -> None:
+        self.gather = gather
+
+    def __call__(self, module: HeadLinear, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        mask = self.gather.vector()
+        if module.mask_power != 1:  # without the infinite slope of a root at 0
+            root = mask.clamp_min(_LEAST_WEIGHT) ** module.mask_power
+            mask = torch.where(mask > 0, root, torch.zeros_like(root))
+        return multiplied(output, mask, -1, self.gather.per_image.images)
 
 
 class NormMask:

@@ -40,6 +40,7 @@ def _plan_options(
     plot: str | None = None,
     structures: Literal["channels", "blocks", "both"] = "channels",
     heads: bool = True,
+    head_unit: Literal["heads", "dimensions"] = "heads",
 ) -> None:
     """Options of `plan`.
 
@@ -58,7 +59,8 @@ def _plan_options(
         threads: of torch, for latency; those it has been given without it.
         plot: a PNG file to draw the table into.
         structures: whether channels, residual blocks or both may go.
-        heads: whether attention may lose whole heads.
+        heads: whether attention may lose heads.
+        head_unit: whole ones, or dimensions of all heads of a layer.
     """
 
 
@@ -96,7 +98,7 @@ def show(options: dict[str, Any], out: Callable[[str], None]) -> None:
     model = build_model(options["model"], classes, image_size=size)
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     if options["heads"]:
-        open_attention(model, image)
+        open_attention(model, image, unit=options["head_unit"])
     made = plan(
         model, image, edge_macs=options["edge_macs"], at=options["at"],
         boundary=options["boundary"], every=options["every"], limits=limits,

@@ -38,6 +38,7 @@ from patrol_prune.groups import (
     Halves,
     Member,
     blocked_by,
+    normalises,
     place,
     tie_of,
 )
@@ -344,7 +345,6 @@ def to_plain(
     tie = tie_of(members)
     units = root.width // tie if root.width % tie == 0 else 1
     norms = [m for m in members if isinstance(m.module, CHANNEL_NORMS)]
-    counting = (*CHANNEL_NORMS, nn.MultiheadAttention)
     blocked = blocked_by(members, is_output, tie) or _repeated(raw, names, members)
     location, crossing = place(members, split)
     return ChannelGroup(
@@ -356,7 +356,7 @@ def to_plain(
         crossing=crossing,
         is_output=is_output,
         blocked=blocked,
-        normalised=tuple(m.layer_name for m in members if isinstance(m.module, counting)),
+        normalised=tuple(m.layer_name for m in members if normalises(m)),
         inexact=tuple(m.layer_name for m in norms if not is_removal(m, units)),
     )
 

@@ -12,6 +12,12 @@ Channel `i H + h` of q, k and v is dimension i of head h, for H heads: the heads
 every dimension. Head h is then the channels `{h, h + H, h + 2 H, ...}`, tied as the channels of a
 grouped convolution are (`ChannelGroup.tie`), and everything that knows such ties scores, masks and
 removes whole heads.
+
+Or dimension i of every head is the unit, and the heads are as many as before. Channel `h d + i` is
+dimension i of head h then, so that `{i, i + d, i + 2 d, ...}` are tied. A zero mask has to take the
+dimension out of the products as well: it multiplies q, and what `W_o` reads. Where q and k are of
+unit length each (Swin V2) the root of it multiplies both, so that the lengths are those of the live
+dimensions. The scale s stays what it was.
 """
 
 from __future__ import annotations
@@ -29,10 +35,13 @@ from torch import Tensor, fx, nn
 from patrol_prune.errors import InputError
 
 __all__ = [
-    "HeadLinear", "HeadProduct", "OpenAttention", "OpenPartitionAttention", "OpenSelfAttention",
-    "OpenTokenAttention", "OpenWindowAttention", "channels_followed", "heads_side_by_side",
+    "UNITS", "HeadLinear", "HeadProduct", "OpenAttention", "OpenPartitionAttention",
+    "OpenSelfAttention", "OpenTokenAttention", "OpenWindowAttention", "channel_order",
+    "channels_followed", "check_unit",
 ]  # fmt: skip
 
+UNITS = ("heads", "dimensions")
+"""What opened attention may lose: whole heads, or the same dimensions of every head."""
 _LARGEST_LOGIT_SCALE = math.log(100.0)
 _following: ContextVar[bool] = ContextVar("following", default=False)
 
@@ -57,9 +66,20 @@ def channels_followed(model: nn.Module) -> Iterator[None]:
             p.requires_grad_(False)
 
 
-def heads_side_by_side(heads: int, head_dim: int) -> Tensor:
-    """`[heads * head_dim]`: where channel `i H + h` is if each head's channels are in one piece."""
-    return torch.arange(heads * head_dim).view(heads, head_dim).T.reshape(-1)
+def check_unit(unit: str) -> None:
+    """Refuse what is none of `UNITS`."""
+    if unit not in UNITS:
+        raise InputError(f"Expected a unit of attention out of {', '.join(UNITS)}, came {unit!r}.")
+
+
+def channel_order(heads: int, head_dim: int, unit: str) -> Tensor:
+    """`[heads * head_dim]`: where a unit's channels are if each head's are in one piece.
+
+    For heads, channel `i H + h` of the new order is the old `h d + i`; for dimensions the order
+    stays.
+    """
+    order = torch.arange(heads * head_dim)
+    return order.view(heads, head_dim).T.reshape(-1) if unit == "heads" else order
 
 
 def _own(tensor: Tensor, order: Tensor, dim: int = 0) -> nn.Parameter:
@@ -68,23 +88,27 @@ def _own(tensor: Tensor, order: Tensor, dim: int = 0) -> nn.Parameter:
 
 
 class HeadLinear(nn.Linear):
-    """The projection to q, k or v: its outputs belong to heads, `head_dim` of them to each.
+    """The projection to q, k or v: its outputs belong to heads.
 
     Args:
         weight: `[heads * head_dim, width]`.
         bias: `[heads * head_dim]` or None.
-        head_dim: dimensions of a head.
-        order: of the rows, so that heads lie side by side.
+        tied: as many outputs go together, those of a head or of one dimension of all heads;
+            Torch-Pruning's `out_channel_groups` of the layer.
+        order: of the rows.
+        mask_power: the outputs are multiplied by this power of the mask; 0 where what reads them
+            carries it all.
     """
 
     def __init__(
-        self, weight: Tensor, bias: Tensor | None, head_dim: int, order: Tensor
-    ) -> None:
+        self, weight: Tensor, bias: Tensor | None, tied: int, order: Tensor,
+        mask_power: float = 0.0,
+    ) -> None:  # fmt: skip
         super().__init__(weight.shape[1], weight.shape[0], bias is not None, device="meta")
         self.weight = _own(weight, order)
         if bias is not None:
             self.bias = _own(bias, order)
-        self.head_dim = head_dim
+        self.tied, self.mask_power = tied, mask_power
 
 
 class HeadProduct(nn.Module):
@@ -92,35 +116,50 @@ class HeadProduct(nn.Module):
 
     Args:
         heads: H, at first.
-        head_dim: d.
+        head_dim: d, at first.
         scale: of the products.
         dropout: of the attention, in training mode.
         cosine: q and k are of unit length, and every head has a scale of its own (Swin V2).
+        unit: what may go, see `UNITS`.
 
-    Shapes: q, k, v `[..., N, d H']` for the `H'` heads that are left, bias `[1, H, N, N]` for all
-    heads that there were, logit_scale `[H, 1, 1]`, mask `[W, N, N]` where the first dimension holds
-    W windows of each image. The result is `[..., N, d H']`.
+    Shapes: q, k, v `[..., N, d H']` for the `H'` heads that are left, or `[..., N, H d']` for the
+    dimensions; bias `[1, H, N, N]` for all heads that there were, logit_scale `[H, 1, 1]`, mask
+    `[W, N, N]` where the first dimension holds W windows of each image. The result is shaped as q.
     """
 
     head_of: nn.Parameter
 
     def __init__(
         self, heads: int, head_dim: int, *, scale: float, dropout: float = 0.0,
-        cosine: bool = False,
+        cosine: bool = False, unit: str = "heads",
     ) -> None:  # fmt: skip
         super().__init__()
-        self.head_dim, self.scale, self.dropout, self.cosine = head_dim, scale, dropout, cosine
+        self.scale, self.dropout, self.cosine, self.unit = scale, dropout, cosine, unit
+        self._fixed = head_dim if unit == "heads" else heads
+        order = channel_order(heads, head_dim, unit)
         # A parameter, so that it is pruned with the channels; it is never trained.
-        self.head_of = nn.Parameter(torch.arange(heads).repeat(head_dim).float(), False)
+        self.head_of = nn.Parameter((order // head_dim).float(), False)
 
     @property
     def heads(self) -> int:
         """Heads that are left."""
-        return self.head_of.numel() // self.head_dim
+        return self.head_of.numel() // self._fixed if self.unit == "heads" else self._fixed
+
+    @property
+    def head_dim(self) -> int:
+        """Dimensions of each head that are left."""
+        return self._fixed if self.unit == "heads" else self.head_of.numel() // self._fixed
+
+    @property
+    def tied(self) -> int:
+        """Channels that go together."""
+        return self._fixed
 
     def kept(self) -> Tensor:
         """`[H']` the numbers that the heads that are left had at first."""
-        return self.head_of.detach()[: self.heads].round().long()
+        if self.unit == "heads":
+            return self.head_of.detach()[: self.heads].round().long()
+        return torch.arange(self.heads, device=self.head_of.device)
 
     def forward(
         self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None,
@@ -131,7 +170,7 @@ class HeadProduct(nn.Module):
             raise InputError(
                 f"Expected q of {self.head_of.numel()} channels, came {q.shape[-1]}: something "
                 "pruned a projection and not the heads. Prune opened attention by PatrolPruner, or "
-                "by Torch-Pruning with every projection's head_dim as out_channel_groups."
+                "by Torch-Pruning with every projection's tied as out_channel_groups."
             )
         if _following.get():
             return (q + k + v) * self.head_of
@@ -146,11 +185,12 @@ class HeadProduct(nn.Module):
         if mask is not None:
             logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None]).flatten(0, 1)
         attention = F.dropout(logits.softmax(-1), self.dropout, self.training)
-        return (attention @ v).movedim(-3, -1).flatten(-2)
+        place = -1 if self.unit == "heads" else -2
+        return (attention @ v).movedim(-3, place).flatten(-2)
 
     def _by_head(self, x: Tensor) -> Tensor:
-        """`[..., N, d H']` -> `[..., H', N, d]`."""
-        return x.unflatten(-1, (self.head_dim, -1)).movedim(-1, -3)
+        """`[..., N, d H']` or `[..., N, H d']` -> `[..., heads, N, dimensions]`."""
+        return x.unflatten(-1, (self._fixed, -1)).movedim(-1 if self.unit == "heads" else -2, -3)
 
     def extra_repr(self) -> str:
         """For printing the model."""
@@ -172,10 +212,11 @@ class OpenAttention(nn.Module):
         core: HeadProduct,
     ) -> None:  # fmt: skip
         super().__init__()
-        order = heads_side_by_side(core.heads, core.head_dim).to(out.weight.device)
+        order = channel_order(core.heads, core.head_dim, core.unit).to(out.weight.device)
+        powers = (0.0, 0.0) if core.unit == "heads" else (0.5, 0.5) if core.cosine else (1.0, 0.0)
         self.q, self.k, self.v = (
-            HeadLinear(w, b, core.head_dim, order)
-            for w, b in zip(weights, biases, strict=True)
+            HeadLinear(w, b, core.tied, order, power)
+            for w, b, power in zip(weights, biases, (*powers, 0.0), strict=True)
         )
         self.core = core.to(out.weight)
         self.out = nn.Linear(out.in_features, out.out_features, out.bias is not None, device="meta")

@@ -124,7 +124,7 @@ def save(
         "removed_blocks": [
             [str(name), int(after)] for name, after in getattr(split, "removed_blocks", ())
         ],
-        "opened_attention": list(opened_attention(split.model)),
+        "opened_attention": opened_attention(split.model),
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "layers": _sizes(split.model),
         "strides": _unusual_strides(split.model),
@@ -170,7 +170,8 @@ def load(
     dtype = getattr(torch, about["example"]["dtype"])
     example = torch.zeros(about["example"]["shape"], dtype=dtype)
     built = model_factory()
-    _open(built, architecture.get("opened_attention", []), path)
+    units = architecture.get("opened_attention", {})
+    _open(built, units if isinstance(units, dict) else dict.fromkeys(units, "heads"), path)
     split = _build(built, about, example, tensors, path)
     removed = [(str(name), int(at)) for name, at in architecture.get("removed_blocks", [])]
     if architecture["pruning_history"] or removed:
@@ -276,16 +277,16 @@ def _build(
 
 
 def _open(
-    built: nn.Module | tuple[nn.Module, nn.Module], names: list[str], path: Path
+    built: nn.Module | tuple[nn.Module, nn.Module], units: dict[str, str], path: Path
 ) -> None:
     """Put the attention with heads of its own where the saved model had it."""
     halves = (("", built),) if isinstance(built, nn.Module) else zip(
         ("edge.", "cloud."), built, strict=True)
     for prefix, half in halves:
         there = opened_attention(half)
-        own = [n.removeprefix(prefix) for n in names if n.startswith(prefix)]
+        own = {n.removeprefix(prefix): u for n, u in units.items() if n.startswith(prefix)}
         try:
-            open_as_recorded(half, [n for n in own if n not in there])
+            open_as_recorded(half, {n: u for n, u in own.items() if n not in there})
         except PatrolError as error:
             raise CheckpointError(
                 f"The factory's model has not the attention that {path / ARCHITECTURE} tells of: "

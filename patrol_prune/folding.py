@@ -6,9 +6,12 @@ branch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from patrol_prune.attention_heads import HeadLinear
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.groups import CONV, Member
 from patrol_prune.masks import SoftMasks
@@ -59,12 +62,25 @@ def fold_masks(masks: SoftMasks) -> None:
         for module, factor in factors.values():
             weight = _weight(module)
             weight.mul_(_as_weight(module, factor).to(weight.device, weight.dtype))
+        for name, mask in masks.channels.items():
+            _into_projections(masks.table.groups[name].members, mask)
         for mask in masks.channels.values():
             mask.copy_((mask != 0).to(mask.dtype))
         for name, scale in scaled.items():
             for parameter in masks.scaled_layer(name).parameters(recurse=False):
                 parameter.mul_(scale)
             masks.blocks[name].fill_(float(scale != 0))
+
+
+def _into_projections(members: Sequence[Member], mask: Tensor) -> None:
+    """The factor of q, where dimensions of attention's heads are masked there too."""
+    for m in members:
+        if isinstance(m.module, HeadLinear) and m.direction == "out" and m.module.mask_power == 1:
+            factor = torch.ones(m.width, device=mask.device)
+            _multiply(factor, m, mask)
+            for parameter in m.module.parameters():
+                shape = (-1,) + (1,) * (parameter.dim() - 1)
+                parameter.mul_(factor.view(shape).to(parameter.device, parameter.dtype))
 
 
 def cannot_fold(masks: SoftMasks) -> dict[str, str]:

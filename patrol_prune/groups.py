@@ -67,7 +67,8 @@ class ChannelGroup:
         is_output: the channels are the model's own output.
         blocked: why the group cannot be pruned, or None.
         normalised: layers whose result depends on how many of the channels are there: those that
-            normalise over them, and attention, which divides by the root of its heads' width.
+            normalise over them, and attention, which divides by the root of its heads' width or
+            by the length of q and k.
         inexact: those of them under which a zero mask only approximates the removal.
     """
 
@@ -95,7 +96,7 @@ class ChannelGroup:
     @property
     def fewest_units(self) -> int:
         """Tied units that have to stay: two, as a grouped convolution with one channel left per
-        group would be read as a depthwise one; of attention's heads, one."""
+        group would be read as a depthwise one; of attention's heads or their dimensions, one."""
         return 1 if self.tie == 1 or isinstance(self.members[0].module, HeadLinear) else 2
 
     def units(self, channels: Tensor) -> Tensor:
@@ -113,12 +114,19 @@ def tie_of(members: list[Member]) -> int:
     return tie
 
 
+def normalises(m: Member) -> bool:
+    """Whether what a layer gives depends on how many of these channels are there."""
+    if isinstance(m.module, HeadLinear):  # q and k of unit length
+        return m.direction == "out" and 0 < m.module.mask_power < 1
+    return isinstance(m.module, (*CHANNEL_NORMS, nn.MultiheadAttention))
+
+
 def _groups_of(m: Member) -> int:
     """In how many groups a layer divides its channels."""
     if isinstance(m.module, CONV) and m.direction != "through":
         return m.module.groups
     if isinstance(m.module, HeadLinear) and m.direction == "out":
-        return m.module.head_dim
+        return m.module.tied
     if isinstance(m.module, nn.GroupNorm):
         return m.module.num_groups
     return m.module.num_heads if isinstance(m.module, nn.MultiheadAttention) else 1

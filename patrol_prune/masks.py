@@ -8,7 +8,8 @@ and the transmitted feature where the group crosses the split:
 `m = 1` changes no bit; `m_c = 0` equals the removal of channel c, in evaluation and in training
 mode. A layer that normalises over the group's channels (LayerNorm, GroupNorm) takes its statistics
 over the live ones, with the weights `m` (`channel_norms.py`), and so does attention
-(`live_attention.py`). Exception: a layer that normalises in a way of its own, whose statistics
+(`live_attention.py`). Dimensions of attention's heads are masked in q besides
+(`attention_heads.py`). Exception: a layer that normalises in a way of its own, whose statistics
 still count a masked channel (`SoftMasks.inexact`).
 
 The mask of a residual block is one number; it multiplies the output of the layer that gives the
@@ -33,8 +34,10 @@ from patrol_prune._mask_hooks import (
     NormMask,
     OutputMask,
     PerImage,
+    ProjectionMask,
     Switch,
 )
+from patrol_prune.attention_heads import HeadLinear
 from patrol_prune.blocks import ResidualBlock, residual_blocks
 from patrol_prune.channel_norms import channel_norm
 from patrol_prune.errors import InputError, nearest
@@ -109,6 +112,11 @@ class SoftMasks:
         self._consumers = [
             (module, ConsumerMask(gather, _channels_of_input(module)))
             for module, gather in self._gathers("in", (nn.Module,))
+        ]
+        self._projections = [
+            (module, ProjectionMask(gather))
+            for module, gather in self._gathers("out", (HeadLinear,))
+            if isinstance(module, HeadLinear) and module.mask_power
         ]
         self._counting: list[tuple[nn.Module, NormMask | AttentionMask]] = [
             (module, NormMask(gather, norm))
@@ -269,6 +277,8 @@ class SoftMasks:
             self._handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         for module, counting in self._counting:
             self._handles.append(module.register_forward_hook(counting, with_kwargs=True))
+        for projection, after in self._projections:
+            self._handles.append(projection.register_forward_hook(after))
         for layer, branch in self._branches.values():
             self._handles.append(layer.register_forward_hook(branch))
         if self._transmitted is None or self.split is None:
@@ -292,10 +302,10 @@ class SoftMasks:
         for mask in self.parameters():
             if mask.device != device:
                 mask.data = mask.data.to(device)
-        for _, hook in self._consumers:
+        hooks: list[tuple[nn.Module, ConsumerMask | ProjectionMask | NormMask | AttentionMask]]
+        hooks = [*self._consumers, *self._projections, *self._counting]
+        for _, hook in hooks:
             hook.gather.to(device)
-        for _, counting in self._counting:
-            counting.gather.to(device)
         if self._transmitted is not None:
             self._transmitted[0].to(device)
 

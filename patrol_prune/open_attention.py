@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,7 @@ from patrol_prune.attention_heads import (
     OpenSelfAttention,
     OpenTokenAttention,
     OpenWindowAttention,
+    check_unit,
 )
 from patrol_prune.cost import as_single_tensor, device_of, evaluating, no_fused_attention
 from patrol_prune.errors import InputError, UnsupportedModelError, nearest
@@ -52,6 +53,7 @@ def open_attention(
     example_inputs: Tensor | Sequence[Tensor],
     *,
     names: Iterable[str] | None = None,
+    unit: str = "heads",
 ) -> OpenedAttention:
     """Replace attention layers by equal ones whose heads are channel groups of their own.
 
@@ -61,7 +63,9 @@ def open_attention(
     That is checked for each of them on what it is given while the model runs on the example, and
     for the model; where it does not hold, the old layer stays. Masks are refused when they come.
     From then on one channel group holds the heads of each layer (its q, k and v, and what reads
-    them); they are scored, masked and removed whole, and one of them stays.
+    them); they are scored, masked and removed whole, and one of them stays. With
+    `unit="dimensions"` it holds the dimensions of the heads instead: the same ones go from every
+    head of the layer, and the scale of the products stays.
 
     Call it before anything else is made from the model: splits that exist need `refresh()`, and
     optimisers hold parameters that are no longer there. `save` and `load` know about it.
@@ -70,12 +74,14 @@ def open_attention(
         model: changed in place.
         example_inputs: a batch `[N, ...]` that the model takes, or a tuple with one.
         names: the layers to replace; all that can be, by default.
+        unit: what may go from them, `"heads"` or `"dimensions"`.
 
     Returns:
         what was replaced, and what stays as it is, with the reason.
 
     Raises:
-        InputError: a name that is no attention layer, or the model cannot run on the example.
+        InputError: a name that is no attention layer, another unit, or the model cannot run on
+            the example.
         UnsupportedModelError: a named layer cannot be replaced; the model is then as it was.
 
     Example:
@@ -84,6 +90,7 @@ def open_attention(
         >>> open_attention(net, torch.zeros(1, 3, 32, 32)).opened
         ('encoder.layers.encoder_layer_0.self_attention',)
     """
+    check_unit(unit)
     x = as_single_tensor(example_inputs)[:1].detach().to(device_of(model, example_inputs))
     if x.is_floating_point() and not bool(x.count_nonzero()):  # zeros would hide a wrong order
         x = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
@@ -96,7 +103,7 @@ def open_attention(
         return OpenedAttention()
     training = {name: known[name].training for name in wanted}
     with evaluating(model), torch.no_grad():
-        left = _replace(model, {n: known[n] for n in wanted}, x)
+        left = _replace(model, {n: known[n] for n in wanted}, x, unit)
     if names is not None and left:
         for name in filter(None, wanted):
             _put(model, name, known[name])
@@ -110,35 +117,41 @@ def open_attention(
     return OpenedAttention(tuple(n for n in wanted if n not in left), left)
 
 
-def open_as_recorded(model: nn.Module, names: Iterable[str]) -> None:
+def open_as_recorded(model: nn.Module, units: Mapping[str, str]) -> None:
     """Replace these layers without running anything: `load` compares names and shapes later.
+
+    Args:
+        model: changed in place.
+        units: name -> unit of each, as `opened_attention` told.
 
     Raises:
         UnsupportedModelError: a layer is not there, or is none that can be replaced.
     """
     there = dict(model.named_modules())
-    for name in names:
+    for name, unit in units.items():
         opener = _opener(there.get(name))
-        opened = opener(there[name]) if opener is not None else "there is no attention to replace"
+        opened = opener(there[name], unit) if opener else "there is no attention to replace"
         if isinstance(opened, str):
             raise UnsupportedModelError(f"The attention layer {name!r} cannot be replaced: "
                                         f"{opened}.")  # fmt: skip
         _put(model, name, opened.train(there[name].training))
 
 
-def opened_attention(model: nn.Module) -> tuple[str, ...]:
-    """The names of a model's attention layers with heads of their own."""
-    return tuple(name for name, m in model.named_modules() if isinstance(m, OpenAttention))
+def opened_attention(model: nn.Module) -> dict[str, str]:
+    """The names of a model's attention layers with heads of their own -> what they may lose."""
+    return {name: m.core.unit for name, m in model.named_modules() if isinstance(m, OpenAttention)}
 
 
-def _replace(model: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> dict[str, str]:
+def _replace(
+    model: nn.Module, layers: dict[str, nn.Module], x: Tensor, unit: str
+) -> dict[str, str]:
     """Replace what can be; name -> why not for the others."""
     calls, expected = _calls(model, layers, x)
     left: dict[str, str] = {}
     made: dict[str, nn.Module] = {}
     shared = _shared(model)
     for name, layer in layers.items():
-        opened = _opened(name, layer, shared)
+        opened = _opened(name, layer, shared, unit)
         why = opened if isinstance(opened, str) else _differs(opened.eval(), calls.get(name, []))
         if why is None and isinstance(opened, nn.Module):
             made[name] = opened
@@ -157,7 +170,9 @@ def _replace(model: nn.Module, layers: dict[str, nn.Module], x: Tensor) -> dict[
     return left
 
 
-def _opened(name: str, layer: nn.Module, shared: set[int]) -> OpenAttention | str:
+def _opened(
+    name: str, layer: nn.Module, shared: set[int], unit: str
+) -> OpenAttention | str:
     """What takes a layer's place, or why nothing can."""
     opener = _opener(layer)
     assert opener is not None
@@ -169,7 +184,7 @@ def _opened(name: str, layer: nn.Module, shared: set[int]) -> OpenAttention | st
            for m in layer.modules()):  # fmt: skip
         return "it has hooks or parametrised weights"
     try:
-        return opener(layer)
+        return opener(layer, unit)
     except Exception as error:  # a layer of a release that is not known here
         return f"it is not what it was taken for ({type(error).__name__}: {error})"
 
@@ -262,7 +277,7 @@ def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     setattr(model.get_submodule(owner), leaf, module)
 
 
-Opener = Callable[[Any], OpenAttention | str]
+Opener = Callable[[Any, str], OpenAttention | str]
 
 
 def _opener(module: object) -> Opener | None:
@@ -273,44 +288,45 @@ def _opener(module: object) -> Opener | None:
     return _OPENERS.get(f"{kind.__module__}.{kind.__name__}")
 
 
-def _multihead(layer: nn.MultiheadAttention) -> OpenAttention | str:
+def _multihead(layer: nn.MultiheadAttention, unit: str) -> OpenAttention | str:
     if not layer._qkv_same_embed_dim or layer.in_proj_weight is None:
         return "its keys or values are of another width"
     if layer.bias_k is not None or layer.bias_v is not None or layer.add_zero_attn:
         return "it adds keys and values of its own"
     weights, biases = _thirds(layer.in_proj_weight, layer.in_proj_bias)
     core = HeadProduct(layer.num_heads, layer.head_dim, scale=layer.head_dim**-0.5,
-                       dropout=layer.dropout)
+                       dropout=layer.dropout, unit=unit)
     return OpenSelfAttention(weights, biases, layer.out_proj, core, batch_first=layer.batch_first)
 
 
-def _windows(layer: Any) -> OpenAttention | str:
+def _windows(layer: Any, unit: str) -> OpenAttention | str:
     cosine = hasattr(layer, "logit_scale")
     weights, biases = _thirds(layer.qkv.weight, layer.qkv.bias)
     if cosine:  # its forward takes keys without a bias
         biases = (biases[0], None, biases[2])
     head_dim = weights[0].shape[0] // layer.num_heads
     core = HeadProduct(layer.num_heads, head_dim, scale=head_dim**-0.5,
-                       dropout=layer.attention_dropout, cosine=cosine)
+                       dropout=layer.attention_dropout, cosine=cosine, unit=unit)
     source = _without(layer, "qkv", "proj")
     return OpenWindowAttention(weights, biases, layer.proj, core, source=source)
 
 
-def _partitions(layer: Any) -> OpenAttention | str:
+def _partitions(layer: Any, unit: str) -> OpenAttention | str:
     weights, biases = _thirds(layer.to_qkv.weight, layer.to_qkv.bias)
-    core = HeadProduct(layer.n_heads, layer.head_dim, scale=layer.scale_factor)
+    core = HeadProduct(layer.n_heads, layer.head_dim, scale=layer.scale_factor, unit=unit)
     source = _without(layer, "to_qkv", "merge")
     return OpenPartitionAttention(weights, biases, layer.merge, core, source=source)
 
 
-def _tokens(layer: Any) -> OpenAttention | str:
+def _tokens(layer: Any, unit: str) -> OpenAttention | str:
     plain = all(isinstance(getattr(layer, name, nn.Identity()), nn.Identity)
                 for name in ("q_norm", "k_norm", "norm"))
     if not plain or getattr(layer, "gate", None) is not None:
         return "it normalises or gates its heads"
     weights, biases = _thirds(layer.qkv.weight, layer.qkv.bias)
     head_dim = weights[0].shape[0] // layer.num_heads
-    core = HeadProduct(layer.num_heads, head_dim, scale=layer.scale, dropout=layer.attn_drop.p)
+    core = HeadProduct(layer.num_heads, head_dim, scale=layer.scale, dropout=layer.attn_drop.p,
+                       unit=unit)
     return OpenTokenAttention(weights, biases, layer.proj, core, dropout=layer.proj_drop.p)
 
 

@@ -204,9 +204,10 @@ class Work:
 
     def open_heads(self, model: torch.nn.Module) -> tuple[str, ...]:
         """Give the attention heads of its own, where they may go; the layers that were replaced."""
-        if not self.config.score.heads:
+        score = self.config.score
+        if not score.heads:
             return ()
-        return open_attention(model, self.images.example()).opened
+        return open_attention(model, self.images.example(), unit=score.head_unit).opened
 
     def load(self, name: str) -> Split:
         return checkpoint.load(self.folder / name, self.factory, device=self.device)

@@ -16,6 +16,7 @@ import yaml
 from patrol_prune._block_pruning import check_structures
 from patrol_prune.attacks import ATTACKS, DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
+from patrol_prune.attention_heads import check_unit
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.importance import TaskChange
@@ -44,7 +45,8 @@ class ScoreConfig:
             the last channels of a layer, those of first order most (docs/method.md).
         min_channels: the fewest channels a group keeps.
         round_to: kept numbers are multiples of this.
-        heads: attention may lose whole heads (`open_attention`).
+        heads: attention may lose heads (`open_attention`).
+        head_unit: whole ones, or "dimensions" of all heads of a layer.
         steps: prune in so many steps, scores refreshed between.
         between_epochs: epochs of fine-tuning, privacy terms on, between two steps.
     """
@@ -60,6 +62,7 @@ class ScoreConfig:
     min_channels: int = 2
     round_to: int | None = None
     heads: bool = True
+    head_unit: Literal["heads", "dimensions"] = "heads"
     steps: int = 1
     between_epochs: int = 0
 
@@ -75,6 +78,7 @@ class ScoreConfig:
                 f"Expected score.task_change out of {', '.join(get_args(TaskChange))}, came "
                 f"{self.task_change!r}."
             )
+        check_unit(self.head_unit)
         if self.batches < 1:
             raise InputError(
                 f"Expected at least one calibration batch to score channels on, came "

@@ -26,7 +26,9 @@ from torchvision.models.swin_transformer import (
 )
 
 import patrol_prune as pp
-from patrol_prune.attention_heads import HeadProduct, heads_side_by_side
+from patrol_prune import checkpoint
+from patrol_prune.attention_heads import UNITS, HeadProduct, channel_order
+from patrol_prune.folding import fold_masks
 from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.open_attention import open_attention, opened_attention
 
@@ -72,12 +74,13 @@ Case = tuple[Callable[[], nn.Module], Tensor, str, int]
 
 
 class TestTheSameLayer:
-    def test_outputs_gradients_and_cost_stay(self, case: Case) -> None:
+    @pytest.mark.parametrize("unit", UNITS)
+    def test_outputs_gradients_and_cost_stay(self, case: Case, unit: str) -> None:
         make, x, at, layers = case
         model, old = make(), make()
-        opened = open_attention(model, x)
+        opened = open_attention(model, x, unit=unit)
         assert len(opened.opened) == layers and not opened.left
-        assert opened_attention(model) == opened.opened
+        assert opened_attention(model) == dict.fromkeys(opened.opened, unit)
         ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
         close(model(ours), old(theirs))
         model(ours).square().sum().backward()
@@ -98,10 +101,11 @@ class TestTheSameLayer:
         second=st.booleans(), heads=st.integers(1, 4), head_dim=st.integers(1, 4),
         window=st.tuples(st.integers(2, 4), st.integers(2, 4)), shifted=st.booleans(),
         size=st.tuples(st.integers(1, 11), st.integers(1, 11)), bias=st.booleans(),
+        unit=st.sampled_from(UNITS),
     )  # fmt: skip
     def test_windows_of_any_size(
         self, second: bool, heads: int, head_dim: int, window: tuple[int, int], shifted: bool,
-        size: tuple[int, int], bias: bool,
+        size: tuple[int, int], bias: bool, unit: str,
     ) -> None:  # fmt: skip
         kind = ShiftedWindowAttentionV2 if second else ShiftedWindowAttention
         shift = [w // 2 if shifted else 0 for w in window]
@@ -109,7 +113,7 @@ class TestTheSameLayer:
         x = torch.randn(2, *size, heads * head_dim, generator=torch.Generator().manual_seed(1))
         model = nn.Sequential(layer)
         expected = model(x)
-        assert open_attention(model, x).opened == ("0",)
+        assert open_attention(model, x, unit=unit).opened == ("0",)
         close(model(x), expected)
 
     def test_dropout_is_of_training_alone(self) -> None:
@@ -251,10 +255,11 @@ class TestWhatStays:
 
 
 class TestHeadsGo:
-    def test_ones_change_no_bit_and_zeros_are_removals(self, case: Case) -> None:
+    @pytest.mark.parametrize("unit", UNITS)
+    def test_ones_change_no_bit_and_zeros_are_removals(self, case: Case, unit: str) -> None:
         make, x, _, layers = case
         model = make()
-        open_attention(model, x)
+        open_attention(model, x, unit=unit)
         before = model(x)
         masks = pp.SoftMasks(model, x)
         heads = [n for n in masks.channels if n.endswith((".q", ".k", ".v"))]
@@ -287,10 +292,11 @@ class TestHeadsGo:
         assert layer.core.kept().tolist() == [h for h in range(heads) if h != lost]
         close(model(x), old(x))
 
-    def test_the_budget_is_met_and_counted_exactly(self, case: Case) -> None:
+    @pytest.mark.parametrize("unit", UNITS)
+    def test_the_budget_is_met_and_counted_exactly(self, case: Case, unit: str) -> None:
         make, x, at, _ = case
         model = make()
-        open_attention(model, x)
+        open_attention(model, x, unit=unit)
         split = pp.Split(model, x, at=at)
         pruner = pp.PatrolPruner(model, x, scored(split, x), split=split, edge_macs=0.7)
         assert pruner.costs.constant == 0 and pruner.dense_edge_macs == pp.edge_macs(split)
@@ -351,7 +357,7 @@ whole = [model.heads, model.conv_proj, *(l.mlp[3] for l in model.encoder.layers)
          *(l.out for l in layers)]
 tp.pruner.BasePruner(
     model, x, tp.importance.GroupMagnitudeImportance(), pruning_ratio=0.5, ignored_layers=whole,
-    out_channel_groups={p: p.head_dim for a in layers for p in (a.q, a.k, a.v)},
+    out_channel_groups={p: p.tied for a in layers for p in (a.q, a.k, a.v)},
     in_channel_groups={}, num_heads={},
 ).step()
 model(x)
@@ -373,10 +379,11 @@ print([a.num_heads for a in layers])
 
 
 class TestKept:
-    def test_load_gives_the_same_bits(self, case: Case, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("unit", UNITS)
+    def test_load_gives_the_same_bits(self, case: Case, unit: str, tmp_path: Path) -> None:
         make, x, at, _ = case
         model = make()
-        open_attention(model, x)
+        open_attention(model, x, unit=unit)
         split = pp.Split(model, x, at=at)
         pp.PatrolPruner(model, x, scored(split, x), split=split, edge_macs=0.7).step()
         expected = model(x)
@@ -387,6 +394,18 @@ class TestKept:
             again = pp.load(tmp_path / name, make)
             assert torch.equal(again.model(x), expected)
             assert torch.equal(again.cloud(again.edge(x)), expected)
+            assert opened_attention(again.model) == opened_attention(model)
+
+    def test_a_record_of_names_alone_is_of_heads(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As it was written before there were other units."""
+        model, x = vit(), torch.randn(1, 3, 32, 32)
+        open_attention(model, x)
+        split = pp.Split(model, x, at="encoder.layers.encoder_layer_0")
+        monkeypatch.setattr(checkpoint, "opened_attention", lambda m: [*opened_attention(m)])
+        pp.save(split, tmp_path / "it")
+        assert torch.equal(pp.load(tmp_path / "it", vit).model(x), model(x))
 
     def test_the_factory_may_open_it_itself(self, tmp_path: Path) -> None:
         x = torch.randn(1, 3, 32, 32)
@@ -421,13 +440,133 @@ class TestKept:
         assert torch.equal(twin(x), model(x))
 
 
-@given(heads=st.integers(1, 6), head_dim=st.integers(1, 6))
-def test_the_order_puts_every_head_side_by_side(heads: int, head_dim: int) -> None:
-    order = heads_side_by_side(heads, head_dim)
-    core = HeadProduct(heads, head_dim, scale=1.0)
+class TestDimensionsGo:
+    @pytest.mark.parametrize("kind", sorted(CASES))
+    def test_what_is_left_is_attention_over_the_other_dimensions(self, kind: str) -> None:
+        """Held against the formula, with q, k and v of the old layer's weights."""
+        make, _, _ = CASES[kind]
+        model, x = make(), torch.randn(2, 3, 32, 32)
+        name = open_attention(model, x, unit="dimensions").opened[-1]
+        layer = model.get_submodule(name)
+        heads, head_dim, scale, cosine = (
+            getattr(layer.core, n) for n in ("heads", "head_dim", "scale", "cosine"))
+        given: list[Tensor] = []
+        layer.q.register_forward_pre_hook(lambda m, args: given.append(args[0]))
+        got: list[Tensor] = []
+        layer.core.register_forward_hook(lambda m, args, out: got.append(out))
+        biases: list[dict[str, Tensor]] = []
+        layer.core.register_forward_pre_hook(
+            lambda m, args, kwargs: biases.append(kwargs), with_kwargs=True)
+        before = [(p.weight.clone(), p.bias) for p in (layer.q, layer.k, layer.v)]
+        lost = list(range(0, head_dim, 2))
+        left = [i for i in range(head_dim) if i not in lost]
+        table = GroupTable.build(model, x)
+        group = next(n for n in table.groups if n.startswith(f"{name}."))
+        for calls in (given, got, biases):
+            calls.clear()
+        remove_channels(table, {group: table.groups[group].units(torch.tensor(lost))})
+        model(x)
+        assert layer.core.head_dim == len(left) and layer.num_heads == heads
+        q, k, v = (functional.linear(given[0], w, b).unflatten(-1, (heads, head_dim))[..., left]
+                   .transpose(-3, -2) for w, b in before)
+        if cosine:
+            own = biases[0]["logit_scale"].clamp(max=torch.tensor(100.0).log()).exp()
+            unit = [t / t.norm(dim=-1, keepdim=True) for t in (q, k)]
+            logits = torch.einsum("...nd,...md->...nm", *unit) * own
+        else:
+            logits = torch.einsum("...nd,...md->...nm", q, k) * scale
+        logits = logits + biases[0].get("bias", 0.0)
+        if "mask" in biases[0]:
+            mask = biases[0]["mask"]
+            logits = logits + mask.repeat(len(logits) // len(mask), 1, 1)[:, None]
+        expected = (logits.softmax(-1) @ v).transpose(-3, -2).flatten(-2)
+        close(got[0], expected)
+
+    @pytest.mark.parametrize("kind", sorted(CASES))
+    def test_any_mask_folds_where_no_length_depends_on_it(self, kind: str) -> None:
+        make, _, _ = CASES[kind]
+        model, x = make(), torch.randn(2, 3, 32, 32)
+        open_attention(model, x, unit="dimensions")
+        masks = pp.SoftMasks(model, x)
+        own = [n for n in masks.channels if n.endswith((".q", ".k", ".v"))]
+        if kind == "swin_v2":
+            assert set(own) <= set(masks.normalised)
+            return
+        assert not set(own) & set(masks.normalised)
+        for number, name in enumerate(own):
+            g = torch.Generator().manual_seed(number)
+            masks.set(name, torch.rand(len(masks.channels[name]), generator=g))
+        with masks.attached():
+            expected = model(x)
+        plain = model(x)
+        fold_masks(masks)
+        close(model(x), expected)
+        assert not torch.allclose(plain, expected, rtol=0.0, atol=1e-3)
+
+    @pytest.mark.parametrize("kind", sorted(CASES))
+    def test_the_slope_at_ones_is_that_of_the_way_to_removal(self, kind: str) -> None:
+        """A central difference of the masked model, in every unit of one layer."""
+        make, _, _ = CASES[kind]
+        model, x = make().double(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
+        open_attention(model, x, unit="dimensions")
+        masks = pp.SoftMasks(model, x)
+        name = next(n for n in masks.channels if n.endswith((".q", ".k", ".v")))
+        mask = masks.channels[name]
+        mask.data = mask.data.double()
+        with masks.attached():
+            model(x).square().sum().backward()
+            for channel in range(0, len(mask), 3):
+                values = []
+                for step in (1e-5, -1e-5):
+                    mask.data[channel] = 1.0 + step
+                    values.append(float(model(x).square().sum()))
+                    mask.data[channel] = 1.0
+                slope = (values[0] - values[1]) / 2e-5
+                assert slope == pytest.approx(float(mask.grad[channel]), rel=1e-4, abs=1e-7)
+
+    def test_a_root_has_no_infinite_slope_at_zero(self) -> None:
+        model, x = swin_v2(), torch.randn(1, 3, 32, 32)
+        open_attention(model, x, unit="dimensions")
+        masks = pp.SoftMasks(model, x)
+        name = next(n for n in masks.channels if n.endswith((".q", ".k", ".v")))
+        masks.set(name, 0.0)
+        with masks.attached():
+            model(x).sum().backward()
+        assert masks.channels[name].grad.isfinite().all()
+
+    def test_learned_masks_take_the_same_dimensions_of_every_head(self) -> None:
+        model, x = vit(), torch.randn(8, 3, 32, 32)
+        open_attention(model, x, unit="dimensions")
+        split = pp.Split(model, x, at="encoder.layers.encoder_layer_1")
+        config = pp.MaskConfig(epochs=6, lr=0.01, max_pruning_ratio=0.8)
+        objective = pp.PatrolObjective(split, functional.cross_entropy)
+        pp.learn_masks(split, [(x, torch.arange(8) % 5)] * 3, objective, edge_macs=0.7,
+                       config=config, progress=False).harden()  # fmt: skip
+        for layer in model.encoder.layers:
+            attention = layer.self_attention
+            assert attention.num_heads == 4
+            assert attention.q.out_features == 4 * attention.core.head_dim
+        assert any(a.self_attention.core.head_dim < 4 for a in model.encoder.layers)
+        assert model(x).isfinite().all()
+
+    def test_an_unknown_unit(self) -> None:
+        with pytest.raises(pp.InputError, match="heads, dimensions, came 'rows'"):
+            open_attention(vit(), torch.randn(1, 3, 32, 32), unit="rows")
+
+
+@given(heads=st.integers(1, 6), head_dim=st.integers(1, 6), unit=st.sampled_from(UNITS))
+def test_the_order_puts_every_unit_s_channels_where_ties_are(
+    heads: int, head_dim: int, unit: str
+) -> None:
+    order = channel_order(heads, head_dim, unit)
+    core = HeadProduct(heads, head_dim, scale=1.0, unit=unit)
     assert sorted(order.tolist()) == list(range(heads * head_dim))
     assert torch.equal(core.head_of.long(), order // head_dim)
     assert core.kept().tolist() == list(range(heads))
+    assert (core.heads, core.head_dim) == (heads, head_dim)
+    tied = order.view(core.tied, -1)  # `{i + k C / tie}` by columns
+    same = tied // head_dim if unit == "heads" else tied % head_dim
+    assert (same == same[:1]).all()
 
 
 class Itself(nn.Module):
