@@ -12,6 +12,7 @@ from torch import nn
 
 from patrol_prune._tp import (
     bounded_enumeration,
+    has_shuffle,
     joined_to_the_input,
     leaves,
     pruning_group,
@@ -29,6 +30,7 @@ from patrol_prune.prunable import (
     in_training,
     preserved,
 )
+from patrol_prune.shuffles import CutAtShuffles, reason_to_keep, shuffles
 
 __all__ = ["GroupTable", "build_graph", "followed", "rebuilt_graph", "remove_channels"]
 
@@ -79,16 +81,21 @@ class GroupTable:
             graph = build_graph(model, example_inputs, forward_fn=forward_fn)
         names: dict[Any, str] = {m: n for n, m in model.named_modules()}
         parts: Parts | None = getattr(graph, "parts", None)
+        shuffled: bool = getattr(graph, "shuffled", False)
         groups: dict[str, ChannelGroup] = {}
         raw: dict[str, Any] = {}
         with bounded_enumeration(model):
             for full in graph.get_all_groups(ignored_layers=[]):
                 group = to_plain(full, graph, names, split)
-                if parts is not None:
-                    why = parts.reason_to_keep(group, leaves(full))
-                    group = dataclasses.replace(group, blocked=why or group.blocked)
+                if parts is not None or shuffled:
+                    keep = reason_to_keep if parts is None else parts.reason_to_keep
+                    why = keep(group, leaves(full))
+                    group = dataclasses.replace(
+                        group, blocked=why or group.blocked,
+                        is_output=group.is_output and why is None,
+                    )
                 groups[group.name], raw[group.name] = group, full
-        if parts is None:
+        if parts is None and not shuffled:
             _keep_what_joins_the_input(groups, model, example_inputs, forward_fn)
         _keep_what_lies_beside_the_unseen(groups)
         if not groups:
@@ -233,7 +240,8 @@ def followed(
         make: builds the graph from a `forward_fn` and enumerates its groups.
 
     Returns:
-        The last graph that `make` made. Its attribute `parts` is None, or tells the parts.
+        The last graph that `make` made. Its attribute `parts` is None, or tells the parts;
+        `shuffled` says whether it ends at channel shuffles.
     """
     forward = forward_fn or as_forward_fn(example_inputs)
     try:
@@ -241,21 +249,39 @@ def followed(
         asleep = [m for m in _weighted(model) if m not in graph.module2node]
         if asleep and _run_in_training(model, example_inputs, forward, asleep):
             graph = make(in_training(forward))
-        graph.parts = None
+        if has_shuffle(graph):
+            raise UnsupportedModelError("it shuffles channels")
+        graph.parts, graph.shuffled = None, False
     except Exception as error:  # a graph that was read wrongly fails in many ways
-        unsupported = isinstance(error, UnsupportedModelError)
-        why = str(error) if unsupported else failed(error)
-        parts, runner = find_parts(model, lambda m: forward(m, example_inputs), why)
-        if not parts.names and unsupported:
-            raise UnsupportedModelError(
-                f"Expected a model whose channels Torch-Pruning can follow, came "
-                f"{type(model).__name__}: {why}, and it is so in each of its parts. Hand over a "
-                "model without window attention or channel shuffles."
-            ) from error
-        if not parts.names:
-            raise
-        graph = make(runner)
-        graph.parts = parts
+        return _followed_in_pieces(model, example_inputs, forward, make, error)
+    return graph
+
+
+def _followed_in_pieces(
+    model: nn.Module, example_inputs: Any, forward: Callable[..., Any],
+    make: Callable[[Callable[..., Any]], Any], error: Exception,
+) -> Any:
+    """The graph that ends at channel shuffles, or else that of the parts; see `followed`."""
+    if shuffles(model, example_inputs, forward):
+        try:
+            graph = make(CutAtShuffles(forward))
+            graph.parts, graph.shuffled = None, True
+            return graph
+        except Exception as second:  # something else in it cannot be followed either
+            error = second
+    unsupported = isinstance(error, UnsupportedModelError)
+    why = str(error) if unsupported else failed(error)
+    parts, runner = find_parts(model, lambda m: forward(m, example_inputs), why)
+    if not parts.names and unsupported:
+        raise UnsupportedModelError(
+            f"Expected a model whose channels Torch-Pruning can follow, came "
+            f"{type(model).__name__}: {why}, and it is so in each of its parts. Hand over a "
+            "model without window attention or channel shuffles."
+        ) from error
+    if not parts.names:
+        raise error
+    graph = make(runner)
+    graph.parts, graph.shuffled = parts, False
     return graph
 
 

@@ -84,7 +84,7 @@ CASES = {
     "swin_v2": (swin_v2, 32, "features.3", "features.3.0.attn.proj"),
     "maxvit": (maxvit, 32, "blocks.1.layers.0.layers.MBconv",
                "blocks.0.layers.0.layers.grid_attention.attn_layer.1.to_qkv"),
-    "shufflenet": (shufflenet, 64, "stage3.4", "conv1.0"),
+    "shufflenet": (shufflenet, 64, "stage3.4", "stage3.1.branch2.5"),
     "vit": (vit, 32, "encoder.layers.encoder_layer_1", "it crosses the split (coupled)"),
 }  # fmt: skip
 
@@ -136,6 +136,72 @@ def test_the_budget_is_met_and_survives_saving(
     loaded.train()
     loaded(torch.cat([x, x + 1])).square().sum().backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in loaded.parameters())
+
+
+SHUFFLES = functional.channel_shuffle, torch.channel_shuffle
+
+
+class Shuffled(nn.Module):
+    """What is shuffled is added to what is not, concatenated with it, and read by a convolution."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.layer = how, nn.ChannelShuffle(2)
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.added, self.beside = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.wide, self.last = nn.Conv2d(16, 12, 3), nn.Conv2d(12, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.second(torch.relu(self.first(x)))
+        if self.how == "a layer":
+            x = self.layer(x)
+        elif self.how == "torch":
+            x = torch.channel_shuffle(x, 2)
+        else:
+            x = functional.channel_shuffle(x, 2)
+        x = x + self.added(torch.relu(x))
+        x = torch.cat([x, self.beside(torch.relu(x))], dim=1)
+        return self.last(torch.relu(self.wide(x)))
+
+
+@pytest.mark.parametrize("how", ["a layer", "torch", "functional"])
+def test_channels_are_followed_up_to_a_shuffle_and_from_there_on(how: str) -> None:
+    model, x = made(lambda: Shuffled(how)).eval(), torch.randn(1, 3, 9, 9)
+    table = GroupTable.build(model, x)
+    free = {n for n, g in table.groups.items() if g.blocked is None}
+    assert free == {"first", "beside", "wide"}
+    assert "shuffle interleaves" in table.groups["second"].blocked
+    masks, before = SoftMasks(model, x, table=table), model(x)
+    gone = half_of_every_group(masks)
+    assert set(gone) == free
+    masks.zero(gone)
+    with masks.attached():
+        masked = model(x)
+    remove_channels(table, gone)
+    assert (masked - before).abs().max() > 1e-3
+    torch.testing.assert_close(model(x), masked)
+    assert (functional.channel_shuffle, torch.channel_shuffle) == SHUFFLES
+
+
+def test_shufflenet_is_followed_between_its_shuffles() -> None:
+    table = GroupTable.build(shufflenet(), torch.randn(1, 3, 64, 64))
+    assert not table.left_out
+    whole = {n for n, g in table.groups.items() if g.blocked is not None}
+    assert {n.rpartition(".")[0] for n in whole} <= {"", *(
+        f"stage{s}.{u}.branch{b}" for s in (2, 3, 4) for u in range(8) for b in (1, 2))}
+    assert "conv1.0" not in whole and "conv5.0" not in whole
+    assert not any(g.is_output for n, g in table.groups.items() if n != "fc")
+
+
+@pytest.mark.parametrize("at", ["stage3.0", "conv5"])
+def test_shufflenet_with_a_feature_that_may_narrow(at: str) -> None:
+    model, x = shufflenet(), torch.randn(1, 3, 64, 64)
+    split = Split(model, x, at=at)
+    SoftMasks(model, x, split=split, boundary="prune")
+    result = PatrolPruner(model, x, GroupMagnitudeImportance(), split=split, edge_macs=0.5,
+                          boundary="prune").step()
+    assert result.edge_macs == count_macs(split.edge, x).total <= result.budget
+    assert torch.equal(split.cloud(split.edge(x)), model(x))
 
 
 def test_steps_follow_each_other() -> None:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import patrol_prune as pp
 from patrol_prune.errors import CheckpointError, UnsupportedModelError
+from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.lipschitz import block_lipschitz
 from patrol_prune.models import SmallResNet
 from patrol_prune.spectral import PowerIteration, SpectralBounds
@@ -251,7 +252,10 @@ def test_state_seed_and_widths() -> None:
     assert all(torch.equal(other(), k) for k in expected)
     with pytest.raises(CheckpointError, match="here"):
         other.load_state({"0": torch.zeros(1, 3, 16, 16)}, "here")
+    split.refresh()
     assert first.fits(split.blocks)
+    table = GroupTable.build(split.model, split.example_inputs, split=split)
+    remove_channels(table, {"layer1.0.conv1": [0]})
     split.refresh()
     assert not first.fits(split.blocks)
 
