@@ -190,10 +190,23 @@ class SharedConcat(nn.Module):
         return torch.cat([self.shared(x), self.shared(x.neg()).relu()], 1)
 
 
+class Shuffle(nn.Module):
+    """Half of the channels pass a bottleneck, then both halves are interleaved."""
+
+    def __init__(self, c: int, s: Stage) -> None:
+        super().__init__()
+        self.up, self.down = Conv(c // 2, s.width, s, k=1), Conv(s.width, c // 2, s)
+        self.shuffle, self.out = nn.ChannelShuffle(2), c
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = x.chunk(2, 1)
+        return self.shuffle(torch.cat([a, self.down(self.up(b).relu()).relu()], 1))
+
+
 KINDS = {
     k.__name__: k
     for k in (Chain, Strided, Grouped, Add, Dense, Branches, Depthwise, Gate, Twice, Siamese,
-              SharedBlock, SharedConcat)
+              SharedBlock, SharedConcat, Shuffle)
 }  # fmt: skip
 HEADS = ("pool", "flatten", "two")
 
@@ -265,7 +278,11 @@ def same_bits(a: Tensor | tuple[Tensor, ...], b: Tensor | tuple[Tensor, ...]) ->
 
 KEPT = re.compile(
     "these channels are the model's output|its .* channels cannot be divided by .* channel groups|"
-    "'.*' puts a part of these channels into groups|the channels of '.*' are concatenated twice"
+    "'.*' puts a part of these channels into groups|the channels of '.*' are concatenated twice|"
+    "a channel shuffle interleaves its channels|"
+    "it crosses the split of a model that shuffles channels|"
+    "'.*' reads them beside channels that cannot be followed|"
+    "its channels leave '.*'; .* cannot be followed: .*|it crosses the split inside '.*', and .*"
 )
 
 
