@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frontier_methods import DATASET, Frontier, Method, methods
+from frontier_methods import ATTACKED_LONGER, DATASET, Frontier, Method, methods
 from frontier_models import NORMALIZATION, Data, defended, dense_model
 from jsonargparse import auto_cli
 from record import commit, write
@@ -96,6 +96,7 @@ def steps(args: Frontier) -> list[Step]:
         thorough += [Step(m, name, (name,)) for name in MORE_LEARNED]
         thorough += [Step(m, name, (name,), fewer=QUERY_FREE_IMAGES)
                      for name in WITHOUT_QUERIES[1:]]
+    thorough += [Step(m, "long", (STRONG,)) for m in rows if m.key in ATTACKED_LONGER]
     # The models that matter meet each attack in turn, so that an interrupted run compares them.
     groups = list(dict.fromkeys(step.group for step in thorough))
     thorough.sort(key=lambda step: groups.index(step.group))

@@ -154,6 +154,9 @@ DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
 each pruned model: the defence, its recipe, its strengths."""
 SAME_MODEL = {"avgpool": "layer4"}
 """Splits with nothing to prune behind another: what stands there begins with that one's model."""
+ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-feature_dropout@longer-0.5-layer4",
+                   "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4")
+"""What is compared with the best of these, so that its longest attack has others beside it."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
 DEEPER_BEST = "with-patrol@longer-10-layer4"

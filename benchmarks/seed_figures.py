@@ -23,7 +23,9 @@ def seeds(record: dict[str, Any], measured: str) -> str:
     """One line for each training seed and defence, and their means with sample deviations."""
     rows = [row for row in record["rows"] if row["attack"] == STRONG]
     usual = [row for row in rows if row["times_as_long"] == 1]
-    usual.sort(key=lambda row: (row["defence"] != "none", row["train_seed"]))
+    order = ("none", "patrol")
+    usual.sort(key=lambda row: (order.index(row["defence"]) if row["defence"] in order else 2,
+                                row["defence"], row["train_seed"]))
     longer = {(row["defence"], row["train_seed"]): row for row in rows if row not in usual}
     lines = [line(row, longer.get((row["defence"], row["train_seed"]))) for row in usual]
     by_defence: dict[str, list[Row]] = {}
@@ -39,9 +41,20 @@ def seeds(record: dict[str, Any], measured: str) -> str:
         f"{first['feature_bytes'] / 1024:.3g} KiB uploaded, every row trained three times as long "
         f"as the sweep's; {first['victim_images']:,} test images; residual decoder (MSE + "
         "SSIM). Floor: the mean image. `worst 5%` is of the longest attack in the line. ± is the "
-        f"sample deviation over {len(by_defence[first['defence']])} seeds.",
-        render_table(lines, COLUMNS).strip(), compared(by_defence, longer), measured,
+        "sample deviation over the seeds that have the row.",
+        render_table(lines, COLUMNS).strip(), compared(by_defence, longer),
+        " ".join([measured, *elsewhere(rows)]),
     ])
+
+
+def elsewhere(rows: list[Row]) -> list[str]:
+    """Which training seeds were measured on another machine than the record's last."""
+    seeds: dict[str, set[int]] = {}
+    for row in rows:
+        if "device" in row:
+            seeds.setdefault(row["device"], set()).add(row["train_seed"])
+    return [f"Training seeds {', '.join(map(str, sorted(each)))}: on {device}."
+            for device, each in seeds.items()]
 
 
 def name_of(row: Row) -> str:
@@ -87,23 +100,39 @@ def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
 
 
 def compared(by_defence: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) -> str:
-    """The defence against nothing on the same pruned model, seed by seed."""
-    nothing = {row["train_seed"]: row for row in by_defence.get("none", [])}
+    """Each defence against nothing, and against PATROL, on the same pruned model of each seed."""
     parts = []
     for defence, rows in by_defence.items():
-        pairs = [(row, nothing[row["train_seed"]]) for row in rows if row["train_seed"] in nothing]
+        pairs = paired(rows, by_defence.get("none", []))
         if defence == "none" or not pairs:
             continue
-        ratios = [row["ssim"] / other["ssim"] for row, other in pairs]
         careful = [longer[key]["ssim"] / other["ssim"] for row, other in pairs
                    if (key := (defence, row["train_seed"])) in longer]
-        costs = [100 * (other["accuracy"] - row["accuracy"]) for row, other in pairs]
         parts.append(
             f"{name_of(rows[0])} against nothing on the same pruned model, under the attack of "
-            f"usual length: {span(ratios)} times the SSIM, for {span(costs)} points of accuracy."
+            f"usual length: {span([a['ssim'] / b['ssim'] for a, b in pairs])} times the SSIM, for "
+            f"{span([100 * (b['accuracy'] - a['accuracy']) for a, b in pairs])} points of "
+            "accuracy."
             + (f" Its longest attack against the usual one on nothing: {span(careful)} times."
                if careful else ""))
+    for defence, rows in by_defence.items():
+        pairs = [(longer.get((defence, a["train_seed"]), a), longer.get(("patrol", seed), b))
+                 for a, b in paired(rows, by_defence.get("patrol", []))
+                 for seed in (b["train_seed"],)]
+        if defence in ("none", "patrol") or not pairs:
+            continue
+        parts.append(
+            f"{name_of(rows[0])} against PATROL's fine-tuning on the same pruned model, under the "
+            f"longest attack on each: {span([a['ssim'] / b['ssim'] for a, b in pairs])} times the "
+            f"SSIM, {span([100 * (a['accuracy'] - b['accuracy']) for a, b in pairs])} points of "
+            "accuracy more (less where negative).")
     return " ".join(parts)
+
+
+def paired(rows: list[Row], others: list[Row]) -> list[tuple[Row, Row]]:
+    """The rows of two defences that share a training seed."""
+    of_seed = {row["train_seed"]: row for row in others}
+    return [(row, of_seed[row["train_seed"]]) for row in rows if row["train_seed"] in of_seed]
 
 
 def span(values: list[float]) -> str:

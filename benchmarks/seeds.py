@@ -3,9 +3,11 @@
     python benchmarks/frontier.py --data ~/data/cifar10 --work ~/frontier-1 --seed 1 \\
         --only '["with-none@longer-0-layer4", "with-patrol@longer-10-layer4"]'
     python benchmarks/seeds.py --works '["~/frontier", "~/frontier-1", "~/frontier-2"]'
+    python benchmarks/seeds.py --works '["~/frontier-3"]' --earlier true
 
 A training seed parts the images anew and trains another dense model, another pruned one and other
-defences; each has a working directory of `frontier.py` of its own. This gathers their rows.
+defences; each has a working directory of `frontier.py` of its own. This gathers their rows, and
+those of other defences on the same pruned model where a seed has them.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ import json
 from pathlib import Path
 from typing import Any
 
-from frontier_methods import DEEPER_BEST
+from frontier_methods import ATTACKED_LONGER, DEEPER_BEST
 from jsonargparse import auto_cli
-from record import commit, write
+from record import ROOT, commit, write
 
 CONTROL = "with-none@longer-0-layer4"
 STEPS = (f"{CONTROL}-ssim-0", f"{DEEPER_BEST}-ssim-0", f"{DEEPER_BEST}-long-0")
+WHERE_THERE = tuple(
+    step for key in ATTACKED_LONGER for step in (f"{key}-ssim-0", f"{key}-long-0")
+    if step not in STEPS
+)
+RESULTS = ROOT / "results" / "seeds.json"
 
 
 def gathered(works: tuple[Path, ...]) -> list[dict[str, Any]]:
@@ -28,8 +35,10 @@ def gathered(works: tuple[Path, ...]) -> list[dict[str, Any]]:
     seeds: set[int] = set()
     for work in works:
         found: list[dict[str, Any]] = []
-        for step in STEPS:
+        for step in (*STEPS, *WHERE_THERE):
             path = work.expanduser() / "rows" / f"{step}.json"
+            if step in WHERE_THERE and not path.exists():
+                continue
             if not path.exists():
                 raise SystemExit(f"Expected the row {step} in {work.name}, came none: run "
                                  "frontier.py there first.")
@@ -43,13 +52,24 @@ def gathered(works: tuple[Path, ...]) -> list[dict[str, Any]]:
     return rows
 
 
-def main(works: tuple[Path, ...]) -> None:
+def with_earlier(rows: list[dict[str, Any]], earlier: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows, and those of the earlier record's other training seeds, with its device."""
+    seeds = {row["train_seed"] for row in rows}
+    kept = [{"device": earlier["device"], **row} for row in earlier["rows"]
+            if row["train_seed"] not in seeds]
+    return [*kept, *rows]
+
+
+def main(works: tuple[Path, ...], earlier: bool = False) -> None:
     """Write `results/seeds.json`.
 
     Args:
         works: working directories of `frontier.py`, one for each training seed.
+        earlier: keep the rows of the record's other training seeds.
     """
     rows = gathered(works)
+    if earlier:
+        rows = with_earlier(rows, json.loads(RESULTS.read_text()))
     commits = dict.fromkeys(row["made_with"]["commit"] for row in rows)
     print(write("seeds", rows, commit=", ".join(commits) or commit()))
 

@@ -42,6 +42,29 @@ def test_means_spreads_and_pairs(modules: tuple[ModuleType, ModuleType]) -> None
     assert page.endswith("measured here")
 
 
+def test_other_defences_stand_beside_the_best_one(
+    modules: tuple[ModuleType, ModuleType]
+) -> None:
+    rows = [row("none", 0, 0.40, 0.88), row("patrol", 0, 0.20, 0.87),
+            row("patrol", 0, 0.25, 0.87, times=3), row("feature_dropout", 0, 0.30, 0.88)]
+    page = modules[1].seeds({"rows": rows}, "here")
+    assert "0.75 times the SSIM, for 0.00 points" in page  # 0.30 / 0.40
+    assert "1.20 times the SSIM, 1.00 points of accuracy more" in page  # 0.30 / 0.25
+    assert page.index("| nothing |") < page.index("| PATROL") < page.index("| dropout")
+
+
+def test_other_training_seeds_of_the_record_stay(
+    modules: tuple[ModuleType, ModuleType]
+) -> None:
+    old = {"device": "another", "rows": [row("none", 0, 0.4, 0.8), row("none", 1, 0.4, 0.8)]}
+    new = [row("none", 1, 0.5, 0.8)]
+    rows = modules[0].with_earlier(new, old)
+    assert [(r["train_seed"], r["ssim"]) for r in rows] == [(0, 0.4), (1, 0.5)]
+    assert modules[1].elsewhere(rows) == ["Training seeds 0: on another."]
+    again = modules[0].with_earlier(new, {"device": "third", "rows": rows})
+    assert again[0]["device"] == "another"
+
+
 def test_a_directory_without_its_rows_or_with_a_seed_twice_is_refused(
     modules: tuple[ModuleType, ModuleType], tmp_path: Path
 ) -> None:
