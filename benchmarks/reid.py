@@ -44,6 +44,8 @@ class Reid:
             identity.
         at: where to cut.
         beta: weight of PATROL's adversarial term.
+        edge_macs: the device's budget: a fraction of the dense edge at the cut, or a count, which
+            can be the same at several cuts.
         epochs: of fine-tuning, where not the usual ones.
         threads: of torch.
         seed: of everything.
@@ -53,6 +55,7 @@ class Reid:
     photographs: Path | None = None
     at: str = "layer2"
     beta: float = 40.0
+    edge_macs: str = "0.5"
     epochs: int | None = None
     threads: int = 1
     seed: int = 0
@@ -61,8 +64,10 @@ class Reid:
 def config_of(args: Reid) -> ReidRun:
     """The settings of the run."""
     work = str(args.work.expanduser())
-    other = "" if usual(args) else f"-{args.at}-beta-{args.beta:g}"
-    plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at)
+    budget = "" if args.edge_macs == Reid.edge_macs else f"-{args.edge_macs}"
+    other = ("" if usual(args) else f"-{args.at}-beta-{args.beta:g}") + budget
+    plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at,
+                    edge_macs=args.edge_macs)
     plain = replace(plain, privacy=replace(plain.privacy, beta=args.beta), finetune=replace(
         plain.finetune, epochs=args.epochs or plain.finetune.epochs))
     if args.photographs is None:
@@ -137,12 +142,14 @@ def main(args: Reid) -> None:
     mine = [{**row, "counts": counts, "commit": measured_at, "date": date.today().isoformat(),
              "device": cpu_name(),
              "minutes": round(minutes(Path(config.runs) / config.name), 1),
+             "budget": args.edge_macs,
              "epochs": [config.train.epochs, config.finetune.epochs]}
             for row in rows(result, dataset)]
     target = ROOT / "results" / "reid.json"
     before = json.loads(target.read_text())["rows"] if target.exists() else []
-    kept = [row for row in before
-            if (row["dataset"], row["split"], row["beta"]) != (dataset, args.at, args.beta)]
+    this = (dataset, args.at, args.beta, args.edge_macs)
+    kept = [row for row in before if this != (row["dataset"], row["split"], row["beta"],
+                                              row.get("budget", Reid.edge_macs))]
     settings = {k: v for k, v in asdict(config).items() if k not in ("data", "runs")}
     every = sorted(kept + mine, key=lambda row: not row["dataset"].startswith("rendered"))
     print(write("reid", every, settings=settings))

@@ -15,10 +15,44 @@ def reid(record: dict[str, Any]) -> str:
     blocks = []
     runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in record["rows"]:
-        runs.setdefault((row["dataset"], row["split"], row["beta"]), []).append(row)
+        key = (row["dataset"], row["split"], row["beta"], row.get("budget"))
+        runs.setdefault(key, []).append(row)
+    blocks.append(same_budget(record["rows"]))
     for rows in runs.values():
         blocks += [about(rows), verdict(rows), costs(rows), leaks(rows), measured(record, rows)]
     return "\n\n".join(block for block in blocks if block)
+
+
+def same_budget(rows: list[dict[str, Any]]) -> str:
+    """Pruned edges that cost as much (within 2%) at different cuts, shallow ones first."""
+    pruned = [row for row in rows if row["method"] != "dense"]
+    counts = {row["edge_macs"] for row in pruned if row.get("budget", "0.5") != "0.5"}
+    alike = [row for row in pruned
+             if any(abs(row["edge_macs"] / count - 1) <= 0.02 for count in counts)]
+    if len({row["split"] for row in alike}) < 2:
+        return ""
+    alike.sort(key=lambda row: (-row["feature_bytes"], row["split"], row["method"] != "taylor"))
+    dense = {row["split"]: row["map"] for row in rows if row["method"] == "dense"}
+    table = [{
+        "split": row["split"], "method": NAMES[row["method"]],
+        "macs": f"{row['edge_macs'] / 1e6:.2f} M",
+        "bytes": f"{row['feature_bytes'] / 1024:.3g} KiB", "map": percent(row["map"]),
+        "lost": f"{100 * (dense[row['split']] - row['map']):.1f}",
+        "ssim": row["ssim"], "floor": row["floor_ssim"],
+        **{k: percent(row[f"{k}_rate"]) for k in KINDS},
+        "rank1": percent(row["named_rank1"]),
+    } for row in alike]
+    return "\n\n".join([
+        f"**The same device at several cuts**: {alike[0]['dataset']}, edges of "
+        f"{min(r['edge_macs'] for r in alike) / 1e6:.1f} to "
+        f"{max(r['edge_macs'] for r in alike) / 1e6:.1f} M multiply-adds. Characters by chance "
+        f"{percent(alike[0]['characters_chance'])}. The runs stand below with what is not here.",
+        render_table(table, {
+            "split": "cut after", "method": "method", "macs": "edge MACs", "bytes": "uploaded",
+            "map": "mAP", "lost": "points below dense", "ssim": "SSIM under the strongest attack",
+            "floor": "floor", **KINDS, "rank1": "vehicle named, rank 1",
+        }).strip(),
+    ])
 
 
 def percent(value: float | None) -> str:
@@ -30,7 +64,7 @@ def about(rows: list[dict[str, Any]]) -> str:
     counts = first["counts"]
     return (
         f"**{first['dataset'][0].upper()}{first['dataset'][1:]}**: {first['model']} with a BNNeck, "
-        f"cut after {first['split']}, trained for {first['epochs'][0]} epochs on "
+        f"cut after {first['split']}{budget_of(first)}, trained for {first['epochs'][0]} epochs on "
         f"{counts['defender']:,} pictures of {counts['identities']} identities and fine-tuned for "
         f"{first['epochs'][1]}, PATROL at β {first['beta']:g}; {counts['query']} queries in a "
         f"gallery of {counts['gallery']} "
@@ -39,6 +73,12 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"attacked. Floor, the mean image: SSIM {first['floor_ssim']:.3f}. One training seed, one "
         "attack seed."
     )
+
+
+def budget_of(row: dict[str, Any]) -> str:
+    """What the device may compute, where that is not half of the dense edge."""
+    budget = row.get("budget", "0.5")
+    return "" if budget == "0.5" else f", {budget} multiply-adds on the device"
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
@@ -59,7 +99,7 @@ def verdict(rows: list[dict[str, Any]]) -> str:
 def costs(rows: list[dict[str, Any]]) -> str:
     table = [{
         "method": NAMES[row["method"]], "macs": f"{row['edge_macs'] / 1e6:.2f} M",
-        "bytes": f"{row['feature_bytes'] / 1024:.0f} KiB",
+        "bytes": f"{row['feature_bytes'] / 1024:.3g} KiB",
         **{k: percent(row[k]) for k in ("map", "rank1", "rank5", "minp")},
         "ssim": row["ssim"], "attack": row["attack"], "ssim_worst5": row["ssim_worst5"],
         "mse": row["mse"],
