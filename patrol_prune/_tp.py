@@ -46,7 +46,7 @@ from patrol_prune.prunable import as_forward_fn, preserved
 
 __all__ = [
     "BasePruner", "DependencyGraph", "ExplodingGroupsError", "Group", "GroupMagnitudeImportance",
-    "GroupTaylorImportance", "Importance", "bounded_enumeration", "has_shuffle",
+    "GroupTaylorImportance", "Importance", "bounded_enumeration",
     "joined_to_the_input", "leaves", "linear_scheduler", "output_channels", "pruning_group",
     "replay", "run_part", "to_plain", "traced", "width_of",
 ]  # fmt: skip
@@ -240,11 +240,6 @@ def _kind(name: str) -> str:
     """`'features.0'` for a layer, `Reshape` for an operator, which Torch-Pruning numbers."""
     operator = re.match(r"_([A-Za-z]+)_\d+\(", name)
     return operator[1] if operator else repr(name.split(" ")[0])
-
-
-def has_shuffle(graph: Any) -> bool:
-    """Whether PyTorch's own channel shuffle is in the graph, taken for an element-wise operator."""
-    return any("ChannelShuffle" in str(n.name) for n in graph.module2node.values())
 
 
 def leaves(raw: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,7 +13,6 @@ from torch import nn
 
 from patrol_prune._tp import (
     bounded_enumeration,
-    has_shuffle,
     joined_to_the_input,
     leaves,
     pruning_group,
@@ -22,7 +22,15 @@ from patrol_prune._tp import (
 )
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.groups import CONV, ChannelGroup, Halves, Member
-from patrol_prune.local_groups import Parts, failed, find_parts
+from patrol_prune.local_groups import (
+    CHANGES,
+    Forward,
+    Parts,
+    changing_more,
+    failed,
+    find_parts,
+)
+from patrol_prune.operators import doubtful, has_shuffle
 from patrol_prune.prunable import (
     as_forward_fn,
     check_prunable,
@@ -31,6 +39,8 @@ from patrol_prune.prunable import (
     preserved,
 )
 from patrol_prune.shuffles import CutAtShuffles, reason_to_keep, shuffles
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["GroupTable", "build_graph", "followed", "rebuilt_graph", "remove_channels"]
 
@@ -82,6 +92,7 @@ class GroupTable:
         names: dict[Any, str] = {m: n for n, m in model.named_modules()}
         parts: Parts | None = getattr(graph, "parts", None)
         shuffled: bool = getattr(graph, "shuffled", False)
+        changing: set[str] = getattr(graph, "changing", set())
         groups: dict[str, ChannelGroup] = {}
         raw: dict[str, Any] = {}
         with bounded_enumeration(model):
@@ -94,6 +105,8 @@ class GroupTable:
                         group, blocked=why or group.blocked,
                         is_output=group.is_output and why is None,
                     )
+                if group.name in changing and group.blocked is None:
+                    group = dataclasses.replace(group, blocked=CHANGES)
                 groups[group.name], raw[group.name] = group, full
         if parts is None and not shuffled:
             _keep_what_joins_the_input(groups, model, example_inputs, forward_fn)
@@ -241,7 +254,8 @@ def followed(
 
     Returns:
         The last graph that `make` made. Its attribute `parts` is None, or tells the parts;
-        `shuffled` says whether it ends at channel shuffles.
+        `shuffled` says whether it ends at channel shuffles, and `changing` which groups stay
+        because their removal changes more than their channels.
     """
     forward = forward_fn or as_forward_fn(example_inputs)
     try:
@@ -252,6 +266,7 @@ def followed(
         if has_shuffle(graph):
             raise UnsupportedModelError("it shuffles channels")
         graph.parts, graph.shuffled = None, False
+        graph.changing = _changing(graph, model, example_inputs, forward, forward)
     except Exception as error:  # a graph that was read wrongly fails in many ways
         return _followed_in_pieces(model, example_inputs, forward, make, error)
     return graph
@@ -264,8 +279,10 @@ def _followed_in_pieces(
     """The graph that ends at channel shuffles, or else that of the parts; see `followed`."""
     if shuffles(model, example_inputs, forward):
         try:
-            graph = make(CutAtShuffles(forward))
+            cut = CutAtShuffles(forward)
+            graph = make(cut)
             graph.parts, graph.shuffled = None, True
+            graph.changing = _changing(graph, model, example_inputs, forward, cut)
             return graph
         except Exception as second:  # something else in it cannot be followed either
             error = second
@@ -283,6 +300,21 @@ def _followed_in_pieces(
     graph = make(runner)
     graph.parts, graph.shuffled = parts, False
     return graph
+
+
+def _changing(
+    graph: Any, model: nn.Module, example_inputs: Any, forward: Forward, traced_by: Forward
+) -> set[str]:
+    """The groups whose removal changes more than their channels, where operators make it likely."""
+    operators = doubtful(graph)
+    if not operators:
+        return set()
+    try:
+        return changing_more(model, example_inputs, forward, traced_by)
+    except Exception as error:  # a model that cannot be copied, or not run in float32
+        logger.warning("Whether %s keeps the channels of %s apart could not be tried (%s: %s).",
+                       ", ".join(operators), type(model).__name__, type(error).__name__, error)
+        return set()
 
 
 def _weighted(model: nn.Module) -> list[nn.Module]:
