@@ -19,9 +19,12 @@ from patrol_prune.errors import InputError, nearest
 
 # Normalisations whose weights may have several dimensions and still mix no features.
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
-# Layers whose multiply-adds are channel pairs times positions, and operators of several tensors
-# that have none.
+# Layers whose multiply-adds are channel pairs times positions; modules of layers, and operators of
+# several tensors, that have none.
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+_WITHOUT = ("activation", "normalization", "batchnorm", "instancenorm", "pooling", "dropout",
+            "padding", "flatten", "upsampling", "channelshuffle", "pixelshuffle")
+_OTHERS_WITHOUT = ("LayerNorm2d", "Permute", "StochasticDepth")  # torchvision's
 _ELEMENTWISE = ("add", "iadd", "sub", "isub", "mul", "imul", "cat", "concat")
 
 
@@ -150,11 +153,22 @@ class CutGraph:
         return found
 
     def _may_multiply(self, node: fx.Node) -> bool:
+        """Whether a node that is no plain layer may have multiply-adds; without a doubt, no."""
+        if self.facts[node].macs > 0:
+            return True
         if node.op in ("call_function", "call_method"):
             name = str(getattr(node.target, "__name__", node.target)).strip("_")
-            tensors = [n for n in node.all_input_nodes if self.facts[n].tensor is not None]
-            return self.facts[node].macs > 0 or (len(tensors) > 1 and name not in _ELEMENTWISE)
-        return self.bears_weights(node)
+            given: list[fx.Node] = []  # one that is given twice counts twice
+            fx.node.map_arg((node.args, node.kwargs), given.append)
+            tensors = [n for n in given if self.facts[n].tensor is not None]
+            return len(tensors) > 1 and name not in _ELEMENTWISE
+        if node.op != "call_module":
+            return False
+        kind = type(self.attribute(node))
+        family, _, module = kind.__module__.rpartition(".")
+        known = family == "torch.nn.modules" and module in _WITHOUT
+        ours = kind.__module__.startswith("torchvision.") and kind.__name__ in _OTHERS_WITHOUT
+        return not (ours or kind is nn.Identity or (known and kind is not nn.MultiheadAttention))
 
     def chain(self, stop: int) -> list[Cut]:
         """The cuts before `stop` that end a block: the last ones before a weight-bearing layer."""

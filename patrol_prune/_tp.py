@@ -67,10 +67,15 @@ _layernorm._prune_parameter_and_grad = _cut_in_order
 _trace = DependencyGraph._trace
 
 
-def _trace_heads(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Torch-Pruning follows no matrix product, and attention's heads would not meet q, k and v."""
+def _trace_heads(
+    self: Any, model: nn.Module, inputs: Any, forward_fn: Any, output_transform: Any
+) -> Any:
+    """Torch-Pruning follows no matrix product, and attention's heads would not meet q, k and v.
+    A forward that gives more than the model's output says what becomes of the transform."""
+    if output_transform is not None and hasattr(forward_fn, "transformed"):
+        output_transform = forward_fn.transformed(output_transform)
     with channels_followed(model):
-        return _trace(self, model, *args, **kwargs)
+        return _trace(self, model, inputs, forward_fn, output_transform)
 
 
 DependencyGraph._trace = _trace_heads
@@ -243,7 +248,7 @@ def _kind(name: str) -> str:
 
 
 def leaves(raw: Any) -> bool:
-    """Whether a group reaches the input or the output of what was traced by `run_part`."""
+    """Whether a group reaches the input or the output of what was traced between products."""
     return any(_is_end(item.dep.target) for item in raw.items)
 
 

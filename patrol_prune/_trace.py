@@ -17,11 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patrol_prune.cost import evaluating, no_fused_attention
 from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.prunable import WIDTHS
 
 logger = logging.getLogger(__name__)
 
 _ASSERTS = {"_assert", "_assert_async", "_assert_is_none"}
-_SETTINGS = ("inplace", "kernel_size", "stride", "padding", "dilation", "output_size", "ceil_mode")
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, torch.dropout}
 
 Likeness = tuple[tuple[Any, ...], ...]
@@ -116,10 +116,10 @@ def trace(model: nn.Module, x: Tensor) -> Traced:
 def likeness(model: nn.Module) -> Likeness | None:
     """What tracing the model gives, to compare with `==`; the model does not run.
 
-    Equal ones are the same operators in the same order on the same layer objects, which write in
-    place as before and make as many positions, whatever the layers' widths are. None where
-    the trace makes tensors of its own, whose values would have to be compared as well, and where
-    the model cannot be traced.
+    Equal ones are the same operators in the same order on the same layer objects with the same
+    settings and types of number, whatever the layers' widths are. None where that cannot be told:
+    the trace makes tensors of its own, a layer keeps more than plain settings, or the model cannot
+    be traced.
     """
     own = set(model.__dict__) | set(model._buffers)
     with evaluating(model), torch.no_grad(), no_fused_attention():
@@ -132,15 +132,35 @@ def likeness(model: nn.Module) -> Likeness | None:
     return None if constants else alike
 
 
-def _likeness(model: nn.Module, graph: fx.Graph) -> Likeness:
+def _likeness(model: nn.Module, graph: fx.Graph) -> Likeness | None:
     numbers = {node: f"%{i}" for i, node in enumerate(graph.nodes)}
-    found = []
+    found: list[tuple[Any, ...]] = [tuple(t.dtype for t in (*model.parameters(), *model.buffers()))]
     for node in graph.nodes:
         arguments = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
-        layer = model.get_submodule(str(node.target)) if node.op == "call_module" else None
-        settings = tuple(getattr(layer, name, None) for name in _SETTINGS)
-        found.append((node.op, node.target, arguments, layer, settings))
+        holder: nn.Module | None = None
+        settings: dict[str, Any] | None = {}
+        if node.op == "call_module":
+            holder = model.get_submodule(str(node.target))
+            settings = _settings(holder)
+        elif node.op == "get_attr":
+            holder = model.get_submodule(str(node.target).rpartition(".")[0])
+        if settings is None:
+            return None
+        found.append((node.op, node.target, arguments, holder, settings))
     return tuple(found)
+
+
+def _settings(layer: nn.Module) -> dict[str, Any] | None:
+    """A layer's own attributes but its widths; None where one is more than numbers and names."""
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(layer).items()
+              if not k.startswith("_") and k not in WIDTHS and k != "training"}
+    return values if all(map(_is_plain, values.values())) else None
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str, torch.dtype))
 
 
 def run_on(model: nn.Module, x: Tensor) -> Any:

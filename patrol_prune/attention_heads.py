@@ -69,7 +69,10 @@ def channels_followed(model: nn.Module) -> Iterator[None]:
 def check_unit(unit: str) -> None:
     """Refuse what is none of `UNITS`."""
     if unit not in UNITS:
-        raise InputError(f"Expected a unit of attention out of {', '.join(UNITS)}, came {unit!r}.")
+        raise InputError(
+            f"Expected what attention may lose (unit=, score.head_unit) out of {', '.join(UNITS)}, "
+            f"came {unit!r}. Take 'heads' for whole ones."
+        )
 
 
 def channel_order(heads: int, head_dim: int, unit: str) -> Tensor:

@@ -43,8 +43,8 @@ class MacModel:
     Args:
         split: the cut model.
         table: its group table, at the present widths.
-        previous: a model of the same edge before it was pruned; its positions are reused and
-            nothing is counted again.
+        previous: a model of the same edge before it was pruned; where the split does not know its
+            layers' positions, these are reused and nothing is counted again.
         blocks: residual blocks of the edge that may be removed; each is a cost variable.
 
     Attributes:
@@ -63,7 +63,7 @@ class MacModel:
         blocks: Mapping[str, ResidualBlock] | None = None,
     ) -> None:
         self.table, self.blocks = table, dict(blocks or {})
-        if previous is None and split.positions is not None:
+        if split.positions is not None:
             self.positions = {n: at for n, at in split.positions.items() if at}
             self.constant, self.opaque = 0, frozenset[str]()
         elif previous is None:
@@ -90,6 +90,11 @@ class MacModel:
         self._build_matrices(split)
         self._build_gates()
         self.dense = int(self.macs_of_sizes(self._sizes))
+
+    def has_other_positions(self, split: Split) -> bool:
+        """Whether layers of the edge run at more or fewer positions than when it was counted."""
+        now = split.positions or {}
+        return any(now.get(name, at) != at for name, at in self.positions.items())
 
     def macs(
         self, kept: Mapping[str, int | Tensor], *, without: Iterable[str] = ()

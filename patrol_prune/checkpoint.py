@@ -31,7 +31,7 @@ from patrol_prune.errors import CheckpointError, InputError, PatrolError, Unsupp
 from patrol_prune.group_table import build_graph
 from patrol_prune.open_attention import open_as_recorded, opened_attention
 from patrol_prune.pixels import Normalization
-from patrol_prune.prunable import follow_widths, preserved
+from patrol_prune.prunable import WIDTHS, follow_widths, preserved
 from patrol_prune.removal import remove_blocks
 from patrol_prune.split import Split
 from patrol_prune.storage import (
@@ -66,11 +66,6 @@ WEIGHTS = "weights.safetensors"
 ARCHITECTURE = "architecture.json"
 SPLIT = "split.json"
 History = list[tuple[str, bool, list[int]]]
-SIZES = (
-    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
-    "num_channels", "num_groups", "num_parameters", "normalized_shape", "embed_dim", "kdim", "vdim",
-    "num_heads", "head_dim", "hidden_dim",
-)  # the attributes in which torch's and torchvision's layers keep their widths
 ModelFactory = Callable[[], nn.Module | tuple[nn.Module, nn.Module]]
 
 
@@ -285,6 +280,13 @@ def _open(
     for prefix, half in halves:
         there = opened_attention(half)
         own = {n.removeprefix(prefix): u for n, u in units.items() if n.startswith(prefix)}
+        other = next((n for n in own if n in there and there[n] != own[n]), None)
+        if other is not None:
+            raise CheckpointError(
+                f"The factory's model has attention {other!r} that may lose {there[other]}, but "
+                f"{path / ARCHITECTURE} tells of one that may lose {own[other]}. Open it with "
+                f"unit={own[other]!r}, or leave it to load.", path=str(path / ARCHITECTURE),
+            )
         try:
             open_as_recorded(half, {n: u for n, u in own.items() if n not in there})
         except PatrolError as error:
@@ -328,7 +330,7 @@ def _sizes(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
     """Every layer's widths, by the names of its attributes."""
     found: dict[str, dict[str, int | list[int]]] = {}
     for name, module in model.named_modules():
-        values = {key: vars(module)[key] for key in SIZES if key in vars(module)}
+        values = {key: vars(module)[key] for key in WIDTHS if key in vars(module)}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
         found[name] = {k: v for k, v in plain.items() if isinstance(v, (int, list))}
     return {name: sizes for name, sizes in found.items() if sizes}

@@ -8,7 +8,7 @@ arithmetic are not counted; each such operator that occurred is listed in `MacCo
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -149,6 +149,30 @@ def hooks_restored(module: nn.Module) -> Iterator[None]:
         for table, keys in zip(tables, before, strict=True):
             for key in [k for k in table if k not in keys]:
                 del table[key]
+
+
+@contextmanager
+def counted_positions(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """Inside, every call of these convolutions and linear layers at batch 1 is counted.
+
+    Yields:
+        layer -> kernel elements times output positions, its multiply-adds per channel pair.
+    """
+    found = dict.fromkeys(layers, 0)
+
+    def count(name: str) -> Callable[..., None]:
+        def hook(layer: Any, args: Any, output: Tensor) -> None:
+            weight: Tensor = layer.weight
+            found[name] += output.numel() // weight.shape[0] * math.prod(weight.shape[2:])
+
+        return hook
+
+    handles = [layer.register_forward_hook(count(name)) for name, layer in layers.items()]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

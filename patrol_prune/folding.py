@@ -1,12 +1,10 @@
 """Hardening without a jump: masks become part of the weights next to them.
 
-A channel's mask goes into the weights that read the channel, a block's into the last layer of its
-branch.
+A channel's mask goes into the weights that read the channel, that of a dimension of attention's
+heads into q's as well, a block's into the last layer of its branch.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ def fold_masks(masks: SoftMasks) -> None:
     """Multiply every mask into the input weights of its consumers, or its branch's end; exact.
 
         w[:, idxs] <- w[:, idxs] * m[root_idxs],        of a block:  w, b <- m w, m b
+        w_q[idxs], b_q[idxs] <- m[root_idxs] (w_q, b_q)[idxs],    of dimensions of heads
 
     Afterwards the model alone gives what the masked model gave, and a channel whose mask is zero
     is read by nobody, so that its removal changes nothing either. The masks are then 1 where they
@@ -57,13 +56,14 @@ def fold_masks(masks: SoftMasks) -> None:
             "if its mask is 0, or set it to 1."
         )
     _check_statistics(masks)
-    factors = _factors(masks)
+    factors, rows = _factors(masks), _rows_of_q(masks)
     with torch.no_grad():
         for module, factor in factors.values():
             weight = _weight(module)
             weight.mul_(_as_weight(module, factor).to(weight.device, weight.dtype))
-        for name, mask in masks.channels.items():
-            _into_projections(masks.table.groups[name].members, mask)
+        for parameter, factor in rows.values():
+            shape = (-1,) + (1,) * (parameter.dim() - 1)
+            parameter.mul_(factor.view(shape).to(parameter.device, parameter.dtype))
         for mask in masks.channels.values():
             mask.copy_((mask != 0).to(mask.dtype))
         for name, scale in scaled.items():
@@ -72,15 +72,20 @@ def fold_masks(masks: SoftMasks) -> None:
             masks.blocks[name].fill_(float(scale != 0))
 
 
-def _into_projections(members: Sequence[Member], mask: Tensor) -> None:
-    """The factor of q, where dimensions of attention's heads are masked there too."""
-    for m in members:
-        if isinstance(m.module, HeadLinear) and m.direction == "out" and m.module.mask_power == 1:
+def _rows_of_q(masks: SoftMasks) -> dict[int, tuple[nn.Parameter, Tensor]]:
+    """Parameter -> (itself, `[C_out]` factor), where dimensions of heads are masked in q too."""
+    found: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    for name, mask in masks.channels.items():
+        for m in masks.table.groups[name].members:
+            if not (isinstance(m.module, HeadLinear) and m.direction == "out"
+                    and m.module.mask_power == 1):  # fmt: skip
+                continue
             factor = torch.ones(m.width, device=mask.device)
-            _multiply(factor, m, mask)
+            _multiply(factor, m, mask.detach())
             for parameter in m.module.parameters():
-                shape = (-1,) + (1,) * (parameter.dim() - 1)
-                parameter.mul_(factor.view(shape).to(parameter.device, parameter.dtype))
+                known = found.setdefault(id(parameter), (parameter, factor))
+                _require_same(known[1], factor, m.module)
+    return found
 
 
 def cannot_fold(masks: SoftMasks) -> dict[str, str]:
@@ -123,12 +128,16 @@ def _factors(masks: SoftMasks) -> dict[int, tuple[nn.Module, Tensor]]:
     by_weight: dict[int, tuple[nn.Module, Tensor]] = {}
     for module, factor in layers.values():
         known = by_weight.setdefault(id(_weight(module)), (module, factor))
-        if not torch.equal(known[1], factor):
-            raise UnsupportedModelError(
-                f"Two layers share the weight of a {type(module).__name__} and read channels with "
-                "different masks: it cannot be folded. Give each layer its own weight."
-            )
+        _require_same(known[1], factor, module)
     return by_weight
+
+
+def _require_same(known: Tensor, factor: Tensor, module: nn.Module) -> None:
+    if not torch.equal(known, factor):
+        raise UnsupportedModelError(
+            f"Two layers share the weight of a {type(module).__name__} and its channels have "
+            "different masks: it cannot be folded. Give each layer its own weight."
+        )
 
 
 def _multiply(factor: Tensor, member: Member, mask: Tensor) -> None:

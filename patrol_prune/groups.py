@@ -94,12 +94,6 @@ class ChannelGroup:
         return (m for m in self.members if m.direction == "in")
 
     @property
-    def masked_inside(self) -> bool:
-        """Whether a zero where the channels are read is less than their removal: dimensions of
-        attention's heads, which enter the product as well."""
-        return any(isinstance(m.module, HeadLinear) and m.module.mask_power for m in self.members)
-
-    @property
     def fewest_units(self) -> int:
         """Tied units that have to stay: two, as a grouped convolution with one channel left per
         group would be read as a depthwise one; of attention's heads or their dimensions, one."""

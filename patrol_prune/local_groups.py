@@ -1,10 +1,9 @@
 """Channel groups of the parts of a model, where those of the whole cannot be followed.
 
 Torch-Pruning follows channels through the whole model. On some networks that fails: window
-attention makes its index lists explode, a channel shuffle has no mapping. Then the outermost
-sub-modules on which it works are traced, each on the input it was seen to get, all in one graph.
-Channels that begin and end inside such a part can be removed. Those that leave it, and layers in
-no part, stay whole and are listed.
+attention makes its index lists explode, say. Then the outermost sub-modules on which it works are
+traced, each on the input it was seen to get, all in one graph. Channels that begin and end inside
+such a part can be removed. Those that leave it, and layers in no part, stay whole and are listed.
 
 Nothing is taken on trust: a part counts only if removing channels from a copy of it gives what
 zeros in their place give.
@@ -31,6 +30,7 @@ from patrol_prune._tp import (
     to_plain,
     traced,
 )
+from patrol_prune.attention_heads import HeadLinear
 from patrol_prune.errors import UnsupportedModelError
 from patrol_prune.groups import CONV, ChannelGroup
 from patrol_prune.prunable import follow_widths, preserved
@@ -91,6 +91,10 @@ class RunParts:
 
     def __call__(self, model: nn.Module, example_inputs: Any) -> list[Tensor]:
         return [run_part(model.get_submodule(name), x) for name, x in self.inputs.items()]
+
+    def transformed(self, transform: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Torch-Pruning's `output_transform`: none, as the model's own output is not there."""
+        return list
 
 
 def find_parts(
@@ -266,7 +270,7 @@ def _removed(
         ]
     groups = [
         g for g, outside in found
-        if not outside and g.blocked is None and not g.normalised and not g.masked_inside
+        if not outside and g.blocked is None and not g.normalised
         and (names is None or g.name in names)
     ]  # fmt: skip
     tried = [g.name for g in groups]
@@ -329,7 +333,12 @@ def _some_channels(group: ChannelGroup) -> Tensor:
 
 
 def _zero_consumers(group: ChannelGroup, gone: Tensor) -> None:
-    """Zero what the consumers' weights make of these channels."""
+    """Zero what the consumers' weights make of these channels, and q where it carries masks."""
+    for member in group.members:
+        if isinstance(member.module, HeadLinear) and member.module.mask_power:
+            idxs = member.idxs[torch.isin(member.root_idxs, gone)]
+            for parameter in member.module.parameters() if member.direction == "out" else ():
+                parameter[idxs] = 0.0
     for member in group.consumers:
         idxs = member.idxs[torch.isin(member.root_idxs, gone)]
         weight, groups = member.module.weight, getattr(member.module, "groups", 1)

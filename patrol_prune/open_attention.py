@@ -125,10 +125,12 @@ def open_as_recorded(model: nn.Module, units: Mapping[str, str]) -> None:
         units: name -> unit of each, as `opened_attention` told.
 
     Raises:
+        InputError: another unit.
         UnsupportedModelError: a layer is not there, or is none that can be replaced.
     """
     there = dict(model.named_modules())
     for name, unit in units.items():
+        check_unit(unit)
         opener = _opener(there.get(name))
         opened = opener(there[name], unit) if opener else "there is no attention to replace"
         if isinstance(opened, str):

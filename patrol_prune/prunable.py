@@ -12,6 +12,13 @@ from torch import nn
 from patrol_prune.errors import UnsupportedModelError
 from patrol_prune.groups import CONV
 
+WIDTHS = (
+    "in_channels", "out_channels", "groups", "in_features", "out_features", "num_features",
+    "num_channels", "num_groups", "num_parameters", "normalized_shape", "embed_dim", "kdim", "vdim",
+    "num_heads", "head_dim", "hidden_dim",
+)
+"""The attributes in which torch's and torchvision's layers keep their widths."""
+
 
 def as_forward_fn(example_inputs: Any) -> Callable[[nn.Module, Any], Any]:
     """A forward that calls the model once, as the type of the inputs says.

@@ -19,7 +19,8 @@ from patrol_prune.budget import MacModel, budget_as_count, check_budget
 from patrol_prune.choice import Limits, choose_structures, require_reachable, smallest
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import InputError
-from patrol_prune.group_table import GroupTable, followed, rebuilt_graph
+from patrol_prune.following import followed
+from patrol_prune.group_table import GroupTable, rebuilt_graph
 from patrol_prune.groups import ChannelGroup
 from patrol_prune.origins import recording
 from patrol_prune.prunable import check_prunable, follow_widths, preserved
@@ -327,7 +328,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         self.split.pruning_history = [*self._earlier, *self.DG.pruning_history()]
         removed_blocks = self._remove_blocks(gone)
         self._decay = None
-        if after is None or self._costs.constant:
+        if after is None or self._costs.constant or self._costs.has_other_positions(self.split):
             after = count_macs(self.split.edge, self.split.example_inputs).total
         now = _weight_shapes(self.split.cloud_layers)
         self.last_result = PruneResult(

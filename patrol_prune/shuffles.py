@@ -25,7 +25,7 @@ from patrol_prune.prunable import preserved
 __all__ = ["CutAtShuffles", "reason_to_keep", "shuffles"]
 
 SHUFFLE = "channel_shuffle"
-"""Functions of this name are taken for one: torch's, torchvision's, and a user's own."""
+"""A function that a module's forward calls by this name is taken for one, torch's or its own."""
 
 
 def shuffles(
@@ -51,6 +51,10 @@ class CutAtShuffles:
             output = self.forward_fn(model, inputs)
         return [output, *before]
 
+    def transformed(self, transform: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """Torch-Pruning's `output_transform`, of the model's own output alone."""
+        return lambda outputs: [transform(outputs[0]), *outputs[1:]]
+
 
 def reason_to_keep(group: ChannelGroup, reaches_an_end: bool) -> str | None:
     """Why a group of a model with shuffles stays whole, or None."""
@@ -66,18 +70,31 @@ def _intercepted(model: nn.Module, before: list[Tensor]) -> Iterator[None]:
     """Inside, a shuffle gives a tensor without a past; what it was given joins `before`.
 
     Products stand on both sides, as they do around the parts that are followed alone, so that the
-    ends are nodes of Torch-Pruning's graph.
+    ends are nodes of Torch-Pruning's graph. What is called by the name but is not of one tensor to
+    one stays as it is. The names are replaced for the whole process: nothing else should run the
+    model meanwhile.
     """
     places = [vars(functional), vars(torch)]
-    places += [type(m).forward.__globals__ for m in model.modules()
-               if hasattr(type(m).forward, "__globals__")]
+    for module in model.modules():
+        forward = getattr(type(module), "forward", None)
+        places.append(getattr(forward, "__globals__", {}))
     own = {id(place): place for place in places if callable(place.get(SHUFFLE))}
     kept = [(place, place[SHUFFLE]) for place in own.values()]
 
     def cut(shuffle: Callable[..., Any]) -> Callable[..., Any]:
-        def inner(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            before.append(x * 1.0)
-            return shuffle(x.detach(), *args, **kwargs).requires_grad_() * 1.0
+        def inner(*args: Any, **kwargs: Any) -> Any:
+            given = [v for v in (*args, *kwargs.values()) if _is_feature(v)]
+            if len(given) != 1:
+                return shuffle(*args, **kwargs)
+
+            def parted(value: Any) -> Any:
+                return value.detach() if value is given[0] else value
+
+            after = shuffle(*map(parted, args), **{k: parted(v) for k, v in kwargs.items()})
+            if not _is_feature(after):
+                return shuffle(*args, **kwargs)
+            before.append(given[0] * 1.0)
+            return after.requires_grad_() * 1.0
 
         return inner
 
@@ -88,3 +105,7 @@ def _intercepted(model: nn.Module, before: list[Tensor]) -> Iterator[None]:
     finally:
         for place, shuffle in kept:
             place[SHUFFLE] = shuffle
+
+
+def _is_feature(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()

@@ -20,6 +20,7 @@ from patrol_prune._trace import Likeness, attribute_of, likeness, run_on
 from patrol_prune.cost import (
     as_single_tensor,
     count_macs,
+    counted_positions,
     device_of,
     evaluating,
     feature_bytes,
@@ -171,35 +172,39 @@ class Split:
         """
         if self._likeness is not None and self._has_other_widths_only():
             return
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._likeness = None
         if isinstance(self.model, _Composed):
             self._refresh_composed(self.model)
             return
         graph = CutGraph(self.model, _sample(self.model, self._inputs))
         cut = graph.find(self.at)
-        self._likeness, self.positions = graph.likeness, graph.positions(cut.position)
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self.positions = [], graph.positions(cut.position)
         self.at, self.feature_shape = cut.names[0], cut.feature_shape
         self.edge_layers = graph.layers(0, cut.position)
         self.cloud_layers = graph.layers(cut.position, graph.end)
         self.edge = self._adopt(getattr(self, "edge", None), graph, None, cut, "Edge")
         self.cloud = self._adopt(getattr(self, "cloud", None), graph, cut, None, "Cloud")
         self.blocks = self._chain(graph, cut)
+        self._likeness = graph.likeness
 
     def _has_other_widths_only(self) -> bool:
-        """Whether the trace is the one that was checked; then the feature's shape is read again."""
+        """Whether the trace is the one that was checked; then the sizes are read again."""
         if likeness(self.model) != self._likeness:
             return False
         x = _sample(self.model, self._inputs)
+        plain = {name: self.edge_layers[name] for name in self.positions or ()}
         with evaluating(self.model), torch.no_grad():
             try:
-                z = run_on(self.edge, x)
+                with counted_positions(plain) as positions:
+                    z = run_on(self.edge, x)
                 _check_feature(z, x)
                 run_on(self.cloud, z)
             except InputError:  # tracing anew says what is wrong
                 return False
         self.feature_shape = tuple(z.shape[1:])
+        self.positions = None if self.positions is None else positions
         for half in (self.edge, self.cloud, *self.blocks):
             half.training = self.model.training
         return True

@@ -419,6 +419,21 @@ class TestKept:
         pp.save(split, tmp_path / "it")
         assert torch.equal(pp.load(tmp_path / "it", opened).model(x), split.model(x))
 
+    def test_a_factory_that_opens_it_otherwise(self, tmp_path: Path) -> None:
+        x = torch.randn(1, 3, 32, 32)
+
+        def opened(unit: str) -> nn.Module:
+            model = vit()
+            open_attention(model, x, unit=unit)
+            return model
+
+        split = pp.Split(opened("dimensions"), x, at="encoder.layers.encoder_layer_0")
+        pp.save(split, tmp_path / "it")
+        same = pp.load(tmp_path / "it", lambda: opened("dimensions")).model
+        assert torch.equal(same(x), split.model(x))
+        with pytest.raises(pp.CheckpointError, match="lose heads, but .* lose dimensions"):
+            pp.load(tmp_path / "it", lambda: opened("heads"))
+
     def test_a_factory_of_another_model(self, tmp_path: Path) -> None:
         model, x = vit(), torch.randn(1, 3, 32, 32)
         open_attention(model, x)
@@ -524,6 +539,41 @@ class TestDimensionsGo:
                 slope = (values[0] - values[1]) / 2e-5
                 assert slope == pytest.approx(float(mask.grad[channel]), rel=1e-4, abs=1e-7)
 
+    @pytest.mark.parametrize("kind", sorted(CASES))
+    def test_masks_of_each_image_alone(self, kind: str) -> None:
+        make, _, _ = CASES[kind]
+        model, x = make(), torch.randn(3, 3, 32, 32)
+        open_attention(model, x, unit="dimensions")
+        masks = pp.SoftMasks(model, x)
+        name = next(n for n in masks.channels if n.endswith((".q", ".k", ".v")))
+        index = list(masks.channels).index(name)
+        alone = []
+        with masks.attached():
+            for image in x:
+                out = model(image[None]).square().sum()
+                alone.append(torch.autograd.grad(out, masks.channels[name])[0])
+            with masks.per_image(len(x)) as copies:
+                each = torch.autograd.grad(model(x).square().sum(), copies[index])[0]
+        close(each, torch.stack(alone))
+
+    def test_shared_q_with_masks_of_its_own_is_not_folded(self) -> None:
+        model, x = vit(), torch.randn(1, 3, 32, 32)
+        open_attention(model, x, unit="dimensions")
+        one, two = (layer.self_attention for layer in model.encoder.layers)
+        two.q.weight = one.q.weight
+        masks = pp.SoftMasks(model, x)
+        own = [n for n in masks.channels if n.endswith((".q", ".k", ".v"))]
+        before = one.q.weight.clone()
+        masks.set(own[0], 0.5)
+        with pytest.raises(pp.UnsupportedModelError, match="share the weight"):
+            fold_masks(masks)
+        assert torch.equal(one.q.weight, before)
+        masks.set(own[1], 0.5)
+        with masks.attached():
+            expected = model(x)
+        fold_masks(masks)
+        close(model(x), expected)
+
     def test_a_root_has_no_infinite_slope_at_zero(self) -> None:
         model, x = swin_v2(), torch.randn(1, 3, 32, 32)
         open_attention(model, x, unit="dimensions")
@@ -550,7 +600,7 @@ class TestDimensionsGo:
         assert model(x).isfinite().all()
 
     def test_an_unknown_unit(self) -> None:
-        with pytest.raises(pp.InputError, match="heads, dimensions, came 'rows'"):
+        with pytest.raises(pp.InputError, match="score.head_unit.* heads, dimensions, came 'rows'"):
             open_attention(vit(), torch.randn(1, 3, 32, 32), unit="rows")
 
 

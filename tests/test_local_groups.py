@@ -6,6 +6,7 @@ import copy
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from torchvision.models.swin_transformer import (
 )
 
 from patrol_prune import local_groups
-from patrol_prune._tp import ExplodingGroupsError, GroupMagnitudeImportance
+from patrol_prune._tp import ExplodingGroupsError, GroupMagnitudeImportance, traced
 from patrol_prune.checkpoint import load, save
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import UnsupportedModelError
+from patrol_prune.following import followed
 from patrol_prune.group_table import GroupTable, build_graph, remove_channels
 from patrol_prune.local_groups import find_parts
 from patrol_prune.masks import SoftMasks
@@ -183,13 +185,68 @@ def test_channels_are_followed_up_to_a_shuffle_and_from_there_on(how: str) -> No
     assert (functional.channel_shuffle, torch.channel_shuffle) == SHUFFLES
 
 
+class Beside(nn.Module):
+    """A shuffle by a function of the user's own, named arguments, and a head for training."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b, self.c = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 6, 1)
+        self.last, self.aux = nn.Conv2d(6, 2, 1), nn.Conv2d(6, 3, 1)
+        if how == "scripted":
+            self.extra = torch.jit.script(nn.ReLU())
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.a(x) + x if self.how == "input" else self.a(x)
+        y = functional.channel_shuffle(input=self.b(y.relu()), groups=2)
+        y = self.c(y).relu()
+        if self.how == "scripted":
+            y = self.extra(y)
+        out = self.last(y)
+        if self.training and self.how == "auxiliary":
+            return out, self.aux(y)
+        return {"o": out, "other": [1]} if self.how == "dictionary" else out
+
+
+def test_what_is_added_to_the_input_stays_beside_a_shuffle_too() -> None:
+    table = GroupTable.build(made(lambda: Beside("input")), torch.randn(1, 8, 4, 4))
+    assert "the model's input" in table.groups["a"].blocked
+    free = GroupTable.build(made(lambda: Beside("")), torch.randn(1, 8, 4, 4))
+    assert free.groups["a"].blocked is None
+
+
+def test_heads_of_training_are_followed_beside_a_shuffle_too() -> None:
+    model, x = made(lambda: Beside("auxiliary")), torch.randn(2, 8, 4, 4)
+    table = GroupTable.build(model, x)
+    remove_channels(table, {"c": [0, 3]})
+    out, aux = model.train()(x)
+    assert model.aux.in_channels == 4 and aux.shape[1] == 3
+
+
+def test_a_scripted_layer_beside_a_shuffle() -> None:
+    model, x = made(lambda: Beside("scripted")), torch.randn(1, 8, 4, 4)
+    assert GroupTable.build(model, x).groups["a"].blocked is None
+
+
+def test_the_caller_s_output_transform_is_of_the_output_alone() -> None:
+    model, x = made(lambda: Beside("dictionary")), torch.randn(1, 8, 4, 4)
+    split = Split.from_modules(model.a, nn.Sequential(nn.ReLU(), model.b), x)
+    assert split.feature_shape == (8, 4, 4)
+    graph = followed(model, x, None, lambda forward: traced(
+        model, x, forward, output_transform=lambda out: out["o"]))  # fmt: skip
+    assert graph.shuffled
+    assert {"b", "last"} <= {n for n, m in model.named_modules() if m in graph.module2node}
+
+
 def test_shufflenet_is_followed_between_its_shuffles() -> None:
     table = GroupTable.build(shufflenet(), torch.randn(1, 3, 64, 64))
     assert not table.left_out
     whole = {n for n, g in table.groups.items() if g.blocked is not None}
     assert {n.rpartition(".")[0] for n in whole} <= {"", *(
         f"stage{s}.{u}.branch{b}" for s in (2, 3, 4) for u in range(8) for b in (1, 2))}
-    assert "conv1.0" not in whole and "conv5.0" not in whole
+    free = set(table.groups) - whole
+    assert {"conv1.0", "conv5.0"} <= free
+    assert sum(n.startswith("stage") for n in free) == 16  # the inner width of every unit
     assert not any(g.is_output for n, g in table.groups.items() if n != "fc")
 
 

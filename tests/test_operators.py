@@ -11,7 +11,7 @@ from pruning_helpers import half_of_every_group, randomize
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patrol_prune import group_table
+from patrol_prune import following
 from patrol_prune._tp import traced
 from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.masks import SoftMasks
@@ -143,7 +143,7 @@ def test_a_model_that_cannot_be_copied_is_said_to_be_untried(
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0",
                                   "densenet121", "squeezenet1_1", "regnet_y_400mf", "mnasnet0_5"])
 def test_ordinary_networks_need_no_trial(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(group_table, "changing_more", None)
+    monkeypatch.setattr(following, "changing_more", None)
     model, x = torchvision.models.get_model(name, weights=None).eval(), torch.randn(1, 3, 32, 32)
     assert doubtful(traced(model, x)) == ()
     GroupTable.build(model, x)

@@ -97,8 +97,9 @@ def test_floor_and_ceiling_stand_beside_the_edge(finished: RunResult) -> None:
     assert set(finished.audit.examples) == {"originals", "floor", "edge", "undefended"}
 
 
+@pytest.mark.parametrize("unit", ["heads", "dimensions"])
 def test_a_vision_transformer_loses_heads(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
 ) -> None:
     """Its MLPs alone could not meet this budget."""
     (tmp_path / "tiny_vit.py").write_text(
@@ -109,12 +110,14 @@ def test_a_vision_transformer_loses_heads(
     monkeypatch.syspath_prepend(str(tmp_path))
     config = replace(tiny(folder, tmp_path), model="tiny_vit:build", edge_macs="0.6",
                      at="encoder.layers.encoder_layer_1")  # fmt: skip
-    result = run(config)
+    result = run(replace(config, score=replace(config.score, head_unit=unit)))
     assert result.summary.pruned["edge_macs"] <= result.summary.plan["budget"]
     split = load(result.directory / "edge.patrol",
                  lambda: build_model("tiny_vit:build", 3, image_size=16))  # fmt: skip
-    left = [layer.self_attention.num_heads for layer in split.model.encoder.layers]
-    assert min(left) < 4
+    attention = [layer.self_attention for layer in split.model.encoder.layers]
+    sizes = [[a.num_heads for a in attention], [a.core.head_dim for a in attention]]
+    gone, kept = sizes if unit == "heads" else reversed(sizes)
+    assert min(gone) < 4 and set(kept) == {4}
     with pytest.raises(BudgetError):
         run(replace(config, name="b", score=replace(config.score, heads=False)))
 

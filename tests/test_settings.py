@@ -55,6 +55,7 @@ def test_frozen() -> None:
         ({"score": {"task_weight": 0, "lip_weight": 0, "adv_weight": 0}}, "one of them positive"),
         ({"score": {"steps": 0}}, r"score\.steps"),
         ({"score": {"task_change": "third_order"}}, "second_order, absolute, came 'third_order'"),
+        ({"score": {"head_unit": "rows"}}, "score.head_unit.* heads, dimensions, came 'rows'"),
         ({"privacy": {"beta": -1}}, r"privacy\.beta"),
         ({"privacy": {"lipschitz_form": "spectrl"}}, "paper, spectral, came 'spectrl'"),
         ({"audit": {"attacks": ["inverse_netwrk"]}}, "Did you mean: inverse_network"),

@@ -375,6 +375,97 @@ class TestRefresh:
         split.refresh()
         assert split.positions == {"0": 9 * 9} and split.feature_shape == (2, 3, 3)
 
+    def test_a_layer_that_is_read_through_its_weight_alone(self) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b, self.p = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.b(F.linear(self.a(x), self.p.weight).relu())
+
+        model, x = Net(), torch.randn(2, 4)
+        split = Split(model, x, "relu")
+        model.p = nn.Linear(4, 4)
+        split.refresh()
+        assert split.edge_layers["p"] is model.p
+        assert torch.equal(split.cloud(split.edge(x)), model(x))
+
+    @pytest.mark.parametrize("change", [
+        lambda m: setattr(m[1], "scale_factor", 3.0), lambda m: m.double(),
+        lambda m: m.__setitem__(1, nn.Upsample(scale_factor=2.0)),
+    ])  # fmt: skip
+    def test_settings_layers_and_numbers_of_other_kinds_are_traced_again(
+        self, change: Callable[[nn.Module], object], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        layers = nn.Conv2d(1, 2, 1), nn.Upsample(scale_factor=2.0), nn.Conv2d(2, 2, 1)
+        model, x = nn.Sequential(*layers, nn.ReLU()), torch.randn(1, 1, 5, 5)
+        split = Split(model, x, "2")
+        change(model)
+        traced: list[int] = []
+        graph = splits.CutGraph
+        monkeypatch.setattr(splits, "CutGraph", lambda *a: traced.append(1) or graph(*a))
+        split._inputs = x.to(next(model.parameters()).dtype)
+        split.refresh()
+        assert traced and split.positions == Split(model, split._inputs, "2").positions
+
+    def test_positions_that_are_channels_follow_them(self) -> None:
+        """A linear layer over the tokens runs once for each channel."""
+
+        class Mixer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.enter, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+                self.tokens = nn.Linear(5, 5)
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = self.enter(x).relu().transpose(1, 2)
+                return self.last(self.tokens(x).transpose(1, 2).relu())
+
+        model, x = Mixer(), torch.randn(1, 5, 3)
+        split = Split(model, x, "relu_1")
+        assert split.positions == {"enter": 5, "tokens": 8}
+        model.enter.weight = nn.Parameter(model.enter.weight[:4])
+        model.enter.bias = nn.Parameter(model.enter.bias[:4])
+        model.last.weight = nn.Parameter(model.last.weight[:, :4])
+        split.refresh()
+        assert split.positions == {"enter": 5, "tokens": 4}
+
+    def test_a_refresh_that_fails_takes_nothing_away(self) -> None:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+                self.gain = nn.Parameter(torch.ones(4))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.b((self.a(x) * self.gain).relu())
+
+        model, x = Net(), torch.randn(2, 4)
+        split = Split(model, x, "relu")
+        kept, model.b = model.b, nn.Linear(7, 4)
+        with pytest.raises(InputError):
+            split.refresh()
+        model.b = kept
+        split.refresh()
+        model.gain = nn.Parameter(torch.full((4,), 3.0))
+        assert torch.equal(split.cloud(split.edge(x)), model(x))
+
+    def test_a_layer_with_a_tensor_among_its_settings_is_traced_again(self) -> None:
+        class Layer(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.shift = torch.tensor([1.0, 2.0])
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x + self.shift.sum()
+
+        model, x = nn.Sequential(nn.Linear(2, 2), Layer(), nn.Linear(2, 2)), torch.randn(1, 2)
+        split = Split(model, x, "1")
+        model[1].shift = torch.tensor([1.0, 5.0])
+        split.refresh()
+        assert torch.equal(split.cloud(split.edge(x)), model(x))
+
     def test_a_model_that_no_longer_runs(self) -> None:
         model, x = build("resnet18")
         split = Split(model, x, "layer2")
@@ -386,6 +477,17 @@ class TestRefresh:
 def prune(model: nn.Module, x: Tensor, layer: nn.Module, channels: list[int]) -> None:
     graph = tp.DependencyGraph().build_dependency(model, x)
     graph.get_pruning_group(layer, tp.prune_conv_out_channels, channels).prune()
+
+
+class Scored(nn.Module):
+    """A weighted mean of positions, by products that no counter of PyTorch's sees."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query = nn.Parameter(torch.ones(width))
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * torch.softmax(torch.mv(z[0, 0], self.query), 0).view(1, 1, -1, 1)
 
 
 class TestPositions:
@@ -411,6 +513,8 @@ class TestPositions:
         lambda w, z: F.linear(z, w), lambda w, z: z @ w, lambda w, z: torch.mv(w, z[0])[None],
         lambda w, z: torch.einsum("ni,ij->nj", z, w), lambda w, z: z @ z.T @ z,
         lambda w, z: torch.inner(z, w), lambda w, z: torch.addmm(z, z, w),
+        lambda w, z: F.scaled_dot_product_attention(z, z, z),
+        lambda w, z: torch.einsum("ni,nj->nij", z, z).sum(1),
     ])  # fmt: skip
     def test_products_in_a_forward_are_counted_by_a_run(
         self, product: Callable[[Tensor, Tensor], Tensor]
@@ -430,6 +534,8 @@ class TestPositions:
 
     @pytest.mark.parametrize(("layer", "call", "plain"), [
         (nn.PReLU(4), lambda layer, z: layer(z), True),
+        (nn.MultiheadAttention(6, 2), lambda layer, z: z + layer(z[0], z[0], z[0])[0], False),
+        (Scored(6), lambda layer, z: layer(z), False),
         (nn.LayerNorm([4, 6, 6]), lambda layer, z: layer(z), True),
         (nn.ConvTranspose2d(4, 4, 3), lambda layer, z: layer(z), False),
         (nn.Bilinear(6, 6, 6), lambda layer, z: layer(z, z), False),
