@@ -303,7 +303,7 @@ def _replay(split: Split, history: History, removed: list[tuple[str, int]], path
         done = 0
         for at, names in _stages(removed, len(history)):
             if history[done:at]:
-                graph = build_graph(split.model, split.example_inputs)
+                graph = build_graph(split.model, split.example_inputs, tried=False)
                 with preserved(split.model), torch.no_grad():
                     replay(graph, history[done:at])
                 follow_widths(split.model)

@@ -11,10 +11,11 @@ from torch import nn
 
 from patrol_prune.errors import UnsupportedModelError
 from patrol_prune.groups import CONV
-from patrol_prune.local_groups import Forward, changing_more, failed, find_parts
+from patrol_prune.local_groups import failed, find_parts
 from patrol_prune.operators import doubtful, has_shuffle
 from patrol_prune.prunable import as_forward_fn, in_training, preserved
 from patrol_prune.shuffles import CutAtShuffles, shuffles
+from patrol_prune.trial import Forward, changing_more
 
 __all__ = ["followed"]
 
@@ -26,6 +27,8 @@ def followed(
     example_inputs: Any,
     forward_fn: Callable[..., Any] | None,
     make: Callable[[Callable[..., Any]], Any],
+    *,
+    tried: bool = True,
 ) -> Any:
     """A graph whose groups can be enumerated: of the whole model, or else of its parts.
 
@@ -36,6 +39,7 @@ def followed(
         example_inputs: what it takes.
         forward_fn: as in Torch-Pruning.
         make: builds the graph from a `forward_fn` and enumerates its groups.
+        tried: look for groups whose removal changes more than their channels.
 
     Returns:
         The last graph that `make` made. Its attribute `parts` is None, or tells the parts;
@@ -44,13 +48,13 @@ def followed(
     """
     forward = forward_fn or as_forward_fn(example_inputs)
     try:
-        graph = _made(model, example_inputs, forward, make)
+        graph, used = _made(model, example_inputs, forward, make)
         if has_shuffle(graph):
             raise UnsupportedModelError("it shuffles channels")
         graph.parts, graph.shuffled = None, False
-        graph.changing = _changing(graph, model, example_inputs, forward, forward)
+        graph.changing = _changing(graph, model, example_inputs, used, used) if tried else {}
     except Exception as error:  # a graph that was read wrongly fails in many ways
-        return _followed_in_pieces(model, example_inputs, forward, make, error)
+        return _followed_in_pieces(model, example_inputs, forward, make, error, tried)
     return graph
 
 
@@ -58,28 +62,30 @@ def _made(
     model: nn.Module, example_inputs: Any, forward: Callable[..., Any],
     make: Callable[[Callable[..., Any]], Any],
     wrap: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda forward: forward,
-) -> Any:
-    """The graph of a forward; of that in training where more layers with weights run then."""
+) -> tuple[Any, Callable[..., Any]]:
+    """The graph of a forward, or of that in training where more layers with weights run then; and
+    which forward it is of."""
     graph = make(wrap(forward))
     asleep = [m for m in _weighted(model) if m not in graph.module2node]
     if asleep and _run_in_training(model, example_inputs, forward, asleep):
-        graph = make(wrap(in_training(forward)))
-    return graph
+        forward = in_training(forward)
+        graph = make(wrap(forward))
+    return graph, forward
 
 
 def _followed_in_pieces(
     model: nn.Module, example_inputs: Any, forward: Callable[..., Any],
-    make: Callable[[Callable[..., Any]], Any], error: Exception,
+    make: Callable[[Callable[..., Any]], Any], error: Exception, tried: bool,
 ) -> Any:
     """The graph that ends at channel shuffles, or else that of the parts; see `followed`."""
     try:
         if shuffles(model, example_inputs, forward):
-            cut = CutAtShuffles(forward)
-            graph = _made(model, example_inputs, forward, make, CutAtShuffles)
+            graph, used = _made(model, example_inputs, forward, make, CutAtShuffles)
             if has_shuffle(graph):
                 raise UnsupportedModelError("it shuffles channels out of sight")
             graph.parts, graph.shuffled = None, True
-            graph.changing = _changing(graph, model, example_inputs, forward, cut)
+            graph.changing = {} if not tried else _changing(
+                graph, model, example_inputs, used, CutAtShuffles(used))
             return graph
     except Exception as second:  # something else in it cannot be followed either
         error = second
@@ -95,23 +101,25 @@ def _followed_in_pieces(
     if not parts.names:
         raise error
     graph = make(runner)
-    graph.parts, graph.shuffled = parts, False
+    graph.parts, graph.shuffled, graph.changing = parts, False, {}
     return graph
 
 
 def _changing(
     graph: Any, model: nn.Module, example_inputs: Any, forward: Forward, traced_by: Forward
-) -> set[str]:
-    """The groups whose removal changes more than their channels, where operators make it likely."""
+) -> dict[str, str]:
+    """The groups whose removal changes more than their channels -> why they stay, where operators
+    make that likely."""
     operators = doubtful(graph)
     if not operators:
-        return set()
+        return {}
     try:
         return changing_more(model, example_inputs, forward, traced_by)
     except Exception as error:  # a model that cannot be copied, or not run in float32
-        logger.warning("Whether %s keeps the channels of %s apart could not be tried (%s: %s).",
-                       ", ".join(operators), type(model).__name__, type(error).__name__, error)
-        return set()
+        logger.warning("Whether %s keeps the channels of %s apart could not be tried (%s: %s); its "
+                       "channels are pruned as if it did.", ", ".join(operators),
+                       type(model).__name__, type(error).__name__, error)
+        return {}
 
 
 def _weighted(model: nn.Module) -> list[nn.Module]:

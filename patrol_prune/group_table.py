@@ -22,7 +22,7 @@ from patrol_prune._tp import (
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.following import followed
 from patrol_prune.groups import ChannelGroup, Halves, Member
-from patrol_prune.local_groups import CHANGES, Parts
+from patrol_prune.local_groups import Parts
 from patrol_prune.prunable import as_forward_fn, check_prunable, follow_widths, preserved
 from patrol_prune.shuffles import CutAtShuffles, reason_to_keep
 
@@ -76,7 +76,7 @@ class GroupTable:
         names: dict[Any, str] = {m: n for n, m in model.named_modules()}
         parts: Parts | None = getattr(graph, "parts", None)
         shuffled: bool = getattr(graph, "shuffled", False)
-        changing: set[str] = getattr(graph, "changing", set())
+        changing: dict[str, str] = getattr(graph, "changing", {})
         groups: dict[str, ChannelGroup] = {}
         raw: dict[str, Any] = {}
         with bounded_enumeration(model):
@@ -90,7 +90,7 @@ class GroupTable:
                         is_output=group.is_output and why is None,
                     )
                 if group.name in changing and group.blocked is None:
-                    group = dataclasses.replace(group, blocked=CHANGES)
+                    group = dataclasses.replace(group, blocked=changing[group.name])
                 groups[group.name], raw[group.name] = group, full
         if parts is None:
             forward = forward_fn or as_forward_fn(example_inputs)
@@ -178,9 +178,12 @@ def _tensors(inputs: Any) -> list[torch.Tensor]:
 
 
 def build_graph(
-    model: nn.Module, example_inputs: Any, *, forward_fn: Callable[..., Any] | None = None
+    model: nn.Module, example_inputs: Any, *, forward_fn: Callable[..., Any] | None = None,
+    tried: bool = True,
 ) -> Any:
     """Torch-Pruning's dependency graph of the bare model, which is left as found.
+
+    With `tried=False` nobody looks for groups whose removal changes more than their channels.
 
     Raises:
         UnsupportedModelError: see `GroupTable.build`.
@@ -194,7 +197,7 @@ def build_graph(
                 pass
         return graph
 
-    return followed(model, example_inputs, forward_fn, make)
+    return followed(model, example_inputs, forward_fn, make, tried=tried)
 
 
 def rebuilt_graph(

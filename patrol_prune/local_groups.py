@@ -11,35 +11,24 @@ zeros in their place give.
 
 from __future__ import annotations
 
-import copy
-import itertools
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
 
 from patrol_prune._tp import (
     ExplodingGroupsError,
-    bounded_enumeration,
-    leaves,
-    pruning_group,
     run_part,
-    to_plain,
-    traced,
 )
-from patrol_prune.attention_heads import HeadLinear
 from patrol_prune.errors import UnsupportedModelError
 from patrol_prune.groups import CONV, ChannelGroup
-from patrol_prune.prunable import follow_widths, preserved
+from patrol_prune.prunable import preserved
+from patrol_prune.trial import CHANGES, removed
 
 _WEIGHTED = (CONV, nn.Linear)
-_TOLERANCE = 1e-4
 _MOST_ALONE = 32
-_MOST_TRIALS = 32
-Forward = Callable[[nn.Module, Any], Any]
 
 
 @dataclass(frozen=True)
@@ -189,13 +178,13 @@ def _try(part: nn.Module, x: Tensor, *, one_by_one: bool) -> dict[str, str]:
         UnsupportedModelError: the part cannot be followed.
     """
     try:
-        names, right = _removed(part, x, None)
+        names, right = removed(part, x, None)
         if right and names:
             return {}
         if not names:
             raise UnsupportedModelError("none of its channels begin and end inside it")
         alone = names if one_by_one and len(names) <= _MOST_ALONE else []
-        bad = {name: CHANGES for name in alone if not _removed(part, x, {name})[1]}
+        bad = {name: CHANGES for name in alone if not removed(part, x, {name})[1]}
         if not bad or len(bad) == len(names):
             raise UnsupportedModelError(CHANGES)
         return bad
@@ -209,145 +198,6 @@ def failed(error: Exception) -> str:
     """A reason that names an error from inside Torch-Pruning or the model."""
     line = (str(error).splitlines() or [""])[0]
     return f"Torch-Pruning fails on it ({type(error).__name__}: {line})"
-
-
-CHANGES = "removing channels changes more than these channels"
-
-
-def changing_more(
-    model: nn.Module, example_inputs: Any, forward_fn: Forward, traced_by: Forward
-) -> set[str]:
-    """The groups whose removal changes more than their channels, found by trying.
-
-    All are removed from a copy of the model; where that goes wrong, halves are tried alone. After
-    many trials what is undecided counts as wrong.
-
-    Args:
-        model: left as found.
-        example_inputs: what it takes.
-        forward_fn: `forward_fn(model, example_inputs)`.
-        traced_by: likewise, for Torch-Pruning's graph.
-    """
-    trials = itertools.count()
-
-    def right(names: list[str] | None) -> tuple[list[str], bool]:
-        return _removed(model, example_inputs, names, run=traced_by, call=forward_fn)
-
-    def search(names: list[str]) -> set[str]:
-        if len(names) <= 1 or next(trials) >= _MOST_TRIALS:
-            return set(names)
-        halves = names[: len(names) // 2], names[len(names) // 2 :]
-        wrong = [half for half in halves if not right(half)[1]]
-        found = {name for half in wrong for name in search(half)}
-        return found or set(names)  # each half alone is right, and both together are not
-
-    names, fine = right(None)
-    return set() if fine else search(names)
-
-
-def _call_with_a_copy(part: nn.Module, x: Tensor) -> Any:
-    return part(x.clone())
-
-
-def _removed(
-    part: nn.Module, inputs: Any, names: Container[str] | None, *, run: Forward = run_part,
-    call: Forward = _call_with_a_copy,
-) -> tuple[list[str], bool]:
-    """The groups removed from a copy, and whether that gave what zeros at their consumers give.
-
-    Args:
-        names: only these groups, or all that neither leave the part nor are blocked.
-        run: the forward that Torch-Pruning traces.
-        call: the forward that is compared.
-    """
-    twin, inputs = _twin(part), tree_map(_as_float, inputs)
-    graph = traced(twin, inputs, run)
-    layers: dict[Any, str] = {m: n for n, m in twin.named_modules()}
-    with bounded_enumeration(twin):
-        found = [
-            (to_plain(raw, graph, layers), leaves(raw))
-            for raw in graph.get_all_groups(ignored_layers=[])
-        ]
-    groups = [
-        g for g, outside in found
-        if not outside and g.blocked is None and not g.normalised
-        and (names is None or g.name in names)
-    ]  # fmt: skip
-    tried = [g.name for g in groups]
-    removals = [(g, gone) for g in groups if len(gone := _some_channels(g))]
-    with torch.no_grad():
-        for group, gone in removals:
-            _zero_consumers(group, gone)
-        expected = call(twin, inputs)
-        try:
-            for group, gone in removals:
-                pruning_group(graph, group.members[0].module, gone.tolist()).prune()
-            follow_widths(twin)
-            got = call(twin, inputs)
-        except (RuntimeError, IndexError, ValueError, AssertionError):
-            return tried, False
-    return tried, _alike(got, expected)
-
-
-def _as_float(value: Any) -> Any:
-    is_floating = isinstance(value, Tensor) and value.is_floating_point()
-    return value.detach().float() if is_floating else value
-
-
-def _alike(got: Any, expected: Any) -> bool:
-    """Whether two outputs are the same up to rounding."""
-    first, second = ([v for v in tree_leaves(value) if isinstance(v, Tensor)]
-                     for value in (got, expected))
-    return len(first) == len(second) and all(
-        a.shape == b.shape
-        and torch.allclose(a, b, rtol=0.0, atol=_TOLERANCE * float(b.abs().max()) + 1e-9)
-        for a, b in zip(first, second, strict=True)
-    )
-
-
-def _twin(part: nn.Module) -> nn.Module:
-    """A float32 copy in evaluation mode, its weights drawn anew so that neither a zero nor a
-    signal that dies on the way hides an error."""
-    twin = copy.deepcopy(part).float().eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in (p for p in twin.parameters() if p.is_floating_point()):
-            noise = torch.randn(p.shape, generator=generator).to(p)
-            if p.dim() > 1:
-                p.copy_(noise * (2.0 / p[0].numel()) ** 0.5)
-            else:
-                p.add_(0.05 * noise)
-        for m in twin.modules():
-            if isinstance(m, nn.modules.batchnorm._BatchNorm):
-                m.reset_running_stats()
-    return twin
-
-
-def _some_channels(group: ChannelGroup) -> Tensor:
-    """About half of a group's channels, whole units drawn at random, so that no pattern (the first
-    half, every second) passes by luck; at least two units of tied channels stay."""
-    units = group.channels // group.tie
-    count = units // 2 if group.tie == 1 else max(0, min(units // 2, units - 2))
-    generator = torch.Generator().manual_seed(units)
-    return group.units(torch.randperm(units, generator=generator)[:count])
-
-
-def _zero_consumers(group: ChannelGroup, gone: Tensor) -> None:
-    """Zero what the consumers' weights make of these channels, and q where it carries masks."""
-    for member in group.members:
-        if isinstance(member.module, HeadLinear) and member.module.mask_power:
-            idxs = member.idxs[torch.isin(member.root_idxs, gone)]
-            for parameter in member.module.parameters() if member.direction == "out" else ():
-                parameter[idxs] = 0.0
-    for member in group.consumers:
-        idxs = member.idxs[torch.isin(member.root_idxs, gone)]
-        weight, groups = member.module.weight, getattr(member.module, "groups", 1)
-        if getattr(member.module, "transposed", False):
-            weight[idxs] = 0.0
-            continue
-        each = member.width // groups
-        view = weight.view(groups, weight.shape[0] // groups, *weight.shape[1:])
-        view[idxs // each, :, idxs % each] = 0.0
 
 
 def _weighted(module: nn.Module) -> int:

@@ -10,17 +10,24 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from torch import nn
+
+from patrol_prune.groups import CONV
+
 __all__ = ["doubtful", "has_shuffle"]
 
 _APART = re.compile(
     r"(Relu|Hardtanh|Hardswish|Hardsigmoid|Silu|Gelu|Sigmoid|LogSigmoid|Tanh|Elu|LeakyRelu|"
     r"PreluKernel|Softplus|Softshrink|Mish|Exp|Log|Sqrt|Rsqrt|Pow|Abs|Neg|Clamp|ClampMin|ClampMax|"
-    r"Add|Sub|Rsub|Mul|Div|Addcmul|Clone|ToCopy|Alias|AsStrided|Permute|Transpose|T|Unsqueeze|"
-    r"Squeeze|Expand|NativeDropout|NativeLayerNorm|NativeGroupNorm|\w*BatchNorm|Convolution|"
-    r"Mm|Addmm|Split|SplitWithSizes|Cat|(Max|Avg|AdaptiveAvg|AdaptiveMax)Pool\w*|Upsample\w*|"
-    r"(ConstantPad|ReflectionPad|ReplicationPad)\w*)Backward\d*"
+    r"Add|Sub|Rsub|Mul|Div|Addcmul|Clone|ToCopy|Alias|AsStrided|T|Unsqueeze|Squeeze|Expand|"
+    r"NativeDropout|Split|SplitWithSizes|Cat|(Max|Avg|AdaptiveAvg|AdaptiveMax)Pool[12]D\w*|"
+    r"Upsample\w*|(ConstantPad|ReflectionPad|ReplicationPad)\w*)Backward\d*"
 )
-"""Operators of autograd that leave channels apart, and those that Torch-Pruning has a rule for."""
+"""Operators of autograd that leave channels apart, and those that Torch-Pruning has a rule for. One
+that moves dimensions is not among them: behind it nobody knows where the channels are."""
+_OF_LAYERS = re.compile(
+    r"(NativeLayerNorm|NativeGroupNorm|\w*BatchNorm|Convolution|Mm|Addmm)Backward\d*"
+)
 _OVER_POSITIONS = re.compile(r"(Mean|Sum|Amax|Amin|Var|Std)Backward\d*")
 _RESHAPE = re.compile(r"(View|UnsafeView|ReshapeAlias)Backward\d*")
 
@@ -31,9 +38,17 @@ def has_shuffle(graph: Any) -> bool:
 
 
 def doubtful(graph: Any) -> tuple[str, ...]:
-    """The names of operators in the graph that may do more with channels than keep them apart."""
-    return tuple(dict.fromkeys(name for name, grad_fn in _operators(graph)
-                               if not _keeps_apart(name, grad_fn)))
+    """The names of operators in the graph that may do more with channels than keep them apart, and
+    of convolutions and linear layers with a forward of their own."""
+    layers = [node.module for node in graph.module2node.values()
+              if isinstance(node.module, (CONV, nn.Linear))]
+    weights = {id(p) for node in graph.module2node.values()
+               if isinstance(node.module, nn.Module) for p in node.module.parameters()}
+    convolves = any(isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) for layer in layers)
+    found = [name for name, grad_fn in _operators(graph)
+             if not _keeps_apart(name, grad_fn, weights, convolves)]
+    found += [type(layer).__name__ for layer in layers if not _is_plain(layer)]
+    return tuple(dict.fromkeys(found))
 
 
 def _operators(graph: Any) -> list[tuple[str, Any]]:
@@ -46,18 +61,38 @@ def _operators(graph: Any) -> list[tuple[str, Any]]:
     return found
 
 
-def _keeps_apart(name: str, grad_fn: Any) -> bool:
+def _keeps_apart(name: str, grad_fn: Any, weights: set[int], convolves: bool) -> bool:
     if _APART.fullmatch(name):
         return True
+    if _OF_LAYERS.fullmatch(name):
+        return _reads(grad_fn, weights)
     shape = tuple(getattr(grad_fn, "_saved_self_sym_sizes", ()))
     if _RESHAPE.fullmatch(name):  # behind a split of the channels there are more dimensions
-        return len(shape) <= 4
+        return len(shape) in (2, 4)
     dims = getattr(grad_fn, "_saved_dim", None)
     if _OVER_POSITIONS.fullmatch(name) and isinstance(dims, (tuple, list)):
-        return len(shape) == 4 and {_signed(d) % 4 for d in dims} <= {2, 3}
-    if name.startswith("SelectBackward"):  # a token out of `[N, L, C]`
-        return len(shape) == 3 and dims == 1
+        return convolves and len(shape) == 4 and {_signed(d) % 4 for d in dims} <= {2, 3}
     return False
+
+
+def _reads(grad_fn: Any, weights: set[int], depth: int = 3) -> bool:
+    """Whether one of these parameters is among what an operator was given."""
+    for source, _ in getattr(grad_fn, "next_functions", ()):
+        if source is None:
+            continue
+        if id(getattr(source, "variable", None)) in weights:
+            return True
+        if depth and re.match("(T|View|AsStrided)Backward", source.name()) and _reads(
+                source, weights, depth - 1):  # fmt: skip
+            return True
+    return False
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a layer's forward is PyTorch's, which takes its weight as it is."""
+    return all(getattr(type(layer), name, None) is None
+               or getattr(type(layer), name).__module__.startswith("torch.nn.")
+               for name in ("forward", "_conv_forward"))
 
 
 def _signed(dim: int) -> int:

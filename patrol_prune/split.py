@@ -61,7 +61,7 @@ def split_points(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) ->
 
     Raises:
         InputError: the model cannot run on `example_inputs`.
-        UnsupportedModelError: the model cannot be graph.
+        UnsupportedModelError: the model cannot be traced.
     """
     graph = CutGraph(model, _sample(model, example_inputs))
     return [
@@ -103,7 +103,7 @@ class Split:
 
     Raises:
         InputError: `at` does not exist, or more than one tensor crosses there.
-        UnsupportedModelError: the model cannot be graph.
+        UnsupportedModelError: the model cannot be traced.
     """
 
     model: nn.Module
@@ -131,10 +131,10 @@ class Split:
     def from_modules(
         cls, edge: nn.Module, cloud: nn.Module, example_inputs: Tensor | Sequence[Tensor]
     ) -> Split:
-        """A split whose two halves are given, for models that cannot be graph.
+        """A split whose two halves are given, for models that cannot be traced.
 
         `model` is then a module with the attributes `edge` and `cloud`; `blocks` has more than
-        one entry only if the edge can be graph.
+        one entry only if the edge can be traced.
 
         Raises:
             InputError: the halves do not fit each other or `example_inputs`, or the edge returns

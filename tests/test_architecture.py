@@ -18,7 +18,7 @@ ORDER = [
     "_vehicle_shapes", "_vehicle_scenes", "_vehicle_drawing", "_vehicle_files", "vehicles",
     "_vehicle_sites", "vehicle_identities", "vehicle_truth", "leaks", "models",
     "attention_heads", "groups", "channel_norms", "live_attention", "prunable", "_tp",
-    "operators", "shuffles", "local_groups", "following", "group_table", "cost", "latency",
+    "operators", "trial", "shuffles", "local_groups", "following", "group_table", "cost", "latency",
     "_trace", "open_attention", "_cuts", "split", "transmitted", "_residuals", "blocks", "removal",
     "_block_pruning", "metric_learning", "reid_model", "reid_training",
     "budget", "_search", "choice", "metrics", "covariance", "jacobian", "bounds",

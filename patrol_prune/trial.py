@@ -1,0 +1,249 @@
+"""Whether removing channels is what zeros in their place are, tried on a copy of a model."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import zlib
+from collections.abc import Callable, Container
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from patrol_prune._tp import (
+    bounded_enumeration,
+    leaves,
+    pruning_group,
+    run_part,
+    to_plain,
+    traced,
+    width_of,
+)
+from patrol_prune.attention_heads import HeadLinear
+from patrol_prune.channel_norms import Normalises, channel_norm
+from patrol_prune.errors import UnsupportedModelError
+from patrol_prune.groups import CHANNEL_NORMS, ChannelGroup, normalises
+from patrol_prune.prunable import follow_widths
+
+__all__ = ["CHANGES", "Forward", "changing_more", "removed"]
+
+Forward = Callable[[nn.Module, Any], Any]
+CHANGES = "removing channels changes more than these channels"
+_UNDECIDED = "too many trials were needed to tell whether removing channels changes more than these"
+_MOST_TRIALS = 32
+_TOLERANCE = 1e-4
+_ROUNDING = 3e-6
+
+
+def changing_more(
+    model: nn.Module, example_inputs: Any, forward_fn: Forward, traced_by: Forward
+) -> dict[str, str]:
+    """The groups whose removal changes more than their channels -> why they stay, by trying.
+
+    All are removed from a copy of the model; where that goes wrong, halves are tried alone.
+
+    Args:
+        model: left as found.
+        example_inputs: what it takes.
+        forward_fn: `forward_fn(model, example_inputs)`.
+        traced_by: likewise, for Torch-Pruning's graph.
+
+    Raises:
+        UnsupportedModelError: the model gives something else each time, or nothing to compare.
+    """
+    trials = itertools.count()
+
+    def right(names: list[str] | None) -> tuple[list[str], bool]:
+        next(trials)
+        return removed(model, example_inputs, names, run=traced_by, call=forward_fn,
+                        counting=True)
+
+    def search(names: list[str]) -> dict[str, str]:
+        if len(names) <= 1:
+            return dict.fromkeys(names, CHANGES)
+        halves = names[: len(names) // 2], names[len(names) // 2 :]
+        found: dict[str, str] = {}
+        for half in halves:
+            if next(trials) > _MOST_TRIALS:
+                found |= dict.fromkeys(half, _UNDECIDED)
+            elif not right(half)[1]:
+                found |= search(half)
+        # each half alone is right, and both together are not
+        return found or dict.fromkeys(names, CHANGES)
+
+    names, fine = right(None)
+    return {} if fine else search(names)
+
+
+def _call_with_a_copy(part: nn.Module, x: Tensor) -> Any:
+    return part(x)
+
+
+def removed(
+    part: nn.Module, inputs: Any, names: Container[str] | None, *, run: Forward = run_part,
+    call: Forward = _call_with_a_copy, counting: bool = False,
+) -> tuple[list[str], bool]:
+    """The groups removed from a copy, and whether that gave what zeros at their consumers give.
+
+    Args:
+        names: only these groups, or all that neither leave the part nor are blocked.
+        run: the forward that Torch-Pruning traces.
+        call: the forward that is compared.
+        counting: try the groups of layers that normalise over channels too, with the statistics
+            of these layers left out.
+
+    Raises:
+        UnsupportedModelError: the part gives something else each time, or nothing to compare.
+    """
+    twin, inputs = _twin(part), tree_map(_as_float, inputs)
+    graph = traced(twin, tree_map(_copied, inputs), run)
+    layers: dict[Any, str] = {m: n for n, m in twin.named_modules()}
+    with bounded_enumeration(twin):
+        found = [
+            (to_plain(raw, graph, layers), leaves(raw))
+            for raw in graph.get_all_groups(ignored_layers=[])
+        ]
+    if counting:
+        for module in twin.modules():
+            norm = channel_norm(module) if isinstance(module, CHANNEL_NORMS) else None
+            if norm is not None:
+                module.register_forward_hook(partial(_without_statistics, norm.dim))
+    groups = [
+        g for g, outside in found
+        if not outside and g.blocked is None and not _is_normalised(g, counting)
+        and (names is None or g.name in names)
+    ]  # fmt: skip
+    tried = [g.name for g in groups]
+    removals = [(g, gone) for g in groups if len(gone := _some_channels(g))]
+
+    def output(other: bool = False) -> list[Tensor]:
+        given = tree_map(_moved if other else _copied, inputs)
+        return [v for v in tree_leaves(call(twin, given)) if isinstance(v, Tensor)]
+
+    with torch.no_grad():
+        for group, gone in removals:
+            _zero_consumers(group, gone)
+        expected = output()
+        if not any(v.is_floating_point() for v in expected):
+            raise UnsupportedModelError("its output holds no numbers to compare")
+        if not _alike(output(), expected, expected):
+            raise UnsupportedModelError("it gives something else each time")
+        other = output(other=True)
+        try:
+            for group, gone in removals:
+                pruning_group(graph, group.members[0].module, gone.tolist()).prune()
+            follow_widths(twin)
+            got = output()
+        except Exception:  # whatever a forward does with widths that it did not expect
+            return tried, False
+    narrow = all(width_of(g.members[0].module, g.members[0].direction, graph)
+                 == g.channels - len(gone) for g, gone in removals)  # fmt: skip
+    return tried, narrow and _alike(got, expected, other)
+
+
+def _is_normalised(group: ChannelGroup, counting: bool) -> bool:
+    """Whether zeros are no removal of a group, by what its layers divide by."""
+    return any(normalises(m) and not (counting and isinstance(m.module, CHANNEL_NORMS))
+               for m in group.members)
+
+
+def _without_statistics(
+    dim: int, module: Normalises, args: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
+    """Forward hook: what a normalisation over channels, at `dim`, makes of each channel alone."""
+    if module.weight is None:
+        return args[0]
+    shape = [1] * output.dim()
+    shape[dim] = -1
+    bias = 0.0 if module.bias is None else module.bias.view(shape)
+    return args[0] * module.weight.view(shape) + bias
+
+
+def _as_float(value: Any) -> Any:
+    return value.detach().float() if _is_feature(value) else value
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def _moved(value: Any) -> Any:
+    """Another input, to see how much the output varies."""
+    if not _is_feature(value):
+        return value
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(value.shape, generator=generator).to(value)
+    return value + noise * (value.abs().mean() + 1e-3)
+
+
+def _is_feature(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _alike(got: list[Tensor], expected: list[Tensor], other: list[Tensor]) -> bool:
+    """Whether two outputs are the same up to rounding and to little of what another input does."""
+    if [v.shape for v in got] != [v.shape for v in expected]:
+        return False
+    for i, (a, b) in enumerate(zip(got, expected, strict=True)):
+        if not _is_feature(b):
+            continue  # an index or a flag may hang on the last bit
+        finite = b[b.isfinite()]
+        size = float(finite.abs().max()) if finite.numel() else 0.0
+        varies = 0.0
+        if i < len(other) and other[i].shape == b.shape and finite.numel():
+            varies = float((other[i] - b).nan_to_num(0.0, 0.0, 0.0).abs().max())
+        within = _ROUNDING * size + _TOLERANCE * min(varies, size) + 1e-9
+        if not torch.allclose(a, b, rtol=0.0, atol=within, equal_nan=True):
+            return False
+    return True
+
+
+def _twin(part: nn.Module) -> nn.Module:
+    """A float32 copy in evaluation mode without hooks, its weights drawn anew so that neither a
+    zero nor a signal that dies on the way hides an error."""
+    twin = copy.deepcopy(part).float().eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in (p for p in twin.parameters() if p.is_floating_point()):
+            noise = torch.randn(p.shape, generator=generator).to(p)
+            if p.dim() > 1:  # twice He's variance, as half of the inputs go
+                p.copy_(noise * (4.0 / p[0].numel()) ** 0.5)
+            else:
+                p.add_(0.05 * noise)
+        for m in twin.modules():
+            m._forward_hooks.clear()
+            m._forward_pre_hooks.clear()
+            if isinstance(m, nn.modules.batchnorm._BatchNorm):
+                m.reset_running_stats()
+    return twin
+
+
+def _some_channels(group: ChannelGroup) -> Tensor:
+    """About half of a group's channels, whole units drawn at random by its name, so that no pattern
+    (the first half, the same ones as next door) passes by luck; at least two units of tied
+    channels stay."""
+    units = group.channels // group.tie
+    count = units // 2 if group.tie == 1 else max(0, min(units // 2, units - 2))
+    generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
+    return group.units(torch.randperm(units, generator=generator)[:count])
+
+
+def _zero_consumers(group: ChannelGroup, gone: Tensor) -> None:
+    """Zero what the consumers' weights make of these channels, and q where it carries masks."""
+    for member in group.members:
+        if isinstance(member.module, HeadLinear) and member.module.mask_power:
+            idxs = member.idxs[torch.isin(member.root_idxs, gone)]
+            for parameter in member.module.parameters() if member.direction == "out" else ():
+                parameter[idxs] = 0.0
+    for member in group.consumers:
+        idxs = member.idxs[torch.isin(member.root_idxs, gone)]
+        weight, groups = member.module.weight, getattr(member.module, "groups", 1)
+        if getattr(member.module, "transposed", False):
+            weight[idxs] = 0.0
+            continue
+        each = member.width // groups
+        view = weight.view(groups, weight.shape[0] // groups, *weight.shape[1:])
+        view[idxs // each, :, idxs % each] = 0.0
