@@ -108,23 +108,28 @@ def compared(by_defence: dict[str, list[Row]], longer: dict[tuple[str, int], Row
             continue
         careful = [longer[key]["ssim"] / other["ssim"] for row, other in pairs
                    if (key := (defence, row["train_seed"])) in longer]
+        name = name_of(rows[0])
         parts.append(
-            f"{name_of(rows[0])} against nothing on the same pruned model, under the attack of "
-            f"usual length: {span([a['ssim'] / b['ssim'] for a, b in pairs])} times the SSIM, for "
+            f"{name[0].upper()}{name[1:]} against nothing on the same pruned model, under the attack "
+            f"of usual length: {span([a['ssim'] / b['ssim'] for a, b in pairs])} times the SSIM, for "
             f"{span([100 * (b['accuracy'] - a['accuracy']) for a, b in pairs])} points of "
             "accuracy."
             + (f" Its longest attack against the usual one on nothing: {span(careful)} times."
                if careful else ""))
     for defence, rows in by_defence.items():
-        pairs = [(longer.get((defence, a["train_seed"]), a), longer.get(("patrol", seed), b))
-                 for a, b in paired(rows, by_defence.get("patrol", []))
-                 for seed in (b["train_seed"],)]
+        pairs = paired(rows, by_defence.get("patrol", []))
+        both = [(longer[defence, a["train_seed"]], longer["patrol", a["train_seed"]])
+                for a, _ in pairs if (defence, a["train_seed"]) in longer
+                and ("patrol", a["train_seed"]) in longer]
         if defence in ("none", "patrol") or not pairs:
             continue
+        attack = "of usual length" if len(both) < len(pairs) else "three times as long"
+        pairs = pairs if len(both) < len(pairs) else both
+        name = name_of(rows[0])
         parts.append(
-            f"{name_of(rows[0])} against PATROL's fine-tuning on the same pruned model, under the "
-            f"longest attack on each: {span([a['ssim'] / b['ssim'] for a, b in pairs])} times the "
-            f"SSIM, {span([100 * (a['accuracy'] - b['accuracy']) for a, b in pairs])} points of "
+            f"{name[0].upper()}{name[1:]} against PATROL's fine-tuning on the same pruned model, "
+            f"under the attack {attack} on both: "
+            f"{span([a['ssim'] / b['ssim'] for a, b in pairs])} times the SSIM, {span([100 * (a['accuracy'] - b['accuracy']) for a, b in pairs])} points of "
             "accuracy more (less where negative).")
     return " ".join(parts)
 

@@ -49,7 +49,10 @@ def test_other_defences_stand_beside_the_best_one(
             row("patrol", 0, 0.25, 0.87, times=3), row("feature_dropout", 0, 0.30, 0.88)]
     page = modules[1].seeds({"rows": rows}, "here")
     assert "0.75 times the SSIM, for 0.00 points" in page  # 0.30 / 0.40
-    assert "1.20 times the SSIM, 1.00 points of accuracy more" in page  # 0.30 / 0.25
+    assert "of usual length on both: 1.50 times the SSIM, 1.00 points" in page  # 0.30 / 0.20
+    rows.append(row("feature_dropout", 0, 0.35, 0.88, times=3))
+    page = modules[1].seeds({"rows": rows}, "here")
+    assert "three times as long on both: 1.40 times the SSIM" in page  # 0.35 / 0.25
     assert page.index("| nothing |") < page.index("| PATROL") < page.index("| dropout")
 
 
