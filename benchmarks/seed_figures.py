@@ -108,12 +108,11 @@ def compared(by_defence: dict[str, list[Row]], longer: dict[tuple[str, int], Row
             continue
         careful = [longer[key]["ssim"] / other["ssim"] for row, other in pairs
                    if (key := (defence, row["train_seed"])) in longer]
-        name = name_of(rows[0])
+        ratios, costs = ratios_and_points(pairs)
         parts.append(
-            f"{name[0].upper()}{name[1:]} against nothing on the same pruned model, under the attack "
-            f"of usual length: {span([a['ssim'] / b['ssim'] for a, b in pairs])} times the SSIM, for "
-            f"{span([100 * (b['accuracy'] - a['accuracy']) for a, b in pairs])} points of "
-            "accuracy."
+            f"{sentence_case(name_of(rows[0]))} against nothing on the same pruned model, under "
+            f"the attack of usual length: {span(ratios)} times the SSIM, for "
+            f"{span([0.0 - cost for cost in costs])} points of accuracy."
             + (f" Its longest attack against the usual one on nothing: {span(careful)} times."
                if careful else ""))
     for defence, rows in by_defence.items():
@@ -125,13 +124,22 @@ def compared(by_defence: dict[str, list[Row]], longer: dict[tuple[str, int], Row
             continue
         attack = "of usual length" if len(both) < len(pairs) else "three times as long"
         pairs = pairs if len(both) < len(pairs) else both
-        name = name_of(rows[0])
+        ratios, gains = ratios_and_points(pairs)
         parts.append(
-            f"{name[0].upper()}{name[1:]} against PATROL's fine-tuning on the same pruned model, "
-            f"under the attack {attack} on both: "
-            f"{span([a['ssim'] / b['ssim'] for a, b in pairs])} times the SSIM, {span([100 * (a['accuracy'] - b['accuracy']) for a, b in pairs])} points of "
-            "accuracy more (less where negative).")
+            f"{sentence_case(name_of(rows[0]))} against PATROL's fine-tuning on the same pruned "
+            f"model, under the attack {attack} on both: {span(ratios)} times the SSIM, "
+            f"{span(gains)} points of accuracy more (less where negative).")
     return " ".join(parts)
+
+
+def sentence_case(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def ratios_and_points(pairs: list[tuple[Row, Row]]) -> tuple[list[float], list[float]]:
+    """Of each pair the first's SSIM over the second's, and its points of accuracy above it."""
+    return ([a["ssim"] / b["ssim"] for a, b in pairs],
+            [100 * (a["accuracy"] - b["accuracy"]) for a, b in pairs])
 
 
 def paired(rows: list[Row], others: list[Row]) -> list[tuple[Row, Row]]:
