@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -30,7 +31,9 @@ def backbones(record: dict[str, Any], source: str) -> str:
         table = render_table([line(rows) for rows in models.values()], COLUMNS).strip()
         parts.append(f"### {kind[0].upper()}{kind[1:]}\n\n{table}")
     commits = ", ".join(dict.fromkeys(row["commit"] for row in record["rows"]))
-    return "\n\n".join([*parts, unfollowed(record["rows"]), f"{source} Rows at {commits}."])
+    devices = Counter(row["device"] for row in record["rows"] if "device" in row)
+    others = "".join(f" {count} rows on {device}." for device, count in devices.items())
+    return "\n\n".join([*parts, unfollowed(record["rows"]), f"{source} Rows at {commits}.{others}"])
 
 
 def by_model(rows: Iterable[Row]) -> dict[str, list[Row]]:
