@@ -148,9 +148,10 @@ def removed(
 
 
 def _is_normalised(group: ChannelGroup, counting: bool) -> bool:
-    """Whether zeros are no removal of a group, by what its layers divide by."""
-    return any(normalises(m) and not (counting and isinstance(m.module, CHANNEL_NORMS))
-               for m in group.members)
+    """Whether zeros are no removal of a group, by what its layers divide by or do to it."""
+    others = (m for m in group.members
+              if not (counting and isinstance(m.module, CHANNEL_NORMS)))
+    return bool(group.inexact) or any(normalises(m) for m in others)
 
 
 def _without_statistics(
