@@ -267,8 +267,8 @@ def test_a_model_that_cannot_be_copied_is_said_to_be_untried(
     assert "FlipBackward0 keeps the channels of Once apart could not be tried" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0",
-                                  "densenet121", "squeezenet1_1", "regnet_y_400mf", "mnasnet0_5"])
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "densenet121",
+                                  "mnasnet0_5"])  # fmt: skip
 def test_ordinary_networks_need_no_trial(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[object] = []
     monkeypatch.setattr(following, "changing_more", lambda *a: called.append(a) or {})
