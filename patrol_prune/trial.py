@@ -58,9 +58,8 @@ def changing_more(
     trials = itertools.count()
 
     def right(names: list[str] | None) -> tuple[list[str], bool]:
-        next(trials)
         return removed(model, example_inputs, names, run=traced_by, call=forward_fn,
-                        counting=True)
+                       counting=True)
 
     def search(names: list[str]) -> dict[str, str]:
         if len(names) <= 1:
@@ -68,7 +67,7 @@ def changing_more(
         halves = names[: len(names) // 2], names[len(names) // 2 :]
         found: dict[str, str] = {}
         for half in halves:
-            if next(trials) > _MOST_TRIALS:
+            if next(trials) >= _MOST_TRIALS:
                 found |= dict.fromkeys(half, _UNDECIDED)
             elif not right(half)[1]:
                 found |= search(half)
@@ -79,13 +78,13 @@ def changing_more(
     return {} if fine else search(names)
 
 
-def _call_with_a_copy(part: nn.Module, x: Tensor) -> Any:
+def _call(part: nn.Module, x: Tensor) -> Any:
     return part(x)
 
 
 def removed(
     part: nn.Module, inputs: Any, names: Container[str] | None, *, run: Forward = run_part,
-    call: Forward = _call_with_a_copy, counting: bool = False,
+    call: Forward = _call, counting: bool = False,
 ) -> tuple[list[str], bool]:
     """The groups removed from a copy, and whether that gave what zeros at their consumers give.
 
