@@ -455,6 +455,13 @@ class TestKept:
         assert torch.equal(twin(x), model(x))
 
 
+def masked_dimensions(model: nn.Module, x: Tensor) -> tuple[pp.SoftMasks, list[str]]:
+    """Masks of a model whose heads may lose dimensions, and the names of the heads' groups."""
+    open_attention(model, x, unit="dimensions")
+    masks = pp.SoftMasks(model, x)
+    return masks, [n for n in masks.channels if n.endswith((".q", ".k", ".v"))]
+
+
 class TestDimensionsGo:
     @pytest.mark.parametrize("kind", sorted(CASES))
     def test_what_is_left_is_attention_over_the_other_dimensions(self, kind: str) -> None:
@@ -501,9 +508,7 @@ class TestDimensionsGo:
     def test_any_mask_folds_where_no_length_depends_on_it(self, kind: str) -> None:
         make, _, _ = CASES[kind]
         model, x = make(), torch.randn(2, 3, 32, 32)
-        open_attention(model, x, unit="dimensions")
-        masks = pp.SoftMasks(model, x)
-        own = [n for n in masks.channels if n.endswith((".q", ".k", ".v"))]
+        masks, own = masked_dimensions(model, x)
         if kind == "swin_v2":
             assert set(own) <= set(masks.normalised)
             return
@@ -523,9 +528,7 @@ class TestDimensionsGo:
         """A central difference of the masked model, in every unit of one layer."""
         make, _, _ = CASES[kind]
         model, x = make().double(), torch.randn(1, 3, 32, 32, dtype=torch.float64)
-        open_attention(model, x, unit="dimensions")
-        masks = pp.SoftMasks(model, x)
-        name = next(n for n in masks.channels if n.endswith((".q", ".k", ".v")))
+        masks, (name, *_) = masked_dimensions(model, x)
         mask = masks.channels[name]
         mask.data = mask.data.double()
         with masks.attached():
@@ -543,9 +546,7 @@ class TestDimensionsGo:
     def test_masks_of_each_image_alone(self, kind: str) -> None:
         make, _, _ = CASES[kind]
         model, x = make(), torch.randn(3, 3, 32, 32)
-        open_attention(model, x, unit="dimensions")
-        masks = pp.SoftMasks(model, x)
-        name = next(n for n in masks.channels if n.endswith((".q", ".k", ".v")))
+        masks, (name, *_) = masked_dimensions(model, x)
         index = list(masks.channels).index(name)
         alone = []
         with masks.attached():
@@ -576,9 +577,7 @@ class TestDimensionsGo:
 
     def test_a_root_has_no_infinite_slope_at_zero(self) -> None:
         model, x = swin_v2(), torch.randn(1, 3, 32, 32)
-        open_attention(model, x, unit="dimensions")
-        masks = pp.SoftMasks(model, x)
-        name = next(n for n in masks.channels if n.endswith((".q", ".k", ".v")))
+        masks, (name, *_) = masked_dimensions(model, x)
         masks.set(name, 0.0)
         with masks.attached():
             model(x).sum().backward()
