@@ -144,10 +144,12 @@ DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
     "layer4.0": {"none": (0.0,), "patrol": (10.0, 40.0), "patrol@longer": (10.0,),
                  "disco": (0.5,), "feature_dropout": (0.5,), "gaussian_noise": (1.0,)},
     "layer4": {"none": (0.0,), "none@longer": (0.0,), "patrol@longer": (10.0, 3.0),
+               "patrol@longer-dropout": (10.0,),
                "feature_dropout@longer": (0.5,), "gaussian_noise@longer": (1.0,),
                "disco@longer": (0.5,)},
     "avgpool": {"none": (0.0,), "none@longer": (0.0,), "patrol@longer": (10.0,),
                 "none@longest": (0.0,), "patrol@longest": (10.0,),
+                "patrol@longer-light-dropout": (10.0,), "patrol@longest-light-dropout": (10.0,),
                 "feature_dropout@longer": (0.5,), "gaussian_noise@longer": (1.0,)},
 }
 """Deeper splits whose edge can be brought to the budget with the upload whole, and what stands on
@@ -155,7 +157,9 @@ each pruned model: the defence, its recipe, its strengths."""
 SAME_MODEL = {"avgpool": "layer4"}
 """Splits with nothing to prune behind another: what stands there begins with that one's model."""
 ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-feature_dropout@longer-0.5-layer4",
-                   "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4")
+                   "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4",
+                   "with-patrol@longer-dropout-10-layer4",
+                   "with-patrol@longest-light-dropout-10-avgpool")
 """What is compared with the best of these, so that its longest attack has others beside it."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import patrol_prune as pp
 from patrol_prune.data import Batches, ImageSet, find_parts, load_image_folder
-from patrol_prune.defences import Defence, make_defence
+from patrol_prune.defences import Combined, Defence, make_defence
 from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
 from patrol_prune.finetune import FinetuneConfig, finetune
 from patrol_prune.models import SmallResNet
@@ -129,7 +129,9 @@ def defence_of(method: Method) -> Defence:
         settings["alpha"] = recipe.alpha if method.recipe else method.alpha
         settings["lipschitz_form"] = recipe.lipschitz_form
     strength = None if method.defence == "none" else method.strength
-    return make_defence(method.defence, strength, **settings)
+    defence = make_defence(method.defence, strength, **settings)
+    behind = RECIPES[method.recipe].behind
+    return defence if behind is None else Combined((behind, defence))
 
 
 def with_defence(args: Frontier, data: Data, method: Method) -> tuple[pp.Split, dict[str, Any]]:

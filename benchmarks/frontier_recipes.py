@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from patrol_prune.defences import Adversary
+from patrol_prune.defences import Adversary, Defence, FeatureDropout
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.surrogate import DEFAULT_SURROGATES, SurrogateSpec
@@ -32,6 +32,7 @@ class Recipe:
         alpha: weight of each block's Lipschitz constant.
         lipschitz_form: of that term.
         upload_channels: the upload is pruned to so many channels first, by PATROL's score.
+        behind: a second defence, behind the edge that is trained.
     """
 
     surrogates: tuple[SurrogateSpec, ...] = DEFAULT_SURROGATES
@@ -45,6 +46,7 @@ class Recipe:
     alpha: float = 0.0
     lipschitz_form: LipschitzForm = "scale_free"
     upload_channels: int | None = None
+    behind: Defence | None = None
 
     def adversary(self) -> Adversary:
         return Adversary(images=self.images, surrogates=self.surrogates, loss=self.loss)
@@ -67,6 +69,9 @@ RECIPES: dict[str, Recipe] = {
     "narrow-8": Recipe(upload_channels=8),
     "longer": Recipe(epochs=3),
     "longest": Recipe(epochs=6),
+    "longer-dropout": Recipe(epochs=3, behind=FeatureDropout(0.5)),
+    "longer-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
+    "longest-light-dropout": Recipe(epochs=6, behind=FeatureDropout(0.25)),
     "taylor": Recipe(),
     "lipschitz-paper": Recipe(alpha=0.02, lipschitz_form="paper"),
     "lipschitz-scale-free": Recipe(alpha=0.02),

@@ -13,6 +13,7 @@ from typing import Any
 from patrol_prune.defences.base import Adversary, Defence
 from patrol_prune.defences.bottleneck import Bottleneck
 from patrol_prune.defences.cem_patrol import CemPatrol
+from patrol_prune.defences.combined import Combined
 from patrol_prune.defences.disco import Disco
 from patrol_prune.defences.dropout import FeatureDropout
 from patrol_prune.defences.noise import GaussianNoise, LaplacianNoise
@@ -68,6 +69,7 @@ __all__ = [
     "Adversary",
     "Bottleneck",
     "CemPatrol",
+    "Combined",
     "Defence",
     "Disco",
     "FeatureDropout",
