@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from patrol_prune.groups import CONV
 
@@ -38,8 +38,9 @@ def has_shuffle(graph: Any) -> bool:
 
 
 def doubtful(graph: Any) -> tuple[str, ...]:
-    """The names of operators in the graph that may do more with channels than keep them apart, and
-    of convolutions and linear layers with a forward of their own."""
+    """The names of operators in the graph that may do more with channels than keep them apart, of
+    convolutions and linear layers with a forward of their own, and of tensors as wide as channels
+    that no layer owns: Torch-Pruning does not narrow these."""
     layers = [node.module for node in graph.module2node.values()
               if isinstance(node.module, (CONV, nn.Linear))]
     weights = {id(p) for node in graph.module2node.values()
@@ -48,6 +49,9 @@ def doubtful(graph: Any) -> tuple[str, ...]:
     found = [name for name, grad_fn in _operators(graph)
              if not _keeps_apart(name, grad_fn, weights, convolves)]
     found += [type(layer).__name__ for layer in layers if not _is_plain(layer)]
+    found += _wide_tensors(graph.model, {
+        layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        for layer in layers})
     return tuple(dict.fromkeys(found))
 
 
@@ -93,6 +97,20 @@ def _is_plain(layer: nn.Module) -> bool:
     return all(getattr(type(layer), name, None) is None
                or getattr(type(layer), name).__module__.startswith("torch.nn.")
                for name in ("forward", "_conv_forward"))
+
+
+def _wide_tensors(model: nn.Module, widths: set[int]) -> list[str]:
+    """Buffers and plain tensors of modules with a forward of their own, with a side of such a
+    width."""
+    found = []
+    for prefix, module in model.named_modules():
+        if type(module).__module__.startswith("torch.nn."):
+            continue
+        own = {**dict(module.named_buffers(recurse=False)),
+               **{k: v for k, v in vars(module).items() if isinstance(v, Tensor)}}
+        found += [f"{prefix}.{name}".lstrip(".") for name, tensor in own.items()
+                  if widths & set(tensor.shape)]
+    return found
 
 
 def _signed(dim: int) -> int:

@@ -23,6 +23,7 @@ from patrol_prune.defences import (
     Adversary,
     Bottleneck,
     CemPatrol,
+    Combined,
     Defence,
     Disco,
     FeatureDropout,
@@ -60,8 +61,10 @@ ALL: dict[str, Defence] = {
     "nopeek": NoPeek(0.5, precision="fp32"),
     "bottleneck": Bottleneck(4, beta=1.0, adversary=SMALL),
     "disco": Disco(0.5, beta=1.0, adversary=SMALL),
+    "combined": Combined((FeatureDropout(0.3), Patrol(alpha=0.01, beta=1.0, adversary=SMALL))),
 }
-RANDOM = ("gaussian_noise", "laplacian_noise", "feature_dropout")
+RANDOM = ("gaussian_noise", "laplacian_noise", "feature_dropout", "combined")
+ADVERSARIAL = ("patrol", "adversarial_only", "cem_patrol", "bottleneck", "disco", "combined")
 EVERY = pytest.mark.parametrize("defence", ALL.values(), ids=ALL.keys())
 
 
@@ -113,7 +116,7 @@ def assert_same_state(one: nn.Module, other: nn.Module) -> None:
 
 class TestEveryDefence:
     def test_registry(self) -> None:
-        assert {name: type(d) for name, d in ALL.items()} == DEFENCES
+        assert {name: type(d) for name, d in ALL.items() if name != "combined"} == DEFENCES
 
     @EVERY
     def test_training_changes_the_edge_and_resumes_to_the_same_bits(
@@ -129,7 +132,7 @@ class TestEveryDefence:
         assert all(not torch.equal(before[f"edge.{n}"], after[f"edge.{n}"]) for n in learned
                    if f"edge.{n}" in before)
         assert all(math.isfinite(v) for record in history for v in record.values())
-        assert ("adversarial" in history[0]) == ("adversary" in vars(defence))
+        assert ("adversarial" in history[0]) == (defence.name in ADVERSARIAL)
         assert ("penalty" in history[0]) == (defence.name == "nopeek")
 
         class Killed(Exception):
@@ -260,6 +263,47 @@ class TestEveryDefence:
             if kind.swept:
                 assert make_defence(name, 1 if name in ("quantisation", "bottleneck") else 0.25
                                     ).strength in (1.0, 0.25)
+
+
+class TestCombined:
+    def test_each_is_calibrated_on_what_the_ones_before_it_send(self) -> None:
+        both = Combined((FeatureDropout(0.5, seed=3), GaussianNoise(0.5)))
+        found = both.apply(split(), calibration=inputs())
+        thinned = feature(FeatureDropout(0.5, seed=3).apply(split()), inputs())
+        rms = math.sqrt(float(thinned.double().square().mean()))
+        assert float(found.edge.upload.sigma) == pytest.approx(0.5 * rms, rel=1e-5)
+        plain = GaussianNoise(0.5).apply(split(), calibration=inputs()).edge.upload.sigma
+        assert float(found.edge.upload.sigma) > 1.2 * float(plain)  # 1/sqrt(1 - p) = 1.41
+
+    def test_the_surrogates_see_the_upload_as_it_leaves(self) -> None:
+        found = ALL["combined"].apply(split())
+        objective = ALL["combined"].objective(found, normalization=NORMALIZATION)
+        assert isinstance(objective, PatrolObjective) and objective.beta == 1.0
+        z = objective.terms(inputs(8), torch.arange(8)).z
+        assert float((z == 0).float().mean()) > 0.25
+        silent = found.edge.upload
+        silent.silent = True
+        assert not torch.equal(z, objective.terms(inputs(8), torch.arange(8)).z)
+
+    def test_bytes_are_those_of_the_last_behind_the_edge(self) -> None:
+        shape = (16, 8, 8)
+        for parts in ((FeatureDropout(0.5), Quantisation(4), Patrol()), (Quantisation(4),)):
+            assert Combined(parts).upload_bytes(shape) == Quantisation(4).upload_bytes(shape)
+        assert Combined((Patrol(),)).upload_bytes(shape) == 4 * 16 * 8 * 8
+        assert Combined((Trained(), FeatureDropout(0.5))).objective(split()) is None
+
+    def test_behind_a_bottleneck_the_narrow_feature_is_thinned(self) -> None:
+        found = Combined((Bottleneck(4, beta=0.0), FeatureDropout(0.5))).apply(split())
+        assert tuple(found.feature_shape) == (4, 8, 8) and found.model(inputs(2)).shape == (2, 10)
+        assert 0.3 < float((feature(found, inputs(8)) == 0).float().mean()) < 0.7
+
+    @pytest.mark.parametrize("parts", [
+        (), (FeatureDropout,), (Patrol(), NoPeek()), (Quantisation(4), GaussianNoise(0.5)),
+        (Disco(0.5), FeatureDropout(0.5)),
+    ])
+    def test_what_cannot_go_together_is_refused(self, parts: tuple[Defence, ...]) -> None:
+        with pytest.raises(InputError, match="Combined: expected"):
+            Combined(parts)
 
 
 class TestNoise:

@@ -148,6 +148,35 @@ def test_a_layer_that_changes_its_weight() -> None:
     torch.testing.assert_close(removed, masked, rtol=0.0, atol=1e-5)
 
 
+class Shifted(nn.Module):
+    """A constant as wide as the channels, which no layer owns."""
+
+    def __init__(self, *, registered: bool, width: int = 8) -> None:
+        super().__init__()
+        constant = torch.linspace(-1.0, 1.0, width).view(-1, 1, 1)
+        if registered:
+            self.register_buffer("constant", constant)
+        else:
+            self.constant = constant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.constant
+
+
+@pytest.mark.parametrize("registered", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_constant_as_wide_as_the_channels(registered: bool, transposed: bool) -> None:
+    """Torch-Pruning narrows no buffer: the pruned model would not run."""
+    first = nn.ConvTranspose2d(3, 8, 1) if transposed else nn.Conv2d(3, 8, 1)
+    layers = (Shifted(registered=registered, width=3), first, Shifted(registered=registered),
+              nn.Conv2d(8, 8, 1), nn.ReLU(), nn.Conv2d(8, 2, 1))  # fmt: skip
+    model, x = randomize(nn.Sequential(*layers)).eval(), torch.randn(1, 3, 5, 5)
+    assert doubtful(traced(model, x)) == ("2.constant",)
+    table, removed, masked = removed_and_masked(model, x)
+    assert {n for n, g in table.groups.items() if g.blocked is None} == {"3"}
+    torch.testing.assert_close(removed, masked, rtol=0.0, atol=1e-5)
+
+
 class Shaped(nn.Module):
     """Nets in which names, widths and depth could hide what mixes."""
 

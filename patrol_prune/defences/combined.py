@@ -28,9 +28,8 @@ class Combined(Defence):
     all of them leave it.
 
     Attributes:
-        parts: at least one defence; at most one of them has an objective of its own. One whose
-            upload is narrower or coarser than float32 (bottleneck, quantisation, DISCO) stands
-            last among those behind the edge.
+        parts: at least one defence; at most one of them has an objective of its own. One that
+            counts its bytes in its own way (quantisation, DISCO) stands last behind the edge.
     """
 
     name: ClassVar[str] = "combined"
