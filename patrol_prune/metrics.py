@@ -12,10 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    structural_similarity_index_measure,
-)
 
 from patrol_prune.errors import InputError
 
@@ -135,6 +131,9 @@ def _mse(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
+    # torchmetrics takes a quarter of the time that a command needs to start: only where it is used.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     values = structural_similarity_index_measure(
         y.float(), x.float(), sigma=_SSIM_SIGMA, data_range=1.0, reduction="none"
     )
@@ -143,6 +142,8 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ms_ssim(x: Tensor, y: Tensor) -> Tensor:
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     values = multiscale_structural_similarity_index_measure(
         y.float(), x.float(), sigma=_SSIM_SIGMA, data_range=1.0, reduction="none", normalize="relu"
     )
