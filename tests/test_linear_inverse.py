@@ -80,6 +80,48 @@ def test_noise_on_the_features_is_answered_with_more_regularisation() -> None:
     assert record.chosen["ridge_decade"] > clean.chosen["ridge_decade"]
 
 
+@pytest.mark.parametrize("shape", ["vector", "map of one position"])
+def test_inputs_that_never_change_leave_it_as_it_is(shape: str) -> None:
+    """Dead channels, and the padding around a map of one position."""
+    def edge(x: Tensor) -> Tensor:
+        return functional.avg_pool2d(x, 4).flatten(1)
+
+    def with_dead(x: Tensor) -> Tensor:
+        z = torch.cat([torch.full((len(x), 2), 0.1), edge(x), torch.zeros(len(x), 3)], 1)
+        return z if shape == "vector" else z[:, :, None, None]
+
+    plain, other = LinearInverse(), LinearInverse()
+    plain.fit(Knowledge(KNOWN, z=edge(KNOWN)))
+    other.fit(Knowledge(KNOWN, z=with_dead(KNOWN)))
+    torch.testing.assert_close(other.reconstruct(with_dead(VICTIM)),
+                               plain.reconstruct(edge(VICTIM)), rtol=0, atol=1e-5)
+
+
+def test_a_constant_feature_gives_the_mean_image() -> None:
+    z = torch.ones(len(KNOWN), 4)
+    attack = LinearInverse(LinearInverseConfig(holdout=0.1))
+    attack.fit(Knowledge(KNOWN, z=z))
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(0))[12:]
+    expected = KNOWN[order].mean(0).expand(2, 3, 16, 16)
+    torch.testing.assert_close(attack.reconstruct(z[:2]), expected, rtol=0, atol=1e-5)
+
+
+def test_a_factorisation_that_fails_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LAPACK gives up on some matrices of many like eigenvalues."""
+    expected = LinearInverse()
+    first = expected.fit(Knowledge(KNOWN, z=convolution(KNOWN, stride=4)))
+
+    def fails(matrix: Tensor) -> None:
+        raise torch.linalg.LinAlgError("the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    attack = LinearInverse()
+    second = attack.fit(Knowledge(KNOWN, z=convolution(KNOWN, stride=4)))
+    assert second.history == pytest.approx(first.history, rel=1e-3)
+    z = convolution(VICTIM, stride=4)
+    torch.testing.assert_close(attack.reconstruct(z), expected.reconstruct(z), rtol=0, atol=1e-4)
+
+
 def test_bad_input_is_refused() -> None:
     with pytest.raises(InputError, match="odd kernel"):
         LinearInverseConfig(kernel=2)

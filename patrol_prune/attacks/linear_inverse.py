@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +31,8 @@ class LinearInverseConfig:
     Args:
         kernel: side of the neighbourhood of features that a block of pixels is predicted from;
             reduced to 1 where it would give more than 2,304 inputs.
-        decades: the ridge weights that are tried, powers of ten relative to the mean eigenvalue.
+        decades: the ridge weights that are tried, powers of ten relative to the mean variance of
+            the inputs.
         holdout: share of the attacker's images that only chooses the weight.
         largest_rows: positions that enter the normal equations at most; images beyond that are
             left out.
@@ -212,7 +213,10 @@ class LinearInverse:
 
     @torch.no_grad()
     def _solve(self, known: Knowledge, layout: _Layout, train: Tensor) -> Iterator[_Solution]:
-        """One solution for each ridge weight; the normal matrix is factorised once."""
+        """One solution for each ridge weight, relative to the mean variance of the inputs.
+
+        Inputs that never change (dead channels, what lies outside of a small map) stay out.
+        """
         first_in, first_out = next(self._rows(known, layout, train[:_CHUNK]))
         shift_in, shift_out = first_in.mean(0), first_out.mean(0)
         gram = first_in.new_zeros(first_in.shape[1], first_in.shape[1])
@@ -228,14 +232,36 @@ class LinearInverse:
         mean_in, mean_out = sum_in / count, sum_out / count
         gram = gram / count - torch.outer(mean_in, mean_in)
         cross = cross / count - torch.outer(mean_in, mean_out)
-        values, vectors = torch.linalg.eigh(gram)
-        values = values.clamp_min(0.0)
-        projected = vectors.T @ cross
-        tiny = torch.finfo(torch.float64).tiny
-        for decade in self.config.decades:
-            ridge = 10.0**decade * values.mean() + tiny
-            weight = vectors @ (projected / (values + ridge).unsqueeze(1))
+        alive = gram.diagonal() > 0
+        gram, cross = gram[alive][:, alive], cross[alive]
+        scale = gram.diagonal().mean() if len(gram) else gram.new_zeros(())
+        ridges = [float(10.0**decade * scale) for decade in self.config.decades]
+        for part in ridge_solutions(gram, cross, ridges):
+            weight = part.new_zeros(len(alive), part.shape[1])
+            weight[alive] = part
             yield _Solution(layout, mean_in + shift_in, mean_out + shift_out, weight)
+
+
+def ridge_solutions(gram: Tensor, cross: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
+    """`(gram + ridge I)^-1 cross` for each ridge; the matrix is factorised once if that succeeds.
+
+    Args:
+        gram: symmetric and positive semidefinite `[M, M]`, float64.
+        cross: `[M, K]`.
+        ridges: of at least 0.
+    """
+    tiny = torch.finfo(torch.float64).tiny
+    try:
+        values, vectors = torch.linalg.eigh(gram)
+    except torch.linalg.LinAlgError:  # LAPACK's routine may fail where many eigenvalues are alike
+        for ridge in ridges:
+            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+            yield torch.linalg.solve(gram + (ridge + tiny) * eye, cross)
+        return
+    values = values.clamp_min(0.0)
+    projected = vectors.T @ cross
+    for ridge in ridges:
+        yield vectors @ (projected / (values + ridge + tiny).unsqueeze(1))
 
 
 def _unshuffle(images: Tensor, high: int, wide: int) -> Tensor:
