@@ -335,6 +335,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "gap": ("frontier", lambda: audit_figures.surrogate_gap(source("frontier"))),
     "depth": ("frontier", lambda: depth_figures.depth(load("frontier"), of_frontier(is_deeper))),
     "seeds": ("seeds", lambda: seed_figures.seeds(*told("seeds"))),
+    "seed-means": ("seeds", lambda: seed_figures.means(*told("seeds"))),
     "fidelity": ("fidelity", lambda: score_figures.fidelity(*told("fidelity"))),
     "scores": ("scores", lambda: score_figures.scores(*told("scores"))),
     "published": ("published", lambda: published_figures.published(source("published"))),

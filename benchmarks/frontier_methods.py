@@ -149,7 +149,7 @@ DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
                "disco@longer": (0.5,)},
     "avgpool": {"none": (0.0,), "none@longer": (0.0,), "patrol@longer": (10.0,),
                 "none@longest": (0.0,), "patrol@longest": (10.0,),
-                "patrol@longer-light-dropout": (10.0,), "patrol@longest-light-dropout": (10.0,),
+                "patrol@longer-light-dropout": (10.0,),
                 "feature_dropout@longer": (0.5,), "gaussian_noise@longer": (1.0,)},
 }
 """Deeper splits whose edge can be brought to the budget with the upload whole, and what stands on
@@ -159,7 +159,7 @@ SAME_MODEL = {"avgpool": "layer4"}
 ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-feature_dropout@longer-0.5-layer4",
                    "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4",
                    "with-patrol@longer-dropout-10-layer4",
-                   "with-patrol@longest-light-dropout-10-avgpool")
+                   "with-patrol@longer-light-dropout-10-avgpool")
 """What is compared with the best of these, so that its longest attack has others beside it."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""

@@ -71,7 +71,6 @@ RECIPES: dict[str, Recipe] = {
     "longest": Recipe(epochs=6),
     "longer-dropout": Recipe(epochs=3, behind=FeatureDropout(0.5)),
     "longer-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
-    "longest-light-dropout": Recipe(epochs=6, behind=FeatureDropout(0.25)),
     "taylor": Recipe(),
     "lipschitz-paper": Recipe(alpha=0.02, lipschitz_form="paper"),
     "lipschitz-scale-free": Recipe(alpha=0.02),

@@ -12,6 +12,9 @@ from patrol_prune.report import render_table
 
 Row = dict[str, Any]
 YES_OR_NO = {True: "yes", False: "no"}
+BEHIND = {"longer-dropout": "and dropout, p 0.5",
+          "longer-light-dropout": "and dropout, p 0.25"}
+"""Recipes with a second defence behind the edge."""
 COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on with",
            "accuracy": "accuracy", "lost": "points below dense", "ssim": "attacker's SSIM",
            "plateau": "plateau", "long": "attacked 3 times as long",
@@ -20,31 +23,77 @@ COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on wit
 
 
 def seeds(record: dict[str, Any], measured: str) -> str:
-    """One line for each training seed and defence, and their means with sample deviations."""
+    """At each split one line for each training seed and defence, and their means."""
     rows = [row for row in record["rows"] if row["attack"] == STRONG]
-    usual = [row for row in rows if row["times_as_long"] == 1]
-    order = ("none", "patrol")
-    usual.sort(key=lambda row: (order.index(row["defence"]) if row["defence"] in order else 2,
-                                row["defence"], row["train_seed"]))
-    longer = {(row["defence"], row["train_seed"]): row for row in rows if row not in usual}
-    lines = [line(row, longer.get((row["defence"], row["train_seed"]))) for row in usual]
-    by_defence: dict[str, list[Row]] = {}
-    for row in usual:
-        by_defence.setdefault(row["defence"], []).append(row)
-    lines += [mean_line(each, [longer[key] for row in each
-                               if (key := (row["defence"], row["train_seed"])) in longer])
-              for each in by_defence.values()]
-    first = usual[0]
-    return "\n\n".join([
+    splits = dict.fromkeys(row["split"] for row in rows)
+    intro = (
         "Everything anew for each training seed: the parts of the images, the dense model, the "
-        f"pruned one, the defence, the attackers. After {first['split']}, "
-        f"{first['feature_bytes'] / 1024:.3g} KiB uploaded, every row trained three times as long "
-        f"as the sweep's; {first['victim_images']:,} test images; residual decoder (MSE + "
-        "SSIM). Floor: the mean image. `worst 5%` is of the longest attack in the line. ± is the "
-        "sample deviation over the seeds that have the row.",
-        render_table(lines, COLUMNS).strip(), compared(by_defence, longer),
+        "pruned one, the defence, the attackers. Every row is trained three times as long as the "
+        f"sweep's; {rows[0]['victim_images']:,} test images; residual decoder (MSE + SSIM). Floor: "
+        "the mean image. `worst 5%` is of the longest attack in the line. ± is the sample "
+        "deviation over the seeds that have the row."
+    )
+    return "\n\n".join([
+        intro, *(at_split([row for row in rows if row["split"] == split]) for split in splits),
         " ".join([measured, *elsewhere(rows)]),
     ])
+
+
+def means(record: dict[str, Any], measured: str) -> str:
+    """The means of `seeds` alone, and what they compare to."""
+    rows = [row for row in record["rows"] if row["attack"] == STRONG]
+    splits = dict.fromkeys(row["split"] for row in rows)
+    columns = {"split": "split after", "seed": "training seeds",
+               **{key: COLUMNS[key] for key in ("defence", "accuracy", "lost", "ssim", "long",
+                                                "worst", "floor", "macs")},
+               "bytes": "uploaded"}
+    lines = []
+    texts = []
+    for split in splits:
+        by_name, longer = grouped([row for row in rows if row["split"] == split])
+        lines += [{**line, "split": split, "seed": str(len(each)),
+                   "bytes": f"{each[0]['feature_bytes'] / 1024:.3g} KiB"}
+                  for each, line in zip(by_name.values(), mean_lines(by_name, longer),
+                                        strict=True)]
+        texts.append(f"After {split}: {compared(by_name, longer)}")
+    return "\n\n".join([render_table(lines, columns).strip(), *texts,
+                        " ".join([measured, *elsewhere(rows)])])
+
+
+def at_split(rows: list[Row]) -> str:
+    by_name, longer = grouped(rows)
+    lines = [line(row, longer.get((name, row["train_seed"])))
+             for name, each in by_name.items() for row in each]
+    first = rows[0]
+    return "\n\n".join([
+        f"After {first['split']}, {first['feature_bytes'] / 1024:.3g} KiB uploaded:",
+        render_table([*lines, *mean_lines(by_name, longer)], COLUMNS).strip(),
+        compared(by_name, longer),
+    ])
+
+
+def grouped(rows: list[Row]) -> tuple[dict[str, list[Row]], dict[tuple[str, int], Row]]:
+    """Those of the usual attack by what they were trained with, and of the longer one by that and
+    the training seed."""
+    usual = [row for row in rows if row["times_as_long"] == 1]
+    by_name: dict[str, list[Row]] = {}
+    for row in sorted(usual, key=lambda row: (rank(row), name_of(row), row["train_seed"])):
+        by_name.setdefault(name_of(row), []).append(row)
+    return by_name, {(name_of(row), row["train_seed"]): row for row in rows if row not in usual}
+
+
+def mean_lines(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]
+               ) -> list[dict[str, str]]:
+    return [mean_line(each, [longer[key] for row in each
+                             if (key := (name, row["train_seed"])) in longer])
+            for name, each in by_name.items()]
+
+
+def rank(row: Row) -> int:
+    """What stands first in a table: nothing, then PATROL alone, then the others."""
+    alone = row.get("recipe") not in BEHIND
+    return ("none", "patrol").index(row["defence"]) if alone and row["defence"] in (
+        "none", "patrol") else 2
 
 
 def elsewhere(rows: list[Row]) -> list[str]:
@@ -59,7 +108,8 @@ def elsewhere(rows: list[Row]) -> list[str]:
 
 def name_of(row: Row) -> str:
     strength = STRENGTHS.get(row["defence"], "").format(row["strength"])
-    return ", ".join(filter(None, (trained_with(row), strength)))
+    name = ", ".join(filter(None, (trained_with(row), strength)))
+    return " ".join(filter(None, (name, BEHIND.get(row.get("recipe") or ""))))
 
 
 def lost(row: Row) -> float:
@@ -99,34 +149,35 @@ def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
     }
 
 
-def compared(by_defence: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) -> str:
-    """Each defence against nothing, and against PATROL, on the same pruned model of each seed."""
+def compared(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) -> str:
+    """Each defence against nothing, and against PATROL alone, on the same pruned models."""
     parts = []
-    for defence, rows in by_defence.items():
-        pairs = paired(rows, by_defence.get("none", []))
-        if defence == "none" or not pairs:
+    plain, patrol = (next((rows for rows in by_name.values() if rank(rows[0]) == n), [])
+                     for n in (0, 1))
+    for name, rows in by_name.items():
+        pairs = paired(rows, plain)
+        if rows is plain or not pairs:
             continue
         careful = [longer[key]["ssim"] / other["ssim"] for row, other in pairs
-                   if (key := (defence, row["train_seed"])) in longer]
+                   if (key := (name, row["train_seed"])) in longer]
         ratios, costs = ratios_and_points(pairs)
         parts.append(
-            f"{sentence_case(name_of(rows[0]))} against nothing on the same pruned model, under "
+            f"{sentence_case(name)} against nothing on the same pruned model, under "
             f"the attack of usual length: {span(ratios)} times the SSIM, for "
             f"{span([0.0 - cost for cost in costs])} points of accuracy."
             + (f" Its longest attack against the usual one on nothing: {span(careful)} times."
                if careful else ""))
-    for defence, rows in by_defence.items():
-        pairs = paired(rows, by_defence.get("patrol", []))
-        both = [(longer[defence, a["train_seed"]], longer["patrol", a["train_seed"]])
-                for a, _ in pairs if (defence, a["train_seed"]) in longer
-                and ("patrol", a["train_seed"]) in longer]
-        if defence in ("none", "patrol") or not pairs:
+    for name, rows in by_name.items():
+        pairs = paired(rows, patrol)
+        if rows is plain or rows is patrol or not pairs:
             continue
+        both = [(a, b) for row, other in pairs
+                if (a := longer.get((name, row["train_seed"])))
+                and (b := longer.get((name_of(other), row["train_seed"])))]
         attack = "of usual length" if len(both) < len(pairs) else "three times as long"
-        pairs = pairs if len(both) < len(pairs) else both
-        ratios, gains = ratios_and_points(pairs)
+        ratios, gains = ratios_and_points(pairs if len(both) < len(pairs) else both)
         parts.append(
-            f"{sentence_case(name_of(rows[0]))} against PATROL's fine-tuning on the same pruned "
+            f"{sentence_case(name)} against {name_of(patrol[0])} on the same pruned "
             f"model, under the attack {attack} on both: {span(ratios)} times the SSIM, "
             f"{span(gains)} points of accuracy more (less where negative).")
     return " ".join(parts)
