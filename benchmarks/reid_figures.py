@@ -70,8 +70,8 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"gallery of {counts['gallery']} "
         f"pictures of {counts['test_identities']} identities. The attacker owns "
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
-        f"attacked. Floor, the mean image: SSIM {first['floor_ssim']:.3f}. One training seed, one "
-        "attack seed."
+        f"attacked. Floor: SSIM {first['floor_ssim']:.3f}, by the mean image or by the attacker's "
+        "picture with the nearest upload, whichever is closer. One training seed, one attack seed."
     )
 
 
@@ -93,7 +93,27 @@ def verdict(rows: list[dict[str, Any]]) -> str:
     if two["plates_rate"] is not None:
         text += (f", plates read {percent(two['plates_rate'])} instead of "
                  f"{percent(one['plates_rate'])}")
-    return text + "."
+    return f"{text}. {goals(found)}".strip()
+
+
+def goals(found: dict[str, dict[str, Any]]) -> str:
+    """Which of the three goals the PATROL row meets, where the set tells plates."""
+    one, two = found["taylor"], found["patrol"]
+    if "dense" not in found or two["characters_rate"] is None:
+        return ""
+    half = one["ssim"] / 2
+    below = ", which lies below the floor" * (half < two["floor_ssim"])
+    dense = found["dense"]
+    each = {
+        f"mAP within 2 points of the dense model ({100 * (two['map'] - dense['map']):+.1f})":
+            two["map"] >= dense["map"] - 0.02,
+        "characters read at most twice as often as by chance "
+        f"({percent(dense['characters_rate'])} from the dense model's upload)":
+            two["characters_rate"] <= 2 * two["characters_chance"],
+        f"SSIM at most half of Taylor pruning's ({half:.3f}{below})": two["ssim"] <= half,
+    }
+    return "Goals: " + "; ".join(f"{goal}: {'met' if met else 'not met'}"
+                                 for goal, met in each.items()) + "."
 
 
 def costs(rows: list[dict[str, Any]]) -> str:
