@@ -90,9 +90,16 @@ def attack_name(row: Row) -> str:
         return f"{name}, {row['attacker_images']:,} images of another kind"
     if row.get("times_as_long", 1) > 1:
         return f"{name}, {row['times_as_long']} times as long"
+    if not seen_once(row):
+        return f"{name}, {row['uploads']} uploads of each picture"
     if row["attacker_images"] < 10_000:
         return f"{name}, {row['attacker_images']:,} images"
     return name
+
+
+def seen_once(row: Row) -> bool:
+    """Whether the attacker had one upload of each picture."""
+    return (row.get("uploads") or 1) == 1
 
 
 def is_deeper_best(row: Row) -> bool:
@@ -275,6 +282,7 @@ def under_one_attack(record: dict[str, Any]) -> list[Row]:
     """The defended models under the decoder that every one of them met."""
     return [row for row in record["rows"] if row.get("defence")
             and row["attack"] == "inverse_network_ssim" and row.get("times_as_long", 1) == 1
+            and seen_once(row)
             and row.get("victim_images", 1_000) >= 1_000]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from audit_figures import DEFENCES, INSIDE, STRENGTHS, USUAL_SPLIT, attack_name, has_key
+from audit_figures import DEFENCES, INSIDE, STRENGTHS, USUAL_SPLIT, attack_name, has_key, seen_once
 from frontier_methods import DEEPER_EPOCHS, DEEPEST
 from yardstick_figures import (
     as_thumbnail,
@@ -39,7 +39,7 @@ COLUMNS = {
 def depth(record: dict[str, Any], measured: str) -> str:
     """One line for each defended model, the usual split's first."""
     rows = [row for row in record["rows"] if row.get("start") in BASES
-            and row["attack"] == STRONG and row.get("times_as_long", 1) == 1
+            and row["attack"] == STRONG and row.get("times_as_long", 1) == 1 and seen_once(row)
             and row.get("victim_images", 0) >= 1_000]
     # Rows after layer3 are older than the name of their start, and stand on Taylor pruning.
     rows += [row for row in record["rows"] if row.get("base") != "earlier"

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frontier_methods import ATTACKED_LONGER, DATASET, Frontier, Method, methods
+from frontier_methods import ATTACKED_LONGER, DATASET, SEEN_OFTEN, Frontier, Method, methods
 from frontier_models import NORMALIZATION, Data, defended, dense_model
 from jsonargparse import auto_cli
 from record import commit, write
@@ -46,13 +46,14 @@ WITHOUT_QUERIES = ("query_free_same", "query_free_other", "query_free_match")
 QUERY_FREE_IMAGES = 4_000
 FEWER = (100, 1_000)
 LONG = 3
+UPLOADS = 8
 EARLIER = "earlier"
 """The base of rows whose models were trained before this working directory."""
 OF_A_RECORD = ("date", "commit", "device", "versions", "command")
 LEARNT_MSE = ("patrol", "disco", "adversarial_only", "cem_patrol")
 KEPT_OF_A_RECORD = (
     "attack", "attacker_data", "attacker_images", "victim_images", "box", "ssim", "ssim_worst5",
-    "psnr", "mse", "gmsd", "rank1", "rank5", "chance1", "chance5", "epochs", "plateau",
+    "psnr", "mse", "gmsd", "rank1", "rank5", "chance1", "chance5", "epochs", "plateau", "uploads",
 )
 
 
@@ -67,6 +68,7 @@ class Step:
     fewer: int | None = None
     shifted: bool = False
     optimised: bool = False
+    uploads: int = 1
 
     @property
     def key(self) -> str:
@@ -97,6 +99,8 @@ def steps(args: Frontier) -> list[Step]:
         thorough += [Step(m, name, (name,), fewer=QUERY_FREE_IMAGES)
                      for name in WITHOUT_QUERIES[1:]]
     thorough += [Step(m, "long", (STRONG,)) for m in rows if m.key in ATTACKED_LONGER]
+    thorough += [Step(m, f"uploads-{UPLOADS}", (STRONG,), uploads=UPLOADS)
+                 for m in rows if m.key in SEEN_OFTEN]
     # The models that matter meet each attack in turn, so that an interrupted run compares them.
     groups = list(dict.fromkeys(step.group for step in thorough))
     thorough.sort(key=lambda step: groups.index(step.group))
@@ -138,7 +142,7 @@ def attacked(args: Frontier, data: Data, step: Step) -> list[dict[str, Any]]:
     victims = data.victims.images[: count if step.optimised else None]
     report = pp.audit(split, images, victims, attacks=step.attacks, seeds=(1000 + step.seed,),
                       attacker_labels=labels, normalization=NORMALIZATION, device=args.device,
-                      config=attack_config(args, step), examples=8,
+                      config=attack_config(args, step), examples=8, uploads=step.uploads,
                       settings={"rmle": RMLEConfig(steps=400, tuning_images=8, tuning_steps=60)})
     floor = next(r for r in report.records if r["subject"] == "floor")
     rows = []
@@ -277,7 +281,7 @@ def kinds_of(args: Frontier, step: Step) -> set[tuple[Any, ...]]:
         "attacker_data": "shifted" if step.shifted else "same",
         "victim_images": args.optimised_images if step.optimised else args.test_images,
         "times_as_long": LONG if step.group == "long" else 1,
-        "began_with": step.attacks[0] if attack == "rmle" else None,
+        "began_with": step.attacks[0] if attack == "rmle" else None, "uploads": step.uploads,
     }) for attack in step.attacks}
 
 
@@ -294,7 +298,8 @@ def kind_of(args: Frontier, row: dict[str, Any]) -> tuple[Any, ...]:
     return (row["method"], row.get("recipe"), row.get("strength"), row["split"],
             row["attack_seed"], row["attack"], row["attacker_images"],
             row.get("attacker_data") or "same", row.get("victim_images", args.test_images),
-            row.get("times_as_long") or 1, row.get("began_with") or BLACK)
+            row.get("times_as_long") or 1, row.get("began_with") or BLACK,
+            row.get("uploads") or 1)
 
 
 def main(args: Frontier) -> None:

@@ -161,6 +161,9 @@ ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-feature_dropout@longer-0.5
                    "with-patrol@longer-dropout-10-layer4",
                    "with-patrol@longer-light-dropout-10-avgpool")
 """What is compared with the best of these, so that its longest attack has others beside it."""
+SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@longer-1-layer4",
+              "with-patrol@longer-dropout-10-layer4")
+"""What draws for every upload, and is attacked by its mean over several uploads too."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
 DEEPER_BEST = "with-patrol@longer-10-layer4"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from audit_figures import STRENGTHS
+from audit_figures import STRENGTHS, seen_once
 from depth_figures import STRONG, trained_with
 
 from patrol_prune.report import render_table
@@ -18,8 +18,8 @@ BEHIND = {"longer-dropout": "and dropout, p 0.5",
 COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on with",
            "accuracy": "accuracy", "lost": "points below dense", "ssim": "attacker's SSIM",
            "plateau": "plateau", "long": "attacked 3 times as long",
-           "long_plateau": "plateau there", "worst": "worst 5%", "floor": "floor",
-           "macs": "edge MACs"}
+           "long_plateau": "plateau there", "often": "8 uploads of each",
+           "worst": "worst 5%", "floor": "floor", "macs": "edge MACs"}
 
 
 def seeds(record: dict[str, Any], measured: str) -> str:
@@ -31,7 +31,8 @@ def seeds(record: dict[str, Any], measured: str) -> str:
         "pruned one, the defence, the attackers. Every row is trained three times as long as the "
         f"sweep's; {rows[0]['victim_images']:,} test images; residual decoder (MSE + SSIM). Floor: "
         "the mean image. `worst 5%` is of the longest attack in the line. ± is the sample "
-        "deviation over the seeds that have the row."
+        "deviation over the seeds that have the row. `8 uploads of each`: the attacker averages as "
+        "many uploads of every picture, which matters where the edge draws at random."
     )
     return "\n\n".join([
         intro, *(at_split([row for row in rows if row["split"] == split]) for split in splits),
@@ -45,7 +46,7 @@ def means(record: dict[str, Any], measured: str) -> str:
     splits = dict.fromkeys(row["split"] for row in rows)
     columns = {"split": "split after", "seed": "training seeds",
                **{key: COLUMNS[key] for key in ("defence", "accuracy", "lost", "ssim", "long",
-                                                "worst", "floor", "macs")},
+                                                "often", "worst", "floor", "macs")},
                "bytes": "uploaded"}
     lines = []
     texts = []
@@ -74,7 +75,10 @@ def at_split(rows: list[Row]) -> str:
 
 def grouped(rows: list[Row]) -> tuple[dict[str, list[Row]], dict[tuple[str, int], Row]]:
     """Those of the usual attack by what they were trained with, and of the longer one by that and
-    the training seed."""
+    the training seed. Where an attacker had several uploads of each picture, the row says so."""
+    once = [row for row in rows if seen_once(row)]
+    often = {(name_of(row), row["train_seed"]): row for row in rows if not seen_once(row)}
+    rows = [{**row, "often": often.get((name_of(row), row["train_seed"]))} for row in once]
     usual = [row for row in rows if row["times_as_long"] == 1]
     by_name: dict[str, list[Row]] = {}
     for row in sorted(usual, key=lambda row: (rank(row), name_of(row), row["train_seed"])):
@@ -124,6 +128,7 @@ def line(row: Row, longer: Row | None) -> dict[str, str]:
         "lost": f"{lost(row):.2f}", "ssim": f"{row['ssim']:.3f}",
         "plateau": YES_OR_NO[row["plateau"]],
         "long": f"{longer['ssim']:.3f}" if longer else "",
+        "often": f"{row['often']['ssim']:.3f}" if row["often"] else "",
         "long_plateau": YES_OR_NO[longer["plateau"]] if longer else "",
         "worst": f"{(longer or row)['ssim_worst5']:.3f}", "floor": f"{row['floor_ssim']:.3f}",
         "macs": f"{row['edge_macs'] / 1e6:.2f} M",
@@ -143,6 +148,7 @@ def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
         "defence": name_of(rows[0]), "accuracy": mean([100 * r["accuracy"] for r in rows], 1) + "%",
         "lost": mean([lost(r) for r in rows], 2), "ssim": mean([r["ssim"] for r in rows], 3),
         "long": mean([r["ssim"] for r in longer], 3),
+        "often": mean([r["often"]["ssim"] for r in rows if r["often"]], 3),
         "worst": mean([r["ssim_worst5"] for r in longer or rows], 3),
         "floor": mean([r["floor_ssim"] for r in rows], 3),
         "macs": mean([r["edge_macs"] / 1e6 for r in rows], 2) + " M",

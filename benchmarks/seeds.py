@@ -21,14 +21,14 @@ from jsonargparse import auto_cli
 from record import ROOT, commit, write
 
 CONTROL = "with-none@longer-0-layer4"
-STEPS = (f"{CONTROL}-ssim-0", f"{DEEPER_BEST}-ssim-0", f"{DEEPER_BEST}-long-0")
+STEPS = (f"{CONTROL}-ssim-0", f"{DEEPER_BEST}-ssim-0")
 BEHIND_THE_POOLING = (
     "with-none@longer-0-avgpool", "with-patrol@longer-10-avgpool",
     "with-feature_dropout@longer-0.5-avgpool", "with-gaussian_noise@longer-1-avgpool",
 )
 WHERE_THERE = tuple(
-    step for key in (*ATTACKED_LONGER, *BEHIND_THE_POOLING)
-    for step in (f"{key}-ssim-0", f"{key}-long-0") if step not in STEPS
+    step for key in (DEEPER_BEST, *ATTACKED_LONGER, *BEHIND_THE_POOLING)
+    for step in (f"{key}-ssim-0", f"{key}-long-0", f"{key}-uploads-8-0") if step not in STEPS
 )
 RESULTS = ROOT / "results" / "seeds.json"
 

@@ -19,7 +19,7 @@ from patrol_prune.reaudit import audit_again
 from patrol_prune.settings import build
 from patrol_prune.tables import attack_table, flag_lines
 
-_WHO = ("attacks", "seeds", "victims", "attacker_images", "check_attacks")
+_WHO = ("attacks", "seeds", "victims", "attacker_images", "check_attacks", "uploads")
 _OF_A_RUN = ("attacks", "seeds", "attacker_images", "check_attacks", "device")
 
 
@@ -39,6 +39,8 @@ def add_options(parser: ArgumentParser) -> None:
         ("--out", str, "the model's report, audit.json without"),
         ("--device", str, "where; that of the run without"),
         ("--victims", int, "images to be reconstructed"),
+        ("--uploads", int, "of each picture, 1 without; an attacker has the mean of an edge that "
+                          "draws"),
         ("--epochs", int, "of an attacker's training"),
     ):
         more = {"nargs": "?"} if name == "run" else {}

@@ -16,6 +16,28 @@ from patrol_prune.pixels import Normalization
 _SHADOW_STD = 0.02
 
 
+class Repeated(nn.Module):
+    """What an attacker has who averages several uploads of the same picture.
+
+        z = 1/K sum_k f_e(x), every upload with a draw of its own
+
+    Args:
+        edge: one that draws; its weights are shared.
+        uploads: `K`, at least 1.
+    """
+
+    def __init__(self, edge: nn.Module, uploads: int) -> None:
+        super().__init__()
+        self.edge, self.uploads = edge, uploads
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Model inputs `[N, ...]` to mean features `[N, ...]`."""
+        total: Tensor = self.edge(x)
+        for _ in range(self.uploads - 1):
+            total = total + self.edge(x)
+        return total / self.uploads
+
+
 def edge_function(edge: nn.Module, normalization: Normalization) -> EdgeFunction:
     """Pixels `[N, C, H, W]` on [0, 1] to what `edge` sends for them, float32, on their device.
 

@@ -27,6 +27,7 @@ from patrol_prune.audit_choice import (
 )
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.audit_run import AuditRun, Observer
+from patrol_prune.errors import InputError
 from patrol_prune.pixels import Normalization
 
 __all__ = ["AttackChoice", "AuditReport", "HasEdge", "audit", "compute_features"]
@@ -59,6 +60,7 @@ def audit(
     examples: int = 8,
     batch_size: int = 128,
     check_attacks: bool = False,
+    uploads: int = 1,
     largest_feature_bytes: int = 2 << 30,
     progress: Callable[[str], None] | None = None,
     observer: Observer | None = None,
@@ -66,7 +68,8 @@ def audit(
     """Reconstruct the victim's images from what the edge sends, and measure how well that went.
 
     The edge runs in evaluation mode, in float32, where its weights are; every attack gets the edge
-    as it is, noise and quantisation included. The victim's images are sent once. Modes, gradients
+    as it is, noise and quantisation included. The victim's images are sent once, or `uploads`
+    times. Modes, gradients
     and generators that the split holds come back as they were; the global generator of the CPU is
     left untouched.
 
@@ -91,6 +94,9 @@ def audit(
         examples: how many reconstructions to keep as images.
         batch_size: images per forward pass of the edge.
         check_attacks: also let every attack invert two trivial edges first (`self_test`).
+        uploads: of each picture, by an edge that draws anew for every one: attackers are given
+            their mean, of their own pictures and of the victim's (the frames of a video that
+            hardly differ, a device that sends again).
         largest_feature_bytes: of the attacker's features to keep in memory; of larger ones,
             attacks are given the edge alone and query it batch by batch.
         progress: called with one sentence before each step; they are logged in any case.
@@ -101,9 +107,11 @@ def audit(
         InputError: before any work, on data that is not on [0, 1], differs in shape, is too small
             for SSIM (11 pixels) or shared between attacker and victim; on an unknown attack, no
             attack, no seed or a repeated seed, settings of another attack, or an attack that needs
-            a cloud, labels or more images than there are; before any attack, on features that are
-            not finite.
+            a cloud, labels or more images than there are, or less than one upload; before any
+            attack, on features that are not finite.
     """
+    if uploads < 1:
+        raise InputError(f"Expected at least one upload of each picture, came uploads={uploads}.")
     made = factories(attacks, config, settings or {}, seeds, device)
     known, victim = pixels_of(attacker_data, "attacker_data"), pixels_of(victim_data, "victim_data")
     check_data(known, victim)
@@ -118,6 +126,7 @@ def audit(
     run = AuditRun(
         attackers, victim,
         normalization or Normalization(), batch_size, largest_feature_bytes, progress, observer,
+        uploads,
     )
     with torch.random.fork_rng(devices=[]):
         if check_attacks:

@@ -107,7 +107,7 @@ def audit_model(
         config=config.attacker, settings={"rmle": config.rmle},
         attacker_labels=images.attacker_labels,
         attacker_images=(None, *config.audit.attacker_images), shifted_data=shifted,
-        check_attacks=config.audit.check_attacks, device=str(device),
+        check_attacks=config.audit.check_attacks, uploads=config.audit.uploads, device=str(device),
         examples=config.audit.examples, progress=progress,
     )
     Path(config.out).parent.mkdir(parents=True, exist_ok=True)

@@ -36,8 +36,9 @@ class AuditReport:
             image whose feature is nearest); then `attack`, `attack_seed`, `box` (`"white"`,
             `"black"`, `"none"`: what the attacker could do with the edge; None if it does not
             tell), `attacker_data` (`"same"` or `"shifted"`), `attacker_images`, `victim_images`,
-            `random_edge`; `ssim`, `ms_ssim` (None on small images), `psnr` (dB, at most 100 per
-            image), `mse` and `gmsd` as means over the victim's images on [0, 1] pixels;
+            `random_edge`, `uploads` (of each picture); `ssim`, `ms_ssim` (None on small images),
+            `psnr` (dB, at most 100 per image), `mse` and `gmsd` as means over the victim's images
+            on [0, 1] pixels;
             `ssim_worst5` and `mse_worst5`, the means over the 5% of images that were reconstructed
             best; `rank1`, `rank5`, `chance1`, `chance5`: how often the reconstruction leads back
             to its original among all victims, and a guess does; `plateau`, `epochs` (or settings

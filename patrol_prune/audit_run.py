@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.access import compute_features, edge_function, fresh_twin
+from patrol_prune.access import Repeated, compute_features, edge_function, fresh_twin
 from patrol_prune.attacks import (
     Attack,
     FitRecord,
@@ -29,7 +29,7 @@ from patrol_prune.attacks import (
     draws_differ,
     self_test,
 )
-from patrol_prune.attacks.checks import ATTACK_FAILED
+from patrol_prune.attacks.checks import ATTACK_FAILED, SEEN_ONCE
 from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
@@ -57,10 +57,12 @@ class AuditRun:
         largest_feature_bytes: int,
         progress: Callable[[str], None] | None,
         observer: Observer | None = None,
+        uploads: int = 1,
     ) -> None:
         self.attackers, self.victim = attackers, victim
         self.normalization, self.batch_size, self.progress = normalization, batch_size, progress
         self.largest_feature_bytes, self.observer = largest_feature_bytes, observer
+        self.uploads = uploads
         self.result = AuditReport(records=[])
         self.best: dict[str, tuple[float, Tensor]] = {}
 
@@ -90,6 +92,9 @@ class AuditRun:
     ) -> None:
         """Attack one edge with every attack and seed, for every attacker."""
         self.say(f"Computing what the {subject} sends.")
+        if self.uploads > 1 and draws_differ(edge_function(edge, self.normalization),
+                                             self.victim[:2]):
+            edge = Repeated(edge, self.uploads)
         z_victim = compute_features(
             edge, self.victim, self.normalization, batch_size=self.batch_size
         )
@@ -185,6 +190,7 @@ class AuditRun:
         flags = check_features(z) if len(some) > 1 else []
         if known.random_edge and not flags and len(some) >= 8:
             flags = check_draws(known.edge, some)
+            flags += [SEEN_ONCE] * (self.uploads == 1)
         self.flag(flags, subject, None, None)
 
     def compare(self, subject: str) -> None:
@@ -254,6 +260,7 @@ class AuditRun:
             "attacker_images": own.count,
             "victim_images": len(self.victim),
             "random_edge": random_edge,
+            "uploads": self.uploads,
             **numbers,
             "plateau": None if fit is None else fit.plateau,
             "epochs": None if fit is None else len(fit.history),

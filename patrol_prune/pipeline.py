@@ -359,7 +359,7 @@ class Work:
             config=config.attacker, settings={"rmle": config.rmle},
             attacker_labels=self.images.attacker_labels,
             attacker_images=(None, *config.audit.attacker_images),
-            check_attacks=config.audit.check_attacks,
+            check_attacks=config.audit.check_attacks, uploads=config.audit.uploads,
             device=str(self.device), examples=config.audit.examples, progress=self.say,
         )
         found.to_json(self.folder / "audit.json")

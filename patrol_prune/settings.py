@@ -138,6 +138,7 @@ class AuditConfig:
         examples: reconstructions to show.
         attacker_images: attack once more with only so many of the attacker's images, each.
         check_attacks: let every attack invert two trivial edges first.
+        uploads: of each picture; of an edge that draws, attackers are given their mean.
         undefended: attack the split before pruning as well: the ceiling.
     """
 
@@ -148,6 +149,7 @@ class AuditConfig:
     examples: int = 8
     attacker_images: tuple[int, ...] = ()
     check_attacks: bool = False
+    uploads: int = 1
     undefended: bool = True
 
     def __post_init__(self) -> None:
@@ -161,6 +163,8 @@ class AuditConfig:
             raise InputError(
                 f"Expected an attack and different seeds, came {self.attacks} and {self.seeds}."
             )
+        if self.uploads < 1:
+            raise InputError(f"Expected at least 1 upload of each picture, came {self.uploads}.")
         if self.victims < 2 or self.examples < 1 or not 0.0 < self.attacker_share < 1.0:
             raise InputError(
                 "Expected at least 2 victims, at least 1 example and an attacker_share in (0, 1), "

@@ -254,6 +254,7 @@ def test_flags_name_their_subject() -> None:
         ({"shifted_data": IMAGES[150:]}, "also in shifted_data"),
         ({"shifted_data": KNOWN[..., :14]}, "shifted_data and victim images of one size"),
         ({"seeds": ()}, "seeds"),
+        ({"uploads": 0}, "at least one upload"),
         ({"seeds": (1, 1)}, "seeds"),
     ],
 )
@@ -302,14 +303,40 @@ class Curious:
 
 
 class Noisy(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, sigma: float = 0.1) -> None:
         super().__init__()
-        self.layer = open_edge().edge
+        self.layer, self.sigma = open_edge().edge, sigma
         self.generator = torch.Generator().manual_seed(0)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.layer(x)
-        return z + 0.1 * torch.randn(z.shape, generator=self.generator)
+        return z + self.sigma * torch.randn(z.shape, generator=self.generator)
+
+
+def test_the_mean_of_many_uploads_has_less_noise() -> None:
+    """Sixteen uploads under noise are one under noise a quarter as large."""
+    def attacked(sigma: float, uploads: int) -> AuditReport:
+        return audit(SimpleNamespace(edge=Noisy(sigma)), KNOWN, VICTIM, uploads=uploads,
+                     attacks=("linear_inverse",), normalization=NORMALIZATION)
+
+    once, often, quarter = attacked(2.0, 1), attacked(2.0, 16), attacked(0.5, 1)
+    found = [r.strongest()["mse"] for r in (once, often, quarter)]
+    assert found[1] == pytest.approx(found[2], rel=0.05) and found[0] > 1.5 * found[1]
+    assert [r.strongest()["uploads"] for r in (once, often)] == [1, 16]
+    told = [any(flag["name"] == "seen_once" for flag in r.flags) for r in (once, often)]
+    assert told == [True, False]
+
+
+def test_an_edge_that_draws_nothing_is_asked_once_for_each_upload_or_many() -> None:
+    split, asked = open_edge(), []
+    split.edge.register_forward_hook(lambda *_: asked.append(1))
+    counts = []
+    for uploads in (1, 4):
+        asked.clear()
+        found = audit(split, KNOWN, VICTIM, uploads=uploads, attacks=("linear_inverse",))
+        counts.append(len(asked))
+        assert "seen_once" not in {flag["name"] for flag in found.flags}
+    assert counts[1] <= counts[0] + 2  # the two that tell whether it draws
 
 
 def test_an_attacker_gets_the_edge_itself_and_nothing_of_the_victims_images() -> None:

@@ -56,6 +56,29 @@ def test_other_defences_stand_beside_the_best_one(
     assert page.index("| nothing |") < page.index("| PATROL") < page.index("| dropout")
 
 
+def test_several_uploads_of_a_picture_stand_beside_one(
+    modules: tuple[ModuleType, ModuleType]
+) -> None:
+    drops = row("feature_dropout", 0, 0.30, 0.88)
+    rows = [row("none", 0, 0.40, 0.88), drops, {**drops, "uploads": 8, "ssim": 0.39}]
+    for render in (modules[1].seeds, modules[1].means):
+        lines = [line for line in render({"rows": rows}, "here").splitlines()
+                 if "| dropout" in line]
+        assert lines and all("| 0.300 |" in line and "| 0.390 |" in line for line in lines)
+
+
+def test_combined_defences_have_lines_of_their_own(
+    modules: tuple[ModuleType, ModuleType]
+) -> None:
+    alone = {**row("patrol", 0, 0.25, 0.87), "recipe": "longer"}
+    both = {**row("patrol", 0, 0.20, 0.86), "recipe": "longer-dropout"}
+    deeper = {**row("patrol", 0, 0.19, 0.85), "split": "avgpool", "feature_bytes": 512}
+    page = modules[1].seeds({"rows": [row("none", 0, 0.5, 0.88), both, alone, deeper]}, "here")
+    assert "β 10 and dropout, p 0.5 against PATROL's fine-tuning, β 10 on the same" in page
+    assert "0.80 times the SSIM, -1.00 points of accuracy more" in page  # 0.20 / 0.25
+    assert page.index("After layer4, 1 KiB") < page.index("After avgpool, 0.5 KiB")
+
+
 def test_other_training_seeds_of_the_record_stay(
     modules: tuple[ModuleType, ModuleType]
 ) -> None:

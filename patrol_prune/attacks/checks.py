@@ -49,6 +49,12 @@ ATTACK_FAILED = Flag(
     "Lower its learning rate or use fp32. If it differentiates through the edge, look for a "
     "gradient that is NaN: a defence may hide behind it.",
 )
+SEEN_ONCE = Flag(
+    "seen_once",
+    "The edge draws anew for every upload, and every picture was sent once. Whoever sees several "
+    "uploads of one picture, or of frames that hardly differ, averages the draws away.",
+    "Audit again with uploads=8, say, unless the device never sends a picture twice.",
+)
 NOT_CONVERGED = Flag(
     "not_converged",
     "The attack was still improving when its training ended: a longer one reconstructs better.",
