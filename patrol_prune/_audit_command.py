@@ -20,7 +20,7 @@ from patrol_prune.settings import build
 from patrol_prune.tables import attack_table, flag_lines
 
 _WHO = ("attacks", "seeds", "victims", "attacker_images", "check_attacks", "uploads")
-_OF_A_RUN = ("attacks", "seeds", "attacker_images", "check_attacks", "device")
+_OF_A_RUN = ("attacks", "seeds", "attacker_images", "check_attacks", "uploads", "device")
 
 
 def add_options(parser: ArgumentParser) -> None:

@@ -31,11 +31,13 @@ from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import Plan, plan, short
 from patrol_prune.preparation import (
     Images,
+    dropout_notes,
     fresh_model,
     held_out_batches,
     incoming_model,
     read_images,
     training_batches,
+    with_dropout,
 )
 from patrol_prune.pruner import PatrolPruner
 from patrol_prune.report import RunSummary, write_report
@@ -314,6 +316,7 @@ class Work:
         """Fine-tune between two pruning steps."""
         epochs = self.config.score.between_epochs
         self.say(f"Fine-tuning for {epochs} epochs before the next pruning step.")
+        split = with_dropout(self.config, split)
         finetune(
             split, training_batches(self.config, self.images, augment=True, offset=20 + step),
             objective=self.training_objective(split),
@@ -334,7 +337,8 @@ class Work:
 
     def do_finetune(self) -> None:
         config = self.config
-        split, teacher = self.load(PRUNED), self.load(DENSE)
+        plain, teacher = self.load(PRUNED), self.load(DENSE)
+        split = with_dropout(config, plain)
         objective = self.training_objective(split)
         self.say(f"Fine-tuning for {config.finetune.epochs} epochs with the privacy terms on.")
         directory = self.folder / "checkpoints" / "finetune"
@@ -345,14 +349,15 @@ class Work:
         )
         numbers = self.measure(split)
         self.say(f"Accuracy after fine-tuning: {100 * numbers['accuracy']:.1f}%.")
-        self.save(split, EDGE, extra={"classes": list(self.images.classes), **numbers})
+        self.save(plain, EDGE, extra={"classes": list(self.images.classes), **numbers,
+                                      "dropout": config.privacy.dropout})
         _keep_newest(directory)
         self.folder.finish("finetune", [EDGE], history=result.history, **numbers)
 
     def do_audit(self) -> None:
         config = self.config
         found = audit(
-            self.load(EDGE), self.images.attacker, self.images.victims,
+            with_dropout(config, self.load(EDGE)), self.images.attacker, self.images.victims,
             attacks=config.audit.attacks, seeds=config.audit.seeds,
             normalization=self.images.normalization,
             undefended=self.load(DENSE) if config.audit.undefended else None,
@@ -367,7 +372,8 @@ class Work:
 
     def do_report(self) -> None:
         summary = summarise(
-            self.config, self.folder, at=self.at, device=str(self.device), notes=self.images.notes
+            self.config, self.folder, at=self.at, device=str(self.device),
+            notes=[*self.images.notes, *dropout_notes(self.config)],
         )
         atomic_write_json(self.folder / SUMMARY, asdict(summary))
         page = write_report(

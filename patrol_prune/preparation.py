@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune.data import Batches, ImageSet, find_parts, load_image_folder
+from patrol_prune.defences import FeatureDropout
 from patrol_prune.errors import InputError
 from patrol_prune.models import build_model, load_weights
 from patrol_prune.pixels import Normalization
 from patrol_prune.settings import RunConfig
+from patrol_prune.split import Split
 
 logger = logging.getLogger(__name__)
 
@@ -139,6 +141,22 @@ def incoming_model(config: RunConfig, classes: int) -> tuple[nn.Module, bool]:
     if config.weights is None:
         return model, True
     return model, bool(load_weights(model, config.weights))
+
+
+def with_dropout(config: RunConfig, split: Split) -> Split:
+    """The split as it uploads, `privacy.dropout` behind the edge; it shares the layers."""
+    p = config.privacy.dropout
+    return FeatureDropout(p, config.seed).apply(split) if p else split
+
+
+def dropout_notes(config: RunConfig) -> list[str]:
+    """What whoever deploys the edge has to know."""
+    p = config.privacy.dropout
+    if not p:
+        return []
+    return [f"The edge was trained and attacked with {100 * p:g}% of its upload dropped at random, "
+            "anew for every upload. The saved split does not hold that: on the device, run "
+            f"pp.defences.FeatureDropout({p:g}).apply(pp.load(...))."]
 
 
 def training_batches(config: RunConfig, images: Images, *, augment: bool, offset: int) -> Batches:

@@ -20,6 +20,7 @@ def audit_again(
     seeds: Sequence[int] | None = None,
     attacker_images: Sequence[int] | None = None,
     check_attacks: bool | None = None,
+    uploads: int | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -31,6 +32,7 @@ def audit_again(
         seeds: one fresh attacker for each; those of the run without.
         attacker_images: attack once more with only so many images each; as in the run without.
         check_attacks: let every attack invert trivial edges first; as in the run without.
+        uploads: of each picture, for an edge with dropout; as in the run without.
         device: where; that of the run without.
         progress: called with each stage and what happens in it.
 
@@ -47,6 +49,7 @@ def audit_again(
         seeds=tuple(own.seeds if seeds is None else seeds),
         attacker_images=tuple(own.attacker_images if attacker_images is None else attacker_images),
         check_attacks=own.check_attacks if check_attacks is None else check_attacks,
+        uploads=own.uploads if uploads is None else uploads,
     )
     chosen = replace(config, device=device or config.device, audit=who)
     where, images = resolve_device(chosen.device), read_images(config)

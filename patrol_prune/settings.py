@@ -99,6 +99,9 @@ class PrivacyConfig:
     Attributes:
         alpha: weight of the block-wise Lipschitz constants.
         beta: weight of the surrogate attackers' reconstruction error.
+        dropout: share of the uploaded values that is zeroed at random, anew for every upload, in
+            training and on the device (`defences.FeatureDropout`). Whoever sees several uploads of
+            one picture can average it away; see `audit.uploads`.
         surrogate_loss: of these attackers: "mse+ssim" sees more than the paper's "mse"; "auto"
             takes it where the images have at least 11 pixels a side.
         noise_std: standard deviation of the Lipschitz perturbation, in input units.
@@ -108,6 +111,7 @@ class PrivacyConfig:
 
     alpha: float = 0.0
     beta: float = 10.0
+    dropout: float = 0.0
     surrogate_loss: Literal["auto", "mse", "mse+ssim"] = "auto"
     noise_std: float = 0.1
     lipschitz_form: LipschitzForm = "scale_free"
@@ -117,6 +121,11 @@ class PrivacyConfig:
             raise InputError(
                 "Expected privacy.alpha and privacy.beta of at least 0 and a positive "
                 f"privacy.noise_std, came {self.alpha}, {self.beta} and {self.noise_std}."
+            )
+        if not 0.0 <= self.dropout < 1.0 or (self.dropout and self.alpha):
+            raise InputError(
+                "Expected privacy.dropout in [0, 1), and privacy.alpha=0 beside it (the Lipschitz "
+                f"terms look at an edge that draws nothing), came {self.dropout} and {self.alpha}."
             )
         if self.lipschitz_form not in get_args(LipschitzForm):
             raise InputError(

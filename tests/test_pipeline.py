@@ -170,6 +170,44 @@ def test_interrupted_and_resumed_gives_the_same(
     assert result.summary.pruned == finished.summary.pruned
 
 
+def test_dropout_on_the_upload_is_trained_measured_and_attacked(
+    finished: RunResult, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in between too: what draws goes on where it was."""
+    module = sys.modules["patrol_prune.finetune"]
+    config = replace(tiny(folder, tmp_path / "one"), privacy=PrivacyConfig(dropout=0.5))
+    result = run(config)
+    rows = [r for r in result.audit.records if r["subject"] == "edge"]
+    assert all(r["random_edge"] and r["uploads"] == 1 for r in rows)
+    assert "50% of its upload dropped at random" in result.report.read_text(encoding="utf-8")
+    saved = load(
+        result.directory / "edge.patrol", lambda: build_model("small_resnet", 3, image_size=16)
+    )
+    assert saved.at == "layer2"  # the layers alone
+    assert read_info(result.directory / "edge.patrol").extra["dropout"] == 0.5
+    ours, theirs = weights(result), weights(finished)
+    assert not all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+    real, saves = module.save_state, []
+
+    def stopping(*arguments: object, **more: object) -> None:
+        real(*arguments, **more)  # type: ignore[arg-type]
+        saves.append(1)
+        if len(saves) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "save_state", stopping)
+    halted = replace(config, runs=str(tmp_path / "two"))
+    with pytest.raises(KeyboardInterrupt):
+        run(halted)
+    monkeypatch.undo()
+    resumed = run(halted)
+    assert all(torch.equal(weights(resumed)[name], ours[name]) for name in ours)
+    assert resumed.audit.per_image == result.audit.per_image
+    often = audit_again(resumed.directory, attacks=("linear_inverse",), uploads=4)
+    assert {r["uploads"] for r in often.audit.records} == {4}
+
+
 def test_a_harmed_stage_and_all_after_it_are_done_again(
     finished: RunResult, folder: Path, tmp_path: Path
 ) -> None:

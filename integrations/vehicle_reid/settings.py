@@ -142,6 +142,9 @@ class ReidRun:
         steps=60, tuning_images=4, tuning_steps=20, refine=False))
 
     def __post_init__(self) -> None:
+        if self.privacy.dropout:
+            raise InputError(f"Expected no privacy.dropout here, came {self.privacy.dropout}: only "
+                             "patrol-prune run trains with it. Leave it out.")
         if self.name in ("", ".", "..") or self.name != os.path.basename(self.name):
             raise InputError(f"Expected a run's name to be a plain folder name, came "
                              f"{self.name!r}. The folder around it is given as --runs.")
