@@ -156,7 +156,7 @@ def dropout_notes(config: RunConfig) -> list[str]:
         return []
     return [f"The edge was trained and attacked with {100 * p:g}% of its upload dropped at random, "
             "anew for every upload. The saved split does not hold that: on the device, run "
-            f"pp.defences.FeatureDropout({p:g}).apply(pp.load(...))."]
+            f'pp.make_defence("feature_dropout", {p:g}).apply(pp.load(...)).']
 
 
 def training_batches(config: RunConfig, images: Images, *, augment: bool, offset: int) -> Batches:
