@@ -56,7 +56,7 @@ def means(record: dict[str, Any], measured: str) -> str:
                    "bytes": f"{each[0]['feature_bytes'] / 1024:.3g} KiB"}
                   for each, line in zip(by_name.values(), mean_lines(by_name, longer),
                                         strict=True)]
-        texts.append(f"After {split}: {compared(by_name, longer)}")
+        texts.append(f"After {split}, on the same pruned models:\n\n{compared(by_name, longer)}")
     return "\n\n".join([render_table(lines, columns).strip(), *texts,
                         " ".join([measured, *elsewhere(rows)])])
 
@@ -69,7 +69,7 @@ def at_split(rows: list[Row]) -> str:
     return "\n\n".join([
         f"After {first['split']}, {first['feature_bytes'] / 1024:.3g} KiB uploaded:",
         render_table([*lines, *mean_lines(by_name, longer)], COLUMNS).strip(),
-        compared(by_name, longer),
+        f"On the same pruned models:\n\n{compared(by_name, longer)}",
     ])
 
 
@@ -168,8 +168,8 @@ def compared(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) 
                    if (key := (name, row["train_seed"])) in longer]
         ratios, costs = ratios_and_points(pairs)
         parts.append(
-            f"{sentence_case(name)} against nothing on the same pruned model, under "
-            f"the attack of usual length: {span(ratios)} times the SSIM, for "
+            f"{sentence_case(name)} against nothing, under the attack of usual length: "
+            f"{span(ratios)} times the SSIM, for "
             f"{span([0.0 - cost for cost in costs])} points of accuracy."
             + (f" Its longest attack against the usual one on nothing: {span(careful)} times."
                if careful else ""))
@@ -183,10 +183,10 @@ def compared(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) 
         attack = "of usual length" if len(both) < len(pairs) else "three times as long"
         ratios, gains = ratios_and_points(pairs if len(both) < len(pairs) else both)
         parts.append(
-            f"{sentence_case(name)} against {name_of(patrol[0])} on the same pruned "
-            f"model, under the attack {attack} on both: {span(ratios)} times the SSIM, "
-            f"{span(gains)} points of accuracy more (less where negative).")
-    return " ".join(parts)
+            f"{sentence_case(name)} against {name_of(patrol[0])}, under the attack {attack} on "
+            f"both: {span(ratios)} times the SSIM, {span(gains)} points of accuracy more (less "
+            "where negative).")
+    return "\n".join(f"- {part}" for part in parts)
 
 
 def sentence_case(text: str) -> str:
