@@ -159,7 +159,8 @@ SAME_MODEL = {"avgpool": "layer4"}
 ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-feature_dropout@longer-0.5-layer4",
                    "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4",
                    "with-patrol@longer-dropout-10-layer4",
-                   "with-patrol@longer-light-dropout-10-avgpool")
+                   "with-patrol@longer-light-dropout-10-avgpool",
+                   "with-patrol@half-longer-light-dropout-10-avgpool")
 """What is compared with the best of these, so that its longest attack has others beside it."""
 SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@longer-1-layer4",
               "with-patrol@longer-dropout-10-layer4")
@@ -217,6 +218,12 @@ def deeper(args: Frontier) -> list[Method]:
             defence, _, recipe = name.partition("@")
             rows += [Method(f"with-{defence}", split, defence=defence, strength=strength,
                             start=base.key, recipe=recipe) for strength in strengths]
+    half = Method("patrol-score-only", "layer4", "patrol", epochs=DEEPER_EPOCHS, recipe="half",
+                  max_pruning_ratio=0.75)
+    rows += [half, Method("with-none", "avgpool", defence="none", start=half.key,
+                          recipe="half-longer"),
+             *(Method("with-patrol", "avgpool", defence="patrol", strength=10.0, start=half.key,
+                      recipe=recipe) for recipe in ("half-longer", "half-longer-light-dropout"))]
     host = Method("taylor", "layer4.0", "taylor", epochs=DEEPER_EPOCHS,
                   max_pruning_ratio=0.5)
     rows += [host, Method("with-none", "layer4.0", defence="none", start=host.key,

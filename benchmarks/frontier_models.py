@@ -102,7 +102,9 @@ def defended(args: Frontier, data: Data, method: Method) -> tuple[pp.Split, dict
         return with_defence(args, data, method)
     dense, dense_accuracy = dense_model(args, data)
     example = torch.zeros(1, 3, 32, 32)
-    budget = pp.edge_macs(pp.Split(dense, example, at="layer1"))
+    share = RECIPES[method.recipe].budget
+    whole = pp.edge_macs(pp.Split(dense, example, at="layer1" if share is None else method.split))
+    budget = whole if share is None else int(share * whole)
     folder = args.work / "models" / method.key
     if not folder.is_dir():
         start = time.perf_counter()

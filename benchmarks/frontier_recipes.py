@@ -33,6 +33,8 @@ class Recipe:
         lipschitz_form: of that term.
         upload_channels: the upload is pruned to so many channels first, by PATROL's score.
         behind: a second defence, behind the edge that is trained.
+        budget: of a base: this share of the dense edge's multiply-adds at its split, instead of
+            what the dense edge needs up to layer1.
     """
 
     surrogates: tuple[SurrogateSpec, ...] = DEFAULT_SURROGATES
@@ -47,6 +49,7 @@ class Recipe:
     lipschitz_form: LipschitzForm = "scale_free"
     upload_channels: int | None = None
     behind: Defence | None = None
+    budget: float | None = None
 
     def adversary(self) -> Adversary:
         return Adversary(images=self.images, surrogates=self.surrogates, loss=self.loss)
@@ -71,6 +74,9 @@ RECIPES: dict[str, Recipe] = {
     "longest": Recipe(epochs=6),
     "longer-dropout": Recipe(epochs=3, behind=FeatureDropout(0.5)),
     "longer-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
+    "half": Recipe(budget=0.5),
+    "half-longer": Recipe(epochs=3),
+    "half-longer-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
     "taylor": Recipe(),
     "lipschitz-paper": Recipe(alpha=0.02, lipschitz_form="paper"),
     "lipschitz-scale-free": Recipe(alpha=0.02),

@@ -13,7 +13,8 @@ from patrol_prune.report import render_table
 Row = dict[str, Any]
 YES_OR_NO = {True: "yes", False: "no"}
 BEHIND = {"longer-dropout": "and dropout, p 0.5",
-          "longer-light-dropout": "and dropout, p 0.25"}
+          "longer-light-dropout": "and dropout, p 0.25",
+          "half-longer-light-dropout": "and dropout, p 0.25"}
 """Recipes with a second defence behind the edge."""
 COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on with",
            "accuracy": "accuracy", "lost": "points below dense", "ssim": "attacker's SSIM",
@@ -25,7 +26,7 @@ COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on wit
 def seeds(record: dict[str, Any], measured: str) -> str:
     """At each split one line for each training seed and defence, and their means."""
     rows = [row for row in record["rows"] if row["attack"] == STRONG]
-    splits = dict.fromkeys(row["split"] for row in rows)
+    places = dict.fromkeys(place(row) for row in rows)
     intro = (
         "Everything anew for each training seed: the parts of the images, the dense model, the "
         "pruned one, the defence, the attackers. Every row is trained three times as long as the "
@@ -35,7 +36,7 @@ def seeds(record: dict[str, Any], measured: str) -> str:
         "many uploads of every picture, which matters where the edge draws at random."
     )
     return "\n\n".join([
-        intro, *(at_split([row for row in rows if row["split"] == split]) for split in splits),
+        intro, *(at_place([row for row in rows if place(row) == where]) for where in places),
         " ".join([measured, *elsewhere(rows)]),
     ])
 
@@ -43,31 +44,38 @@ def seeds(record: dict[str, Any], measured: str) -> str:
 def means(record: dict[str, Any], measured: str) -> str:
     """The means of `seeds` alone, and what they compare to."""
     rows = [row for row in record["rows"] if row["attack"] == STRONG]
-    splits = dict.fromkeys(row["split"] for row in rows)
+    places = dict.fromkeys(place(row) for row in rows)
     columns = {"split": "split after", "seed": "training seeds",
                **{key: COLUMNS[key] for key in ("defence", "accuracy", "lost", "ssim", "long",
                                                 "often", "worst", "floor", "macs")},
                "bytes": "uploaded"}
     lines = []
     texts = []
-    for split in splits:
-        by_name, longer = grouped([row for row in rows if row["split"] == split])
-        lines += [{**line, "split": split, "seed": str(len(each)),
+    for where in places:
+        by_name, longer = grouped([row for row in rows if place(row) == where])
+        lines += [{**line, "split": where, "seed": str(len(each)),
                    "bytes": f"{each[0]['feature_bytes'] / 1024:.3g} KiB"}
                   for each, line in zip(by_name.values(), mean_lines(by_name, longer),
                                         strict=True)]
-        texts.append(f"After {split}, on the same pruned models:\n\n{compared(by_name, longer)}")
+        texts.append(f"After {where}, on the same pruned models:\n\n{compared(by_name, longer)}")
     return "\n\n".join([render_table(lines, columns).strip(), *texts,
                         " ".join([measured, *elsewhere(rows)])])
 
 
-def at_split(rows: list[Row]) -> str:
+def place(row: Row) -> str:
+    """The split, and the device's budget where it is not the usual one: what a comparison shares.
+    """
+    larger = (row.get("recipe") or "").startswith("half")
+    return row["split"] + ", half of that edge's multiply-adds" * larger
+
+
+def at_place(rows: list[Row]) -> str:
     by_name, longer = grouped(rows)
     lines = [line(row, longer.get((name, row["train_seed"])))
              for name, each in by_name.items() for row in each]
     first = rows[0]
     return "\n\n".join([
-        f"After {first['split']}, {first['feature_bytes'] / 1024:.3g} KiB uploaded:",
+        f"After {place(first)}, {first['feature_bytes'] / 1024:.3g} KiB uploaded:",
         render_table([*lines, *mean_lines(by_name, longer)], COLUMNS).strip(),
         f"On the same pruned models:\n\n{compared(by_name, longer)}",
     ])

@@ -25,6 +25,7 @@ STEPS = (f"{CONTROL}-ssim-0", f"{DEEPER_BEST}-ssim-0")
 BEHIND_THE_POOLING = (
     "with-none@longer-0-avgpool", "with-patrol@longer-10-avgpool",
     "with-feature_dropout@longer-0.5-avgpool", "with-gaussian_noise@longer-1-avgpool",
+    "with-none@half-longer-0-avgpool", "with-patrol@half-longer-10-avgpool",
 )
 WHERE_THERE = tuple(
     step for key in (DEEPER_BEST, *ATTACKED_LONGER, *BEHIND_THE_POOLING)

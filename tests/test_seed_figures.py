@@ -73,10 +73,13 @@ def test_combined_defences_have_lines_of_their_own(
     alone = {**row("patrol", 0, 0.25, 0.87), "recipe": "longer"}
     both = {**row("patrol", 0, 0.20, 0.86), "recipe": "longer-dropout"}
     deeper = {**row("patrol", 0, 0.19, 0.85), "split": "avgpool", "feature_bytes": 512}
-    page = modules[1].seeds({"rows": [row("none", 0, 0.5, 0.88), both, alone, deeper]}, "here")
+    wider = {**deeper, "recipe": "half-longer"}
+    rows = [row("none", 0, 0.5, 0.88), both, alone, deeper, wider]
+    page = modules[1].seeds({"rows": rows}, "here")
     assert "β 10 and dropout, p 0.5 against PATROL's fine-tuning, β 10, under" in page
     assert "0.80 times the SSIM, -1.00 points of accuracy more" in page  # 0.20 / 0.25
-    assert page.index("After layer4, 1 KiB") < page.index("After avgpool, 0.5 KiB")
+    assert page.index("After layer4, 1 KiB") < page.index("After avgpool, 0.5 KiB") < page.index(
+        "After avgpool, half of that edge's multiply-adds, 0.5 KiB")
 
 
 def test_other_training_seeds_of_the_record_stay(
