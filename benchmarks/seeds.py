@@ -21,7 +21,7 @@ from jsonargparse import auto_cli
 from record import ROOT, commit, write
 
 CONTROL = "with-none@longer-0-layer4"
-STEPS = (f"{CONTROL}-ssim-0", f"{DEEPER_BEST}-ssim-0")
+STEPS = (f"{CONTROL}-ssim-0",)
 BEHIND_THE_POOLING = (
     "with-none@longer-0-avgpool", "with-patrol@longer-10-avgpool",
     "with-feature_dropout@longer-0.5-avgpool", "with-gaussian_noise@longer-1-avgpool",
