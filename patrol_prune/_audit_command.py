@@ -39,8 +39,8 @@ def add_options(parser: ArgumentParser) -> None:
         ("--out", str, "the model's report, audit.json without"),
         ("--device", str, "where; that of the run without"),
         ("--victims", int, "images to be reconstructed"),
-        ("--uploads", int, "of each picture, 1 without; an attacker has the mean of an edge that "
-                          "draws"),
+        ("--uploads", int, "of each picture, put together where the edge draws; 1, or as in the "
+                          "run, without"),
         ("--epochs", int, "of an attacker's training"),
     ):
         more = {"nargs": "?"} if name == "run" else {}

@@ -17,12 +17,15 @@ _SHADOW_STD = 0.02
 
 
 class Repeated(nn.Module):
-    """What an attacker has who averages several uploads of the same picture.
+    """What an attacker has who puts several uploads of the same picture together.
 
-        z = 1/K sum_k f_e(x), every upload with a draw of its own
+        z_i = sum_k f_e(x)_i,k / max(1, #{k: f_e(x)_i,k != 0}), k = 1 ... K, each with its own draw
+
+    Under noise that is the mean. Where values are dropped, those that came through show the rest as
+    it is, up to one factor, which decoders learn.
 
     Args:
-        edge: one that draws; its weights are shared.
+        edge: one that draws; its weights are shared. It runs `K` times for each call.
         uploads: `K`, at least 1.
     """
 
@@ -31,11 +34,13 @@ class Repeated(nn.Module):
         self.edge, self.uploads = edge, uploads
 
     def forward(self, x: Tensor) -> Tensor:
-        """Model inputs `[N, ...]` to mean features `[N, ...]`."""
-        total: Tensor = self.edge(x)
+        """Model inputs `[N, ...]` to features `[N, ...]`."""
+        z: Tensor = self.edge(x)
+        total, seen = z, (z != 0).to(z.dtype)
         for _ in range(self.uploads - 1):
-            total = total + self.edge(x)
-        return total / self.uploads
+            z = self.edge(x)
+            total, seen = total + z, seen + (z != 0)
+        return total / seen.clamp_min(1.0)
 
 
 def edge_function(edge: nn.Module, normalization: Normalization) -> EdgeFunction:

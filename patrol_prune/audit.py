@@ -21,13 +21,13 @@ from patrol_prune.audit_choice import (
     check_counts,
     check_data,
     check_needs,
+    check_uploads,
     factories,
     owned,
     pixels_of,
 )
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.audit_run import AuditRun, Observer
-from patrol_prune.errors import InputError
 from patrol_prune.pixels import Normalization
 
 __all__ = ["AttackChoice", "AuditReport", "HasEdge", "audit", "compute_features"]
@@ -94,9 +94,10 @@ def audit(
         examples: how many reconstructions to keep as images.
         batch_size: images per forward pass of the edge.
         check_attacks: also let every attack invert two trivial edges first (`self_test`).
-        uploads: of each picture, by an edge that draws anew for every one: attackers are given
-            their mean, of their own pictures and of the victim's (the frames of a video that
-            hardly differ, a device that sends again).
+        uploads: of each picture, by an edge that draws anew for every one (the frames of a video
+            that hardly differ, a device that sends again): attackers are given, of their own
+            pictures and of the victim's, the mean of what was not dropped (`access.Repeated`).
+            The edge runs so many times for every query; one that draws nothing runs once.
         largest_feature_bytes: of the attacker's features to keep in memory; of larger ones,
             attacks are given the edge alone and query it batch by batch.
         progress: called with one sentence before each step; they are logged in any case.
@@ -110,8 +111,7 @@ def audit(
             a cloud, labels or more images than there are, or less than one upload; before any
             attack, on features that are not finite.
     """
-    if uploads < 1:
-        raise InputError(f"Expected at least one upload of each picture, came uploads={uploads}.")
+    check_uploads(uploads)
     made = factories(attacks, config, settings or {}, seeds, device)
     known, victim = pixels_of(attacker_data, "attacker_data"), pixels_of(victim_data, "victim_data")
     check_data(known, victim)

@@ -206,6 +206,15 @@ def check_needs(made: Sequence[Factory], given: Mapping[str, Any]) -> None:
             raise InputError(f"The attack {factory.name} needs {' and '.join(missing)}.")
 
 
+def check_uploads(uploads: int, name: str = "uploads") -> None:
+    """An InputError where it is no whole number of at least 1."""
+    if isinstance(uploads, bool) or not isinstance(uploads, int) or uploads < 1:
+        raise InputError(
+            f"Expected {name} as a whole number of at least 1, the uploads of each picture that an "
+            f"attacker sees, came {uploads!r}."
+        )
+
+
 def check_counts(made: Sequence[Factory], attackers: Sequence[Owned]) -> None:
     """Refuse an attack that needs more images than one of the attackers owns (InputError)."""
     for own in attackers:

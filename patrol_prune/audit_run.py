@@ -41,6 +41,8 @@ logger = logging.getLogger("patrol_prune.audit")
 
 _CHECKED = 128
 _THUMBNAIL_PIXELS = 5_000_000
+_ASKED = 8
+"""Images of each side that tell whether the edge draws."""
 Observer = Callable[[str, str, Attack, Tensor], None]
 """Called with a subject, an attack's name, the attack and its reconstructions `[N, C, H, W]`."""
 
@@ -62,7 +64,7 @@ class AuditRun:
         self.attackers, self.victim = attackers, victim
         self.normalization, self.batch_size, self.progress = normalization, batch_size, progress
         self.largest_feature_bytes, self.observer = largest_feature_bytes, observer
-        self.uploads = uploads
+        self.uploads = self.used = uploads
         self.result = AuditReport(records=[])
         self.best: dict[str, tuple[float, Tensor]] = {}
 
@@ -92,9 +94,13 @@ class AuditRun:
     ) -> None:
         """Attack one edge with every attack and seed, for every attacker."""
         self.say(f"Computing what the {subject} sends.")
-        if self.uploads > 1 and draws_differ(edge_function(edge, self.normalization),
-                                             self.victim[:2]):
-            edge = Repeated(edge, self.uploads)
+        once, some = edge, torch.cat([_spread(self.victim), _spread(self.attackers[0].pixels)])
+        draws = draws_differ(edge_function(edge, self.normalization), some)
+        self.used = self.uploads if draws else 1
+        if draws and self.uploads == 1:
+            self.flag([SEEN_ONCE], subject, None, None)
+        if self.used > 1:
+            edge = Repeated(edge, self.used)
         z_victim = compute_features(
             edge, self.victim, self.normalization, batch_size=self.batch_size
         )
@@ -106,7 +112,7 @@ class AuditRun:
         whole: dict[str, Knowledge] = {}
         for own in self.attackers:
             if own.data not in whole:
-                whole[own.data] = self.knowledge(own, edge, cloud, z_victim)
+                whole[own.data] = self.knowledge(own, edge, cloud, z_victim, once, draws)
                 self.check_edge(whole[own.data], subject)
             known = whole[own.data].first(own.count)
             if subject == "edge" and own is self.attackers[0]:
@@ -164,9 +170,10 @@ class AuditRun:
         return fit
 
     def knowledge(
-        self, own: Owned, edge: nn.Module, cloud: nn.Module | None, z_victim: Tensor
+        self, own: Owned, edge: nn.Module, cloud: nn.Module | None, z_victim: Tensor,
+        once: nn.Module, draws: bool,
     ) -> Knowledge:
-        """What this attacker may have, with all of his images."""
+        """What this attacker may have, with all of his images; `once` sends a picture once."""
         query = edge_function(edge, self.normalization)
         fits = z_victim[:1].numel() * 4 * len(own.pixels) <= self.largest_feature_bytes
         return Knowledge(
@@ -177,8 +184,8 @@ class AuditRun:
             cloud=cloud,
             labels=own.labels,
             observed=z_victim,
-            shadow_edge=lambda seed: fresh_twin(edge, seed),
-            random_edge=draws_differ(query, own.pixels[:2]),
+            shadow_edge=lambda seed: fresh_twin(once, seed),
+            random_edge=draws,
         )
 
     def check_edge(self, known: Knowledge, subject: str) -> None:
@@ -190,7 +197,6 @@ class AuditRun:
         flags = check_features(z) if len(some) > 1 else []
         if known.random_edge and not flags and len(some) >= 8:
             flags = check_draws(known.edge, some)
-            flags += [SEEN_ONCE] * (self.uploads == 1)
         self.flag(flags, subject, None, None)
 
     def compare(self, subject: str) -> None:
@@ -260,7 +266,7 @@ class AuditRun:
             "attacker_images": own.count,
             "victim_images": len(self.victim),
             "random_edge": random_edge,
-            "uploads": self.uploads,
+            "uploads": None if subject == "floor" and random_edge is None else self.used,
             **numbers,
             "plateau": None if fit is None else fit.plateau,
             "epochs": None if fit is None else len(fit.history),
@@ -296,6 +302,11 @@ class AuditRun:
                 shown = (pixels[index] * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
                 self.result.examples[name] = np.ascontiguousarray(shown.numpy())
         return self.result
+
+
+def _spread(images: Tensor) -> Tensor:
+    """A few of them, from the first to the last."""
+    return images[torch.linspace(0, len(images) - 1, min(_ASKED, len(images))).long()]
 
 
 def _finite(value: float | None) -> float | None:

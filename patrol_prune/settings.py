@@ -17,6 +17,7 @@ from patrol_prune._block_pruning import check_structures
 from patrol_prune.attacks import ATTACKS, DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.attention_heads import check_unit
+from patrol_prune.audit_choice import check_uploads
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.importance import TaskChange
@@ -100,8 +101,9 @@ class PrivacyConfig:
         alpha: weight of the block-wise Lipschitz constants.
         beta: weight of the surrogate attackers' reconstruction error.
         dropout: share of the uploaded values that is zeroed at random, anew for every upload, in
-            training and on the device (`defences.FeatureDropout`). Whoever sees several uploads of
-            one picture can average it away; see `audit.uploads`.
+            training and under attack (`defences.FeatureDropout`; the report says how to put it
+            behind the saved edge). Whoever sees several uploads of one picture sees the rest of
+            it; see `audit.uploads`.
         surrogate_loss: of these attackers: "mse+ssim" sees more than the paper's "mse"; "auto"
             takes it where the images have at least 11 pixels a side.
         noise_std: standard deviation of the Lipschitz perturbation, in input units.
@@ -147,7 +149,7 @@ class AuditConfig:
         examples: reconstructions to show.
         attacker_images: attack once more with only so many of the attacker's images, each.
         check_attacks: let every attack invert two trivial edges first.
-        uploads: of each picture; of an edge that draws, attackers are given their mean.
+        uploads: of each picture, which an attacker puts together where the edge draws at random.
         undefended: attack the split before pruning as well: the ceiling.
     """
 
@@ -172,8 +174,7 @@ class AuditConfig:
             raise InputError(
                 f"Expected an attack and different seeds, came {self.attacks} and {self.seeds}."
             )
-        if self.uploads < 1:
-            raise InputError(f"Expected at least 1 upload of each picture, came {self.uploads}.")
+        check_uploads(self.uploads, "audit.uploads")
         if self.victims < 2 or self.examples < 1 or not 0.0 < self.attacker_share < 1.0:
             raise InputError(
                 "Expected at least 2 victims, at least 1 example and an attacker_share in (0, 1), "

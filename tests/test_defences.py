@@ -61,7 +61,7 @@ ALL: dict[str, Defence] = {
     "nopeek": NoPeek(0.5, precision="fp32"),
     "bottleneck": Bottleneck(4, beta=1.0, adversary=SMALL),
     "disco": Disco(0.5, beta=1.0, adversary=SMALL),
-    "combined": Combined((FeatureDropout(0.3), Patrol(alpha=0.01, beta=1.0, adversary=SMALL))),
+    "combined": Combined((FeatureDropout(0.3), Patrol(alpha=0.0, beta=1.0, adversary=SMALL))),
 }
 RANDOM = ("gaussian_noise", "laplacian_noise", "feature_dropout", "combined")
 ADVERSARIAL = ("patrol", "adversarial_only", "cem_patrol", "bottleneck", "disco", "combined")
@@ -275,31 +275,61 @@ class TestCombined:
         plain = GaussianNoise(0.5).apply(split(), calibration=inputs()).edge.upload.sigma
         assert float(found.edge.upload.sigma) > 1.2 * float(plain)  # 1/sqrt(1 - p) = 1.41
 
-    def test_the_surrogates_see_the_upload_as_it_leaves(self) -> None:
+    def test_the_surrogates_see_the_upload_as_it_leaves(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         found = ALL["combined"].apply(split())
         objective = ALL["combined"].objective(found, normalization=NORMALIZATION)
         assert isinstance(objective, PatrolObjective) and objective.beta == 1.0
-        z = objective.terms(inputs(8), torch.arange(8)).z
-        assert float((z == 0).float().mean()) > 0.25
-        silent = found.edge.upload
-        silent.silent = True
-        assert not torch.equal(z, objective.terms(inputs(8), torch.arange(8)).z)
+        seen: list[Tensor] = []
+        strongest = objective.surrogates.strongest
+
+        def spy(z: Tensor, *arguments: object, **more: object) -> Tensor:
+            seen.append(z.detach())
+            return strongest(z, *arguments, **more)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(objective.surrogates, "strongest", spy)
+        found.model.eval()
+        objective.terms(inputs(8), torch.arange(8))
+        whole = feature(split(), inputs(8))
+        kept = whole / (1.0 - 0.3)
+        assert torch.equal(seen[0], torch.where(seen[0] == 0, torch.zeros(()), kept))
+        dropped = (seen[0] == 0) & (whole != 0)
+        assert float(dropped.sum() / (whole != 0).sum()) == pytest.approx(0.3, abs=0.03)
+
+    def test_two_that_draw_have_streams_of_their_own(self) -> None:
+        """With one seed for both, the dropped values would tell the noise of another picture."""
+        both = Combined((GaussianNoise(0.5), FeatureDropout(0.5))).apply(split(),
+                                                                         calibration=inputs())
+        noise, drop = both.edge.features.upload, both.edge.upload
+        assert noise.generator(torch.device("cpu")).initial_seed() != drop.generator(
+            torch.device("cpu")).initial_seed()
+
+    def test_nested_ones_and_a_list_are_the_same_as_flat(self) -> None:
+        flat = Combined((FeatureDropout(0.5), Patrol(alpha=0.0)))
+        assert Combined((Combined((FeatureDropout(0.5),)), Patrol(alpha=0.0))) == flat
+        assert Combined([FeatureDropout(0.5), Patrol(alpha=0.0)]) == flat and hash(flat)
 
     def test_bytes_are_those_of_the_last_behind_the_edge(self) -> None:
         shape = (16, 8, 8)
-        for parts in ((FeatureDropout(0.5), Quantisation(4), Patrol()), (Quantisation(4),)):
+        for parts in ((FeatureDropout(0.5), Quantisation(4), Patrol(alpha=0.0)),
+                      (Quantisation(4),), (CemPatrol(), Quantisation(4))):
             assert Combined(parts).upload_bytes(shape) == Quantisation(4).upload_bytes(shape)
         assert Combined((Patrol(),)).upload_bytes(shape) == 4 * 16 * 8 * 8
         assert Combined((Trained(), FeatureDropout(0.5))).objective(split()) is None
 
     def test_behind_a_bottleneck_the_narrow_feature_is_thinned(self) -> None:
-        found = Combined((Bottleneck(4, beta=0.0), FeatureDropout(0.5))).apply(split())
+        parts = Bottleneck(4, beta=0.0), FeatureDropout(0.5), Patrol(alpha=0.0, beta=2.0)
+        found = Combined(parts).apply(split())
+        objective = Combined(parts).objective(found)
+        assert objective is not None and objective.beta == 2.0
         assert tuple(found.feature_shape) == (4, 8, 8) and found.model(inputs(2)).shape == (2, 10)
         assert 0.3 < float((feature(found, inputs(8)) == 0).float().mean()) < 0.7
 
     @pytest.mark.parametrize("parts", [
         (), (FeatureDropout,), (Patrol(), NoPeek()), (Quantisation(4), GaussianNoise(0.5)),
-        (Disco(0.5), FeatureDropout(0.5)),
+        (Disco(0.5), FeatureDropout(0.5)), (FeatureDropout(0.5), Patrol(alpha=0.01)),
+        (FeatureDropout(0.5), CemPatrol()), (Bottleneck(4, beta=1.0), Patrol(alpha=0.0)),
     ])
     def test_what_cannot_go_together_is_refused(self, parts: tuple[Defence, ...]) -> None:
         with pytest.raises(InputError, match="Combined: expected"):

@@ -52,7 +52,7 @@ ATTACK_FAILED = Flag(
 SEEN_ONCE = Flag(
     "seen_once",
     "The edge draws anew for every upload, and every picture was sent once. Whoever sees several "
-    "uploads of one picture, or of frames that hardly differ, averages the draws away.",
+    "uploads of one picture, or of frames that hardly differ, puts them together.",
     "Audit again with uploads=8, say, unless the device never sends a picture twice.",
 )
 NOT_CONVERGED = Flag(

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 from torch.nn import functional as F
 
 from patrol_prune.defences.base import Defence
+from patrol_prune.defences.bottleneck import Bottleneck
+from patrol_prune.defences.cem_patrol import CemPatrol
+from patrol_prune.defences.dropout import FeatureDropout
+from patrol_prune.defences.noise import GaussianNoise
 from patrol_prune.errors import InputError
 from patrol_prune.objective import PatrolObjective, TaskLoss
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
+
+_SEEDS_APART = 1_000_003
 
 
 @dataclass(frozen=True)
 class Combined(Defence):
     """Defences one behind the other, in the order in which the feature meets them.
 
-        Combined((FeatureDropout(0.5), Patrol(beta=10.0)))
+        Combined((FeatureDropout(0.5), Patrol(alpha=0.0, beta=10.0)))
 
     trains PATROL's edge against attackers who see the feature with its dropout. What draws or
-    rounds is put behind the edge in that order, each calibrated on what the ones before it send;
-    the one that trains in its own way, if there is one, gives the objective and sees the upload as
-    all of them leave it.
+    rounds is put behind the edge in that order, each calibrated on what the ones before it send,
+    each with a seed of its own; the one that trains in its own way, if there is one, gives the
+    objective and sees the upload as all of them leave it.
 
     Attributes:
-        parts: at least one defence; at most one of them has an objective of its own. One that
-            counts its bytes in its own way (quantisation, DISCO) stands last behind the edge.
+        parts: at least one defence; at most one of them has an objective of its own, without a
+            Lipschitz term beside one that draws (it would measure the draws). One that counts its
+            bytes in its own way (quantisation, DISCO) stands last behind the edge, one that prunes
+            (CEM's baseline) first of all.
     """
 
     name: ClassVar[str] = "combined"
@@ -37,15 +45,30 @@ class Combined(Defence):
     parts: tuple[Defence, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.parts or not all(isinstance(part, Defence) for part in self.parts):
-            raise InputError(f"Combined: expected a tuple of defences, came {self.parts!r}.")
-        training = [part.name for part in self.parts if _trains(part)]
+        given = self.parts
+        if not isinstance(given, (tuple, list)) or not given or not all(
+            isinstance(part, Defence) for part in given
+        ):
+            raise InputError(f"Combined: expected one or more defences as a tuple, came {given!r}.")
+        parts = tuple(inner for part in given
+                      for inner in (part.parts if isinstance(part, Combined) else (part,)))
+        object.__setattr__(self, "parts", parts)
+        training = [part for part in parts if _trains(part)]
         if len(training) > 1:
             raise InputError(
-                f"Combined: expected at most one defence with an objective of its own, came "
-                f"{' and '.join(training)}. Keep one of them; its settings hold the others' terms."
+                "Combined: expected at most one defence with an objective of its own, came "
+                f"{' and '.join(part.name for part in training)}. Keep one of them."
             )
-        behind = [part for part in self.parts if _is_behind(part)]
+        drawing = [part.name for part in parts if isinstance(part, (FeatureDropout, GaussianNoise))]
+        if drawing and any(getattr(part, "alpha", 0.0) for part in training):
+            raise InputError(
+                f"Combined: expected alpha=0 beside {drawing[0]}, came {training[0].name} with "
+                "alpha > 0: its Lipschitz term would measure the draws. Set alpha=0."
+            )
+        if any(isinstance(part, CemPatrol) for part in parts[1:]):
+            raise InputError("Combined: expected cem_patrol first, which prunes the edge that the "
+                             f"others stand behind, came {' + '.join(p.name for p in parts)}.")
+        behind = [part for part in parts if _is_behind(part)]
         for part in behind[:-1]:
             if type(part).upload_bytes is not Defence.upload_bytes:
                 raise InputError(
@@ -55,7 +78,10 @@ class Combined(Defence):
 
     def apply(self, split: Split, *, calibration: Tensor | None = None) -> Split:
         """See `Defence.apply`."""
-        for part in self.parts:
+        for place, part in enumerate(self.parts):
+            if place and isinstance(part, (FeatureDropout, GaussianNoise)):
+                # One stream for two defences would let the one tell of the other.
+                part = replace(part, seed=part.seed + place * _SEEDS_APART)
             split = part.apply(split, calibration=calibration)
         return split
 
@@ -69,10 +95,9 @@ class Combined(Defence):
     ) -> PatrolObjective | None:
         """See `Defence.objective`."""
         for part in self.parts:
-            found = part.objective(split, normalization=normalization, seed=seed,
-                                   task_loss=task_loss)
-            if found is not None:
-                return found
+            if _trains(part):
+                return part.objective(split, normalization=normalization, seed=seed,
+                                      task_loss=task_loss)
         return None
 
     def upload_bytes(self, feature_shape: Sequence[int]) -> int:
@@ -82,8 +107,12 @@ class Combined(Defence):
 
 
 def _trains(part: Defence) -> bool:
+    """Whether it has an objective of its own; a bottleneck has one with an adversary alone."""
+    if isinstance(part, Bottleneck):
+        return part.beta > 0
     return type(part).objective is not Defence.objective
 
 
 def _is_behind(part: Defence) -> bool:
-    return type(part).apply is not Defence.apply
+    """Whether it puts something behind the edge."""
+    return type(part).apply is not Defence.apply and not isinstance(part, CemPatrol)
