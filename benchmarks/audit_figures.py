@@ -63,6 +63,10 @@ INSIDE = {
     "narrow-16": "upload pruned to 16 channels first",
     "narrow-8": "upload pruned to 8 channels first",
     "longer": "three times as long", "longest": "six times as long",
+    "longer-dropout": "and dropout, p 0.5, three times as long",
+    "longer-light-dropout": "and dropout, p 0.25, three times as long",
+    "half": "at half of the edge", "half-longer": "at half of the edge, three times as long",
+    "half-longer-light-dropout": "and dropout, p 0.25, at half of the edge, three times as long",
     "taylor": "on Taylor pruning",
     "long": "larger surrogates, three times as long",
     "lipschitz-paper": "the paper's Lipschitz term alone",
@@ -84,22 +88,22 @@ def load(name: str) -> dict[str, Any]:
 def attack_name(row: Row) -> str:
     """The attack's name as tables say it, with the attacker's data where it is not the usual."""
     name = ATTACKS.get(row["attack"], row["attack"])
+    if not seen_once(row):
+        name += ", any number of uploads of each picture"
     if row.get("began_with") == "inverse_network_ssim":
         return f"{name} by the MSE + SSIM decoder"
     if row.get("attacker_data") == "shifted":
         return f"{name}, {row['attacker_images']:,} images of another kind"
     if row.get("times_as_long", 1) > 1:
         return f"{name}, {row['times_as_long']} times as long"
-    if not seen_once(row):
-        return f"{name}, {row['uploads']} uploads of each picture"
     if row["attacker_images"] < 10_000:
         return f"{name}, {row['attacker_images']:,} images"
     return name
 
 
 def seen_once(row: Row) -> bool:
-    """Whether the attacker had one upload of each picture."""
-    return (row.get("uploads") or 1) == 1
+    """Whether the attacker had one upload of each picture, of an edge that draws."""
+    return not row.get("silenced")
 
 
 def is_deeper_best(row: Row) -> bool:

@@ -33,6 +33,7 @@ from record import commit, write
 import patrol_prune as pp
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.data import load_image_folder
+from patrol_prune.defences import RandomUpload
 from patrol_prune.storage import save_state
 
 BLACK = "inverse_network"
@@ -46,14 +47,13 @@ WITHOUT_QUERIES = ("query_free_same", "query_free_other", "query_free_match")
 QUERY_FREE_IMAGES = 4_000
 FEWER = (100, 1_000)
 LONG = 3
-UPLOADS = 8
 EARLIER = "earlier"
 """The base of rows whose models were trained before this working directory."""
 OF_A_RECORD = ("date", "commit", "device", "versions", "command")
 LEARNT_MSE = ("patrol", "disco", "adversarial_only", "cem_patrol")
 KEPT_OF_A_RECORD = (
     "attack", "attacker_data", "attacker_images", "victim_images", "box", "ssim", "ssim_worst5",
-    "psnr", "mse", "gmsd", "rank1", "rank5", "chance1", "chance5", "epochs", "plateau", "uploads",
+    "psnr", "mse", "gmsd", "rank1", "rank5", "chance1", "chance5", "epochs", "plateau",
 )
 
 
@@ -68,7 +68,7 @@ class Step:
     fewer: int | None = None
     shifted: bool = False
     optimised: bool = False
-    uploads: int = 1
+    silenced: bool = False
 
     @property
     def key(self) -> str:
@@ -99,7 +99,7 @@ def steps(args: Frontier) -> list[Step]:
         thorough += [Step(m, name, (name,), fewer=QUERY_FREE_IMAGES)
                      for name in WITHOUT_QUERIES[1:]]
     thorough += [Step(m, "long", (STRONG,)) for m in rows if m.key in ATTACKED_LONGER]
-    thorough += [Step(m, f"uploads-{UPLOADS}", (STRONG,), uploads=UPLOADS)
+    thorough += [Step(m, "silenced", (STRONG,), silenced=True)
                  for m in rows if m.key in SEEN_OFTEN]
     # The models that matter meet each attack in turn, so that an interrupted run compares them.
     groups = list(dict.fromkeys(step.group for step in thorough))
@@ -132,6 +132,10 @@ def attacked(args: Frontier, data: Data, step: Step) -> list[dict[str, Any]]:
         return content if isinstance(content, list) else [content]
     split, known = defended(args, data, step.method)
     split.model.to(args.device)
+    if step.silenced:  # what as many uploads of each picture as one likes come to
+        for module in split.edge.modules():
+            if isinstance(module, RandomUpload):
+                module.silent = True
     start = time.perf_counter()
     images, labels = data.attacker.images[: step.fewer], data.attacker.labels[: step.fewer]
     if step.shifted:
@@ -142,7 +146,7 @@ def attacked(args: Frontier, data: Data, step: Step) -> list[dict[str, Any]]:
     victims = data.victims.images[: count if step.optimised else None]
     report = pp.audit(split, images, victims, attacks=step.attacks, seeds=(1000 + step.seed,),
                       attacker_labels=labels, normalization=NORMALIZATION, device=args.device,
-                      config=attack_config(args, step), examples=8, uploads=step.uploads,
+                      config=attack_config(args, step), examples=8,
                       settings={"rmle": RMLEConfig(steps=400, tuning_images=8, tuning_steps=60)})
     floor = next(r for r in report.records if r["subject"] == "floor")
     rows = []
@@ -194,7 +198,7 @@ def row_of(args: Frontier, step: Step, split: pp.Split, known: dict[str, Any],
         **{k: record.get(k) for k in KEPT_OF_A_RECORD},
         "attacker_data": "shifted" if step.shifted else "same",
         "began_with": step.attacks[0] if record["attack"] == "rmle" else None,
-        "times_as_long": LONG if step.group == "long" else 1,
+        "times_as_long": LONG if step.group == "long" else 1, "silenced": step.silenced,
         **{k: known.get(k) for k in ("accuracy", "accuracy_before_finetuning", "surrogate_mse",
                                      "surrogate_ssim", "kept")},
         "dense_accuracy": dense_accuracy(args), "train_seconds": known["seconds"],
@@ -281,7 +285,8 @@ def kinds_of(args: Frontier, step: Step) -> set[tuple[Any, ...]]:
         "attacker_data": "shifted" if step.shifted else "same",
         "victim_images": args.optimised_images if step.optimised else args.test_images,
         "times_as_long": LONG if step.group == "long" else 1,
-        "began_with": step.attacks[0] if attack == "rmle" else None, "uploads": step.uploads,
+        "began_with": step.attacks[0] if attack == "rmle" else None,
+        "silenced": step.silenced,
     }) for attack in step.attacks}
 
 
@@ -299,7 +304,7 @@ def kind_of(args: Frontier, row: dict[str, Any]) -> tuple[Any, ...]:
             row["attack_seed"], row["attack"], row["attacker_images"],
             row.get("attacker_data") or "same", row.get("victim_images", args.test_images),
             row.get("times_as_long") or 1, row.get("began_with") or BLACK,
-            row.get("uploads") or 1)
+            bool(row.get("silenced")))
 
 
 def main(args: Frontier) -> None:

@@ -163,8 +163,11 @@ ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-feature_dropout@longer-0.5
                    "with-patrol@half-longer-light-dropout-10-avgpool")
 """What is compared with the best of these, so that its longest attack has others beside it."""
 SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@longer-1-layer4",
-              "with-patrol@longer-dropout-10-layer4")
-"""What draws for every upload, and is attacked by its mean over several uploads too."""
+              "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-avgpool",
+              "with-patrol@longer-light-dropout-10-avgpool",
+              "with-patrol@half-longer-light-dropout-10-avgpool")
+"""What draws for every upload, and is attacked without its draws too: any number of uploads of a
+picture come to that."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
 DEEPER_BEST = "with-patrol@longer-10-layer4"

@@ -19,8 +19,15 @@ BEHIND = {"longer-dropout": "and dropout, p 0.5",
 COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on with",
            "accuracy": "accuracy", "lost": "points below dense", "ssim": "attacker's SSIM",
            "plateau": "plateau", "long": "attacked 3 times as long",
-           "long_plateau": "plateau there", "often": "8 uploads of each",
+           "long_plateau": "plateau there", "often": "any number of uploads of each",
            "worst": "worst 5%", "floor": "floor", "macs": "edge MACs"}
+
+
+LEGEND = (
+    "`worst 5%` is of the attack of usual length. ± is the sample deviation over the seeds; [n] "
+    "says that so many of them have the figure. `any number of uploads of each`: the attack of usual "
+    "length on the edge without its draws, which is what many uploads of one picture come to."
+)
 
 
 def seeds(record: dict[str, Any], measured: str) -> str:
@@ -31,9 +38,7 @@ def seeds(record: dict[str, Any], measured: str) -> str:
         "Everything anew for each training seed: the parts of the images, the dense model, the "
         "pruned one, the defence, the attackers. Every row is trained three times as long as the "
         f"sweep's; {rows[0]['victim_images']:,} test images; residual decoder (MSE + SSIM). Floor: "
-        "the mean image. `worst 5%` is of the longest attack in the line. ± is the sample "
-        "deviation over the seeds that have the row. `8 uploads of each`: the attacker averages as "
-        "many uploads of every picture, which matters where the edge draws at random."
+        f"the mean image. {LEGEND}"
     )
     return "\n\n".join([
         intro, *(at_place([row for row in rows if place(row) == where]) for where in places),
@@ -58,7 +63,10 @@ def means(record: dict[str, Any], measured: str) -> str:
                   for each, line in zip(by_name.values(), mean_lines(by_name, longer),
                                         strict=True)]
         texts.append(f"After {where}, on the same pruned models:\n\n{compared(by_name, longer)}")
-    return "\n\n".join([render_table(lines, columns).strip(), *texts,
+    first = rows[0]
+    legend = (f"Means over the training seeds; {first['victim_images']:,} test images, residual "
+              f"decoder (MSE + SSIM); floor: the mean image. {LEGEND}")
+    return "\n\n".join([render_table(lines, columns).strip(), legend, *texts,
                         " ".join([measured, *elsewhere(rows)])])
 
 
@@ -83,7 +91,7 @@ def at_place(rows: list[Row]) -> str:
 
 def grouped(rows: list[Row]) -> tuple[dict[str, list[Row]], dict[tuple[str, int], Row]]:
     """Those of the usual attack by what they were trained with, and of the longer one by that and
-    the training seed. Where an attacker had several uploads of each picture, the row says so."""
+    the training seed. `often` is the row of the same edge without its draws."""
     once = [row for row in rows if seen_once(row)]
     often = {(name_of(row), row["train_seed"]): row for row in rows if not seen_once(row)}
     rows = [{**row, "often": often.get((name_of(row), row["train_seed"]))} for row in once]
@@ -138,7 +146,7 @@ def line(row: Row, longer: Row | None) -> dict[str, str]:
         "long": f"{longer['ssim']:.3f}" if longer else "",
         "often": f"{row['often']['ssim']:.3f}" if row["often"] else "",
         "long_plateau": YES_OR_NO[longer["plateau"]] if longer else "",
-        "worst": f"{(longer or row)['ssim_worst5']:.3f}", "floor": f"{row['floor_ssim']:.3f}",
+        "worst": f"{row['ssim_worst5']:.3f}", "floor": f"{row['floor_ssim']:.3f}",
         "macs": f"{row['edge_macs'] / 1e6:.2f} M",
     }
 
@@ -155,12 +163,18 @@ def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
         "seed": "mean", "dense": mean([100 * r["dense_accuracy"] for r in rows], 1) + "%",
         "defence": name_of(rows[0]), "accuracy": mean([100 * r["accuracy"] for r in rows], 1) + "%",
         "lost": mean([lost(r) for r in rows], 2), "ssim": mean([r["ssim"] for r in rows], 3),
-        "long": mean([r["ssim"] for r in longer], 3),
-        "often": mean([r["often"]["ssim"] for r in rows if r["often"]], 3),
-        "worst": mean([r["ssim_worst5"] for r in longer or rows], 3),
+        "long": part_of(rows, [r["ssim"] for r in longer]),
+        "often": part_of(rows, [r["often"]["ssim"] for r in rows if r["often"]]),
+        "worst": mean([r["ssim_worst5"] for r in rows], 3),
         "floor": mean([r["floor_ssim"] for r in rows], 3),
         "macs": mean([r["edge_macs"] / 1e6 for r in rows], 2) + " M",
     }
+
+
+def part_of(rows: list[Row], values: list[float]) -> str:
+    """Their mean, and how many they are where not every row has one."""
+    count = f" [{len(values)}]" if 0 < len(values) < len(rows) else ""
+    return mean_and_deviation(values, 3) + count
 
 
 def compared(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) -> str:

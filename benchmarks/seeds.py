@@ -29,13 +29,13 @@ BEHIND_THE_POOLING = (
 )
 WHERE_THERE = tuple(
     step for key in (DEEPER_BEST, *ATTACKED_LONGER, *BEHIND_THE_POOLING)
-    for step in (f"{key}-ssim-0", f"{key}-long-0", f"{key}-uploads-8-0") if step not in STEPS
+    for step in (f"{key}-ssim-0", f"{key}-long-0", f"{key}-silenced-0") if step not in STEPS
 )
 RESULTS = ROOT / "results" / "seeds.json"
 
 
 def gathered(works: tuple[Path, ...]) -> list[dict[str, Any]]:
-    """The rows of every working directory, none of them missing and no training seed twice."""
+    """The rows of every working directory, its control among them, and no training seed twice."""
     rows: list[dict[str, Any]] = []
     seeds: set[int] = set()
     for work in works:

@@ -35,7 +35,7 @@ def test_means_spreads_and_pairs(modules: tuple[ModuleType, ModuleType]) -> None
     lines = [line for line in page.splitlines() if line.startswith("| mean")]
     assert len(lines) == 2
     assert "0.450 ± 0.071" in lines[0] and "3.00 ± 1.41" in lines[0]
-    assert "0.250 ± 0.071" in lines[1] and "| 0.340 |" in lines[1]
+    assert "0.250 ± 0.071" in lines[1] and "| 0.340 [1] |" in lines[1]
     assert "0.50 to 0.60 times the SSIM, for 1.00 to 2.00 points" in page
     assert "0.68 times" in page  # 0.34 / 0.50, of the one seed that was attacked for longer
     assert page.count("| no |") == 4 and page.count("| yes |") == 1
@@ -56,11 +56,21 @@ def test_other_defences_stand_beside_the_best_one(
     assert page.index("| nothing |") < page.index("| PATROL") < page.index("| dropout")
 
 
-def test_several_uploads_of_a_picture_stand_beside_one(
+def test_a_figure_of_some_seeds_says_of_how_many(
+    modules: tuple[ModuleType, ModuleType]
+) -> None:
+    rows = [row("patrol", seed, 0.2, 0.8) for seed in range(3)]
+    rows += [{**row("patrol", 1, 0.3, 0.8, times=3), "ssim_worst5": 0.9}]
+    for render in (modules[1].seeds, modules[1].means):
+        page = render({"rows": rows}, "here")
+        assert "| 0.300 [1] |" in page and "| 0.600 ± 0.000 |" in page
+
+
+def test_many_uploads_of_a_picture_stand_beside_one(
     modules: tuple[ModuleType, ModuleType]
 ) -> None:
     drops = row("feature_dropout", 0, 0.30, 0.88)
-    rows = [row("none", 0, 0.40, 0.88), drops, {**drops, "uploads": 8, "ssim": 0.39}]
+    rows = [row("none", 0, 0.40, 0.88), drops, {**drops, "silenced": True, "ssim": 0.39}]
     for render in (modules[1].seeds, modules[1].means):
         lines = [line for line in render({"rows": rows}, "here").splitlines()
                  if "| dropout" in line]
