@@ -25,7 +25,7 @@ COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on wit
 
 LEGEND = (
     "`worst 5%` is of the attack of usual length. ± is the sample deviation over the seeds; [n] "
-    "says that so many of them have the figure. `any number of uploads of each`: the attack of usual "
+    "says that so many of them have it. `any number of uploads of each`: the attack of usual "
     "length on the edge without its draws, which is what many uploads of one picture come to."
 )
 

@@ -131,7 +131,7 @@ def _mse(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    # torchmetrics takes a quarter of the time that a command needs to start: only where it is used.
+    # Slow to import, and most commands need none of it.
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     values = structural_similarity_index_measure(

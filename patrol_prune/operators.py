@@ -11,6 +11,8 @@ import re
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves
 
 from patrol_prune.groups import CONV
 
@@ -29,6 +31,7 @@ _OF_LAYERS = re.compile(
     r"(NativeLayerNorm|NativeGroupNorm|\w*BatchNorm|Convolution|Mm|Addmm)Backward\d*"
 )
 _OVER_POSITIONS = re.compile(r"(Mean|Sum|Amax|Amin|Var|Std)Backward\d*")
+_COLOURS = 4
 _RESHAPE = re.compile(r"(View|UnsafeView|ReshapeAlias)Backward\d*")
 
 
@@ -49,9 +52,7 @@ def doubtful(graph: Any) -> tuple[str, ...]:
     found = [name for name, grad_fn in _operators(graph)
              if not _keeps_apart(name, grad_fn, weights, convolves)]
     found += [type(layer).__name__ for layer in layers if not _is_plain(layer)]
-    found += _wide_tensors(graph.model, {
-        layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
-        for layer in layers})
+    found += _wide_tensors(graph.model, _widths(layers))
     return tuple(dict.fromkeys(found))
 
 
@@ -99,17 +100,27 @@ def _is_plain(layer: nn.Module) -> bool:
                for name in ("forward", "_conv_forward"))
 
 
+def _widths(layers: list[Any]) -> set[int]:
+    """What layers give, and what they read where that is more than an image's colours."""
+    linear = [layer for layer in layers if isinstance(layer, nn.Linear)]
+    others = [layer for layer in layers if not isinstance(layer, nn.Linear)]
+    read = {m.in_features for m in linear} | {m.in_channels for m in others}
+    return ({m.out_features for m in linear} | {m.out_channels for m in others}
+            | {width for width in read if width > _COLOURS})
+
+
 def _wide_tensors(model: nn.Module, widths: set[int]) -> list[str]:
-    """Buffers and plain tensors of modules with a forward of their own, with a side of such a
-    width."""
+    """Buffers and plain tensors, also in lists and dicts, of modules with a forward of their own,
+    with a side of such a width; batch norms have theirs narrowed."""
     found = []
     for prefix, module in model.named_modules():
-        if type(module).__module__.startswith("torch.nn."):
+        if type(module).__module__.startswith("torch.nn.") or isinstance(module, _BatchNorm):
             continue
-        own = {**dict(module.named_buffers(recurse=False)),
-               **{k: v for k, v in vars(module).items() if isinstance(v, Tensor)}}
-        found += [f"{prefix}.{name}".lstrip(".") for name, tensor in own.items()
-                  if widths & set(tensor.shape)]
+        own = dict(module.named_buffers(recurse=False))
+        own |= {k: v for k, v in vars(module).items() if not k.startswith("_")}
+        found += [f"{prefix}.{name}".lstrip(".") for name, value in own.items()
+                  if any(isinstance(t, Tensor) and widths & set(t.shape)
+                         for t in tree_leaves(value))]
     return found
 
 

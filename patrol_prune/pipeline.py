@@ -117,7 +117,9 @@ def _opened(
     images = read_images(config)
     incoming_model(config, len(images.classes))
     path = Path(config.runs) / config.name
-    with RunDirectory(path, config.to_dict(), overwrite=overwrite, free_keys=FREE_KEYS) as folder:
+    defaults = RunConfig(config.data, config.edge_macs).to_dict()
+    with RunDirectory(path, config.to_dict(), overwrite=overwrite, free_keys=FREE_KEYS,
+                      defaults=defaults) as folder:
         yield Work(config, folder, images, device, progress, bars)
 
 

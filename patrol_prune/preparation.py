@@ -150,13 +150,20 @@ def with_dropout(config: RunConfig, split: Split) -> Split:
 
 
 def dropout_notes(config: RunConfig) -> list[str]:
-    """What whoever deploys the edge has to know."""
-    p = config.privacy.dropout
+    """What whoever deploys the edge, or reads what attackers saw of it, has to know."""
+    p, uploads = config.privacy.dropout, config.audit.uploads
     if not p:
         return []
-    return [f"The edge was trained and attacked with {100 * p:g}% of its upload dropped at random, "
+    told = [f"The edge was trained and attacked with {100 * p:g}% of its upload dropped at random, "
             "anew for every upload. The saved split does not hold that: on the device, run "
-            f'pp.make_defence("feature_dropout", {p:g}).apply(pp.load(...)).']
+            f'pp.make_defence("feature_dropout", {p}, seed=secrets.randbits(60))'
+            ".apply(pp.load(...)), with a seed that nobody knows."]
+    each = "one upload" if uploads == 1 else f"{uploads} uploads"
+    told.append(f"The attackers had {each} of every picture.")
+    if uploads == 1:
+        told[-1] += (" Whoever sees more of them sees more: patrol-prune audit with --uploads 8 "
+                     "says what.")
+    return told
 
 
 def training_batches(config: RunConfig, images: Images, *, augment: bool, offset: int) -> Batches:

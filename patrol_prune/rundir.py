@@ -49,6 +49,8 @@ class RunDirectory:
         overwrite: throw away what an earlier run left here, and nothing else.
         free_keys: dotted settings that do not change a result (`device`); they may differ.
         outputs: names of files and folders of a run's own, which `overwrite` throws away as well.
+        defaults: plain data of every setting's default: what a run of an earlier release, whose
+            settings lack the newer ones, was made with.
 
     Raises:
         RunDirectoryError: the directory holds a run with other settings (each is named), holds
@@ -63,6 +65,7 @@ class RunDirectory:
         overwrite: bool = False,
         free_keys: Iterable[str] = (),
         outputs: Iterable[str] = (),
+        defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.outputs = Path(path), (*OUTPUTS, *outputs)
         if self.path.exists() and not self.path.is_dir():
@@ -73,7 +76,7 @@ class RunDirectory:
         try:
             if overwrite:
                 self._clear()
-            self.resumed = self._settle(dict(config), set(free_keys))
+            self.resumed = self._settle(dict(config), set(free_keys), dict(defaults or {}))
         except BaseException:
             self.close()
             raise
@@ -148,13 +151,16 @@ class RunDirectory:
                            self / MANIFEST, error)
             return {}
 
-    def _settle(self, config: dict[str, Any], free_keys: set[str]) -> bool:
+    def _settle(
+        self, config: dict[str, Any], free_keys: set[str], defaults: dict[str, Any]
+    ) -> bool:
         """Write the settings of a new run, or compare them with those of the one that is here."""
         file = self / CONFIG
         if not file.exists():
             atomic_write_text(file, yaml.safe_dump(config, sort_keys=False, allow_unicode=True))
             return False
         old, new = flatten(read_config(file)), flatten(config)
+        old = {k: v for k, v in flatten(defaults).items() if k in new} | old
         different = [key for key in sorted(old.keys() | new.keys())
                      if key not in free_keys and old.get(key) != new.get(key)]
         if different:

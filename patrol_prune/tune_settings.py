@@ -100,6 +100,11 @@ class TuneConfig(RunConfig):
             raise InputError(
                 f"Expected alpha_choices to be different numbers of at least 0, came {alphas}."
             )
+        if self.privacy.dropout and max(alphas) > 0:
+            raise InputError(
+                "Expected alpha_choices of 0 alone beside privacy.dropout (Lipschitz terms look at "
+                f"an edge that draws nothing), came {alphas}. Give --alpha_choices '[0.0]'."
+            )
 
     def _check_limits(self) -> None:
         if self.min_accuracy is not None and self.max_accuracy_drop is not None:

@@ -127,6 +127,8 @@ def test_bad_input_is_refused() -> None:
         LinearInverseConfig(kernel=2)
     with pytest.raises(InputError, match="at least 20"):
         LinearInverse().fit(Knowledge(KNOWN[:5], z=KNOWN[:5]))
+    with pytest.raises(InputError, match="finite features"):
+        LinearInverse().fit(Knowledge(KNOWN, z=torch.full((len(KNOWN), 4), float("nan"))))
     with pytest.raises(InputError, match="got none"):
         LinearInverse().fit(Knowledge(KNOWN))
     with pytest.raises(InputError, match="not been trained"):

@@ -177,6 +177,43 @@ def test_a_constant_as_wide_as_the_channels(registered: bool, transposed: bool) 
     torch.testing.assert_close(removed, masked, rtol=0.0, atol=1e-5)
 
 
+class Held(nn.Module):
+    """A constant behind a concatenation or a flattening, in a list."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 8, 1)
+        self.last = nn.Linear(72, 5) if how == "flattened" else nn.Conv2d(16, 2, 1)
+        shape = (72,) if how == "flattened" else (16, 1, 1)
+        self.constants = [torch.linspace(-1.0, 1.0, 72 if how == "flattened" else 16).view(shape)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu().flatten(1) if self.how == "flattened" else torch.cat(
+            [self.a(x), self.b(x)], 1).relu()
+        return self.last(x - self.constants[0])
+
+
+@pytest.mark.parametrize("how", ["flattened", "concatenated"])
+def test_a_constant_in_a_list_as_wide_as_what_is_read(how: str) -> None:
+    model, x = randomize(Held(how)).eval(), torch.randn(1, 3, 3, 3)
+    assert doubtful(traced(model, x)) == ("constants",)
+    table, removed, masked = removed_and_masked(model, x)
+    assert all(group.blocked is not None for name, group in table.groups.items()
+               if name in ("a", "b") and (name == "a" or how == "concatenated"))
+    torch.testing.assert_close(removed, masked, rtol=0.0, atol=1e-5)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A batch norm of one's own, whose statistics are narrowed as usual."""
+
+
+def test_a_batch_norm_of_ones_own_needs_no_trial() -> None:
+    layers = nn.Conv2d(3, 8, 1), OwnNorm(8), nn.ReLU(), nn.Conv2d(8, 2, 1)
+    model, x = randomize(nn.Sequential(*layers)).eval(), torch.randn(1, 3, 5, 5)
+    assert doubtful(traced(model, x)) == ()
+
+
 class Shaped(nn.Module):
     """Nets in which names, widths and depth could hide what mixes."""
 

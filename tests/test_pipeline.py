@@ -131,6 +131,19 @@ def test_the_same_settings_do_nothing_again(
     assert again.summary == finished.summary
 
 
+def test_a_run_of_an_earlier_release_is_resumed_with_the_newer_defaults(
+    finished: RunResult, folder: Path, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    settings = yaml.safe_load((copied / "config.yaml").read_text())
+    del settings["privacy"]["dropout"], settings["audit"]["uploads"]
+    (copied / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert run(tiny(folder, tmp_path)).audit.per_image == finished.audit.per_image
+    other = replace(tiny(folder, tmp_path), privacy=PrivacyConfig(dropout=0.5))
+    with pytest.raises(RunDirectoryError, match=r"privacy\.dropout: 0\.0 there, 0\.5 now"):
+        run(other)
+
+
 def test_other_settings_are_refused_by_name(finished: RunResult, folder: Path) -> None:
     other = replace(tiny(folder, finished.directory.parent), seed=5, edge_macs="0.6")
     with pytest.raises(RunDirectoryError, match=r"edge_macs: '0\.5' there, '0\.6' now") as error:
@@ -205,7 +218,9 @@ def test_dropout_on_the_upload_is_trained_measured_and_attacked(
     assert all(torch.equal(weights(resumed)[name], ours[name]) for name in ours)
     assert resumed.audit.per_image == result.audit.per_image
     often = audit_again(resumed.directory, attacks=("linear_inverse",), uploads=4)
-    assert {r["uploads"] for r in often.audit.records} == {4}
+    found = {(r["subject"], r["attack"]): r["uploads"] for r in often.audit.records}
+    assert found["edge", "linear_inverse"] == 4 and found["undefended", "linear_inverse"] == 1
+    assert "4 uploads of every picture" in often.report.read_text(encoding="utf-8")
 
 
 def test_a_harmed_stage_and_all_after_it_are_done_again(

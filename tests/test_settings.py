@@ -59,7 +59,7 @@ def test_frozen() -> None:
         ({"privacy": {"beta": -1}}, r"privacy\.beta"),
         ({"privacy": {"dropout": 1.0}}, r"privacy\.dropout in \[0, 1\)"),
         ({"privacy": {"dropout": 0.5, "alpha": 0.1}}, r"privacy\.alpha=0 beside it"),
-        ({"audit": {"uploads": 0}}, "at least 1 upload"),
+        ({"audit": {"uploads": 0}}, r"audit\.uploads as a whole number"),
         ({"privacy": {"lipschitz_form": "spectrl"}}, "paper, spectral, came 'spectrl'"),
         ({"audit": {"attacks": ["inverse_netwrk"]}}, "Did you mean: inverse_network"),
         ({"audit": {"seeds": [1, 1]}}, "different seeds"),

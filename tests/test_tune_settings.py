@@ -48,6 +48,7 @@ def test_a_file_gives_the_same_settings_back(tmp_path: Path, config: TuneConfig)
         ({"budget_range": [0.5, 1.5]}, "largest <= 1"),
         ({"alpha_choices": []}, "alpha_choices"),
         ({"alpha_choices": [-1.0]}, "alpha_choices"),
+        ({"privacy": {"dropout": 0.5}}, "alpha_choices of 0 alone"),
         ({"alpha_choices": [float("nan")]}, "alpha_choices"),
         ({"min_accuracy": 80}, "0.8 is 80%"),
         ({"max_accuracy_drop": -0.1}, "max_accuracy_drop"),

@@ -41,10 +41,11 @@ def run(
     Raises:
         PatrolError: whatever is wrong with the settings, the pictures or the run's folder.
     """
-    plain = json.loads(json.dumps(asdict(config)))  # tuples as lists, as YAML reads them back
+    # tuples as lists, as YAML reads them back
+    plain, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, ReidRun(config.data)))
     path = Path(config.runs) / config.name
     with RunDirectory(path, plain, overwrite=overwrite, free_keys=FREE_KEYS,
-                      outputs=OUTPUTS) as folder:
+                      outputs=OUTPUTS, defaults=defaults) as folder:
         return Work(config, folder, progress).go()
 
 

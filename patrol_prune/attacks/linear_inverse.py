@@ -232,6 +232,11 @@ class LinearInverse:
         mean_in, mean_out = sum_in / count, sum_out / count
         gram = gram / count - torch.outer(mean_in, mean_in)
         cross = cross / count - torch.outer(mean_in, mean_out)
+        if not bool(gram.isfinite().all()):
+            raise InputError(
+                "Expected finite features of the attacker's images, came NaN or infinity. Look at "
+                "the edge's weights and at the normalisation of its input."
+            )
         alive = gram.diagonal() > 0
         gram, cross = gram[alive][:, alive], cross[alive]
         scale = gram.diagonal().mean() if len(gram) else gram.new_zeros(())

@@ -35,7 +35,7 @@ class Defence:
     same edge. This base changes nothing; each defence overrides what it needs.
 
     Attributes:
-        name: as in `DEFENCES`.
+        name: as in `DEFENCES`, which holds all but `Combined`.
         swept: the field that is the defence's strength; empty for one without.
     """
 
