@@ -23,6 +23,8 @@ COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on wit
            "worst": "worst 5%", "floor": "floor", "macs": "edge MACs"}
 
 
+GOAL = 0.22
+"""For the SSIM at an accuracy within a point of the dense model."""
 LEGEND = (
     "`worst 5%` is of the attack of usual length. ± is the sample deviation over the seeds; [n] "
     "says that so many of them have it. `any number of uploads of each`: the attack of usual "
@@ -208,7 +210,28 @@ def compared(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) 
             f"{sentence_case(name)} against {name_of(patrol[0])}, under the attack {attack} on "
             f"both: {span(ratios)} times the SSIM, {span(gains)} points of accuracy more (less "
             "where negative).")
+    parts.append(within_a_point(by_name, longer))
     return "\n".join(f"- {part}" for part in parts)
+
+
+def within_a_point(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) -> str:
+    """The most private rows within a point of their own dense models, and whether they reach the
+    goal: under the longer attack where every seed has it."""
+    found = []
+    for name, rows in by_name.items():
+        long = [longer[key] for row in rows if (key := (name, row["train_seed"])) in longer]
+        met = long if len(long) == len(rows) else rows
+        if statistics.mean(lost(row) for row in rows) <= 1.0:
+            found.append((statistics.mean(row["ssim"] for row in met), name, met is long))
+    if not found:
+        return f"No row is within a point of its dense model (the goal there: SSIM {GOAL})."
+    ssim, name, is_long = min(found)
+    attack = "three times as long" if is_long else "of usual length"
+    once = ", each picture uploaded once" * ("dropout" in name or "noise" in name)
+    verdict = "met" if ssim <= GOAL else "not met"
+    return (f"Within a point of the dense model the most private row is {name}: SSIM {ssim:.3f} "
+            f"under the attack {attack}{once}; the goal of {GOAL} is {verdict} under this attack, "
+            "the only kind that was tried on it.")
 
 
 def sentence_case(text: str) -> str:

@@ -66,6 +66,25 @@ def test_a_figure_of_some_seeds_says_of_how_many(
         assert "| 0.300 [1] |" in page and "| 0.600 ± 0.000 |" in page
 
 
+def test_the_goal_is_judged_by_the_longer_attack_within_a_point(
+    modules: tuple[ModuleType, ModuleType]
+) -> None:
+    rows = [row("none", 0, 0.4, 0.895), row("patrol", 0, 0.2, 0.88)]
+
+    def page() -> str:
+        return str(modules[1].seeds({"rows": rows}, "here"))
+
+    usual, goal = "under the attack of usual length; the goal of 0.22 is", "not met under"
+    assert f"is nothing: SSIM 0.400 {usual} {goal}" in page()
+    rows[1]["accuracy"] = 0.895
+    assert f"β 10: SSIM 0.200 {usual} met under" in page()
+    rows.append(row("patrol", 0, 0.23, 0.895, times=3))
+    assert f"β 10: SSIM 0.230 {usual.replace('of usual length', 'three times as long')} {goal}" in (
+        page())
+    rows = [row("none", 0, 0.4, 0.85)]
+    assert "No row is within a point" in page()
+
+
 def test_many_uploads_of_a_picture_stand_beside_one(
     modules: tuple[ModuleType, ModuleType]
 ) -> None:
