@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from audit_figures import DEFENCES, INSIDE, STRENGTHS, USUAL_SPLIT, attack_name, has_key, seen_once
+from audit_figures import USUAL_SPLIT
 from frontier_methods import DEEPER_EPOCHS, DEEPEST
+from row_names import DEFENCES, INSIDE, STRENGTHS, Row, attack_name, draws, has_key, seen_once
 from yardstick_figures import (
     as_thumbnail,
     below_the_floor,
@@ -15,7 +16,6 @@ from yardstick_figures import (
 
 from patrol_prune.report import render_table
 
-Row = dict[str, Any]
 STRONG = "inverse_network_ssim"
 DEPTHS = ("layer3", "layer4.0", "layer4", "avgpool")
 WORST = 0.35
@@ -101,8 +101,7 @@ def line(row: Row) -> dict[str, str]:
 
 def once(row: Row) -> str:
     """What has to be said of a row whose edge draws at random."""
-    draws = "dropout" in line(row)["defence"] or "noise" in line(row)["defence"]
-    return "each picture uploaded once; " * draws
+    return "each picture uploaded once; " * draws(row)
 
 
 def within(rows: list[Row], dense: float) -> str:

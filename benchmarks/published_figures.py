@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from audit_figures import ATTACKS, Row, load
+from audit_figures import load
+from row_names import ATTACKS, Row
 
 from patrol_prune.report import render_table
 

@@ -5,17 +5,12 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from audit_figures import STRENGTHS, seen_once
 from depth_figures import STRONG, trained_with
+from row_names import BEHIND, STRENGTHS, Row, draws, seen_once
 
 from patrol_prune.report import render_table
 
-Row = dict[str, Any]
 YES_OR_NO = {True: "yes", False: "no"}
-BEHIND = {"longer-dropout": "and dropout, p 0.5",
-          "longer-light-dropout": "and dropout, p 0.25",
-          "half-longer-light-dropout": "and dropout, p 0.25"}
-"""Recipes with a second defence behind the edge."""
 COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on with",
            "accuracy": "accuracy", "lost": "points below dense", "ssim": "attacker's SSIM",
            "plateau": "plateau", "long": "attacked 3 times as long",
@@ -215,19 +210,19 @@ def compared(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) 
 
 
 def within_a_point(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) -> str:
-    """The most private rows within a point of their own dense models, and whether they reach the
-    goal: under the longer attack where every seed has it."""
-    found = []
-    for name, rows in by_name.items():
-        long = [longer[key] for row in rows if (key := (name, row["train_seed"])) in longer]
-        met = long if len(long) == len(rows) else rows
-        if statistics.mean(lost(row) for row in rows) <= 1.0:
-            found.append((statistics.mean(row["ssim"] for row in met), name, met is long))
-    if not found:
-        return f"No row is within a point of its dense model (the goal there: SSIM {GOAL})."
-    ssim, name, is_long = min(found)
+    """The most private rows whose mean is within a point of their own dense models, and whether
+    they reach the goal: under the longer attack where every seed has it."""
+    near = {name: rows for name, rows in by_name.items()
+            if statistics.mean(lost(row) for row in rows) <= 1.0}
+    if not near:
+        return f"No mean is within a point of the dense models' (the goal there: SSIM {GOAL})."
+    name = min(near, key=lambda n: statistics.mean(row["ssim"] for row in near[n]))
+    rows = near[name]
+    long = [longer[key] for row in rows if (key := (name, row["train_seed"])) in longer]
+    is_long = len(long) == len(rows)
+    ssim = statistics.mean(row["ssim"] for row in (long if is_long else rows))
     attack = "three times as long" if is_long else "of usual length"
-    once = ", each picture uploaded once" * ("dropout" in name or "noise" in name)
+    once = ", each picture uploaded once" * draws(rows[0])
     verdict = "met" if ssim <= GOAL else "not met"
     return (f"Within a point of the dense model the most private row is {name}: SSIM {ssim:.3f} "
             f"under the attack {attack}{once}; the goal of {GOAL} is {verdict} under this attack, "

@@ -22,7 +22,8 @@ class Repeated(nn.Module):
         z_i = sum_k f_e(x)_i,k / max(1, #{k: f_e(x)_i,k != 0}), k = 1 ... K, each with its own draw
 
     Under noise that is the mean. Where values are dropped, those that came through show the rest as
-    it is, up to one factor, which decoders learn.
+    it is, up to one factor, which decoders learn. Of noise that a ReLU clips at 0 it forgets how
+    often it was clipped.
 
     Args:
         edge: one that draws; its weights are shared. It runs `K` times for each call.

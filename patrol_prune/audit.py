@@ -69,9 +69,8 @@ def audit(
 
     The edge runs in evaluation mode, in float32, where its weights are; every attack gets the edge
     as it is, noise and quantisation included. The victim's images are sent once, or `uploads`
-    times. Modes, gradients
-    and generators that the split holds come back as they were; the global generator of the CPU is
-    left untouched.
+    times. Modes, gradients and generators that the split holds come back as they were; the global
+    generator of the CPU is left untouched.
 
     Args:
         split: anything with an `edge`, and a `cloud` for attacks that go through it.

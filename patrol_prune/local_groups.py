@@ -18,10 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patrol_prune._tp import (
-    ExplodingGroupsError,
-    run_part,
-)
+from patrol_prune._tp import ExplodingGroupsError, run_part
 from patrol_prune.errors import UnsupportedModelError
 from patrol_prune.groups import CONV, ChannelGroup
 from patrol_prune.prunable import preserved

@@ -82,7 +82,7 @@ def test_the_goal_is_judged_by_the_longer_attack_within_a_point(
     assert f"β 10: SSIM 0.230 {usual.replace('of usual length', 'three times as long')} {goal}" in (
         page())
     rows = [row("none", 0, 0.4, 0.85)]
-    assert "No row is within a point" in page()
+    assert "No mean is within a point" in page()
 
 
 def test_many_uploads_of_a_picture_stand_beside_one(

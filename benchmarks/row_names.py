@@ -1,0 +1,109 @@
+"""How tables call what the frontier's rows are about."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from frontier_recipes import RECIPES
+
+Row = dict[str, Any]
+
+BEHIND = {name: f"and dropout, p {recipe.behind.strength:g}"
+          for name, recipe in RECIPES.items() if recipe.behind is not None}
+"""Of recipes with a second defence behind the edge."""
+METHODS = {
+    "dense": "dense, not pruned",
+    "taylor": "Taylor pruning",
+    "patrol": "**PATROL**",
+    "patrol-adversarial": "PATROL, adversarial term only",
+    "deeper": "**PATROL, cut deeper**",
+}
+ATTACKS = {
+    "inverse_network": "residual decoder",
+    "inverse_network_ssim": "residual decoder, MSE + SSIM",
+    "transposed": "transposed-convolution decoder",
+    "transposed_ssim": "transposed-convolution decoder, MSE + SSIM",
+    "unet": "U-shaped decoder",
+    "unet_ssim": "U-shaped decoder, MSE + SSIM",
+    "linear_inverse": "linear decoder, closed form",
+    "nearest_image": "nearest of the attacker's images",
+    "rmle": "rMLE, white box, warm-started",
+    "rmle_published": "rMLE with the published settings",
+    "image_prior": "image prior, white box",
+    "query_free": "query-free, same architecture",
+    "query_free_same": "query-free, same architecture",
+    "query_free_other": "query-free, other architecture",
+    "query_free_match": "query-free, without labels",
+}
+DEFENCES = {
+    "with-none": "none (trained on)",
+    "with-patrol": "PATROL's fine-tuning",
+    "patrol-more": "PATROL on its own pruned model",
+    "with-adversarial_only": "adversarial training",
+    "with-gaussian_noise": "Gaussian noise",
+    "with-laplacian_noise": "Laplacian noise",
+    "with-feature_dropout": "dropout on features",
+    "with-quantisation": "quantisation",
+    "with-nopeek": "NoPeek",
+    "with-bottleneck": "bottleneck, no adversary",
+    "with-disco": "DISCO-style dropping, β 10",
+    "with-cem_patrol": "CEM's \"PATROL\" baseline",
+}
+INSIDE = {
+    "mse": "surrogates of MSE alone", "large": "three larger surrogates on whole batches",
+    "renewed": "larger surrogates, the weakest renewed",
+    "pool": "larger surrogates with images of their own",
+    "features": "larger surrogates, features distilled",
+    "narrow-16": "upload pruned to 16 channels first",
+    "narrow-8": "upload pruned to 8 channels first",
+    "longer": "three times as long", "longest": "six times as long",
+    "longer-dropout": f"{BEHIND['longer-dropout']}, three times as long",
+    "longer-light-dropout": f"{BEHIND['longer-light-dropout']}, three times as long",
+    "half": "at half of the edge", "half-longer": "at half of the edge, three times as long",
+    "half-longer-light-dropout":
+        f"{BEHIND['half-longer-light-dropout']}, at half of the edge, three times as long",
+    "taylor": "on Taylor pruning",
+    "long": "larger surrogates, three times as long",
+    "lipschitz-paper": "the paper's Lipschitz term alone",
+    "lipschitz-scale-free": "the scale-free Lipschitz term alone",
+    "lipschitz-spectral": "the spectral Lipschitz term alone",
+}
+STRENGTHS = {
+    "patrol": "β {:g}", "adversarial_only": "β {:g}", "gaussian_noise": "σ {:g} of the RMS",
+    "laplacian_noise": "σ {:g} of the RMS", "feature_dropout": "p {:g}", "quantisation": "{:g} bit",
+    "nopeek": "weight {:g}", "bottleneck": "{:g} channels", "disco": "{:.0%} dropped",
+    "cem_patrol": "β {:g}",
+}
+DRAWING = ("gaussian_noise", "laplacian_noise", "feature_dropout")
+
+
+def attack_name(row: Row) -> str:
+    """The attack's name as tables say it, with the attacker's data where it is not the usual."""
+    name = ATTACKS.get(row["attack"], row["attack"])
+    if not seen_once(row):
+        name += ", any number of uploads of each picture"
+    if row.get("began_with") == "inverse_network_ssim":
+        return f"{name} by the MSE + SSIM decoder"
+    if row.get("attacker_data") == "shifted":
+        return f"{name}, {row['attacker_images']:,} images of another kind"
+    if row.get("times_as_long", 1) > 1:
+        return f"{name}, {row['times_as_long']} times as long"
+    if row["attacker_images"] < 10_000:
+        return f"{name}, {row['attacker_images']:,} images"
+    return name
+
+
+def seen_once(row: Row) -> bool:
+    """Whether the attacker had one upload of each picture, of an edge that draws."""
+    return not row.get("silenced")
+
+
+def draws(row: Row) -> bool:
+    """Whether the edge draws at random for every upload."""
+    return row.get("defence") in DRAWING or row.get("recipe") in BEHIND
+
+
+def has_key(row: Row, key: str) -> bool:
+    """Whether a row is about the defended model of this key."""
+    recipe = f"@{row['recipe']}" if row.get("recipe") else ""
+    return f"{row['method']}{recipe}-{row.get('strength') or 0:g}-{row['split']}" == key
