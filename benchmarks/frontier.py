@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frontier_methods import ATTACKED_LONGER, DATASET, SEEN_OFTEN, Frontier, Method, methods
+from frontier_methods import (
+    ATTACKED_LONGER,
+    DATASET,
+    MET_BY_OTHERS,
+    SEEN_OFTEN,
+    Frontier,
+    Method,
+    methods,
+)
 from frontier_models import NORMALIZATION, Data, defended, dense_model
 from jsonargparse import auto_cli
 from record import commit, write
@@ -42,6 +50,7 @@ STRONG = "inverse_network_ssim"
 far below it on adversarially trained features."""
 WHITE = ("inverse_network", "rmle")
 LEARNED = ("linear_inverse", "unet", "inverse_network_ssim")
+OTHER_FAMILIES = ("linear_inverse", "unet_ssim", "transposed_ssim")
 MORE_LEARNED = ("nearest_image", "transposed", "unet_ssim", "transposed_ssim")
 WITHOUT_QUERIES = ("query_free_same", "query_free_other", "query_free_match")
 QUERY_FREE_IMAGES = 4_000
@@ -99,6 +108,10 @@ def steps(args: Frontier) -> list[Step]:
         thorough += [Step(m, name, (name,), fewer=QUERY_FREE_IMAGES)
                      for name in WITHOUT_QUERIES[1:]]
     thorough += [Step(m, "long", (STRONG,)) for m in rows if m.key in ATTACKED_LONGER]
+    thorough += [Step(m, "white_strong", (STRONG, "rmle"), optimised=True)
+                 for m in rows if m.key in MET_BY_OTHERS]
+    thorough += [Step(m, name, (name,)) for m in rows if m.key in MET_BY_OTHERS
+                 for name in OTHER_FAMILIES]
     thorough += [Step(m, "silenced", (STRONG,), silenced=True)
                  for m in rows if m.key in SEEN_OFTEN]
     # The models that matter meet each attack in turn, so that an interrupted run compares them.

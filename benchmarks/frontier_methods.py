@@ -144,7 +144,7 @@ DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
     "layer4.0": {"none": (0.0,), "patrol": (10.0, 40.0), "patrol@longer": (10.0,),
                  "disco": (0.5,), "feature_dropout": (0.5,), "gaussian_noise": (1.0,)},
     "layer4": {"none": (0.0,), "none@longer": (0.0,), "patrol@longer": (10.0, 3.0),
-               "patrol@longer-dropout": (10.0,),
+               "patrol@longer-dropout": (10.0,), "patrol@longer-spared-dropout": (10.0,),
                "feature_dropout@longer": (0.5,), "gaussian_noise@longer": (1.0,),
                "disco@longer": (0.5,)},
     "avgpool": {"none": (0.0,), "none@longer": (0.0,), "patrol@longer": (10.0,),
@@ -159,15 +159,23 @@ SAME_MODEL = {"avgpool": "layer4"}
 ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-feature_dropout@longer-0.5-layer4",
                    "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4",
                    "with-patrol@longer-dropout-10-layer4",
+                   "with-patrol@longer-spared-dropout-10-layer4",
                    "with-patrol@longer-light-dropout-10-avgpool",
+                   "with-patrol@half-longer-10-avgpool",
                    "with-patrol@half-longer-light-dropout-10-avgpool")
 """What is compared with the best of these, so that its longest attack has others beside it."""
 SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@longer-1-layer4",
-              "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-avgpool",
+              "with-patrol@longer-dropout-10-layer4",
+              "with-patrol@longer-spared-dropout-10-layer4",
+              "with-feature_dropout@longer-0.5-avgpool",
               "with-patrol@longer-light-dropout-10-avgpool",
               "with-patrol@half-longer-light-dropout-10-avgpool")
 """What draws for every upload, and is attacked without its draws too: any number of uploads of a
 picture come to that."""
+MET_BY_OTHERS = ("with-patrol@half-longer-10-avgpool",
+                 "with-patrol@half-longer-light-dropout-10-avgpool")
+"""What reaches the goal within a point of the dense model, and meets decoders of other families
+and the white box too."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
 DEEPER_BEST = "with-patrol@longer-10-layer4"
@@ -227,6 +235,10 @@ def deeper(args: Frontier) -> list[Method]:
                           recipe="half-longer"),
              *(Method("with-patrol", "avgpool", defence="patrol", strength=10.0, start=half.key,
                       recipe=recipe) for recipe in ("half-longer", "half-longer-light-dropout"))]
+    shallow = Method("taylor", "layer3", "taylor", epochs=DEEPER_EPOCHS, recipe="half",
+                     max_pruning_ratio=0.5)
+    rows += [shallow, Method("with-none", "layer3", defence="none", start=shallow.key,
+                             recipe="half-longer")]
     host = Method("taylor", "layer4.0", "taylor", epochs=DEEPER_EPOCHS,
                   max_pruning_ratio=0.5)
     rows += [host, Method("with-none", "layer4.0", defence="none", start=host.key,

@@ -103,7 +103,7 @@ def defended(args: Frontier, data: Data, method: Method) -> tuple[pp.Split, dict
     dense, dense_accuracy = dense_model(args, data)
     example = torch.zeros(1, 3, 32, 32)
     share = RECIPES[method.recipe].budget
-    whole = pp.edge_macs(pp.Split(dense, example, at="layer1" if share is None else method.split))
+    whole = pp.edge_macs(pp.Split(dense, example, at="layer1" if share is None else "layer4"))
     budget = whole if share is None else int(share * whole)
     folder = args.work / "models" / method.key
     if not folder.is_dir():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from patrol_prune.defences import Adversary, Defence, FeatureDropout
+from patrol_prune.defences import Adversary, FeatureDropout
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.surrogate import DEFAULT_SURROGATES, SurrogateSpec
@@ -32,9 +32,9 @@ class Recipe:
         alpha: weight of each block's Lipschitz constant.
         lipschitz_form: of that term.
         upload_channels: the upload is pruned to so many channels first, by PATROL's score.
-        behind: a second defence, behind the edge that is trained.
-        budget: of a base: this share of the dense edge's multiply-adds at its split, instead of
-            what the dense edge needs up to layer1.
+        behind: dropout behind the edge that is trained.
+        budget: of a base: this share of the dense edge's multiply-adds after the last layer,
+            instead of what the dense edge needs up to layer1.
     """
 
     surrogates: tuple[SurrogateSpec, ...] = DEFAULT_SURROGATES
@@ -48,7 +48,7 @@ class Recipe:
     alpha: float = 0.0
     lipschitz_form: LipschitzForm = "scale_free"
     upload_channels: int | None = None
-    behind: Defence | None = None
+    behind: FeatureDropout | None = None
     budget: float | None = None
 
     def adversary(self) -> Adversary:
@@ -74,6 +74,7 @@ RECIPES: dict[str, Recipe] = {
     "longest": Recipe(epochs=6),
     "longer-dropout": Recipe(epochs=3, behind=FeatureDropout(0.5)),
     "longer-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
+    "longer-spared-dropout": Recipe(epochs=3, behind=FeatureDropout(0.5, spared=0.5)),
     "half": Recipe(budget=0.5),
     "half-longer": Recipe(epochs=3),
     "half-longer-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),

@@ -6,11 +6,20 @@ from typing import Any
 
 from frontier_recipes import RECIPES
 
+from patrol_prune.defences import FeatureDropout
+
 Row = dict[str, Any]
 
-BEHIND = {name: f"and dropout, p {recipe.behind.strength:g}"
+
+
+def dropout_name(behind: FeatureDropout) -> str:
+    share = f" (of {1 - behind.spared:.0%} of each training batch)" if behind.spared else ""
+    return f"and dropout, p {behind.p:g}{share}"
+
+
+BEHIND = {name: dropout_name(recipe.behind)
           for name, recipe in RECIPES.items() if recipe.behind is not None}
-"""Of recipes with a second defence behind the edge."""
+"""Of recipes with dropout behind the edge."""
 METHODS = {
     "dense": "dense, not pruned",
     "taylor": "Taylor pruning",
@@ -58,6 +67,7 @@ INSIDE = {
     "narrow-8": "upload pruned to 8 channels first",
     "longer": "three times as long", "longest": "six times as long",
     "longer-dropout": f"{BEHIND['longer-dropout']}, three times as long",
+    "longer-spared-dropout": f"{BEHIND['longer-spared-dropout']}, three times as long",
     "longer-light-dropout": f"{BEHIND['longer-light-dropout']}, three times as long",
     "half": "at half of the edge", "half-longer": "at half of the edge, three times as long",
     "half-longer-light-dropout":

@@ -14,11 +14,14 @@ from patrol_prune.split import Split
 
 
 class Dropper(RandomUpload):
-    """`z' = z * b / (1 - p)`, with `b` 0 with probability `p`, else 1, drawn per value."""
+    """`z' = z * b / (1 - p)`, with `b` 0 with probability `p`, else 1, drawn per value.
 
-    def __init__(self, p: float, seed: int) -> None:
+    In training mode the `spared` share of a batch, evenly spread over it, passes whole.
+    """
+
+    def __init__(self, p: float, seed: int, spared: float = 0.0) -> None:
         super().__init__(seed)
-        self.p = p
+        self.p, self.spared = p, spared
 
     def forward(self, z: Tensor) -> Tensor:
         """Features `[N, ...]` to thinned ones, float32."""
@@ -26,7 +29,12 @@ class Dropper(RandomUpload):
         if self.silent:
             return z
         draw = torch.rand(z.shape, generator=self.generator(z.device), device=z.device)
-        return z * (draw >= self.p) / (1.0 - self.p)
+        thinned = z * (draw >= self.p) / (1.0 - self.p)
+        if not (self.training and self.spared):
+            return thinned
+        places = torch.arange(len(z) + 1, device=z.device, dtype=torch.float64)
+        whole = (places * self.spared).floor().diff() > 0
+        return torch.where(whole.view(-1, *[1] * (z.dim() - 1)), z, thinned)
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,9 @@ class FeatureDropout(Defence):
     Attributes:
         p: probability of a value to be dropped, in [0, 1); more is stronger.
         seed: of the draws.
+        spared: share of each training batch, in [0, 1), that passes whole, so that an edge trained
+            against attackers meets the one who has many uploads of a picture too: their mean is
+            the whole feature. Under evaluation nothing is spared.
     """
 
     name: ClassVar[str] = "feature_dropout"
@@ -46,10 +57,12 @@ class FeatureDropout(Defence):
 
     p: float = 0.5
     seed: int = 0
+    spared: float = 0.0
 
     def __post_init__(self) -> None:
         check_share(self.p, "p", "FeatureDropout")
+        check_share(self.spared, "spared", "FeatureDropout")
 
     def apply(self, split: Split, *, calibration: Tensor | None = None) -> Split:
         """See `Defence.apply`; nothing is calibrated."""
-        return wrapped(split, Dropper(self.p, self.seed))
+        return wrapped(split, Dropper(self.p, self.seed, self.spared))
