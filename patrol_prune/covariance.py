@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from patrol_prune.symmetric import positive_eigenvalues
+
 _CHUNK_VALUES = 1 << 24
 
 
@@ -27,7 +29,7 @@ def gaussian_information(z: Tensor, sigma: float, shrinkage: float) -> float:
     information = 0.5 * float(torch.log1p(target).sum())
     if shrinkage < 1.0:
         weights = ((1.0 - shrinkage) / ((len(z) - 1) * sigma**2 * (1.0 + target))).sqrt()
-        eigenvalues = torch.linalg.eigvalsh(gram(z, weights)).clamp_min(0.0)
+        eigenvalues = positive_eigenvalues(gram(z, weights))
         information += 0.5 * float(torch.log1p(eigenvalues).sum())
     return information
 

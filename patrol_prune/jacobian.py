@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from patrol_prune.errors import InputError
+from patrol_prune.symmetric import positive_eigenvalues
 
 _COPIES = 64
 _SAME = 1e-3
@@ -151,7 +152,7 @@ def _squared_singular_values(
     if kept:
         jacobian = torch.cat(kept)
         total = jacobian @ jacobian.T
-    return torch.linalg.eigvalsh(total).clamp_min(0.0).cpu()
+    return positive_eigenvalues(total).cpu()
 
 
 def _sketched_ratio(

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "patrol_prune"
 
 # A module imports only from modules that stand above it.
 ORDER = [
-    "errors", "precision", "pixels", "storage", "data",
+    "errors", "precision", "symmetric", "pixels", "storage", "data",
     "reid_layout", "retrieval",
     "_vehicle_shapes", "_vehicle_scenes", "_vehicle_drawing", "_vehicle_files", "vehicles",
     "_vehicle_sites", "vehicle_identities", "vehicle_truth", "leaks", "models",
@@ -39,7 +39,8 @@ ORDER = [
     "commands", "cli",
     "__main__", "__init__",
 ]
-ATTACKS_MAY_IMPORT = {"split", "decoders", "metrics", "errors", "precision", "attacks"}
+ATTACKS_MAY_IMPORT = {"split", "decoders", "metrics", "errors", "precision", "symmetric",
+                      "attacks"}
 # Only these import the named third party at all.
 DOORS = {
     "torch_pruning": {"_tp"},

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from patrol_prune.decoders import channel_dim
 from patrol_prune.errors import InputError
+from patrol_prune.symmetric import positive_eigh
 
 SHIFTS: tuple[tuple[int, int], ...] = ((0, 0), (0, 1), (1, 0), (1, 1))
 """Between which positions, `(rows, columns)` apart, channels are correlated."""
@@ -136,8 +137,8 @@ class FeatureMoments:
 
 def _inverse_root(matrix: Tensor) -> Tensor:
     """`(R + 0.3 I)^(-1/2)` of a correlation matrix."""
-    values, vectors = torch.linalg.eigh(matrix.double())
-    root = (vectors * (values.clamp_min(0.0) + _RIDGE).rsqrt()) @ vectors.T
+    values, vectors = positive_eigh(matrix.double())
+    root = (vectors * (values + _RIDGE).rsqrt()) @ vectors.T
     return root.to(matrix.dtype)
 
 

@@ -22,6 +22,7 @@ from patrol_prune.errors import InputError
 from patrol_prune.objective import PatrolObjective, TaskLoss
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
+from patrol_prune.symmetric import positive_eigh
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def principal_directions(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """
     values = values.double()
     mean = values.mean(0)
-    _, vectors = torch.linalg.eigh((values - mean).T @ (values - mean))
+    _, vectors = positive_eigh((values - mean).T @ (values - mean))
     directions = vectors.flip(1)[:, :count]
     largest = directions.gather(0, directions.abs().argmax(0, keepdim=True))
     return (directions * largest.sign()).float(), mean.float()
