@@ -9,7 +9,6 @@ from typing import Any
 
 from frontier_methods import DEEPER_BEST
 from row_names import (
-    ATTACKS,
     DEFENCES,
     INSIDE,
     METHODS,
@@ -139,60 +138,58 @@ def not_measured(missing: list[str]) -> str:
 
 
 def verdict(groups: dict[str, dict[str, Row]]) -> str:
-    """Whether PATROL's advantage over Taylor pruning stands under the strongest attack of each."""
+    """Whether PATROL's advantage stands: beside its own pruned model, and beside Taylor pruning."""
     ours = "deeper" if "deeper" in groups else "patrol"
     if not {"taylor", ours} <= groups.keys():
         return ""
-    ssim = {m: {n: row["first_ssim"] for n, row in groups[m].items()} for m in ("taylor", ours)}
-    best = {m: max(values, key=values.__getitem__) for m, values in ssim.items()}
-    ratio = ssim[ours][best[ours]] / ssim["taylor"][best["taylor"]]
-    accuracy = {m: 100 * next(iter(groups[m].values()))["accuracy"] for m in ssim}
-    text = (
-        f"**Under the strongest attack on each ({len(ssim[ours])} were tried on PATROL, "
-        f"{len(ssim['taylor'])} on Taylor pruning), PATROL's SSIM is {ratio:.2f} times Taylor "
-        f"pruning's at equal edge MACs ({ssim[ours][best[ours]]:.3f} by the {best[ours]}; "
-        f"{ssim['taylor'][best['taylor']]:.3f} by the {best['taylor']}), at "
-        f"{accuracy[ours] - accuracy['taylor']:+.1f} points of accuracy.**"
+    lines = at_the_same_cut() if ours == "deeper" else []
+    one, two = ({**next(iter(groups[m].values())), **strongest_of(groups[m])}
+                for m in (ours, "taylor"))
+    counts = [len(groups[m]) for m in (ours, "taylor")]
+    lines.append(
+        f"against Taylor pruning cut after {two['split']}: {beside(one, two)}, each under the "
+        f"strongest of {' and '.join(map(str, counts))} attacks ({one['name']}; {two['name']}); "
+        f"{one['feature_bytes'] / 1024:.3g} KiB uploaded instead of "
+        f"{two['feature_bytes'] / 1024:.3g}."
     )
-    if ours == "deeper":
-        text = f"{at_the_same_cut()} {text}"
-        sent = {m: next(iter(groups[m].values()))["feature_bytes"] / 1024 for m in ssim}
-        cut = next(iter(groups[ours].values()))["split"]
-        text += (f" It is cut deeper, after {cut}, than this Taylor pruning and uploads "
-                 f"{sent[ours]:.3g} KiB instead of {sent['taylor']:.0f}.")
-    plain = ATTACKS["inverse_network"]
-    if all(plain in ssim[m] for m in ssim):
-        text += (f" Under the residual decoder of MSE alone it is "
-                 f"{ssim[ours][plain] / ssim['taylor'][plain]:.2f} times.")
-    return text
+    cut = f", cut after {one['split']}," if ours == "deeper" else ""
+    return (f"PATROL{cut} at equal edge MACs:\n\n"
+            + "\n".join(f"- {line}" for line in lines))
 
 
-def at_the_same_cut() -> str:
+def strongest_of(attacks: dict[str, Row]) -> Row:
+    """The name and the SSIM of the attack that sees most."""
+    name = max(attacks, key=lambda n: attacks[n]["first_ssim"])
+    return {"name": name, "ssim": attacks[name]["first_ssim"]}
+
+
+def at_the_same_cut() -> list[str]:
     """The deeper model beside pruning alone, there and by Taylor's score, under one decoder."""
     rows = under_one_attack(load("frontier"))
     ours = next((r for r in rows if is_deeper_best(r)), None)
     if ours is None:
-        return ""
+        return []
     plain = next((r for r in rows if r["method"] == "with-none" and r["split"] == ours["split"]
                   and r.get("recipe") == ours.get("recipe")), None)
     host = next((r for r in rows if r.get("start") == "taylor-layer4.0"), None)
-    text = []
+    decoder = "under the MSE + SSIM decoder" + (
+        ", which was still improving on PATROL" * (not ours["plateau"]))
+    lines = []
     if plain is not None:
-        text.append("Against the same pruned model without PATROL's fine-tuning"
-                    ", trained as long" + beside(ours, plain, "its SSIM is"))
+        lines.append("against the same pruned model trained on as long without attackers: "
+                     f"{beside(ours, plain)}, {decoder}.")
     if host is not None:
-        alike = "upload" if host["feature_bytes"] == ours["feature_bytes"] else "a larger upload"
-        text.append(f"Against Taylor pruning cut after {host['split']}, with the same budget and "
-                    f"{alike}, and fewer epochs" + beside(ours, host, "it is"))
-    return f"**{' '.join(text)}**" if text else ""
+        alike = "the same" if host["feature_bytes"] == ours["feature_bytes"] else "a larger"
+        lines.append(f"against Taylor pruning cut after {host['split']}: {beside(ours, host)}, "
+                     f"{decoder}; {alike} upload, fewer epochs.")
+    return lines
 
 
-def beside(ours: Row, other: Row, verb: str) -> str:
+def beside(ours: Row, other: Row) -> str:
     """How one row's SSIM and accuracy stand to another's."""
-    still = ", which was still improving on PATROL" * (not ours["plateau"])
-    return (f", {verb} {ours['ssim'] / other['ssim']:.2f} times ({ours['ssim']:.3f} and "
-            f"{other['ssim']:.3f} under the MSE + SSIM decoder{still}), at "
-            f"{100 * (ours['accuracy'] - other['accuracy']):+.1f} points of accuracy.")
+    return (f"**SSIM {ours['ssim']:.3f} instead of {other['ssim']:.3f} "
+            f"({ours['ssim'] / other['ssim']:.2f} times), "
+            f"{100 * (ours['accuracy'] - other['accuracy']):+.1f} points of accuracy**")
 
 
 def defence_name(row: Row) -> str:

@@ -44,7 +44,7 @@ def seeds(record: dict[str, Any], measured: str) -> str:
 
 
 def means(record: dict[str, Any], measured: str) -> str:
-    """The means of `seeds` alone, and what they compare to."""
+    """The means of `seeds` alone, and whether they reach the goal."""
     rows = [row for row in record["rows"] if row["attack"] == STRONG]
     places = dict.fromkeys(place(row) for row in rows)
     columns = {"split": "split after", "seed": "training seeds",
@@ -59,11 +59,11 @@ def means(record: dict[str, Any], measured: str) -> str:
                    "bytes": f"{each[0]['feature_bytes'] / 1024:.3g} KiB"}
                   for each, line in zip(by_name.values(), mean_lines(by_name, longer),
                                         strict=True)]
-        texts.append(f"After {where}, on the same pruned models:\n\n{compared(by_name, longer)}")
+        texts.append(f"- After {where}: {within_a_point(by_name, longer)}")
     first = rows[0]
     legend = (f"Means over the training seeds; {first['victim_images']:,} test images, residual "
               f"decoder (MSE + SSIM); floor: the mean image. {LEGEND}")
-    return "\n\n".join([render_table(lines, columns).strip(), legend, *texts,
+    return "\n\n".join([render_table(lines, columns).strip(), legend, "\n".join(texts),
                         " ".join([measured, *elsewhere(rows)])])
 
 
@@ -205,7 +205,7 @@ def compared(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) 
             f"{sentence_case(name)} against {name_of(patrol[0])}, under the attack {attack} on "
             f"both: {span(ratios)} times the SSIM, {span(gains)} points of accuracy more (less "
             "where negative).")
-    parts.append(within_a_point(by_name, longer))
+    parts.append(sentence_case(within_a_point(by_name, longer)))
     return "\n".join(f"- {part}" for part in parts)
 
 
@@ -215,7 +215,7 @@ def within_a_point(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], 
     near = {name: rows for name, rows in by_name.items()
             if statistics.mean(lost(row) for row in rows) <= 1.0}
     if not near:
-        return f"No mean is within a point of the dense models' (the goal there: SSIM {GOAL})."
+        return f"no mean is within a point of the dense models' (the goal there: SSIM {GOAL})."
     name = min(near, key=lambda n: statistics.mean(row["ssim"] for row in near[n]))
     rows = near[name]
     long = [longer[key] for row in rows if (key := (name, row["train_seed"])) in longer]
@@ -224,7 +224,7 @@ def within_a_point(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], 
     attack = "three times as long" if is_long else "of usual length"
     once = ", each picture uploaded once" * draws(rows[0])
     verdict = "met" if ssim <= GOAL else "not met"
-    return (f"Within a point of the dense model the most private row is {name}: SSIM {ssim:.3f} "
+    return (f"within a point of the dense model the most private row is {name}: SSIM {ssim:.3f} "
             f"under the attack {attack}{once}; the goal of {GOAL} is {verdict} under this attack, "
             "the only kind that was tried on it.")
 

@@ -245,7 +245,7 @@ class TestEveryDefence:
 
     @pytest.mark.parametrize("make", [
         lambda: GaussianNoise(-1.0), lambda: GaussianNoise(float("nan")),
-        lambda: FeatureDropout(1.0), lambda: Quantisation(0), lambda: Quantisation(2.5),
+        lambda: FeatureDropout(1.0), lambda: FeatureDropout(0.5, spared=1.0), lambda: Quantisation(0), lambda: Quantisation(2.5),
         lambda: NoPeek(-1.0), lambda: Bottleneck(0), lambda: Disco(1.0), lambda: CemPatrol(ratio=2),
         lambda: Patrol(alpha=-1.0), lambda: make_defence("gausian_noise"),
         lambda: make_defence("none", 1.0), lambda: make_defence("quantisation", 2.5),
@@ -364,6 +364,26 @@ class TestNoise:
         assert float((z == 0).float().mean()) == pytest.approx(0.3, abs=0.01)
         assert float(z.mean()) == pytest.approx(1.0, abs=0.02)
         assert set(z.unique().tolist()) == {0.0, torch.tensor(1 / 0.7).item()}
+
+    @pytest.mark.parametrize(("spared", "count"), [(0.0, 0), (0.5, 5), (0.25, 2), (0.9, 9)])
+    def test_spared_share_of_a_training_batch_passes_whole(self, spared: float, count: int) -> None:
+        made = FeatureDropout(0.5, spared=spared).apply(split())
+        upload, z = made.edge.upload, torch.rand(10, 16, 8, 8)
+        whole = [torch.equal(a, b) for a, b in zip(upload.train()(z), z, strict=True)]
+        assert sum(whole) == count
+        assert max(len(run) for run in "".join("x" if w else " " for w in whole).split(" ")) <= (
+            1 if spared <= 0.5 else count)
+        thinned = upload(z)[torch.tensor(whole).logical_not()]
+        assert float((thinned == 0).float().mean()) == pytest.approx(0.5, abs=0.05)
+        assert not any(torch.equal(a, b) for a, b in zip(upload.eval()(z), z, strict=True))
+
+    def test_sparing_leaves_the_draws_as_they_are(self) -> None:
+        plain, sparing = (FeatureDropout(0.5, seed=4, spared=s).apply(split()).edge.upload.train()
+                          for s in (0.0, 0.5))
+        z = torch.rand(6, 16, 8, 8)
+        for _ in range(2):
+            a, b = plain(z), sparing(z)
+            assert torch.equal(a[::2], b[::2]) and torch.equal(b[1::2], z[1::2])
 
 
 class TestQuantisation:
