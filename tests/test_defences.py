@@ -245,7 +245,8 @@ class TestEveryDefence:
 
     @pytest.mark.parametrize("make", [
         lambda: GaussianNoise(-1.0), lambda: GaussianNoise(float("nan")),
-        lambda: FeatureDropout(1.0), lambda: FeatureDropout(0.5, spared=1.0), lambda: Quantisation(0), lambda: Quantisation(2.5),
+        lambda: FeatureDropout(1.0), lambda: FeatureDropout(0.5, spared=1.0),
+        lambda: Quantisation(0), lambda: Quantisation(2.5),
         lambda: NoPeek(-1.0), lambda: Bottleneck(0), lambda: Disco(1.0), lambda: CemPatrol(ratio=2),
         lambda: Patrol(alpha=-1.0), lambda: make_defence("gausian_noise"),
         lambda: make_defence("none", 1.0), lambda: make_defence("quantisation", 2.5),
