@@ -318,7 +318,7 @@ class Work:
         """Fine-tune between two pruning steps."""
         epochs = self.config.score.between_epochs
         self.say(f"Fine-tuning for {epochs} epochs before the next pruning step.")
-        split = with_dropout(self.config, split)
+        split = with_dropout(self.config.privacy, split, self.config.seed)
         finetune(
             split, training_batches(self.config, self.images, augment=True, offset=20 + step),
             objective=self.training_objective(split),
@@ -340,7 +340,7 @@ class Work:
     def do_finetune(self) -> None:
         config = self.config
         plain, teacher = self.load(PRUNED), self.load(DENSE)
-        split = with_dropout(config, plain)
+        split = with_dropout(config.privacy, plain, config.seed)
         objective = self.training_objective(split)
         self.say(f"Fine-tuning for {config.finetune.epochs} epochs with the privacy terms on.")
         directory = self.folder / "checkpoints" / "finetune"
@@ -359,7 +359,8 @@ class Work:
     def do_audit(self) -> None:
         config = self.config
         found = audit(
-            with_dropout(config, self.load(EDGE)), self.images.attacker, self.images.victims,
+            with_dropout(config.privacy, self.load(EDGE), config.seed),
+            self.images.attacker, self.images.victims,
             attacks=config.audit.attacks, seeds=config.audit.seeds,
             normalization=self.images.normalization,
             undefended=self.load(DENSE) if config.audit.undefended else None,
@@ -373,10 +374,9 @@ class Work:
         self.folder.finish("audit", ["audit.json", "audit_examples"])
 
     def do_report(self) -> None:
-        summary = summarise(
-            self.config, self.folder, at=self.at, device=str(self.device),
-            notes=[*self.images.notes, *dropout_notes(self.config)],
-        )
+        config = self.config
+        notes = [*self.images.notes, *dropout_notes(config.privacy, config.audit.uploads)]
+        summary = summarise(config, self.folder, at=self.at, device=str(self.device), notes=notes)
         atomic_write_json(self.folder / SUMMARY, asdict(summary))
         page = write_report(
             summary, AuditReport.from_json(self.folder / "audit.json"), self.folder.path

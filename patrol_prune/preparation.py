@@ -15,7 +15,7 @@ from patrol_prune.defences import FeatureDropout
 from patrol_prune.errors import InputError
 from patrol_prune.models import build_model, load_weights
 from patrol_prune.pixels import Normalization
-from patrol_prune.settings import RunConfig
+from patrol_prune.settings import PrivacyConfig, RunConfig
 from patrol_prune.split import Split
 
 logger = logging.getLogger(__name__)
@@ -143,15 +143,15 @@ def incoming_model(config: RunConfig, classes: int) -> tuple[nn.Module, bool]:
     return model, bool(load_weights(model, config.weights))
 
 
-def with_dropout(config: RunConfig, split: Split) -> Split:
+def with_dropout(privacy: PrivacyConfig, split: Split, seed: int) -> Split:
     """The split as it uploads, `privacy.dropout` behind the edge; it shares the layers."""
-    p = config.privacy.dropout
-    return FeatureDropout(p, config.seed).apply(split) if p else split
+    return FeatureDropout(privacy.dropout, seed).apply(split) if privacy.dropout else split
 
 
-def dropout_notes(config: RunConfig) -> list[str]:
-    """What whoever deploys the edge, or reads what attackers saw of it, has to know."""
-    p, uploads = config.privacy.dropout, config.audit.uploads
+def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:
+    """What whoever deploys the edge, or reads what attackers with `uploads` of each picture saw of
+    it, has to know."""
+    p = privacy.dropout
     if not p:
         return []
     told = [f"The edge was trained and attacked with {100 * p:g}% of its upload dropped at random, "
@@ -161,8 +161,7 @@ def dropout_notes(config: RunConfig) -> list[str]:
     each = "one upload" if uploads == 1 else f"{uploads} uploads"
     told.append(f"The attackers had {each} of every picture.")
     if uploads == 1:
-        told[-1] += (" Whoever sees more of them sees more: patrol-prune audit with --uploads 8 "
-                     "says what.")
+        told[-1] += " Whoever sees more of them sees more: an audit with 8 uploads says what."
     return told
 
 

@@ -19,6 +19,8 @@ from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.models import build_model, check_model
 
 _CLASSIFIER_STD = 1e-3
+_MARK = "is_bnneck"
+"""Of the BatchNorm, which tells it also in the halves of a split, whose graphs hold layers only."""
 
 
 class BNNeck(nn.Module):
@@ -38,6 +40,7 @@ class BNNeck(nn.Module):
         super().__init__()
         self.neck = nn.BatchNorm1d(features)
         self.neck.bias.requires_grad_(False)
+        setattr(self.neck, _MARK, True)
         self.classifier = nn.Linear(features, identities, bias=False)
         nn.init.normal_(self.classifier.weight, std=_CLASSIFIER_STD)
 
@@ -103,14 +106,14 @@ def build_reid_model(
 
 
 def neck_of(model: nn.Module) -> nn.BatchNorm1d:
-    """The BatchNorm of the model's `BNNeck`.
+    """The BatchNorm of the model's `BNNeck`, also of a split with a defence behind its edge.
 
     Raises:
         InputError: the model has no `BNNeck`.
     """
     for module in model.modules():
-        if isinstance(module, BNNeck):
-            return module.neck
+        if isinstance(module, nn.BatchNorm1d) and getattr(module, _MARK, False):
+            return module
     raise InputError(
         f"Expected a re-identification model, came {type(model).__name__} without a BNNeck. Make "
         "it with build_reid_model or add_bnneck."

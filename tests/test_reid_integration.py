@@ -207,3 +207,15 @@ def test_the_whole_path_and_again_from_where_it_stopped(script: Any, tmp_path: P
         (run / "manifest.json").read_text())["stages"].keys()
     assert main([*TINY, *runs, "--seed", "1"]) == 2
     assert "another run" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_dropout_stands_behind_patrols_edge_alone(script: Any, tmp_path: Path) -> None:
+    more = ["--privacy.dropout", "0.5", "--attackers.uploads", "3", "--compare", "false"]
+    assert script["run"].main([*TINY, *more, "--runs", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "tiny" / "result.json").read_text())
+    uploads = {method: about["audit"]["strongest"]["uploads"]
+               for method, about in result["methods"].items()}
+    assert uploads == {"dense": 1, "patrol": 3}
+    page = (tmp_path / "tiny" / "index.html").read_text()
+    assert "50% of its upload dropped" in page and "3 uploads of every picture" in page

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import patrol_prune as pp
+from patrol_prune.defences import FeatureDropout
 from patrol_prune.errors import BudgetError, InputError, UnsupportedModelError
 from patrol_prune.models import SmallResNet
 from patrol_prune.reid_model import BNNeck, add_bnneck, build_reid_model, embed, neck_of
@@ -46,6 +47,14 @@ def test_the_model_keeps_its_layers_and_gets_a_head(model: nn.Module) -> None:
     assert isinstance(model.fc, BNNeck) and neck_of(model) is model.fc.neck
     assert model.fc.neck.num_features == 32
     assert "layer3" in {p.name for p in pp.split_points(model, torch.zeros(1, 3, 16, 16))}
+
+
+def test_a_defence_behind_the_edge_leaves_the_head_where_it_is_found(model: nn.Module) -> None:
+    split = pp.Split(copy.deepcopy(model), torch.zeros(1, 3, 16, 16), at="layer2")
+    noisy = FeatureDropout(0.0).apply(split)
+    assert neck_of(noisy.model) is neck_of(split.model)
+    x = torch.rand(4, 3, 16, 16)
+    torch.testing.assert_close(embed(noisy.model, [x]), embed(model, [x]))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small"])

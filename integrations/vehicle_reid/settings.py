@@ -8,6 +8,7 @@ from typing import Literal
 
 from patrol_prune.attacks import ATTACKS, DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
+from patrol_prune.audit_choice import check_uploads
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.settings import PrivacyConfig, ScoreConfig
@@ -61,6 +62,7 @@ class Attackers:
             is rebuilt of them looks as what is rebuilt of a victim's.
         victims: queries whose uploads are inverted.
         examples: pictures on the page.
+        uploads: of each picture, which an attacker puts together where `privacy.dropout` draws.
     """
 
     attacks: tuple[str, ...] = DEFAULT_ATTACKS
@@ -69,8 +71,10 @@ class Attackers:
     reader_share: float = 0.25
     victims: int = 150
     examples: int = 8
+    uploads: int = 1
 
     def __post_init__(self) -> None:
+        check_uploads(self.uploads, "attackers.uploads")
         for name in self.attacks:
             if name not in ATTACKS:
                 raise InputError(f"There is no attack {name!r}. Known: {', '.join(ATTACKS)}. "
@@ -108,7 +112,8 @@ class ReidRun:
         batch: identities and pictures in a training batch, and the loss.
         train: training of the dense model.
         score: which channels PATROL removes.
-        privacy: the terms that stay on while PATROL's model is fine-tuned.
+        privacy: the terms that stay on while PATROL's model is fine-tuned; its dropout stands
+            behind PATROL's edge alone.
         finetune: training after pruning, with either score.
         attackers: who attacks.
         attacker: the attacker's decoder.
@@ -142,9 +147,6 @@ class ReidRun:
         steps=60, tuning_images=4, tuning_steps=20, refine=False))
 
     def __post_init__(self) -> None:
-        if self.privacy.dropout:
-            raise InputError(f"Expected no privacy.dropout here, came {self.privacy.dropout}: only "
-                             "patrol-prune run trains with it. Leave it out.")
         if self.name in ("", ".", "..") or self.name != os.path.basename(self.name):
             raise InputError(f"Expected a run's name to be a plain folder name, came "
                              f"{self.name!r}. The folder around it is given as --runs.")

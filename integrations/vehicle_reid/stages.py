@@ -20,10 +20,11 @@ from settings import ReidRun
 from torch import Tensor, nn
 
 import patrol_prune as pp
-from patrol_prune.access import compute_features
+from patrol_prune.access import Repeated, compute_features
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import RunDirectoryError
 from patrol_prune.models import build_model, load_weights
+from patrol_prune.preparation import dropout_notes, with_dropout
 from patrol_prune.reid_model import add_bnneck
 from patrol_prune.run_summary import versions
 from patrol_prune.rundir import RunDirectory
@@ -139,6 +140,11 @@ class Work:
         pp.save(split, self.folder / where, normalization=self.people.normalization, **more)
         return where
 
+    def uploading(self, split: pp.Split, method: str) -> pp.Split:
+        """The split as it uploads, PATROL's with `privacy.dropout`; it shares the layers."""
+        return (with_dropout(self.config.privacy, split, self.config.seed) if method == PATROL
+                else split)
+
     def batches(self, offset: int, *, augment: bool = True) -> pp.PKBatches:
         batch = self.config.batch
         return pp.PKBatches(
@@ -219,11 +225,12 @@ class Work:
         self.say(f"Pruned; mAP before fine-tuning {100 * before:.1f}%. Fine-tuning for "
                  f"{config.finetune.epochs} epochs.")
         on = method == PATROL
+        sending = self.uploading(split, method)
         history = self.train(
-            split, config.finetune, method, beta=config.privacy.beta * on,
+            sending, config.finetune, method, beta=config.privacy.beta * on,
             alpha=config.privacy.alpha * on, teacher=teacher, offset=2,
         )
-        numbers = self.measure(split)
+        numbers = self.measure(sending)
         self.say(f"{method}: {_told(numbers)}.")
         self.folder.finish(method, [self.save(split, method, history=pruning)], history=history,
                            kept=outcome.kept, map_before_finetuning=before, **numbers)
@@ -277,11 +284,13 @@ class Work:
 
     def do_audit(self, method: str) -> None:
         config, people = self.config, self.people
-        split = self.load(method)
         victims = people.query.subset(people.victims)
         rebuilt: dict[str, tuple[Tensor, Tensor | None]] = {}
-        z_reader = compute_features(split.edge, self.attacker_pictures.pixels(),
-                                    people.normalization)
+        split = self.uploading(self.load(method), method)
+        seen = split.edge
+        if method == PATROL and config.privacy.dropout and config.attackers.uploads > 1:
+            seen = Repeated(seen, config.attackers.uploads)
+        z_reader = compute_features(seen, self.attacker_pictures.pixels(), people.normalization)
 
         def observer(subject: str, name: str, attack: Any, guess: Tensor) -> None:
             theirs = None
@@ -296,7 +305,8 @@ class Work:
             split, people.inverter.pixels(), victims.pixels(), attacks=config.attackers.attacks,
             seeds=config.attackers.seeds, normalization=people.normalization,
             config=config.attacker, settings={"rmle": config.rmle}, device=str(self.device),
-            examples=len(victims), progress=self.say, observer=observer,
+            uploads=config.attackers.uploads, examples=len(victims), progress=self.say,
+            observer=observer,
         )
         report.to_json(self.folder / "audits" / f"{method}.json")
         self.say("Reading plates, scenes and vehicles out of what was rebuilt.")
@@ -322,6 +332,7 @@ class Work:
                 method: {**self.folder.notes(method), "audit": self.folder.notes(f"audit {method}")}
                 for method in methods(self.config)
             },
+            "notes": dropout_notes(self.config.privacy, self.config.attackers.uploads),
             "originals": self.checks.of_originals(self.people.query.subset(self.people.victims)),
         }
         atomic_write_json(self.folder / RESULT, _finite(result))
