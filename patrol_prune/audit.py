@@ -28,6 +28,8 @@ from patrol_prune.audit_choice import (
 )
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.audit_run import AuditRun, Observer
+from patrol_prune.cost import home_of
+from patrol_prune.given import check_has_edge, check_normalization
 from patrol_prune.pixels import Normalization
 
 __all__ = ["AttackChoice", "AuditReport", "HasEdge", "audit", "compute_features"]
@@ -56,7 +58,7 @@ def audit(
     attacker_labels: Tensor | None = None,
     attacker_images: Sequence[int | None] = (None,),
     shifted_data: Tensor | None = None,
-    device: str = "cpu",
+    device: str | None = None,
     examples: int = 8,
     batch_size: int = 128,
     check_attacks: bool = False,
@@ -89,7 +91,7 @@ def audit(
         attacker_images: attack with so many of the attacker's images, None for all; one row each.
         shifted_data: other images of the attacker's, unlike the victim's; one more row each, but
             for attacks that need labels, which these have not.
-        device: where attackers train.
+        device: where attackers train; where the edge is by default.
         examples: how many reconstructions to keep as images.
         batch_size: images per forward pass of the edge.
         check_attacks: also let every attack invert two trivial edges first (`self_test`).
@@ -104,20 +106,23 @@ def audit(
             and its reconstructions of the victim's images, for measures of your own.
 
     Raises:
-        InputError: before any work, on data that is not on [0, 1], differs in shape, is too small
-            for SSIM (11 pixels) or shared between attacker and victim; on an unknown attack, no
-            attack, no seed or a repeated seed, settings of another attack, or an attack that needs
-            a cloud, labels or more images than there are, or less than one upload; before any
-            attack, on features that are not finite.
+        InputError: before any work, on a split without an edge; on data that is not on [0, 1],
+            differs in shape, is too small for SSIM (11 pixels) or shared between attacker and
+            victim; on an unknown attack, no attack, no seed or a repeated seed, settings of another
+            attack, or an attack that needs a cloud, labels or more images than there are, or less
+            than one upload; before any attack, on features that are not finite.
     """
     check_uploads(uploads)
-    made = factories(attacks, config, settings or {}, seeds, device)
+    check_normalization(normalization)
+    subjects = {"edge": split} | ({} if undefended is None else {"undefended": undefended})
+    for name, half in subjects.items():
+        check_has_edge(half, "split" if name == "edge" else name)
+    made = factories(attacks, config, settings or {}, seeds, str(home_of(split.edge, device)))
     known, victim = pixels_of(attacker_data, "attacker_data"), pixels_of(victim_data, "victim_data")
     check_data(known, victim)
     shifted = None if shifted_data is None else pixels_of(shifted_data, "shifted_data")
     if shifted is not None:
         check_data(shifted, victim, "shifted_data")
-    subjects = {"edge": split} | ({} if undefended is None else {"undefended": undefended})
     for half in subjects.values():
         check_needs(made, {"cloud": getattr(half, "cloud", None), "labels": attacker_labels})
     attackers = owned(known, shifted, attacker_labels, attacker_images)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -70,7 +71,7 @@ def factories(
         InputError: an unknown attack or none, names that repeat, settings of no attack that was
             asked for or of the wrong type, no seed or a repeated one.
     """
-    seeds = tuple(seeds)
+    seeds = numbers(seeds, "seeds")
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"Expected one or more different seeds, came {seeds}.")
     if isinstance(attacks, str):
@@ -115,12 +116,25 @@ def _factory(
     if isinstance(choice, Attack) and not isinstance(choice, type):
         instance = choice
         return Factory(name, lambda seed, warm: copy.deepcopy(instance), seeds[:1])
+    if isinstance(choice, type) and not inspect.signature(choice).parameters:
+        raise InputError(
+            f"Expected the attack {name!r} as an object, came its class, which takes no seed. Give "
+            "an instance, or a function of the seed that makes one."
+        )
     if callable(choice):
         return Factory(name, lambda seed, warm: choice(seed), seeds)
     raise InputError(
         "Expected an attack as a name, an object with fit and reconstruct, or a function of the "
         f"seed, came {choice!r}."
     )
+
+
+def numbers(values: Any, name: str) -> tuple[Any, ...]:
+    """Several numbers as a tuple; an InputError where one came that stands alone."""
+    if not isinstance(values, Iterable) or isinstance(values, str):
+        raise InputError(f"Expected {name} as a sequence of numbers, came {values!r}. Write "
+                         f"{name}=({values},).")
+    return tuple(values)
 
 
 def _name(attack: AttackChoice) -> str:
@@ -156,6 +170,7 @@ def owned(
             f"Expected attacker_labels as one class for each of the {len(known)} images, came "
             f"{tuple(labels.shape)}."
         )
+    counts = numbers(counts, "attacker_images")
     sizes = [len(known) if count is None else count for count in counts]
     if not sizes or len(set(sizes)) < len(sizes) or not all(1 <= s <= len(known) for s in sizes):
         raise InputError(

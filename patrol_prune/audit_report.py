@@ -26,7 +26,7 @@ _GROUP = ("subject", "attack", "box", "attacker_data", "attacker_images")
 _VERSION = 1
 
 
-@dataclass
+@dataclass(repr=False)
 class AuditReport:
     """The result of `audit`.
 
@@ -69,6 +69,15 @@ class AuditReport:
     def subjects(self) -> tuple[str, ...]:
         """The subjects that have records, in their order."""
         return tuple(dict.fromkeys(r["subject"] for r in self.records))
+
+    def __repr__(self) -> str:
+        """One line per subject: its strongest attack's figures, and how many flags there are."""
+        lines = [f"AuditReport: {len(self.records)} records, {len(self.flags)} flags"]
+        for subject in self.subjects:
+            best = self.strongest(subject)
+            lines.append(f"  {subject}: SSIM {best['ssim']:.3f} by {best['attack']}, worst 5% "
+                         f"{best['ssim_worst5']:.3f}, MSE {best['mse']:.4f}")
+        return "\n".join(lines)
 
     def strongest(self, subject: str = "edge") -> dict[str, Any]:
         """The subject's record with the highest mean SSIM, whatever attack and seed it is of.

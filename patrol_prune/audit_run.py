@@ -33,7 +33,7 @@ from patrol_prune.attacks.checks import ATTACK_FAILED, SEEN_ONCE
 from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
-from patrol_prune.audit_scores import score, thumbnails
+from patrol_prune.audit_scores import check_guess, score, thumbnails
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.pixels import Normalization
 
@@ -66,6 +66,7 @@ class AuditRun:
         self.largest_feature_bytes, self.observer = largest_feature_bytes, observer
         self.uploads = self.used = uploads
         self.result = AuditReport(records=[])
+        self.last_error: Exception | None = None
         self.best: dict[str, tuple[float, Tensor]] = {}
 
     def say(self, sentence: str) -> None:
@@ -107,7 +108,7 @@ class AuditRun:
         if not bool(torch.isfinite(z_victim).all()):
             raise InputError(
                 f"Expected finite features, came NaN or infinity of the {subject}. Look at its "
-                "weights and the normalisation: an attack on it would say nothing."
+                "weights and the normalisation; a defence has to be applied with calibration=."
             )
         whole: dict[str, Knowledge] = {}
         for own in self.attackers:
@@ -133,10 +134,12 @@ class AuditRun:
                         if warm is None or reached < warm[0]:
                             warm = reached, attack
         if all(r["subject"] != subject for r in self.result.records):
+            last = self.last_error
             raise TrainingError(
-                f"Every attack on the {subject} broke off, so nothing is known of it. Lower the "
-                "attacks' learning rates, or use fp32.", step=0, term="reconstruction",
-            )
+                f"Every attack on the {subject} broke off, so nothing is known of it; the last "
+                f"with {type(last).__name__}: {last} Lower the learning rates or use fp32, where "
+                "it is one of the attacks by name.", step=0, term="reconstruction",
+            ) from last
         self.compare(subject)
 
     def attack(
@@ -154,9 +157,16 @@ class AuditRun:
         try:
             fit = attack.fit(known)
             guess = attack.reconstruct(z_victim).detach().float().cpu()
+            check_guess(guess, self.victim, factory.name)
         except TrainingError as error:
-            self.say(f"{factory.name} broke off: {error}")
-            self.flag([ATTACK_FAILED], subject, factory.name, seed, own)
+            self.broke_off(error, ATTACK_FAILED, subject, factory, seed, own)
+            return None
+        except Exception as error:
+            if factory.box is not None:  # one of ours: what is wrong is the caller's to know
+                raise
+            told = dataclasses.replace(ATTACK_FAILED, advice="Mend the attack.", meaning=(
+                f"The attack raised {type(error).__name__}: {error} It has no score."))
+            self.broke_off(error, told, subject, factory, seed, own)
             return None
         flags = [] if fit is None else check_fit(fit)
         flags += check_reconstructions(self.victim, guess, own.mean_image)
@@ -168,6 +178,13 @@ class AuditRun:
         if self.observer is not None:
             self.observer(subject, factory.name, attack, guess)
         return fit
+
+    def broke_off(self, error: Exception, flag: Flag, subject: str, factory: Factory, seed: int,
+                  own: Owned) -> None:
+        """Tell it and go on: the other attacks have scores."""
+        self.say(f"{factory.name} broke off: {error}")
+        self.flag([flag], subject, factory.name, seed, own)
+        self.last_error = error
 
     def knowledge(
         self, own: Owned, edge: nn.Module, cloud: nn.Module | None, z_victim: Tensor,

@@ -8,7 +8,17 @@ from typing import Any
 from torch import Tensor
 
 from patrol_prune.attacks.identification import identify
-from patrol_prune.metrics import MS_SSIM_SIDE, gmsd, ms_ssim, mse, psnr, ssim, thumbnail
+from patrol_prune.errors import InputError
+from patrol_prune.metrics import (
+    MS_SSIM_SIDE,
+    check_pixels,
+    gmsd,
+    ms_ssim,
+    mse,
+    psnr,
+    ssim,
+    thumbnail,
+)
 
 WORST_SHARE = 0.05
 LARGEST_PSNR = 100.0
@@ -42,6 +52,16 @@ def score(originals: Tensor, guess: Tensor) -> tuple[dict[str, float | None], di
     for name in ("rank1", "rank5", "chance1", "chance5"):
         numbers[name] = None if found is None else getattr(found, name)
     return numbers, per_image
+
+
+def check_guess(guess: Tensor, originals: Tensor, name: str) -> None:
+    """An InputError where an attack's reconstructions are no images like the originals."""
+    if guess.shape != originals.shape:
+        raise InputError(
+            f"Expected the attack {name} to reconstruct {tuple(originals.shape)}, came "
+            f"{tuple(guess.shape)}."
+        )
+    check_pixels(guess, f"what the attack {name} reconstructs")
 
 
 def _mean(values: Tensor) -> float:

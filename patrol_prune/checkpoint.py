@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from patrol_prune._tp import replay
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
+from patrol_prune.given import check_factory, check_split
 from patrol_prune.group_table import build_graph
 from patrol_prune.open_attention import open_as_recorded, opened_attention
 from patrol_prune.pixels import Normalization
@@ -110,6 +111,7 @@ def save(
     Raises:
         UnsupportedModelError: the model's state holds more than tensors.
     """
+    check_split(split)
     tensors = _state(split.model)
     steps = history if history is not None else getattr(split, "pruning_history", None) or []
     architecture = {
@@ -150,13 +152,14 @@ def load(
     Args:
         path: the directory.
         model_factory: builds the model as it was before any pruning, with any weights; or the
-            pair `(edge, cloud)` when the split was made from two modules.
+            pair `(edge, cloud)` when the split was made from two modules, or by a defence.
         device: where the weights go.
 
     Raises:
         CheckpointError: a file is missing, torn or changed, or the factory's model is not the
             one that was saved; `path` names the file.
     """
+    check_factory(model_factory)
     path = Path(path)
     files = _files(path)
     about = json.loads(files[SPLIT])
@@ -350,6 +353,8 @@ def _resize(
         tensor = tensors.get(name)
         if tensor is None or tensor.shape == old.shape or tensor.dim() != old.dim():
             continue
+        if any(there > here for there, here in zip(tensor.shape, old.shape, strict=True)):
+            continue  # pruning makes nothing wider: it is another model, as `_fill` says
         if id(old) not in new:
             room = torch.empty_like(tensor)
             new[id(old)] = nn.Parameter(room, old.requires_grad) if isinstance(

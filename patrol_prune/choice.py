@@ -192,9 +192,9 @@ def require_reachable(budget: int, floor: int, dense: int) -> None:
     if floor > budget:
         raise BudgetError(
             f"No choice of channels brings the edge to {budget} MACs: the smallest reachable is "
-            f"{floor} MACs, {floor / dense:.3f} of the present edge. Raise edge_macs, lower "
-            "min_channels or round_to, raise max_pruning_ratio, allow boundary='prune', or choose "
-            "a shallower split.",
+            f"{floor} MACs, {floor / dense:.3f} of the present edge. Raise edge_macs, "
+            "choose a shallower split, allow boundary='prune', or loosen min_channels, round_to or "
+            "max_pruning_ratio where they are set.",
             smallest_edge_macs=floor,
         )
 

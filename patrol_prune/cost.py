@@ -126,6 +126,11 @@ def device_of(module: nn.Module, x_default: Tensor | Sequence[Tensor]) -> torch.
     return as_single_tensor(x_default).device
 
 
+def home_of(module: nn.Module, device: str | torch.device | None) -> torch.device:
+    """`device`, or, where it is None, the one that the module is on; the CPU without a tensor."""
+    return device_of(module, torch.empty(0)) if device is None else torch.device(device)
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every submodule's own `training` flag comes back."""

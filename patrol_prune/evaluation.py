@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from patrol_prune.cost import evaluating
+from patrol_prune.cost import evaluating, home_of
 from patrol_prune.errors import InputError
 
 
@@ -17,9 +17,13 @@ def accuracy(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> float:
-    """Share of the images whose largest logit is the label's, in [0, 1], in full precision."""
+    """Share of the images whose largest logit is the label's, in [0, 1], in full precision.
+
+    `device` is where the model is, by default asked of it.
+    """
+    device = home_of(model, device)
     with evaluating(model):
         right, count = 0, 0
         for x, y in batches:
@@ -37,12 +41,14 @@ def recalibrate_batchnorm(
     batches: Iterable[tuple[Tensor, Tensor]],
     *,
     max_batches: int = 50,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> None:
     """Replace BatchNorm's running statistics by the plain average over up to `max_batches`.
 
     Removal changes what every later layer sees; the stored statistics are of the wider model.
+    `device` is where the model is, by default asked of it.
     """
+    device = home_of(model, device)
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     momenta = [layer.momentum for layer in layers]
     with evaluating(model):

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from patrol_prune.cost import home_of
 from patrol_prune.errors import CheckpointError, InputError
 from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
+from patrol_prune.given import check_model, check_rereadable
 from patrol_prune.image_pool import ImagePool, TrainBatches
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.split import Split
@@ -39,7 +41,7 @@ class FinetuneResult:
 
     history: list[dict[str, float]] = field(default_factory=list)
     resumed_from: int = 0
-    optimizer: torch.optim.Optimizer | None = None
+    optimizer: torch.optim.Optimizer | None = field(default=None, repr=False)
 
 
 def finetune(
@@ -54,7 +56,7 @@ def finetune(
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> FinetuneResult:
     """Train the whole model, with the objective's privacy terms where one is given.
 
@@ -80,7 +82,7 @@ def finetune(
         checkpoint_dir: one checkpoint per epoch is written there, whole or not at all.
         resume: go on from the newest whole checkpoint in `checkpoint_dir`.
         progress: show a bar.
-        device: where to train.
+        device: where to train; where the model is by default.
 
     Raises:
         TrainingError: a loss that is NaN or infinite, with the step and the term.
@@ -88,15 +90,40 @@ def finetune(
     """
     config = config or FinetuneConfig()
     model = split.model if isinstance(split, Split) else split
-    if len(train_batches) == 0:
-        raise InputError("Expected at least one batch to train on, came none.")
-    if objective is not None and objective.split.model is not model:
-        raise InputError("The objective watches another model than the one to train; build it "
-                         "on the same Split.")
-    trainer = Trainer(model, objective, config, teacher, torch.device(device), len(train_batches))
+    check_training(split, train_batches, objective, teacher)
+    trainer = Trainer(model, objective, config, teacher, home_of(model, device), len(train_batches))
     if surrogate_batches is not None:
         trainer.pool = ImagePool(surrogate_batches)
     return drive(trainer, train_batches, val_batches, checkpoint_dir, resume, progress)
+
+
+def check_training(
+    split: Split | nn.Module,
+    train_batches: TrainBatches,
+    objective: PatrolObjective | None,
+    teacher: nn.Module | None,
+) -> None:
+    """Refuse what cannot be trained together; a split is read again, as it may have been pruned.
+
+    Raises:
+        InputError: see `finetune`.
+    """
+    model = split.model if isinstance(split, Split) else split
+    check_model(model, "split")
+    check_rereadable(train_batches, "train_batches")
+    if teacher is not None:
+        check_model(teacher, "teacher")
+    if objective is not None and objective.split.model is not model:
+        raise InputError("The objective watches another model than the one to train; build it "
+                         "on the same Split.")
+    if objective is not None and isinstance(split, Split) and objective.split.at != split.at:
+        raise InputError(
+            f"The objective watches the upload after {objective.split.at!r}, but the split is cut "
+            f"after {split.at!r}. Build it on the same Split."
+        )
+    for cut in {id(s): s for s in (split, objective and objective.split)}.values():
+        if isinstance(cut, Split):
+            cut.refresh()
 
 
 def drive(

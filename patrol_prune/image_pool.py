@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from patrol_prune.errors import InputError
+from patrol_prune.given import check_rereadable, input_and_target
 
 _PASSES = 1000  # per epoch, before orders would repeat
 
@@ -36,8 +36,7 @@ class ImagePool:
     """
 
     def __init__(self, batches: TrainBatches) -> None:
-        if len(batches) == 0:
-            raise InputError("Expected at least one batch for the surrogates, came none.")
+        check_rereadable(batches, "surrogate_batches")
         self.batches = batches
         self.restart(0)
 
@@ -48,9 +47,9 @@ class ImagePool:
 
     def next_images(self) -> Tensor:
         """The images of the next batch."""
-        for x, _ in self.iterator:
-            return x
+        for batch in self.iterator:
+            return input_and_target(batch)[0]
         start_epoch(self.batches, self.passes)
         self.passes += 1
         self.iterator = iter(self.batches)
-        return next(self.iterator)[0]
+        return input_and_target(next(self.iterator))[0]

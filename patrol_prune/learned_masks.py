@@ -26,10 +26,12 @@ from torch import Tensor, nn
 from patrol_prune._block_pruning import STRUCTURES, check_structures, prunable_blocks
 from patrol_prune.budget import MacModel, budget_as_count, check_budget
 from patrol_prune.choice import Limits
+from patrol_prune.cost import home_of
 from patrol_prune.errors import CheckpointError, InputError, UnsupportedModelError
-from patrol_prune.finetune import drive
+from patrol_prune.finetune import check_training, drive
 from patrol_prune.finetune_config import FinetuneConfig
 from patrol_prune.folding import cannot_fold, fold_masks
+from patrol_prune.given import check_split
 from patrol_prune.image_pool import TrainBatches
 from patrol_prune.mask_importance import MaskImportance
 from patrol_prune.masks import SoftMasks
@@ -161,7 +163,7 @@ def learn_masks(
     checkpoint_dir: str | Path | None = None,
     resume: bool = False,
     progress: bool = True,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> LearnedMasks:
     """Train the weights and the masks of the edge's channels and blocks down to a budget.
 
@@ -183,7 +185,7 @@ def learn_masks(
         checkpoint_dir: one checkpoint per epoch is written there, whole or not at all.
         resume: go on from the newest whole checkpoint in `checkpoint_dir`.
         progress: show a bar.
-        device: where to train.
+        device: where to train; where the model is by default.
 
     Raises:
         BudgetError: the groups at their floors cost more than the budget.
@@ -197,11 +199,8 @@ def learn_masks(
     config = config or MaskConfig()
     check_budget(edge_macs)
     check_structures(structures)
-    if len(train_batches) == 0:
-        raise InputError("Expected at least one batch to train on, came none.")
-    if objective.split.model is not split.model:
-        raise InputError("The objective watches another model than the one to train; build it "
-                         "on the same Split.")
+    check_split(split)
+    check_training(split, train_batches, objective, teacher)
     masks = SoftMasks(split.model, split.example_inputs, split=split, boundary=boundary,
                       blocks=structures != "channels")
     unfoldable = cannot_fold(masks)
@@ -217,8 +216,8 @@ def learn_masks(
             "point, boundary='prune' or other structures."
         )
     shrinker = Shrinker(costs, groups, config.limits, budget)
-    trainer = _MaskTrainer(masks, shrinker, objective, config, teacher, torch.device(device),
-                           len(train_batches))
+    trainer = _MaskTrainer(masks, shrinker, objective, config, teacher,
+                           home_of(split.model, device), len(train_batches))
     with masks.attached():
         trained = drive(trainer, train_batches, val_batches, checkpoint_dir, resume, progress)
     trainer.freeze()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, get_args
@@ -18,6 +19,12 @@ from torch import Tensor
 
 from patrol_prune.cost import evaluating
 from patrol_prune.errors import InputError
+from patrol_prune.given import (
+    check_normalization,
+    check_split,
+    input_and_target,
+    share_outside,
+)
 from patrol_prune.lipschitz import (
     LipschitzForm,
     Reduction,
@@ -33,6 +40,9 @@ from patrol_prune.surrogate import DEFAULT_SURROGATES, SurrogateEnsemble, Surrog
 
 if TYPE_CHECKING:
     from patrol_prune.masks import SoftMasks
+
+_FEW = 0.05
+"""Share of pixels outside of [0, 1] from which on the normalization is taken for a wrong one."""
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -116,6 +126,8 @@ class PatrolObjective:
         precision: str = "auto",
         seed: int = 0,
     ) -> None:
+        check_split(split)
+        check_normalization(normalization)
         alphas = [alpha] if isinstance(alpha, (int, float)) else list(alpha)
         if min(alphas) < 0 or beta < 0 or noise_std <= 0 or lipschitz_images < 1:
             raise InputError(
@@ -142,6 +154,7 @@ class PatrolObjective:
         self.specs, self.surrogate_lr, self.seed = tuple(surrogates), surrogate_lr, seed
         self.surrogate_loss = surrogate_loss
         self.generator = torch.Generator().manual_seed(seed)
+        self._looked = False
         self._surrogates: SurrogateEnsemble | None = None
         self._spectral: SpectralBounds | None = None
         if self.uses_spectral:
@@ -202,6 +215,23 @@ class PatrolObjective:
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
         return (1, x.shape[1], x.shape[2], x.shape[3])
 
+    def pixels(self, x: Tensor) -> Tensor:
+        """The pixels behind model inputs, on [0, 1]: what the surrogates reconstruct.
+
+        The first time, it warns where many of them lie outside, as without `normalization=`.
+        """
+        if not self._looked:
+            self._looked = True
+            share = share_outside(self.normalization.to_pixels(x, clamp=False))
+            if share > _FEW:
+                warnings.warn(
+                    f"{100 * share:.0f}% of the pixels behind the model's inputs lie outside of "
+                    "[0, 1] and are clamped: the attackers inside learn other pictures than the "
+                    "model sees. Give normalization= the mean and std that the inputs were made "
+                    "with, of pixels on [0, 1].", stacklevel=2,
+                )
+        return self.normalization.to_pixels(x)
+
     def terms(
         self, x: Tensor, y: Tensor, *, masks: SoftMasks | None = None, beta_scale: float = 1.0
     ) -> ObjectiveTerms:
@@ -238,7 +268,7 @@ class PatrolObjective:
     def update_surrogates(self, z: Tensor, x: Tensor) -> Tensor:
         """One inner step on features that the edge gave for `x`; mean error per surrogate."""
         z, x = z[: self.adversarial_images], x[: self.adversarial_images]
-        pixels = self.normalization.to_pixels(x)
+        pixels = self.pixels(x)
         return self.surrogates.step(z.detach(), pixels, precision=self.precision)
 
     def fit_surrogates(self, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> float:
@@ -252,15 +282,18 @@ class PatrolObjective:
         with evaluating(edge):
             while done < steps:
                 before = done
-                for x, _ in itertools.islice(batches, steps - done):
-                    x = x.to(device)
+                for batch in itertools.islice(batches, steps - done):
+                    x = input_and_target(batch)[0].to(device)
                     with torch.no_grad(), autocast(device, self.precision):
                         z = edge(x).float()
-                    self.surrogates.observe(z, self.normalization.to_pixels(x))
+                    self.surrogates.observe(z, self.pixels(x))
                     error = float(self.update_surrogates(z, x).min())
                     done += 1
                 if done == before:
-                    raise InputError("Expected batches to fit the surrogates on, came none.")
+                    raise InputError(
+                        f"Expected batches for {steps} steps, they ended after {done}. Give some "
+                        "that can be read again, as a DataLoader or a list."
+                    )
         return error
 
     @torch.no_grad()
@@ -277,8 +310,9 @@ class PatrolObjective:
         device = next(self.split.model.parameters()).device
         found: list[tuple[Tensor, Tensor]] = []
         with evaluating(self.split.edge):
-            for x, _ in batches:
-                pixels = self.normalization.to_pixels(x.to(device))
+            for batch in batches:
+                x = input_and_target(batch)[0]
+                pixels = self.pixels(x.to(device))
                 found.append(self.surrogates.believed(self.split.edge(x.to(device)), pixels))
         if not found:
             raise InputError("Expected batches to measure the surrogates on, came none.")
@@ -287,7 +321,7 @@ class PatrolObjective:
 
     def _adversarial(self, z: Tensor, x: Tensor) -> Tensor:
         z, x = z[: self.adversarial_images], x[: self.adversarial_images]
-        pixels = self.normalization.to_pixels(x)
+        pixels = self.pixels(x)
         return self.surrogates.strongest(z, pixels, precision=self.precision).mean()
 
     def _block_lipschitz(self, x: Tensor) -> Tensor:

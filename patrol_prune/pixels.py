@@ -17,6 +17,8 @@ class Normalization:
     Attacks and the adversarial term measure reconstructions on [0, 1] pixels, whatever the model
     eats; this is the map between the two.
 
+    Without arguments nothing is changed, whatever the number of channels.
+
     Args:
         mean: one value per image channel, in pixel units.
         std: one positive value per image channel, in pixel units.
@@ -42,19 +44,23 @@ class Normalization:
         mean, std = self._stats(pixels)
         return (pixels - mean) / std
 
-    def to_pixels(self, x: Tensor) -> Tensor:
+    def to_pixels(self, x: Tensor, *, clamp: bool = True) -> Tensor:
         """Model input `[N, C, H, W]` to pixels, clamped to [0, 1]."""
         mean, std = self._stats(x)
-        return (x * std + mean).clamp(0.0, 1.0)
+        pixels = x * std + mean
+        return pixels.clamp(0.0, 1.0) if clamp else pixels
 
     def _stats(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        if images.dim() != 4 or images.shape[1] != len(self.mean):
+        mean, std = self.mean, self.std
+        if images.dim() == 4 and self == Normalization():
+            mean, std = mean[:1], std[:1]
+        elif images.dim() != 4 or images.shape[1] != len(self.mean):
             raise InputError(
                 f"Expected images [N, {len(self.mean)}, H, W] for this Normalization, came "
                 f"{tuple(images.shape)}. Add the batch dimension, or give one mean per channel."
             )
         shape = (1, -1, 1, 1)
         return (
-            torch.tensor(self.mean, dtype=images.dtype, device=images.device).view(shape),
-            torch.tensor(self.std, dtype=images.dtype, device=images.device).view(shape),
+            torch.tensor(mean, dtype=images.dtype, device=images.device).view(shape),
+            torch.tensor(std, dtype=images.dtype, device=images.device).view(shape),
         )

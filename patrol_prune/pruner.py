@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+_NO_SCORE = "the importance gives it no score"
 _GRAPH_OPTIONS = ("forward_fn", "output_transform", "unwrapped_parameters", "customized_pruners")
 
 class PatrolPruner(BasePruner):  # type: ignore[misc]
@@ -47,7 +48,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         example_inputs: what it takes.
         importance: a `PatrolImportance`, or any Torch-Pruning importance.
         split: where edge and cloud are; refreshed after every step.
-        edge_macs: a fraction in (0, 1] of the dense edge, or a count.
+        edge_macs: a fraction in (0, 1] of the edge as it is now, or a count.
         boundary: "keep" leaves every group that crosses the split whole, so that the feature and
             the cloud stay as they are; "prune" lets them shrink: the feature narrows and the
             cloud's consumers (and, on a residual stream, its producers) follow.
@@ -177,16 +178,33 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             if self.structures == "blocks":
                 reason = "structures='blocks'"
             if reason is None:
-                with torch.no_grad():
-                    score = self.estimate_importance(table.raw[name])
+                score = self._score_of(table.raw[name])
                 if score is not None:
                     scores[name] = score
                     continue
-                reason = "the importance gives it no score"
+                reason = _NO_SCORE
             whole[name] = reason
         on_edge = self.split.edge_layers
         whole.update({n: why for n, why in table.left_out.items() if n in on_edge})
+        if not scores and _NO_SCORE in whole.values():
+            raise InputError(
+                f"The importance {type(self.importance).__name__} gives none of the edge's groups "
+                "a score. One that reads gradients needs loss.backward() before the step."
+            )
         return scores, whole
+
+    def _score_of(self, group: Any) -> Tensor | None:
+        try:
+            with torch.no_grad():
+                score: Tensor | None = self.estimate_importance(group)
+                return score
+        except (AttributeError, KeyError, TypeError) as error:
+            raise InputError(
+                f"The importance {type(self.importance).__name__} failed on a group "
+                f"({type(error).__name__}: {error}). One that reads gradients needs "
+                "loss.backward() before the step, one that reads activations or covariances what "
+                "its documentation says."
+            ) from error
 
     def smallest_edge_macs(self) -> int:
         """Edge MACs when every group that may shrink is at its floor."""

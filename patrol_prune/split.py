@@ -253,6 +253,11 @@ class Split:
             self._handles.append(piece.register_forward_pre_hook(follow))
         return piece
 
+    def __repr__(self) -> str:
+        """Where it is cut, and what crosses."""
+        shape = "x".join(map(str, self.feature_shape))
+        return f"Split({type(self.model).__name__}, at={self.at!r}, feature {shape})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         if isinstance(self.model, _Composed):
             made: tuple[Any, ...] = Split.from_modules, (

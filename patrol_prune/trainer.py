@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from patrol_prune.distillation import Distiller
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
+from patrol_prune.given import input_and_target
 from patrol_prune.image_pool import ImagePool, TrainBatches, start_epoch
 from patrol_prune.lipschitz import frozen_statistics
 from patrol_prune.objective import ObjectiveTerms, PatrolObjective
@@ -99,7 +100,8 @@ class Trainer:
         hidden = not progress or not self.accelerator.is_main_process
         bar = tqdm(batches, desc=f"epoch {epoch + 1}/{self.config.epochs}", disable=hidden,
                    leave=False)
-        for index, (x, y) in enumerate(bar):
+        for index, batch in enumerate(bar):
+            x, y = input_and_target(batch)
             values = self._train_step(epoch * self.batches + index, x.to(self.device),
                                       y.to(self.device))
             for name, value in values.items():

@@ -156,7 +156,7 @@ def test_the_weakest_surrogate_is_renewed_on_time_and_features_are_recorded() ->
 def test_refused_training_leaves_no_hook_on_either_model() -> None:
     split, teacher = _split(), copy.deepcopy(_split().model)
     objective = PatrolObjective(split, F.cross_entropy, beta=1.0, surrogates=SPECS)
-    with pytest.raises(InputError, match="for the surrogates, came none"):
+    with pytest.raises(InputError, match="in surrogate_batches, came none"):
         finetune(split, Batches(_images(), 16), objective=objective, config=HARDER,
                  teacher=teacher, surrogate_batches=[], progress=False)
     assert not any(m._forward_pre_hooks for net in (split.model, teacher) for m in net.modules())

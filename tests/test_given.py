@@ -1,0 +1,176 @@
+"""Easy mistakes are refused in words that name them, before any work."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor
+from torch.nn import functional as F
+
+import patrol_prune as pp
+from patrol_prune.attacks import FitRecord, Knowledge
+from patrol_prune.errors import CheckpointError, InputError, TrainingError
+from patrol_prune.models import SmallResNet
+from patrol_prune.surrogate import SurrogateSpec
+
+SPECS = (SurrogateSpec("transposed", width=8),)
+QUICK = pp.FinetuneConfig(epochs=1, surrogate_warmup_steps=0)
+
+
+def split(at: str = "layer1") -> pp.Split:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return pp.Split(SmallResNet(5, width=4), torch.zeros(1, 3, 16, 16), at=at)
+
+
+def images(count: int = 40) -> Tensor:
+    return torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def batches(count: int = 2) -> list[tuple[Tensor, Tensor]]:
+    return [(images(8), torch.arange(8) % 5)] * count
+
+
+def objective(of: pp.Split, **settings: Any) -> pp.PatrolObjective:
+    return pp.PatrolObjective(of, F.cross_entropy, beta=1.0, surrogates=SPECS, **settings)
+
+
+class Mine:
+    """An attack that answers with what it is made with."""
+
+    def __init__(self, guess: Any = 0.5) -> None:
+        self.guess = guess
+
+    def fit(self, known: Knowledge) -> FitRecord | None:
+        return None
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        if isinstance(self.guess, Exception):
+            raise self.guess
+        return torch.full((len(z), 3, 16, 16), float(self.guess))
+
+
+class Plain(Mine):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def audit(what: Any, **settings: Any) -> Any:
+    return pp.audit(what, images(), images(48)[40:], **{"attacks": {"mine": Mine()}, **settings})
+
+
+MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
+    "audit of a model": (lambda: audit(SmallResNet(5, width=4)), "split as a Split.*SmallResNet"),
+    "undefended model": (lambda: audit(split(), undefended=split().model), "undefended as a Split"),
+    "objective of a model": (lambda: objective(split().model), "Cut the model first"),
+    "a tuple as normalization": (lambda: objective(split(), normalization=(0.5,)), "came tuple"),
+    "the same in an audit": (lambda: audit(split(), normalization=(0.5,)), "came tuple"),
+    "one seed as a number": (lambda: audit(split(), seeds=0), r"seeds=\(0,\)"),
+    "one number of images": (lambda: audit(split(), attacker_images=9), r"attacker_images=\(9,\)"),
+    "the class of an attack": (lambda: audit(split(), attacks={"mine": Plain}), "takes no seed"),
+    "saving a model": (lambda: pp.save(split().model, "nowhere"), "split as a Split"),
+    "a model as the factory": (lambda: pp.load("nowhere", split().model), "function without arg"),
+    "batches without labels": (lambda: pp.finetune(split(), [images(8)], progress=False),
+                               "came a Tensor"),
+    "batches as dicts": (lambda: pp.finetune(split(), [{"image": 1, "label": 2}], progress=False),
+                         "a dict of image, label"),
+    "batches of bytes": (lambda: pp.finetune(
+        split(), [((images(8) * 255).byte(), torch.zeros(8))], progress=False), "torch.uint8"),
+    "a generator": (lambda: pp.finetune(split(), iter(batches())), "read again.*list_iterator"),
+    "a split as the teacher": (lambda: pp.finetune(split(), batches(), teacher=split()),
+                               "Give split.model"),
+    "batches that end": (lambda: objective(split()).fit_surrogates(iter(batches()), 3),
+                         "for 3 steps, they ended after 2"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_it_is_named(mistake: str) -> None:
+    call, words = MISTAKES[mistake]
+    with pytest.raises(InputError, match=words):
+        call()
+
+
+def test_an_objective_of_another_cut_is_refused() -> None:
+    first = split()
+    other = pp.Split(first.model, first.example_inputs, at="layer2")
+    with pytest.raises(InputError, match="after 'layer2', but the split is cut after 'layer1'"):
+        pp.finetune(first, batches(), objective=objective(other))
+
+
+def test_a_split_pruned_by_the_host_is_read_again_before_training() -> None:
+    cut = split()
+    tp.pruner.BasePruner(
+        cut.model, cut.example_inputs, tp.importance.MagnitudeImportance(), pruning_ratio=0.5,
+        ignored_layers=cut.protected_layers(),
+    ).step()
+    before = cut.feature_shape
+    pp.finetune(cut, batches(), objective=objective(cut), config=QUICK, progress=False)
+    assert cut.feature_shape == tuple(cut.edge(images(1)).shape[1:]) != before
+
+
+@pytest.mark.parametrize(("importance", "words"), [
+    (tp.importance.GroupTaylorImportance, "failed on a group.*loss.backward"),
+    (tp.importance.GroupHessianImportance, "none of the edge's groups a score.*loss.backward"),
+])
+def test_importances_without_their_gradients_are_told_apart_from_a_budget(
+    importance: Any, words: str
+) -> None:
+    cut = split("layer3")
+    pruner = pp.PatrolPruner(cut.model, cut.example_inputs, importance(), split=cut, edge_macs=0.5)
+    with pytest.raises(InputError, match=words):
+        pruner.step()
+
+
+def test_a_forgotten_normalization_is_told_once() -> None:
+    inputs = (images(8) - 0.45) / 0.225
+    with pytest.warns(UserWarning, match="Give normalization="):
+        wrong = objective(split())
+        wrong.fit_surrogates([(inputs, torch.zeros(8))], 1)
+    right = objective(split(), normalization=pp.Normalization((0.45,) * 3, (0.225,) * 3))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        wrong.fit_surrogates([(inputs, torch.zeros(8))], 1)
+        right.fit_surrogates([(inputs, torch.zeros(8))], 1)
+
+
+def test_grey_images_need_no_normalization() -> None:
+    grey = images(3)[:, :1]
+    assert torch.equal(pp.Normalization().to_input(grey), grey)
+    with pytest.raises(InputError, match="one mean per channel"):
+        pp.Normalization.imagenet().to_input(grey)
+
+
+class TestAnAttackOfOnesOwn:
+    def test_that_breaks_costs_its_own_score_alone(self) -> None:
+        report = audit(split(), attacks={"boom": Mine(ValueError("boom")), "mine": Mine()})
+        assert {r["attack"] for r in report.records if r["subject"] == "edge"} == {"mine"}
+        flag = next(f for f in report.flags if f["name"] == "attack_failed")
+        assert flag["attack"] == "boom" and "ValueError: boom" in flag["meaning"]
+        assert "edge: SSIM" in repr(report) and len(repr(report)) < 400
+
+    @pytest.mark.parametrize(("guess", "words"), [
+        (ValueError("boom"), "ValueError: boom"), (255.0, "the attack mine reconstructs on"),
+    ])
+    def test_that_is_the_only_one_ends_the_audit_with_the_reason(
+        self, guess: Any, words: str
+    ) -> None:
+        with pytest.raises(TrainingError, match=words):
+            audit(split(), attacks={"mine": Mine(guess)})
+
+
+def test_a_factory_of_another_model_is_refused(tmp_path: Path) -> None:
+    cut = split()
+    pp.save(cut, tmp_path / "cut")
+    with pytest.raises(CheckpointError, match=r"fc\..*the very model"):
+        pp.load(tmp_path / "cut", lambda: SmallResNet(3, width=4))
+    again = pp.load(tmp_path / "cut", lambda: SmallResNet(5, width=4))
+    assert torch.equal(again.edge(images(2)), copy.deepcopy(cut).edge(images(2)))
+    assert repr(again) == "Split(SmallResNet, at='layer1', feature 4x16x16)"
