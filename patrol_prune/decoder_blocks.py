@@ -11,6 +11,10 @@ from torch.nn import functional
 from patrol_prune.errors import InputError
 
 _LINEAR_WEIGHTS = 32_000_000
+_VECTOR = 4
+"""Maps of so few positions are read as vectors: convolutions have nothing to slide over there, and
+would press all channels into the trunk's few at each position."""
+_SPREAD_SIDE = 8
 _LEVELS = 2
 
 
@@ -143,7 +147,8 @@ class ToMap(nn.Module):
             self.map_shape = tuple(feature_shape)
             if channel_dim(feature_shape, image_shape) == 3:
                 self.kind, self.map_shape = "last", (feature_shape[2], *feature_shape[:2])
-            return
+            if math.prod(self.map_shape[1:]) > _VECTOR:
+                return
         if len(feature_shape) == 2:
             tokens, channels = feature_shape
             grid = _token_grid(tokens, image_shape)
@@ -190,6 +195,22 @@ def _linear_map(
     while width > 1 and size * width * height * map_width > _LINEAR_WEIGHTS:
         width //= 2
     return width, height, map_width
+
+
+def spreading(map_shape: tuple[int, ...], image_shape: tuple[int, ...], width: int) -> int:
+    """By how much a small map is enlarged, so that a trunk of `width` channels holds all of it.
+
+    The smallest power of two `f` with `width * f^2` of at least the map's channels, as long as no
+    side gets longer than 8, where a trunk costs as much as elsewhere, or than half the image.
+    """
+    channels, *size = map_shape
+    longest = [min(_SPREAD_SIDE, math.ceil(s / 2)) for s in image_shape[1:]]
+    factor = 1
+    while width * factor**2 < channels and all(
+        2 * factor * s <= most for s, most in zip(size, longest, strict=True)
+    ):
+        factor *= 2
+    return factor
 
 
 class Fold(nn.Module):

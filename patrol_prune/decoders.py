@@ -22,6 +22,7 @@ from patrol_prune.decoder_blocks import (
     channel_dim,
     check_shape,
     doubling,
+    spreading,
 )
 from patrol_prune.errors import InputError, nearest
 
@@ -57,7 +58,9 @@ def make_decoder(
     no power of two times the feature, and end in a 3x3 convolution and a sigmoid.
 
     The trunk stands at the feature's own resolution, at most half the image's (rounded up): a
-    larger feature map is pixel-unshuffled there first, which loses nothing. Residual blocks cost
+    larger feature map is pixel-unshuffled there first, which loses nothing. A map of under 8 a side
+    with more channels than the trunk is spread over a larger one by the first convolution, so that
+    the trunk can hold all of it; one of at most 2x2 is read as a vector. Residual blocks cost
     `18 * depth * width^2` multiply-adds per trunk pixel, in the U too: 38 M per image at width 64,
     depth 8 and 8x8 (50 M and 53 M with all the rest), but 7.4 G at 112x112, so give fewer or
     narrower blocks to shallow features of large images.
@@ -112,10 +115,14 @@ class Decoder(nn.Module):
         self.to_map = ToMap(feature_shape, image_shape, width)
         self.fold = Fold(self.to_map.map_shape, image_shape)
         channels, height, map_width = self.fold.folded_shape
+        factor = spreading(self.fold.folded_shape, image_shape, width)
+        height, map_width = factor * height, factor * map_width
         self.trunk_size = (height, map_width)
         ratio = max(image_shape[1] / height, image_shape[2] / map_width)
         self.doublings = max(0, round(math.log2(ratio)))
-        stem = nn.Conv2d(channels, width, 3, padding=1)
+        stem: nn.Module = nn.Conv2d(channels, width * factor**2, 3, padding=1)
+        if factor > 1:
+            stem = nn.Sequential(stem, nn.PixelShuffle(factor))
         if family == "residual":
             self.trunk = nn.Sequential(stem, *(ResidualBlock(width) for _ in range(depth)))
         elif family == "unet":

@@ -18,6 +18,19 @@ feature_shapes = st.one_of(
 )
 
 
+@pytest.mark.parametrize("shape", [(512, 1, 1), (256, 2, 2), (128, 4, 4)])
+def test_a_small_map_of_many_channels_keeps_its_values_as_a_vector_does(
+    shape: tuple[int, int, int]
+) -> None:
+    """The stem's rank is that of the feature, where a narrow trunk holds so many values."""
+    decoder = make_decoder("residual", shape, (3, 32, 32), width=64, depth=0).double()
+    z = torch.zeros(1, *shape, dtype=torch.double)
+    stem = torch.autograd.functional.jacobian(
+        lambda v: decoder.trunk(decoder.fold(decoder.to_map(v))).flatten(), z, vectorize=True)
+    rank = torch.linalg.matrix_rank(stem.flatten(1))
+    assert int(rank) == z.numel()
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(FAMILIES),
@@ -42,11 +55,17 @@ def test_every_shape_fits(
         ((16, 8, 8), (8, 8)),
         ((3, 32, 32), (16, 16)),
         ((5, 31, 31), (16, 16)),
-        ((17, 12), (4, 4)),  # a class token and a 4x4 grid
+        ((17, 12), (8, 8)),  # a class token and a 4x4 grid: 24 channels
         ((64, 12), (8, 8)),
         ((8, 8, 96), (8, 8)),  # channels last
         ((7, 5), (8, 8)),  # no grid: a linear layer
         ((2048,), (8, 8)),
+        ((2048, 1, 1), (8, 8)),  # a vector
+        ((32, 2, 2), (8, 8)),
+        ((8, 4, 4), (4, 4)),
+        ((9, 4, 4), (8, 8)),  # more than the trunk's eight channels
+        ((512, 4, 4), (8, 8)),
+        ((9, 3, 3), (6, 6)),
     ],
 )
 def test_the_trunk_stands_at_the_features_resolution_and_every_value_is_used(
