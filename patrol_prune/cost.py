@@ -128,7 +128,7 @@ def device_of(module: nn.Module, x_default: Tensor | Sequence[Tensor]) -> torch.
 
 def home_of(module: nn.Module, device: str | torch.device | None) -> torch.device:
     """`device`, or, where it is None, the one that the module is on; the CPU without a tensor."""
-    return device_of(module, torch.empty(0)) if device is None else torch.device(device)
+    return device_of(module, torch.empty(1, 1)) if device is None else torch.device(device)
 
 
 @contextmanager

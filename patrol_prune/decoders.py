@@ -209,12 +209,15 @@ class FeatureStandardizer(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """`z [N, *feature_shape]` standardised; gradients flow to `z`, not to the statistics."""
-        gain = torch.rsqrt(self.var + self.eps * self.var.mean())
-        noise = (torch.finfo(torch.float32).eps * self.mean) ** 2
-        gain = torch.where(self.var > noise, gain, torch.zeros_like(gain))
         shape = [1] * z.dim()
         shape[self.dim] = -1
-        return (z - self.mean.view(shape)) * gain.view(shape)
+        return (z - self.mean.view(shape)) * self.gain().view(shape)
+
+    def gain(self) -> Tensor:
+        """What each channel is multiplied by, `[C]`; 0 for one that is constant."""
+        gain = torch.rsqrt(self.var + self.eps * self.var.mean())
+        noise = (torch.finfo(torch.float32).eps * self.mean) ** 2
+        return torch.where(self.var > noise, gain, torch.zeros_like(gain))
 
     def _set(self, mean: Tensor, var: Tensor) -> None:
         self.mean.copy_(mean)

@@ -291,7 +291,7 @@ class PatrolObjective:
                     done += 1
                 if done == before:
                     raise InputError(
-                        f"Expected batches for {steps} steps, they ended after {done}. Give some "
+                        f"Expected batches for {steps} steps, came {done or 'none'}. Give some "
                         "that can be read again, as a DataLoader or a list."
                     )
         return error

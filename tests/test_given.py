@@ -87,7 +87,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a split as the teacher": (lambda: pp.finetune(split(), batches(), teacher=split()),
                                "Give split.model"),
     "batches that end": (lambda: objective(split()).fit_surrogates(iter(batches()), 3),
-                         "for 3 steps, they ended after 2"),
+                         "for 3 steps, came 2"),
 }
 
 

@@ -8,17 +8,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patrol_prune.attacks.base import Attack, FitRecord, Knowledge
+from patrol_prune.attacks.base import Attack, EdgeFunction, FitRecord, Knowledge
 from patrol_prune.attacks.checks import smooth_images
 from patrol_prune.attacks.pixel_descent import PixelDescent, Setting
 from patrol_prune.attacks.rmle import RMLE, RMLEConfig
 from patrol_prune.attacks.white_box import (
+    LOSSES,
+    Comparison,
     PixelSpace,
     Spectrum,
+    drops_values,
     expected_feature,
-    feature_error,
     feature_scale,
-    feature_slope,
+    kept_feature,
     total_variation,
 )
 from patrol_prune.errors import InputError, TrainingError
@@ -104,21 +106,87 @@ def test_total_variation_and_feature_errors_by_hand() -> None:
     assert total_variation(torch.full((2, 3, 4, 4), 7.0)).tolist() == [0.0, 0.0]
     assert total_variation(x[..., :1]).tolist() == [4.0]
     f, z = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[6.0, 8.0], [0.0, 1.0]])
-    assert feature_error(f, z, "mse").tolist() == [12.5, 1.0]
-    assert feature_error(f, z, "cosine").tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+    plain = Comparison()
+    assert plain.error(f, z, "mse").tolist() == [12.5, 1.0]
+    assert plain.error(f, z, "cosine").tolist() == pytest.approx([0.0, 1.0], abs=1e-6)
+    louder = Comparison(scale=9.0, gain=torch.tensor([[2.0, 1.0]]))
+    assert louder.error(f, z, "standardised").tolist() == [26.0, 2.5]
+    thinned = Comparison(thinned=True)  # of the second upload one value came through
+    assert thinned.error(f, z, "mse").tolist() == [12.5, 1.0]
+    assert thinned.error(f, torch.zeros(2, 2), "mse").tolist() == [0.0, 0.0]
     assert feature_scale(torch.tensor([[1.0, 5.0], [3.0, 5.0]])) == 0.5
     assert feature_scale(torch.ones(4, 2)) == 1.0
 
 
-@pytest.mark.parametrize("loss", ["mse", "cosine"])
-def test_the_slope_of_the_error_is_its_derivative(loss: str) -> None:
+@pytest.mark.parametrize("thinned", [False, True])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_slope_of_the_error_is_its_derivative(loss: str, thinned: bool) -> None:
     generator = torch.Generator().manual_seed(0)
     f, z = (torch.randn(4, 3, 5, 2, generator=generator) for _ in range(2))
+    if thinned:
+        z = z * (torch.rand(z.shape, generator=generator) > 0.5)
     f.requires_grad_(True)
-    (expected,) = torch.autograd.grad(feature_error(f, z, loss, 0.3).sum(), f)
-    assert torch.allclose(feature_slope(f, z, loss, 0.3), expected, atol=1e-6)
-    dead = feature_slope(torch.zeros(2, 6), torch.ones(2, 6), loss)
+    compare = Comparison(0.3, torch.tensor([0.5, 2.0, 0.0]).view(1, 3, 1, 1), thinned)
+    (expected,) = torch.autograd.grad(compare.error(f, z, loss).sum(), f)
+    assert torch.allclose(compare.slope(f, z, loss), expected, atol=1e-6)
+    dead = compare.slope(torch.zeros(2, 3, 2, 1), torch.ones(2, 3, 2, 1), loss)
     assert bool(torch.isfinite(dead).all())
+
+
+@pytest.mark.parametrize("loudness", [1.0, 1000.0])
+def test_a_loud_channel_hides_nothing(loudness: float) -> None:
+    gain = torch.ones(8, 1, 1)
+    gain[0] = loudness
+
+    def loud(pixels: Tensor) -> Tensor:
+        return edge(pixels) * gain
+
+    attack = RMLE(dataclasses.replace(ONE, losses=("standardised",), steps=150))
+    attack.fit(Knowledge(KNOWN, edge=loud))
+    quiet = RMLE(dataclasses.replace(ONE, losses=("standardised",), steps=150))
+    quiet.fit(known())
+    assert torch.allclose(attack.reconstruct(loud(VICTIM)), quiet.reconstruct(edge(VICTIM)),
+                          atol=1e-2)
+
+
+class TestAnEdgeThatDropsValues:
+    def wide(self, pixels: Tensor) -> Tensor:
+        weight = torch.randn(48, 3, 3, 3, generator=torch.Generator().manual_seed(2)) / 3
+        return functional.conv2d((pixels - 0.5) / 0.25, weight, stride=2, padding=1)
+
+    def thinned(self, seed: int) -> EdgeFunction:
+        generator = torch.Generator().manual_seed(seed)
+
+        def drop(pixels: Tensor) -> Tensor:
+            z = self.wide(pixels)
+            return 2.0 * z * (torch.rand(z.shape, generator=generator) < 0.5)
+
+        return drop
+
+    def test_is_inverted_by_what_comes_through(self) -> None:
+        errors = {}
+        for name, random in (("masked", True), ("blind", False)):
+            attack = RMLE(dataclasses.replace(ONE, steps=200))
+            attack.fit(Knowledge(KNOWN, edge=self.thinned(0), random_edge=random))
+            errors[name] = float(mse(VICTIM, attack.reconstruct(self.thinned(9)(VICTIM))).mean())
+        assert errors["masked"] < 0.02 * FLOOR < 0.2 * errors["blind"]
+
+    def test_is_told_from_one_that_adds_noise_or_rounds(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+
+        def noisy(pixels: Tensor) -> Tensor:
+            z = self.wide(pixels)
+            return z + torch.randn(z.shape, generator=generator)
+
+        edges = {"drops": self.thinned(0), "noise": noisy, "rectified": lambda x: noisy(x).relu(),
+                 "rounded": lambda x: noisy(x).round(), "silent": self.wide}
+        found = {name: drops_values(Knowledge(KNOWN, edge=e), torch.device("cpu"))
+                 for name, e in edges.items()}
+        assert found == {name: name == "drops" for name in edges}
+
+    def test_the_kept_feature_is_the_mean_of_what_is_not_zero(self) -> None:
+        draws = iter([torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[2.0, 6.0, 0.0]])])
+        assert kept_feature(lambda _: next(draws), VICTIM, 2).tolist() == [[2.0, 6.0, 0.0]]
 
 
 @pytest.mark.parametrize("size", [(16, 16), (9, 14)])
@@ -157,7 +225,8 @@ def test_settings_run_side_by_side_equal_settings_run_alone() -> None:
 def test_what_is_minimised_is_what_is_written_down() -> None:
     space = PixelSpace.of(KNOWN)
     spectrum = Spectrum.of(space.from_pixels(KNOWN) - space.from_pixels(space.mean_image))
-    descent = PixelDescent(dataclasses.replace(ONE, lr=0.0), edge, space, spectrum, scale=2.0)
+    descent = PixelDescent(dataclasses.replace(ONE, lr=0.0), edge, space, spectrum,
+                           Comparison(scale=2.0))
     first, anchor, z = KNOWN[:2], KNOWN[2:4], edge(VICTIM[:2])
     setting = Setting("mse", lambda_tv=0.5, lambda_2=0.3, lambda_start=0.7)
     pixels, values = descent.run(z, first, anchor, [setting] * 2, 1)

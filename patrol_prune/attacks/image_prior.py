@@ -20,11 +20,9 @@ from patrol_prune.attacks.base import EdgeFunction, FitRecord, Knowledge
 from patrol_prune.attacks.white_box import (
     CRITERIA,
     LOSSES,
+    Comparison,
     PixelSpace,
     error_by,
-    expected_feature,
-    feature_error,
-    feature_scale,
     features_of,
     gradient_norm,
     tuning_part,
@@ -43,7 +41,7 @@ class ImagePriorConfig:
     """Settings of `ImagePrior`; of several `losses` and `lrs` the attacker's own images choose.
 
     Args:
-        losses: feature losses to try, out of `"mse"` and `"cosine"`.
+        losses: feature losses to try, out of `"mse"`, `"standardised"` and `"cosine"`.
         lrs: learning rates of Adam to try.
         steps: the most that are made; the attacker's own images choose how many are best.
         check_every: steps between two looks at the attacker's own images.
@@ -51,7 +49,7 @@ class ImagePriorConfig:
         scales: how often its map is doubled; the input is `2^scales` times smaller than the image.
         averaging: the reconstruction is the running mean of the generator's outputs with this
             weight on the past.
-        draws: queries that are averaged in each step where the edge is random.
+        draws: queries that are put together in each step where the edge is random.
         tuning_images: of the attacker's own images that choose loss, lr and steps.
         criterion: by which they choose, `"mse"` or `"ssim"`.
         batch_size: images that are optimised at once.
@@ -180,7 +178,7 @@ class ImagePrior:
         self.loss, self.lr, self.steps = self.config.losses[0], self.config.lrs[0], 0
         self._edge: EdgeFunction | None = None
         self._mean_image: Tensor | None = None
-        self._scale, self._draws = 1.0, 1
+        self._comparison = Comparison()
 
     def fit(self, known: Knowledge) -> FitRecord:
         """Choose loss, learning rate and number of steps on the attacker's own images.
@@ -197,8 +195,7 @@ class ImagePrior:
         generator = torch.Generator().manual_seed(config.seed + _SEED_OFFSET)
         chosen, others = tuning_part(known, config.tuning_images, generator)
         z = features_of(known, torch.cat([chosen, others[:_SCALE_IMAGES]]), self.device)
-        self._edge, self._scale = edge, feature_scale(z)
-        self._draws = config.draws if known.random_edge else 1
+        self._edge, self._comparison = edge, Comparison.of(known, z, draws=config.draws)
         z = z[: len(chosen)]
         originals = known.pixels[chosen.to(known.pixels.device)].to(self.device)
         self._mean_image = PixelSpace.of(known.pixels).mean_image.to(self.device)
@@ -231,7 +228,7 @@ class ImagePrior:
             plateau=not last or (len(history) > 1 and history[-1] > 0.99 * history[-2]),
             extensions=0,
             seconds=time.perf_counter() - begin,
-            gradient_norm=gradient_norm(edge, z, means, self._draws),
+            gradient_norm=gradient_norm(edge, z, means, self._comparison.draws),
             chosen={
                 "loss": self.loss, "lr": self.lr, "steps": self.steps,
                 "tried": [{"loss": loss, "lr": lr, "error": min(errors[loss, lr])}
@@ -296,8 +293,8 @@ class _Descent:
             for _ in range(steps):
                 pixels = self.generators()
                 with autocast(self.z.device, config.precision):
-                    f = expected_feature(self.edge, pixels, self.attack._draws)
-                error = feature_error(f, self.z, self.loss, self.attack._scale)
+                    f = self.attack._comparison.feature(self.edge, pixels)
+                error = self.attack._comparison.error(f, self.z, self.loss)
                 self._step(error)
                 self.average.lerp_(pixels.detach(), 1.0 - config.averaging)
                 self.done += 1

@@ -14,14 +14,16 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from patrol_prune.attacks.base import FitRecord, Knowledge
+from patrol_prune.attacks.feature_layout import Layout
 from patrol_prune.errors import InputError
 from patrol_prune.metrics import check_pixels, mse
 
-_LARGEST_PATCH = 2304
 _CHUNK = 128
+_CHUNK_BYTES = 256 << 20
+_BASIS_BYTES = 2 << 30
+_MOST_INPUTS = 4096
 
 
 @dataclass(frozen=True)
@@ -56,60 +58,10 @@ class LinearInverseConfig:
 
 
 @dataclass
-class _Layout:
-    """How a feature and an image are laid over each other."""
-
-    image_shape: tuple[int, int, int]
-    grid: tuple[int, int]
-    block: tuple[int, int]
-    kernel: int
-    is_map: bool
-
-    def inputs(self, z: Tensor) -> Tensor:
-        """Features `[N, ...]` to one row per position, `[N * positions, inputs]`, float64."""
-        if not self.is_map:
-            return z.flatten(1).double()
-        height, width = z.shape[2:]
-        rows, columns = self.grid
-        if height > rows or width > columns:
-            z = functional.interpolate(z, size=(rows * math.ceil(height / rows),
-                                                columns * math.ceil(width / columns)))
-            z = _unshuffle(z, z.shape[2] // rows, z.shape[3] // columns)
-        elif (height, width) != self.grid:
-            z = functional.interpolate(z, size=self.grid, mode="bilinear", align_corners=False)
-        patches = functional.unfold(z, self.kernel, padding=self.kernel // 2)
-        return patches.transpose(1, 2).reshape(-1, patches.shape[1]).double()
-
-    def targets(self, pixels: Tensor) -> Tensor:
-        """Images `[N, C, H, W]` to `[N * positions, C * block]`, float64."""
-        if not self.is_map:
-            return pixels.flatten(1).double()
-        blocks = _unshuffle(self._padded(pixels), *self.block)
-        return blocks.flatten(2).transpose(1, 2).reshape(-1, blocks.shape[1]).double()
-
-    def images(self, rows: Tensor, count: int) -> Tensor:
-        """The inverse of `targets`, without its padding."""
-        channels, height, width = self.image_shape
-        if not self.is_map:
-            return rows.reshape(count, channels, height, width)
-        high, wide = self.block
-        blocks = rows.reshape(count, *self.grid, channels, high, wide)
-        image = blocks.permute(0, 3, 1, 4, 2, 5).reshape(
-            count, channels, self.grid[0] * high, self.grid[1] * wide
-        )
-        return image[:, :, :height, :width]
-
-    def _padded(self, pixels: Tensor) -> Tensor:
-        bottom = self.grid[0] * self.block[0] - pixels.shape[2]
-        right = self.grid[1] * self.block[1] - pixels.shape[3]
-        return functional.pad(pixels, (0, right, 0, bottom), mode="replicate")
-
-
-@dataclass
 class _Solution:
     """`pixels = (inputs - mean_in) @ weight + mean_out`."""
 
-    layout: _Layout
+    layout: Layout
     mean_in: Tensor
     mean_out: Tensor
     weight: Tensor = field(repr=False)
@@ -187,17 +139,6 @@ class LinearInverse:
         return torch.cat([self._solution(part.to(self.device).float()).to(z.device)
                           for part in z.split(_CHUNK)])
 
-    def _layout(self, feature: tuple[int, ...], image: tuple[int, ...]) -> _Layout:
-        channels, height, width = image
-        if len(feature) != 3:
-            return _Layout((channels, height, width), (1, 1), (1, 1), 1, is_map=False)
-        block = (max(1, round(height / feature[1])), max(1, round(width / feature[2])))
-        grid = (math.ceil(height / block[0]), math.ceil(width / block[1]))
-        folds = math.ceil(feature[1] / grid[0]) * math.ceil(feature[2] / grid[1])
-        inputs = feature[0] * folds
-        kernel = self.config.kernel if inputs * self.config.kernel**2 <= _LARGEST_PATCH else 1
-        return _Layout((channels, height, width), grid, block, kernel, is_map=True)
-
     @torch.no_grad()
     def _features(self, known: Knowledge, index: Tensor) -> Tensor:
         if known.z is not None and not (known.random_edge and known.edge is not None):
@@ -205,14 +146,14 @@ class LinearInverse:
         assert known.edge is not None
         return torch.cat([known.edge(known.pixels[part]).float() for part in index.split(_CHUNK)])
 
-    def _rows(self, known: Knowledge, layout: _Layout, index: Tensor
+    def _rows(self, known: Knowledge, layout: Layout, index: Tensor
               ) -> Iterator[tuple[Tensor, Tensor]]:
         for part in index.split(_CHUNK):
             z = self._features(known, part).to(self.device)
             yield layout.inputs(z), layout.targets(known.pixels[part].float().to(self.device))
 
     @torch.no_grad()
-    def _solve(self, known: Knowledge, layout: _Layout, train: Tensor) -> Iterator[_Solution]:
+    def _solve(self, known: Knowledge, layout: Layout, train: Tensor) -> Iterator[_Solution]:
         """One solution for each ridge weight, relative to the mean variance of the inputs.
 
         Inputs that never change (dead channels, what lies outside of a small map) stay out.
@@ -268,11 +209,3 @@ def ridge_solutions(gram: Tensor, cross: Tensor, ridges: Sequence[float]) -> Ite
     for ridge in ridges:
         yield vectors @ (projected / (values + ridge + tiny).unsqueeze(1))
 
-
-def _unshuffle(images: Tensor, high: int, wide: int) -> Tensor:
-    """`[N, C, H, W]` to `[N, C * high * wide, H / high, W / wide]`, channels first."""
-    count, channels, height, width = images.shape
-    blocks = images.reshape(count, channels, height // high, high, width // wide, wide)
-    return blocks.permute(0, 1, 3, 5, 2, 4).reshape(
-        count, channels * high * wide, height // high, width // wide
-    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -13,11 +13,9 @@ from patrol_prune.attacks.base import EdgeFunction
 from patrol_prune.attacks.white_box import (
     CRITERIA,
     LOSSES,
+    Comparison,
     PixelSpace,
     Spectrum,
-    expected_feature,
-    feature_error,
-    feature_slope,
     gradient,
     total_variation,
 )
@@ -36,7 +34,8 @@ class RMLEConfig:
     The default is stronger and quicker than the published attack, which is `RMLEConfig.published`.
 
     Args:
-        losses: feature losses to try, out of `"mse"` and `"cosine"`.
+        losses: feature losses to try, out of `"mse"`, `"standardised"` and `"cosine"`
+            (`Comparison.error`).
         lambda_tv: weights of the total variation to try.
         lambda_start: weights of `mean((x - x_0)^2)` to try behind a warm start `x_0`: between
             trusting the decoder (large) and the features (0).
@@ -58,7 +57,7 @@ class RMLEConfig:
         box: keep pixels on [0, 1] in every step, not only in the end; in `"pixels"` only.
         restarts: runs per image; the first from the mean image or the warm start, the others from
             images of the attacker's, kept where feature error and priors are smaller.
-        draws: queries that are averaged in each step where the edge is random.
+        draws: queries that are put together in each step where the edge is random.
         tuning_images: of the attacker's own images that choose the setting.
         tuning_steps: of the optimisation while settings are compared.
         finalists: settings that are compared with all `steps` in the end, beside the best one's
@@ -165,16 +164,14 @@ class PixelDescent:
         edge: differentiated with respect to the pixels only.
         space: the attacker's normalised space.
         spectrum: the coordinates of the settings in `"spectral"`.
-        scale: what the squared feature error is divided by.
-        draws: queries of the edge that are averaged in each step.
+        comparison: how features are set beside an upload.
     """
 
     config: RMLEConfig
     edge: EdgeFunction
     space: PixelSpace
     spectrum: Spectrum
-    scale: float = 1.0
-    draws: int = 1
+    comparison: Comparison = field(default_factory=Comparison)
 
     def run(
         self, z: Tensor, initial: Tensor, anchor: Tensor, settings: Sequence[Setting], steps: int
@@ -241,7 +238,7 @@ class _Objective:
         self.descent, self.z, self.anchor = descent, z, anchor
         self.space = settings[0].space
         self.losses = sorted({s.loss for s in settings})
-        self.is_cosine = torch.tensor([s.loss == "cosine" for s in settings], device=z.device)
+        self.which = torch.tensor([self.losses.index(s.loss) for s in settings], device=z.device)
         self.tv, self.power, self.pull = (
             torch.tensor(weights, dtype=torch.float32, device=z.device) if any(weights) else None
             for weights in (
@@ -255,13 +252,13 @@ class _Objective:
         """What is minimised, `[N]`."""
         x, f = self._feature(v)
         priors = self._priors(v, x)
-        error = self._mixed(f, feature_error)
+        error = self._mixed(f, self.descent.comparison.error)
         return error if priors is None else error + priors
 
     def slope(self, v: Tensor) -> Tensor:
         """Its gradient, of the shape of `v`."""
         x, f = self._feature(v)
-        outputs, slopes = [f], [self._mixed(f, feature_slope)]
+        outputs, slopes = [f], [self._mixed(f, self.descent.comparison.slope)]
         priors = self._priors(v, x)
         if priors is not None:
             outputs.append(priors)
@@ -272,16 +269,15 @@ class _Objective:
         descent = self.descent
         x = descent.decode(v, self.space)
         with autocast(v.device, descent.config.precision):
-            return x, expected_feature(descent.edge, descent.space.to_pixels(x), descent.draws)
+            return x, descent.comparison.feature(descent.edge, descent.space.to_pixels(x))
 
     def _mixed(self, f: Tensor, measure: Callable[..., Tensor]) -> Tensor:
         """The measure by the loss of each image."""
-        parts = {name: measure(f, self.z, name, self.descent.scale) for name in self.losses}
-        first = parts[self.losses[0]]
-        if len(parts) == 1:
-            return first
-        shape = [-1] + [1] * (first.dim() - 1)
-        return torch.where(self.is_cosine.view(shape), parts["cosine"], parts["mse"])
+        mixed = measure(f, self.z, self.losses[0])
+        which = self.which.view([-1] + [1] * (mixed.dim() - 1))
+        for number, name in enumerate(self.losses[1:], start=1):
+            mixed = torch.where(which == number, measure(f, self.z, name), mixed)
+        return mixed
 
     def _priors(self, v: Tensor, x: Tensor) -> Tensor | None:
         terms = []

@@ -18,10 +18,10 @@ from torch import Tensor
 from patrol_prune.attacks.base import Attack, FitRecord, Knowledge
 from patrol_prune.attacks.pixel_descent import PixelDescent, RMLEConfig, Setting
 from patrol_prune.attacks.white_box import (
+    Comparison,
     PixelSpace,
     Spectrum,
     error_by,
-    feature_scale,
     features_of,
     gradient_norm,
     subset,
@@ -97,15 +97,14 @@ class RMLE:
         z = features_of(known, sample, self.device)
         originals = known.pixels[chosen.to(known.pixels.device)].to(self.device)
         space = PixelSpace.of(known.pixels).to(self.device)
-        draws = config.draws if known.random_edge else 1
-        scale = feature_scale(z) if config.relative else 1.0
+        comparison = Comparison.of(known, z, relative=config.relative, draws=config.draws)
         some = known.pixels[:_SPECTRUM_IMAGES].to(self.device)
         spectrum = Spectrum.of(space.from_pixels(some) - space.from_pixels(space.mean_image))
         self._own = known.pixels
-        self._descent = PixelDescent(config, edge, space, spectrum, scale, draws)
+        self._descent = PixelDescent(config, edge, space, spectrum, comparison)
         z = z[: len(chosen)]
         means = space.mean_image.expand_as(originals)
-        norm = gradient_norm(edge, z, means, draws)
+        norm = gradient_norm(edge, z, means, comparison.draws)
         floor = float(error_by(config.criterion, originals, means.clamp(0.0, 1.0)).mean())
         tuning = _Tuning(self, z, originals)
         best = tuning.run()

@@ -14,16 +14,19 @@ from torch import Tensor
 from torch.nn import functional
 
 from patrol_prune.attacks.base import EdgeFunction, Knowledge
+from patrol_prune.decoders import FeatureStandardizer, channel_dim
 from patrol_prune.errors import InputError
 from patrol_prune.metrics import check_pixels, mse, ssim
 
-LOSSES: tuple[str, ...] = ("mse", "cosine")
+LOSSES: tuple[str, ...] = ("mse", "standardised", "cosine")
 CRITERIA: tuple[str, ...] = ("mse", "ssim")
 
 _LEAST_STD = 1.0 / 255.0
 _LEAST_POWER = 1e-3
 _SPECTRUM_IMAGES = 2048
 _LEAST_NORM = 1e-8
+_DRAWN = 32
+_DROPPED = 0.01
 
 
 @dataclass(frozen=True)
@@ -122,42 +125,124 @@ def total_variation(x: Tensor) -> Tensor:
     return total
 
 
-def feature_error(f: Tensor, z: Tensor, loss: str, scale: float = 1.0) -> Tensor:
-    """How far the features `f` of a guess are from the upload `z`, of each image.
+@dataclass(frozen=True)
+class Comparison:
+    """How the features of a guess are set beside an upload.
 
-    `"mse"` is `mean((f - z)^2) / scale`; `"cosine"` is `1 - <f, z> / (|f| |z|)` on [0, 2], which
-    ignores any scale.
-
-    Args:
-        f: `[N, ...]`, floating point.
-        z: of the same shape.
-        loss: one of `LOSSES`.
-        scale: see `feature_scale`.
-
-    Returns:
-        `[N]`, float32.
+    Attributes:
+        scale: what the squared error of `"mse"` is divided by.
+        gain: of each channel for `"standardised"`, broadcast over `[N, ...]`; None is 1.
+        thinned: the edge drops values at random. What is 0 in the upload then says nothing, and
+            the rest is set beside what the guess gives where it is not dropped.
+        draws: queries of the edge that are put together for one guess.
     """
-    f, z = f.float().flatten(1), z.float().flatten(1)
-    if loss == "cosine":
-        return 1.0 - functional.cosine_similarity(f, z, dim=1)
-    return (f - z).square().mean(dim=1) / scale
+
+    scale: float = 1.0
+    gain: Tensor | None = None
+    thinned: bool = False
+    draws: int = 1
+
+    @classmethod
+    def of(cls, known: Knowledge, z: Tensor, *, relative: bool = True, draws: int = 1
+           ) -> Comparison:
+        """By the features `z` of some of the attacker's own images."""
+        shape = tuple(z.shape[1:])
+        dim = channel_dim(shape, tuple(known.pixels.shape[1:]))
+        gain = FeatureStandardizer(shape, dim=dim).to(z.device).fit(z).gain()
+        view = [1] * z.dim()
+        view[dim] = -1
+        draws = draws if known.random_edge else 1
+        return cls(feature_scale(z) if relative else 1.0, gain.view(view),
+                   known.random_edge and drops_values(known, z.device), draws)
+
+    def feature(self, edge: EdgeFunction, pixels: Tensor) -> Tensor:
+        """What `edge` is expected to send for `pixels [N, C, H, W]`, of what comes through."""
+        if self.thinned:
+            return kept_feature(edge, pixels, self.draws)
+        return expected_feature(edge, pixels, self.draws)
+
+    def error(self, f: Tensor, z: Tensor, loss: str) -> Tensor:
+        """How far the features `f` of a guess are from the upload `z`, of each image.
+
+        `"mse"` is `mean((f - z)^2) / scale`; `"standardised"` is `mean((g f - g z)^2)` with the
+        channels' gains `g`, so that a loud channel drowns no other; `"cosine"` is
+        `1 - <f, z> / (|f| |z|)` on [0, 2], which ignores any scale. Of a thinned upload only what
+        is not 0 counts.
+
+        Args:
+            f: `[N, ...]`, floating point.
+            z: of the same shape.
+            loss: one of `LOSSES`.
+
+        Returns:
+            `[N]`, float32.
+        """
+        weight, count, scale = self._weights(z, loss)
+        f, z = f.float(), z.float()
+        if weight is not None:
+            f, z = f * weight, z * weight
+        f, z = f.flatten(1), z.flatten(1)
+        if loss == "cosine":
+            return 1.0 - functional.cosine_similarity(f, z, dim=1)
+        return (f - z).square().sum(dim=1) / (count * scale)
+
+    def slope(self, f: Tensor, z: Tensor, loss: str) -> Tensor:
+        """`d error(f, z, loss) / d f` in closed form, of the shape of `f`.
+
+        It spares the passes over the features that differentiating the error takes; at shallow
+        edges these cost as much as the convolutions.
+        """
+        weight, count, scale = self._weights(z, loss)
+        f, z = f.detach().float(), z.float()
+        shape = [-1] + [1] * (f.dim() - 1)
+        if loss != "cosine":
+            factor = 2.0 / (scale * count)
+            slope = (f - z).mul_(factor.view(shape) if isinstance(factor, Tensor) else factor)
+            return slope if weight is None else slope.mul_(weight.square())
+        if weight is not None:
+            f, z = f * weight, z * weight
+        flat_f, flat_z = f.flatten(1), z.flatten(1)
+        norm_f = torch.linalg.vector_norm(flat_f, dim=1).clamp(min=_LEAST_NORM)
+        norm_z = torch.linalg.vector_norm(flat_z, dim=1).clamp(min=_LEAST_NORM)
+        cosine = (flat_f * flat_z).sum(dim=1) / (norm_f * norm_z)
+        slope = f * (cosine / norm_f**2).view(shape) - z * (1.0 / (norm_f * norm_z)).view(shape)
+        return slope if weight is None else slope.mul_(weight)
+
+    def _weights(self, z: Tensor, loss: str) -> tuple[Tensor | None, Tensor | int, float]:
+        """Factors of the features, how many of each image count, what the error is divided by."""
+        weight = self.gain if loss == "standardised" else None
+        scale = 1.0 if loss == "standardised" else self.scale
+        if not self.thinned:
+            return weight, max(1, z[0].numel()), scale
+        seen = (z != 0).float()
+        count = seen.flatten(1).sum(dim=1).clamp(min=1.0)
+        return seen if weight is None else seen * weight, count, scale
 
 
-def feature_slope(f: Tensor, z: Tensor, loss: str, scale: float = 1.0) -> Tensor:
-    """`d feature_error(f, z, loss, scale) / d f` in closed form, of the shape of `f`.
+def drops_values(known: Knowledge, device: torch.device) -> bool:
+    """Whether the edge drops values at random and changes nothing else.
 
-    It spares the passes over the features that differentiating the error takes; at shallow edges
-    these cost as much as the convolutions.
+    Two uploads of the same pictures: some values are 0 in one and not in the other, and those that
+    are not 0 in both are the same.
     """
-    f, z = f.detach().float(), z.float()
-    if loss == "mse":
-        return (f - z).mul_(2.0 / (scale * max(1, f[0].numel())))
-    shape = [-1] + [1] * (f.dim() - 1)
-    flat_f, flat_z = f.flatten(1), z.flatten(1)
-    norm_f = torch.linalg.vector_norm(flat_f, dim=1).clamp(min=_LEAST_NORM)
-    norm_z = torch.linalg.vector_norm(flat_z, dim=1).clamp(min=_LEAST_NORM)
-    cosine = (flat_f * flat_z).sum(dim=1) / (norm_f * norm_z)
-    return f * (cosine / norm_f**2).view(shape) - z * (1.0 / (norm_f * norm_z)).view(shape)
+    edge, some = known.white_box(), known.pixels[:_DRAWN].to(device)
+    with torch.no_grad():
+        a, b = edge(some), edge(some)
+    both, one = (a != 0) & (b != 0), (a != 0) ^ (b != 0)
+    if not bool(both.any()) or float(one.float().mean()) < _DROPPED:
+        return False
+    return float(torch.isclose(a[both], b[both], rtol=1e-4).float().mean()) > 0.99
+
+
+def kept_feature(edge: EdgeFunction, pixels: Tensor, draws: int) -> Tensor:
+    """The mean of `draws` queries over those in which a value is not 0, `[N, ...]`."""
+    total = edge(pixels)
+    seen = (total != 0).to(total.dtype)
+    for _ in range(draws - 1):
+        f = edge(pixels)
+        total, seen = total + f, seen + (f != 0)
+    total = total / seen.clamp(min=1.0)
+    return total.clone() if total.is_inference() else total
 
 
 def expected_feature(edge: EdgeFunction, pixels: Tensor, draws: int) -> Tensor:
@@ -202,7 +287,7 @@ def gradient_norm(edge: EdgeFunction, z: Tensor, start: Tensor, draws: int) -> f
     with torch.enable_grad():
         pixels = start.detach().clone().requires_grad_(True)
         f = expected_feature(edge, pixels, draws)
-        slope = gradient([f], [feature_slope(f, z, "mse")], pixels)
+        slope = gradient([f], [Comparison().slope(f, z, "mse")], pixels)
         return float(slope.flatten(1).norm(dim=1).mean())
 
 

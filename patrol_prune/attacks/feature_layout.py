@@ -1,0 +1,152 @@
+"""How a feature lies over the image: which features stand for which pixels."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from patrol_prune.decoders import channel_dim
+
+_LARGEST_PATCH = 2304
+
+
+@dataclass
+class Layout:
+    """How a feature and an image are laid over each other.
+
+    Attributes:
+        image_shape: `(channels, height, width)`.
+        grid: positions, `(rows, columns)`; `(1, 1)` where the feature is taken whole.
+        block: the pixels behind a position, `(height, width)`.
+        kernel: side of the neighbourhood of features at a position.
+        is_map: whether positions are told apart.
+        dim: which dimension of `[N, *feature_shape]` holds the channels.
+        tokens: the grid that tokens lie on, `(rows, columns)`; None for other features.
+        width: inputs of one position.
+    """
+
+    image_shape: tuple[int, int, int]
+    grid: tuple[int, int]
+    block: tuple[int, int]
+    kernel: int
+    is_map: bool
+    dim: int
+    tokens: tuple[int, int] | None
+    width: int
+
+    @classmethod
+    def of(cls, feature: tuple[int, ...], image: tuple[int, ...], kernel: int) -> Layout:
+        """The layout of a feature and an image, both without the batch.
+
+        Channels-last maps are read as maps. Tokens on a grid of the image's aspect ratio, or a
+        square one, become a map; one class token before them stands beside every position.
+
+        Args:
+            feature: `(C, H, W)`, `(H, W, C)`, `(T, D)` or anything else, which is taken whole.
+            image: `(channels, height, width)`.
+            kernel: 1 is taken instead where it would give more than 2,304 inputs.
+        """
+        channels, height, width = image
+        whole = (channels, height, width)
+        dim = channel_dim(feature, image) if len(feature) in (2, 3) else 1
+        tokens, wide, size = None, feature[dim - 1], feature[-2:]
+        if len(feature) == 3 and dim == 3:
+            size = feature[:2]
+        elif len(feature) == 2:
+            leading, tokens = _tokens(feature[0], image)
+            wide, size = wide * (1 + leading), tokens or ()
+        if len(size) != 2 or len(feature) not in (2, 3):
+            return cls(whole, (1, 1), (1, 1), 1, False, dim, None, math.prod(feature))
+        block = (max(1, round(height / size[0])), max(1, round(width / size[1])))
+        grid = (math.ceil(height / block[0]), math.ceil(width / block[1]))
+        inputs = wide * math.ceil(size[0] / grid[0]) * math.ceil(size[1] / grid[1])
+        kernel = kernel if inputs * kernel**2 <= _LARGEST_PATCH else 1
+        return cls(whole, grid, block, kernel, True, dim, tokens, inputs * kernel**2)
+
+    @property
+    def positions(self) -> int:
+        """Positions of one image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def outputs(self) -> int:
+        """Pixel values behind one position."""
+        pixels = self.block if self.is_map else self.image_shape[1:]
+        return self.image_shape[0] * math.prod(pixels)
+
+    def inputs(self, z: Tensor) -> Tensor:
+        """Features `[N, ...]` to one row per position, `[N * positions, inputs]`, float64."""
+        if not self.is_map:
+            return z.flatten(1).double()
+        z = self._map(z)
+        height, width = z.shape[2:]
+        rows, columns = self.grid
+        if height > rows or width > columns:
+            z = functional.interpolate(z, size=(rows * math.ceil(height / rows),
+                                                columns * math.ceil(width / columns)))
+            z = _unshuffle(z, z.shape[2] // rows, z.shape[3] // columns)
+        elif (height, width) != self.grid:
+            z = functional.interpolate(z, size=self.grid, mode="bilinear", align_corners=False)
+        patches = functional.unfold(z, self.kernel, padding=self.kernel // 2)
+        return patches.transpose(1, 2).reshape(-1, patches.shape[1]).double()
+
+    def targets(self, pixels: Tensor) -> Tensor:
+        """Images `[N, C, H, W]` to `[N * positions, C * block]`, float64."""
+        if not self.is_map:
+            return pixels.flatten(1).double()
+        blocks = _unshuffle(self._padded(pixels), *self.block)
+        return blocks.flatten(2).transpose(1, 2).reshape(-1, blocks.shape[1]).double()
+
+    def images(self, rows: Tensor, count: int) -> Tensor:
+        """The inverse of `targets`, without its padding."""
+        channels, height, width = self.image_shape
+        if not self.is_map:
+            return rows.reshape(count, channels, height, width)
+        high, wide = self.block
+        blocks = rows.reshape(count, *self.grid, channels, high, wide)
+        image = blocks.permute(0, 3, 1, 4, 2, 5).reshape(
+            count, channels, self.grid[0] * high, self.grid[1] * wide
+        )
+        return image[:, :, :height, :width]
+
+    def _map(self, z: Tensor) -> Tensor:
+        """Features to maps `[N, C, H, W]`."""
+        z = z.movedim(self.dim, 1)
+        if self.tokens is None:
+            return z
+        leading = z.shape[2] - math.prod(self.tokens)
+        patches = z[:, :, leading:].reshape(len(z), -1, *self.tokens)
+        if not leading:
+            return patches
+        return torch.cat([patches, z[:, :, :1, None].expand_as(patches)], dim=1)
+
+    def _padded(self, pixels: Tensor) -> Tensor:
+        bottom = self.grid[0] * self.block[0] - pixels.shape[2]
+        right = self.grid[1] * self.block[1] - pixels.shape[3]
+        return functional.pad(pixels, (0, right, 0, bottom), mode="replicate")
+
+
+def _tokens(count: int, image: tuple[int, ...]) -> tuple[int, tuple[int, int] | None]:
+    """`(leading, grid)` of so many tokens, as decoders lay them; `(0, None)` on no grid."""
+    for leading in (0, 1):
+        for aspect in (image[1] / image[2], 1.0):
+            rows = round(math.sqrt((count - leading) * aspect))
+            if rows < 2 or (count - leading) % rows:
+                continue
+            columns = (count - leading) // rows
+            if columns >= 2 and abs(math.log(rows / columns / aspect)) < 1e-6:
+                return leading, (rows, columns)
+    return 0, None
+
+
+def _unshuffle(images: Tensor, high: int, wide: int) -> Tensor:
+    """`[N, C, H, W]` to `[N, C * high * wide, H / high, W / wide]`, channels first."""
+    count, channels, height, width = images.shape
+    blocks = images.reshape(count, channels, height // high, high, width // wide, wide)
+    return blocks.permute(0, 1, 3, 5, 2, 4).reshape(
+        count, channels * high * wide, height // high, width // wide
+    )
