@@ -173,9 +173,10 @@ SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@lon
 """What draws for every upload, and is attacked without its draws too: any number of uploads of a
 picture come to that."""
 MET_BY_OTHERS = ("with-patrol@half-longer-10-avgpool",
-                 "with-patrol@half-longer-light-dropout-10-avgpool")
-"""What reaches the goal within a point of the dense model, and meets decoders of other families
-and the white box too."""
+                 "with-patrol@half-longer-light-dropout-10-avgpool",
+                 "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-layer4")
+"""What reaches the goal within a point of the dense model, and what drops values, which a white box
+that knows it leaves out: they meet decoders of other families and the white box too."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
 DEEPER_BEST = "with-patrol@longer-10-layer4"
