@@ -152,6 +152,10 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
         f"{one['feature_bytes'] / 1024:.3g} KiB uploaded instead of "
         f"{two['feature_bytes'] / 1024:.3g}."
     )
+    if "patrol" in groups and ours != "patrol":
+        same = {**next(iter(groups["patrol"].values())), **strongest_of(groups["patrol"])}
+        lines.append(f"cut after {same['split']} itself, as it was trained then, against the "
+                     f"same: {beside(same, two)}.")
     cut = f", cut after {one['split']}," if ours == "deeper" else ""
     return (f"PATROL{cut} at equal edge MACs:\n\n"
             + "\n".join(f"- {line}" for line in lines))

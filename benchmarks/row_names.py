@@ -69,9 +69,9 @@ INSIDE = {
     "longer-dropout": f"{BEHIND['longer-dropout']}, three times as long",
     "longer-spared-dropout": f"{BEHIND['longer-spared-dropout']}, three times as long",
     "longer-light-dropout": f"{BEHIND['longer-light-dropout']}, three times as long",
-    "half": "at half of the edge", "half-longer": "at half of the edge, three times as long",
+    "half": "with a larger budget", "half-longer": "with a larger budget, three times as long",
     "half-longer-light-dropout":
-        f"{BEHIND['half-longer-light-dropout']}, at half of the edge, three times as long",
+        f"{BEHIND['half-longer-light-dropout']}, with a larger budget, three times as long",
     "taylor": "on Taylor pruning",
     "long": "larger surrogates, three times as long",
     "lipschitz-paper": "the paper's Lipschitz term alone",

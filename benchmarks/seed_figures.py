@@ -18,12 +18,14 @@ COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on wit
            "worst": "worst 5%", "floor": "floor", "macs": "edge MACs"}
 
 
+UNMEASURED = "–"
 GOAL = 0.22
 """For the SSIM at an accuracy within a point of the dense model."""
 LEGEND = (
     "`worst 5%` is of the attack of usual length. ± is the sample deviation over the seeds; [n] "
-    "says that so many of them have it. `any number of uploads of each`: the attack of usual "
-    "length on the edge without its draws, which is what many uploads of one picture come to."
+    "says that so many of them have it, – that none has. `any number of uploads of each`: the "
+    "attack of usual length on the edge without its draws, which is what many uploads of one "
+    "picture come to."
 )
 
 
@@ -55,7 +57,7 @@ def means(record: dict[str, Any], measured: str) -> str:
     texts = []
     for where in places:
         by_name, longer = grouped([row for row in rows if place(row) == where])
-        lines += [{**line, "split": where, "seed": str(len(each)),
+        lines += [{**line, "split": where, "seed": seeds_of(each),
                    "bytes": f"{each[0]['feature_bytes'] / 1024:.3g} KiB"}
                   for each, line in zip(by_name.values(), mean_lines(by_name, longer),
                                         strict=True)]
@@ -67,11 +69,26 @@ def means(record: dict[str, Any], measured: str) -> str:
                         " ".join([measured, *elsewhere(rows)])])
 
 
+def seeds_of(rows: list[Row]) -> str:
+    """Which training seeds a mean is over: `0-3`, `3, 4`."""
+    seeds = sorted(row["train_seed"] for row in rows)
+    whole = len(seeds) > 2 and seeds == list(range(seeds[0], seeds[-1] + 1))
+    return f"{seeds[0]}-{seeds[-1]}" if whole else ", ".join(map(str, seeds))
+
+
+def often(rows: list[Row]) -> str:
+    """What any number of uploads come to: nothing new where the edge draws nothing."""
+    if not draws(rows[0]):
+        return "as one"
+    return part_of(rows, [r["often"]["ssim"] for r in rows if r["often"]])
+
+
 def place(row: Row) -> str:
     """The split, and the device's budget where it is not the usual one: what a comparison shares.
     """
     larger = (row.get("recipe") or "").startswith("half")
-    return row["split"] + ", half of that edge's multiply-adds" * larger
+    budget = f", a device with {row['edge_macs'] / 1e6:.1f} M multiply-adds" * larger
+    return row["split"] + budget
 
 
 def at_place(rows: list[Row]) -> str:
@@ -140,8 +157,8 @@ def line(row: Row, longer: Row | None) -> dict[str, str]:
         "defence": name_of(row), "accuracy": f"{100 * row['accuracy']:.1f}%",
         "lost": f"{lost(row):.2f}", "ssim": f"{row['ssim']:.3f}",
         "plateau": YES_OR_NO[row["plateau"]],
-        "long": f"{longer['ssim']:.3f}" if longer else "",
-        "often": f"{row['often']['ssim']:.3f}" if row["often"] else "",
+        "long": f"{longer['ssim']:.3f}" if longer else UNMEASURED,
+        "often": often([row]),
         "long_plateau": YES_OR_NO[longer["plateau"]] if longer else "",
         "worst": f"{row['ssim_worst5']:.3f}", "floor": f"{row['floor_ssim']:.3f}",
         "macs": f"{row['edge_macs'] / 1e6:.2f} M",
@@ -161,7 +178,7 @@ def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
         "defence": name_of(rows[0]), "accuracy": mean([100 * r["accuracy"] for r in rows], 1) + "%",
         "lost": mean([lost(r) for r in rows], 2), "ssim": mean([r["ssim"] for r in rows], 3),
         "long": part_of(rows, [r["ssim"] for r in longer]),
-        "often": part_of(rows, [r["often"]["ssim"] for r in rows if r["often"]]),
+        "often": often(rows),
         "worst": mean([r["ssim_worst5"] for r in rows], 3),
         "floor": mean([r["floor_ssim"] for r in rows], 3),
         "macs": mean([r["edge_macs"] / 1e6 for r in rows], 2) + " M",
@@ -171,7 +188,7 @@ def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
 def part_of(rows: list[Row], values: list[float]) -> str:
     """Their mean, and how many they are where not every row has one."""
     count = f" [{len(values)}]" if 0 < len(values) < len(rows) else ""
-    return mean_and_deviation(values, 3) + count
+    return mean_and_deviation(values, 3) + count if values else UNMEASURED
 
 
 def compared(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) -> str:

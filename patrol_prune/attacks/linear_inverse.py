@@ -7,7 +7,6 @@ squares finds that map to the last bit, where a trained decoder stops at 30 to 4
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
