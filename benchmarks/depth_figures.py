@@ -6,7 +6,19 @@ from typing import Any
 
 from audit_figures import USUAL_SPLIT
 from frontier_methods import DEEPER_EPOCHS, DEEPEST
-from row_names import DEFENCES, INSIDE, STRENGTHS, Row, attack_name, draws, has_key, seen_once
+from row_names import (
+    DEFENCES,
+    INSIDE,
+    PRESSED_MARK,
+    PRESSED_TEXT,
+    STRENGTHS,
+    Row,
+    attack_name,
+    draws,
+    has_key,
+    pressed,
+    seen_once,
+)
 from yardstick_figures import (
     as_thumbnail,
     below_the_floor,
@@ -60,7 +72,8 @@ def depth(record: dict[str, Any], measured: str) -> str:
         f"SSIM {rows[-1]['floor_ssim']:.3f}{worst_of_the_floor()}. "
         "`as a thumbnail of`: the side, in pixels, of the thumbnail with the same SSIM.",
         render_table([line(row) for row in rows], COLUMNS).strip(),
-        " ".join(filter(None, (within(rows, dense), deepest(record)))), measured,
+        " ".join(filter(None, (within(rows, dense), deepest(record)))),
+        *[PRESSED_TEXT] * any(map(pressed, rows)), measured,
     ])
 
 
@@ -85,7 +98,7 @@ def trained_with(row: Row) -> str:
 def line(row: Row) -> dict[str, str]:
     believed = row.get("surrogate_mse")
     return {
-        "split": row["split"], "base": BASES.get(row.get("start") or "taylor-layer3", ""),
+        "split": row["split"] + PRESSED_MARK * pressed(row), "base": BASES.get(row.get("start") or "taylor-layer3", ""),
         "defence": trained_with(row)
         + (f", {INSIDE[row['recipe']]}" if row.get("recipe") not in (None, "taylor") else ""),
         "strength": STRENGTHS.get(row["defence"], "").format(row["strength"]),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from row_names import PRESSED_TEXT, pressed
+
 from patrol_prune.report import render_table
 
 NAMES = {"dense": "dense, not pruned", "taylor": "Taylor pruning", "patrol": "**PATROL**"}
@@ -72,6 +74,7 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
         "attacked. Floor: the mean image or the attacker's picture with the nearest upload, "
         "whichever is closer. One training seed, one attack seed."
+        + f" {PRESSED_TEXT.removeprefix('§ ').capitalize()}" * pressed(first)
     )
 
 

@@ -84,6 +84,17 @@ STRENGTHS = {
     "nopeek": "weight {:g}", "bottleneck": "{:g} channels", "disco": "{:.0%} dropped",
     "cem_patrol": "β {:g}",
 }
+PRESSED = (
+    "a5b241c", "a5fbf63", "9ecb9fb+changes", "9ecb9fb", "fe8a581", "ff89036", "520c817", "28acad8",
+    "8cea7bd", "07cdb51", "013a083",
+)
+"""Commits at which decoders pressed a map of one position, as behind a pooling, through the few
+channels of their trunk; later ones read it as a vector."""
+PRESSED_MARK = " §"
+PRESSED_TEXT = (
+    "§ measured while decoders, attackers' and surrogates', pressed a map of one position through "
+    "half of its values: today's attackers see more there, and the figure is too low."
+)
 DRAWING = ("gaussian_noise", "laplacian_noise", "feature_dropout")
 
 
@@ -111,6 +122,12 @@ def seen_once(row: Row) -> bool:
 def draws(row: Row) -> bool:
     """Whether the edge draws at random for every upload."""
     return row.get("defence") in DRAWING or row.get("recipe") in BEHIND
+
+
+def pressed(row: Row) -> bool:
+    """Whether it was attacked behind the pooling by decoders that pressed its values."""
+    commit = row.get("commit") or row.get("made_with", {}).get("commit")
+    return row["split"] == "avgpool" and commit in PRESSED
 
 
 def has_key(row: Row, key: str) -> bool:

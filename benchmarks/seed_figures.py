@@ -6,7 +6,16 @@ import statistics
 from typing import Any
 
 from depth_figures import STRONG, trained_with
-from row_names import BEHIND, STRENGTHS, Row, draws, seen_once
+from row_names import (
+    BEHIND,
+    PRESSED_MARK,
+    PRESSED_TEXT,
+    STRENGTHS,
+    Row,
+    draws,
+    pressed,
+    seen_once,
+)
 
 from patrol_prune.report import render_table
 
@@ -41,7 +50,7 @@ def seeds(record: dict[str, Any], measured: str) -> str:
     )
     return "\n\n".join([
         intro, *(at_place([row for row in rows if place(row) == where]) for where in places),
-        " ".join([measured, *elsewhere(rows)]),
+        *[PRESSED_TEXT] * any(map(pressed, rows)), " ".join([measured, *elsewhere(rows)]),
     ])
 
 
@@ -66,6 +75,7 @@ def means(record: dict[str, Any], measured: str) -> str:
     legend = (f"Means over the training seeds; {first['victim_images']:,} test images, residual "
               f"decoder (MSE + SSIM); floor: the mean image. {LEGEND}")
     return "\n\n".join([render_table(lines, columns).strip(), legend, "\n".join(texts),
+                        *[PRESSED_TEXT] * any(map(pressed, rows)),
                         " ".join([measured, *elsewhere(rows)])])
 
 
@@ -154,7 +164,7 @@ def lost(row: Row) -> float:
 def line(row: Row, longer: Row | None) -> dict[str, str]:
     return {
         "seed": str(row["train_seed"]), "dense": f"{100 * row['dense_accuracy']:.1f}%",
-        "defence": name_of(row), "accuracy": f"{100 * row['accuracy']:.1f}%",
+        "defence": name_of(row) + PRESSED_MARK * pressed(row), "accuracy": f"{100 * row['accuracy']:.1f}%",
         "lost": f"{lost(row):.2f}", "ssim": f"{row['ssim']:.3f}",
         "plateau": YES_OR_NO[row["plateau"]],
         "long": f"{longer['ssim']:.3f}" if longer else UNMEASURED,
@@ -175,7 +185,8 @@ def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
     mean = mean_and_deviation
     return {
         "seed": "mean", "dense": mean([100 * r["dense_accuracy"] for r in rows], 1) + "%",
-        "defence": name_of(rows[0]), "accuracy": mean([100 * r["accuracy"] for r in rows], 1) + "%",
+        "defence": name_of(rows[0]) + PRESSED_MARK * any(map(pressed, rows)),
+        "accuracy": mean([100 * r["accuracy"] for r in rows], 1) + "%",
         "lost": mean([lost(r) for r in rows], 2), "ssim": mean([r["ssim"] for r in rows], 3),
         "long": part_of(rows, [r["ssim"] for r in longer]),
         "often": often(rows),
