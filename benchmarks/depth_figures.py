@@ -98,7 +98,8 @@ def trained_with(row: Row) -> str:
 def line(row: Row) -> dict[str, str]:
     believed = row.get("surrogate_mse")
     return {
-        "split": row["split"] + PRESSED_MARK * pressed(row), "base": BASES.get(row.get("start") or "taylor-layer3", ""),
+        "split": row["split"] + PRESSED_MARK * pressed(row),
+        "base": BASES.get(row.get("start") or "taylor-layer3", ""),
         "defence": trained_with(row)
         + (f", {INSIDE[row['recipe']]}" if row.get("recipe") not in (None, "taylor") else ""),
         "strength": STRENGTHS.get(row["defence"], "").format(row["strength"]),

@@ -164,7 +164,8 @@ def lost(row: Row) -> float:
 def line(row: Row, longer: Row | None) -> dict[str, str]:
     return {
         "seed": str(row["train_seed"]), "dense": f"{100 * row['dense_accuracy']:.1f}%",
-        "defence": name_of(row) + PRESSED_MARK * pressed(row), "accuracy": f"{100 * row['accuracy']:.1f}%",
+        "defence": name_of(row) + PRESSED_MARK * pressed(row),
+        "accuracy": f"{100 * row['accuracy']:.1f}%",
         "lost": f"{lost(row):.2f}", "ssim": f"{row['ssim']:.3f}",
         "plateau": YES_OR_NO[row["plateau"]],
         "long": f"{longer['ssim']:.3f}" if longer else UNMEASURED,
