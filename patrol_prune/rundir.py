@@ -172,13 +172,17 @@ class RunDirectory:
             )
         return True
 
+    def remove(self, name: str) -> None:
+        """Delete a file or folder of the run; of a link, the link alone."""
+        path = self / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
     def _clear(self) -> None:
         for name in self.outputs:
-            path = self / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+            self.remove(name)
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -291,6 +291,16 @@ def load_state(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
     return tensors, json.loads(files[META])
 
 
+def keep_newest(parent: str | os.PathLike[str]) -> None:
+    """Of a finished training's checkpoints under `parent`, drop all but the newest whole one."""
+    newest = newest_whole(parent)
+    if newest is None:
+        return
+    for entry in Path(parent).iterdir():
+        if entry != newest and entry.is_dir():
+            shutil.rmtree(entry)
+
+
 def newest_whole(parent: str | os.PathLike[str]) -> Path | None:
     """The whole checkpoint with the highest number (`epoch-0007`) under `parent`, or None.
 

@@ -234,6 +234,75 @@ def test_a_harmed_stage_and_all_after_it_are_done_again(
     assert again.audit.per_image == finished.audit.per_image
 
 
+def test_epoch_checkpoints_of_another_upstream_model_are_not_gone_on_from(
+    finished: RunResult, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a stage whose upstream is as it was resumes; one after a stage done again begins."""
+    resumed: list[int] = []
+    real = pipeline.finetune
+
+    def spy(*args, **more):  # type: ignore[no-untyped-def]
+        result = real(*args, **more)
+        resumed.append(result.resumed_from)
+        return result
+
+    monkeypatch.setattr(pipeline, "finetune", spy)
+    for name, harmed, expected in (
+        ("edge", "edge.patrol", [2]), ("pruned", pipeline.PRUNED, [0]),
+        ("dense", pipeline.DENSE, [1, 0]),
+    ):
+        shutil.copytree(finished.directory, tmp_path / name / "a")
+        shutil.rmtree(tmp_path / name / "a" / harmed)
+        again = run(tiny(folder, tmp_path / name))
+        assert (name, resumed) == (name, expected)
+        assert again.audit.per_image == finished.audit.per_image
+        resumed.clear()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and p.name not in (".lock", "events.jsonl")}
+
+
+@pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/dense", "plan.json"])
+def test_an_audit_of_a_run_trains_nothing(
+    finished: RunResult, tmp_path: Path, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "finetune", None)
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    shutil.rmtree(copied / gone) if (copied / gone).is_dir() else (copied / gone).unlink()
+    before = files_of(copied)
+    with pytest.raises(RunDirectoryError, match="dense model|no finished edge"):
+        audit_again(copied)
+    assert files_of(copied) == before
+    if gone != "plan.json":  # without the ceiling, the dense model is not needed
+        settings = yaml.safe_load((copied / "config.yaml").read_text())
+        settings["audit"]["undefended"] = False
+        (copied / "config.yaml").write_text(yaml.safe_dump(settings))
+        edge = files_of(copied / "edge.patrol")
+        assert audit_again(copied).audit.subjects == ("floor", "edge")
+        assert files_of(copied / "edge.patrol") == edge
+
+
+@pytest.mark.parametrize("how", ["refused", "interrupted"])
+def test_an_audit_that_does_not_end_leaves_the_earlier_one(
+    finished: RunResult, folder: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    before = files_of(copied)
+
+    def progress(stage: str, sentence: str) -> None:
+        if how == "interrupted" and "Attacking" in sentence:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InputError if how == "refused" else KeyboardInterrupt):
+        audit_again(copied, attacker_images=(28,) if how == "refused" else None,
+                    progress=progress)
+    assert files_of(copied) == before
+    monkeypatch.setattr(pipeline, "audit", None)
+    assert run(tiny(folder, tmp_path)).audit.per_image == finished.audit.per_image
+
+
 def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
     again = audit_again(copied, seeds=(3, 4))
