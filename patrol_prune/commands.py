@@ -23,6 +23,7 @@ from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.pipeline import RunResult, run
 from patrol_prune.report import console_table
 from patrol_prune.run_summary import rewrite_report
+from patrol_prune.rundir import make_folder
 from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig, build
 from patrol_prune.vehicles import write_vehicles
 
@@ -270,11 +271,12 @@ def demo_config(name: str, runs: str, data: Path, *, seed: int, device: str) -> 
 
 def _demo(options: Namespace) -> None:
     images = Path(options.runs) / f"{options.name}-vehicles"
-    _tell("images", f"Drawing vehicles into {images}.")
-    write_vehicles(images, train=1200, test=200, size=64, seed=options.seed)
     config = demo_config(
         options.name, options.runs, images, seed=options.seed, device=options.device
     )
+    make_folder(options.runs)
+    _tell("images", f"Drawing vehicles into {images}.")
+    write_vehicles(images, train=1200, test=200, size=64, seed=options.seed)
     _whole_path(config, options.overwrite)
 
 
