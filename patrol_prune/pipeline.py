@@ -44,7 +44,7 @@ from patrol_prune.rundir import RunDirectory
 from patrol_prune.settings import FREE_KEYS, RunConfig, resolve_device
 from patrol_prune.spectral_rules import read_blocks
 from patrol_prune.split import Split
-from patrol_prune.storage import atomic_write_json, keep_newest
+from patrol_prune.storage import atomic_write_json, keep_newest, sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -163,6 +163,7 @@ class Work:
             if self.folder.done(stage):
                 if stage == "data":
                     self.check_images()
+                    self.check_weights()
                 continue
             self.folder.forget(STAGES[STAGES.index(stage):])
             for name, sources in STARTS_FROM.items():
@@ -190,6 +191,16 @@ class Work:
                 "with --overwrite."
             )
 
+    def check_weights(self) -> None:
+        """Refuse other weights in the file than those that the run began with."""
+        file, began = self.config.weights, self.folder.notes("data").get("weights_sha256")
+        if file is not None and began is not None and sha256_of(file) != began:
+            raise RunDirectoryError(
+                f"The weights in {file} are not those that the run in {self.folder.path} began "
+                "with. Put those back, give the run another --name, or start it anew with "
+                "--overwrite."
+            )
+
     def do_data(self) -> None:
         images = self.images
         counts = {
@@ -198,7 +209,9 @@ class Work:
         }
         told = ", ".join(f"{count:,} {who}" for who, count in counts.items())
         self.say(f"{len(images.classes)} classes; images: {told}.")
-        self.folder.finish("data", (), digest=images.digest, counts=counts)
+        weights = self.config.weights
+        self.folder.finish("data", (), digest=images.digest, counts=counts,
+                           weights_sha256=None if weights is None else sha256_of(weights))
 
     def do_plan(self) -> None:
         self.say("Looking for places to cut.")
@@ -208,7 +221,8 @@ class Work:
         made = plan(
             model, self.images.example(), edge_macs=config.edge_macs, at=config.at,
             boundary=config.boundary, max_pruning_ratio=config.score.max_pruning_ratio,
-            min_channels=config.score.min_channels, structures=config.score.structures,
+            min_channels=config.score.min_channels, round_to=config.score.round_to,
+            structures=config.score.structures,
         )
         if opened:  # the dense model is cut before its heads are opened
             Split(self.factory(), self.images.example(), at=made.recommended)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from patrol_prune.data import Batches, ImageSet, find_parts, load_image_folder
 from patrol_prune.defences import FeatureDropout
 from patrol_prune.errors import InputError
-from patrol_prune.models import build_model, load_weights
+from patrol_prune.models import SMALL_RESNET, build_model, load_weights
 from patrol_prune.pixels import Normalization
 from patrol_prune.settings import PrivacyConfig, RunConfig
 from patrol_prune.split import Split
@@ -62,7 +62,8 @@ def read_images(config: RunConfig) -> Images:
     from the attacker, and a note says so.
 
     Raises:
-        InputError: no image, one class, an unreadable image, too few images for everybody.
+        InputError: no image, one class, an unreadable image, too few images for everybody, or for
+            what `audit.attacker_images` asks.
     """
     train_folder, test_folder = find_parts(config.data)
     train = load_image_folder(train_folder, config.image_size)
@@ -79,6 +80,13 @@ def read_images(config: RunConfig) -> Images:
             f"(two batches) for the defender, came {len(attacker)} and {len(defender)} of the "
             f"{len(train)} in {train_folder}. Add images, or change --audit.attacker-share or "
             "--batch-size."
+        )
+    most = max(config.audit.attacker_images, default=0)
+    if most >= len(attacker):
+        raise InputError(
+            f"Expected audit.attacker_images below the {len(attacker)} images that the attacker "
+            f"owns, all of which are taken anyhow, came {most}. Give smaller numbers, or raise "
+            "--audit.attacker-share."
         )
     return Images(
         defender, attacker.images, attacker.labels, test, victims,
@@ -104,7 +112,8 @@ def normalization_kind(config: RunConfig) -> Literal["dataset", "imagenet", "non
     """The kind of normalization that is meant, also where the settings say "auto"."""
     if config.normalization != "auto":
         return config.normalization
-    stock = config.weights is not None and ":" not in config.model
+    stock = (config.weights is not None and ":" not in config.model
+             and config.model != SMALL_RESNET)  # its weights come from no one but the user
     return "imagenet" if stock else "dataset"
 
 

@@ -55,7 +55,7 @@ def audit_again(
         uploads=own.uploads if uploads is None else uploads,
     )
     chosen = replace(config, device=device or config.device, audit=who)
-    where, images = resolve_device(chosen.device), read_images(config)
+    where, images = resolve_device(chosen.device), read_images(chosen)
     with RunDirectory(path, read_config(path / CONFIG)) as folder:
         resume = f"patrol-prune run --config {path / CONFIG}"
         if not (folder.done("finetune") and folder.done("plan")):

@@ -77,7 +77,8 @@ def _plan(
     return plan(
         model, example, edge_macs=budget, at=at, boundary=config.boundary,
         max_channel_ratio=config.max_channel_ratio, min_channels=config.score.min_channels,
-        max_pruning_ratio=config.score.max_pruning_ratio, structures=config.score.structures,
+        max_pruning_ratio=config.score.max_pruning_ratio, round_to=config.score.round_to,
+        structures=config.score.structures,
     )
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from patrol_prune import pipeline
 from patrol_prune.attacks import InverseNetworkConfig
@@ -28,7 +29,7 @@ from patrol_prune.errors import (
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
 from patrol_prune.pipeline import RunResult, run
-from patrol_prune.preparation import read_images
+from patrol_prune.preparation import normalization_kind, read_images
 from patrol_prune.reaudit import audit_again
 from patrol_prune.run_summary import read_summary, rewrite_report
 from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig
@@ -363,6 +364,31 @@ def test_changed_images_are_noticed(tmp_path: Path, write_folder: Writer) -> Non
         run(config)
 
 
+def test_changed_weights_are_noticed(
+    finished: RunResult, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    shutil.copyfile(finished.directory / pipeline.DENSE / "weights.safetensors", file)
+    config = replace(tiny(folder, tmp_path), weights=str(file))
+
+    def stop(stage: str, _: str) -> None:
+        if stage == "plan":
+            raise KeyboardInterrupt
+
+    for _ in range(2):  # the same weights resume
+        with pytest.raises(KeyboardInterrupt):
+            run(config, progress=stop)
+    save_file(build_model("small_resnet", 3, image_size=16, seed=9).state_dict(), file)
+    with pytest.raises(RunDirectoryError, match=r"weights in .*mine\.safetensors are not those"):
+        run(config, progress=stop)
+
+
+def test_statistics_of_imagenet_are_for_torchvision_models_alone(tmp_path: Path) -> None:
+    for model, kind in (("small_resnet", "dataset"), ("resnet18", "imagenet"), ("a:b", "dataset")):
+        config = RunConfig("photos", "0.5", model=model, weights="w.safetensors")
+        assert normalization_kind(config) == kind
+
+
 def test_images_are_divided_without_overlap(folder: Path, tmp_path: Path) -> None:
     images = read_images(tiny(folder, tmp_path))
     assert (len(images.defender), len(images.attacker)) == (27, 27)
@@ -400,6 +426,9 @@ BAD: list[tuple[dict[str, object], type[PatrolError], str]] = [
     ({"device": "cuda:99"}, InputError, "is not there"),
     ({"weights": "none.safetensors"}, InputError, "no file of weights"),
     ({"batch_size": 64}, InputError, "Add images"),
+    ({"audit": AuditConfig(victims=8, attacker_share=0.5, attacker_images=(27,))}, InputError,
+     "below the 27 images that the attacker owns"),
+    ({"edge_macs": "0.2", "score": ScoreConfig(round_to=16)}, BudgetError, "smallest"),
     ({"edge_macs": "0.1", "score": ScoreConfig(structures="blocks")}, BudgetError, "of blocks"),
 ]
 
