@@ -11,6 +11,7 @@ Nothing here unpickles: tensors go through safetensors, everything else through 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -90,7 +91,7 @@ def clean_temporaries(path: str | os.PathLike[str]) -> list[Path]:
     path = Path(path)
     removed: list[Path] = []
     for kind in ("old", "tmp"):
-        for stray in sorted(path.parent.glob(f".{path.name}.{kind}-*")):
+        for stray in sorted(path.parent.glob(f".{glob.escape(path.name)}.{kind}-*")):
             if _is_being_written(stray.name):
                 continue
             if kind == "old" and not path.exists():
