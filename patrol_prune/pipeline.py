@@ -21,7 +21,6 @@ from patrol_prune._block_pruning import STRUCTURES
 from patrol_prune.audit import audit
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.cost import count_params, edge_macs, feature_bytes
-from patrol_prune.errors import RunDirectoryError
 from patrol_prune.finetune import accuracy, finetune, recalibrate_batchnorm
 from patrol_prune.importance import PatrolImportance
 from patrol_prune.open_attention import open_attention
@@ -31,8 +30,10 @@ from patrol_prune.preparation import (
     dropout_notes,
     fresh_model,
     held_out_batches,
+    incoming_digests,
     incoming_model,
     read_images,
+    refuse_changed,
     training_batches,
     with_dropout,
 )
@@ -44,7 +45,7 @@ from patrol_prune.rundir import RunDirectory
 from patrol_prune.settings import FREE_KEYS, RunConfig, resolve_device
 from patrol_prune.spectral_rules import read_blocks
 from patrol_prune.split import Split
-from patrol_prune.storage import atomic_write_json, keep_newest, sha256_of
+from patrol_prune.storage import atomic_write_json, keep_newest
 
 logger = logging.getLogger(__name__)
 
@@ -162,8 +163,7 @@ class Work:
         for stage in stages:
             if self.folder.done(stage):
                 if stage == "data":
-                    self.check_images()
-                    self.check_weights()
+                    self.check_incoming()
                 continue
             self.folder.forget(STAGES[STAGES.index(stage):])
             for name, sources in STARTS_FROM.items():
@@ -182,24 +182,9 @@ class Work:
         if self.progress is not None:
             self.progress(self.stage, sentence)
 
-    def check_images(self) -> None:
-        """Refuse other images than those that the run began with."""
-        if self.folder.notes("data")["digest"] != self.images.digest:
-            raise RunDirectoryError(
-                f"The images in {self.config.data} are not those that the run in "
-                f"{self.folder.path} began with. Give the run another --name, or start it anew "
-                "with --overwrite."
-            )
-
-    def check_weights(self) -> None:
-        """Refuse other weights in the file than those that the run began with."""
-        file, began = self.config.weights, self.folder.notes("data").get("weights_sha256")
-        if file is not None and began is not None and sha256_of(file) != began:
-            raise RunDirectoryError(
-                f"The weights in {file} are not those that the run in {self.folder.path} began "
-                "with. Put those back, give the run another --name, or start it anew with "
-                "--overwrite."
-            )
+    def check_incoming(self) -> None:
+        """Refuse other images and weights than those that the run began with."""
+        refuse_changed(self.config, self.images, self.folder.notes("data"), self.folder.path)
 
     def do_data(self) -> None:
         images = self.images
@@ -209,9 +194,7 @@ class Work:
         }
         told = ", ".join(f"{count:,} {who}" for who, count in counts.items())
         self.say(f"{len(images.classes)} classes; images: {told}.")
-        weights = self.config.weights
-        self.folder.finish("data", (), digest=images.digest, counts=counts,
-                           weights_sha256=None if weights is None else sha256_of(weights))
+        self.folder.finish("data", (), **incoming_digests(self.config, images), counts=counts)
 
     def do_plan(self) -> None:
         self.say("Looking for places to cut.")

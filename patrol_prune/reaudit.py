@@ -8,8 +8,8 @@ from pathlib import Path
 
 from patrol_prune.errors import RunDirectoryError
 from patrol_prune.pipeline import DENSE, Progress, RunResult, Work
-from patrol_prune.preparation import read_images
-from patrol_prune.rundir import CONFIG, RunDirectory, read_config
+from patrol_prune.preparation import read_images, refuse_changed
+from patrol_prune.rundir import CONFIG, RunDirectory, place_of, read_config, run_command
 from patrol_prune.settings import RunConfig, resolve_device
 
 
@@ -54,10 +54,11 @@ def audit_again(
         check_attacks=own.check_attacks if check_attacks is None else check_attacks,
         uploads=own.uploads if uploads is None else uploads,
     )
-    chosen = replace(config, device=device or config.device, audit=who)
+    name, runs = place_of(path, config.to_dict())  # it may have been renamed since
+    chosen = replace(config, name=name, runs=runs, device=device or config.device, audit=who)
     where, images = resolve_device(chosen.device), read_images(chosen)
     with RunDirectory(path, read_config(path / CONFIG)) as folder:
-        resume = f"patrol-prune run --config {path / CONFIG}"
+        resume = run_command(path)
         if not (folder.done("finetune") and folder.done("plan")):
             raise RunDirectoryError(
                 f"The run in {path} has no finished edge to attack yet. Resume it first: {resume}"
@@ -69,5 +70,6 @@ def audit_again(
                 f"it again, and everything after it: {resume}"
             )
         work = Work(chosen, folder, images, where, progress, False)
-        work.check_images()
+        # The dense model was saved: the file that its weights came from is not read again.
+        refuse_changed(replace(chosen, weights=None), images, folder.notes("data"), path)
         return work.attack_again()

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -219,6 +220,27 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise InputError(f"Expected {path} to hold settings as key: value, came {config!r}.")
     return config
+
+
+def place_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and folder of runs of the run in `folder`; not those of its settings if it was moved."""
+    name, runs = str(config.get("name", "")), str(config.get("runs", ""))
+    where = folder.resolve()
+    if name and Path(runs, name).resolve() == where:
+        return name, runs
+    return where.name, str(where.parent)
+
+
+def run_command(folder: Path) -> str:
+    """What to type into a shell to resume the run in `folder`, also where it was moved."""
+    told = f"patrol-prune run --config {shlex.quote(str(folder / CONFIG))}"
+    if not (folder / CONFIG).is_file():
+        return told
+    config = read_config(folder / CONFIG)
+    for key, value in zip(("name", "runs"), place_of(folder, config), strict=True):
+        if str(config.get(key, "")) != value:
+            told += f" --{key} {shlex.quote(value)}"
+    return told
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from patrol_prune import pipeline
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.checkpoint import load, read_info
+from patrol_prune.cli import main
 from patrol_prune.cost import edge_macs
 from patrol_prune.errors import (
     BudgetError,
@@ -314,6 +316,22 @@ def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) ->
     page = again.report.read_bytes()
     again.report.unlink()
     assert rewrite_report(copied).read_bytes() == page
+
+
+def test_a_renamed_run_goes_by_its_new_name(
+    finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that its report tells resumes it where it is, with nothing left to do."""
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "of mine"))
+    rewrite_report(copied)
+    again = audit_again(copied, seeds=(3,))
+    assert (again.summary.name, again.summary.config["runs"]) == ("of mine", str(tmp_path))
+    page = again.report.read_text(encoding="utf-8")
+    assert rewrite_report(copied).read_text(encoding="utf-8") == page
+    monkeypatch.setattr(pipeline, "finetune", None)
+    monkeypatch.setattr(pipeline, "audit", None)
+    assert main(shlex.split(again.summary.command)[1:]) == 0
+    assert read_summary(copied) == again.summary
 
 
 def test_attacked_again_with_other_attacks_and_fewer_images(
