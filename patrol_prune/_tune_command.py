@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict
@@ -66,7 +67,7 @@ def conclude(result: TuneResult, console: Console) -> None:
     console.print("Train and audit one in full:")
     for trial in front:
         file = result.files[f"trial {trial.number}"]
-        console.print(Text(f"  patrol-prune run --config {file}"), soft_wrap=True)
+        console.print(Text(f"  patrol-prune run --config {shlex.quote(str(file))}"), soft_wrap=True)
 
 
 def flag_counts(result: TuneResult) -> list[str]:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -86,8 +87,8 @@ def audit_model(
     """Cut the model, attack its edge and write the report to `config.out`, with its examples.
 
     Raises:
-        InputError: whatever is wrong with the model, the cut, the weights or the images, before
-            any attack.
+        InputError: whatever is wrong with the model, the cut, the weights, the images or the
+            place of the report, before any attack.
     """
     device = resolve_device(config.device)
     run = config.run_config()
@@ -100,6 +101,7 @@ def audit_model(
     shifted = None
     if config.shifted is not None:
         shifted = load_image_folder(config.shifted, config.image_size).images
+    _check_place(Path(config.out))
     found = audit(
         splits[0], images.attacker, images.victims,
         attacks=config.audit.attacks, seeds=config.audit.seeds,
@@ -110,9 +112,24 @@ def audit_model(
         check_attacks=config.audit.check_attacks, uploads=config.audit.uploads, device=str(device),
         examples=config.audit.examples, progress=progress,
     )
-    Path(config.out).parent.mkdir(parents=True, exist_ok=True)
     found.to_json(config.out)
     return found
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a place where the report cannot be written now, not after hours of attacks."""
+    examples = out.with_name(f"{out.stem}_examples")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out.parent):
+            pass
+        if out.is_dir() or (examples.exists() and not examples.is_dir()):
+            raise FileExistsError(f"{out if out.is_dir() else examples} is in the way")
+    except OSError as error:
+        raise InputError(
+            f"Expected --out as a file that can be written, came {out} ({error}). Give another "
+            "place."
+        ) from error
 
 
 def _split(run: RunConfig, images: Images) -> Split:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 import sys
@@ -18,11 +19,12 @@ from patrol_prune import _plan_command, _tune_command
 from patrol_prune._audit_command import add_options, attack
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
-from patrol_prune.errors import PatrolError
+from patrol_prune.errors import InputError, PatrolError
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.pipeline import RunResult, run
 from patrol_prune.report import console_table
 from patrol_prune.run_summary import rewrite_report
+from patrol_prune.rundir import CONFIG, make_folder, run_command
 from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig, build
 from patrol_prune.vehicles import write_vehicles
 
@@ -176,7 +178,7 @@ def execute(arguments: Sequence[str]) -> int:
     """Run one command; the exit code. See `cli.main`."""
     parser = make_parser()
     try:
-        chosen = parser.parse_args(_underscored(arguments))
+        chosen = _parsed(parser, _underscored(arguments))
         if chosen.command is None:
             parser.print_help()
             return OK
@@ -188,6 +190,18 @@ def execute(arguments: Sequence[str]) -> int:
         _complain(_dashed(str(error)))
         return BAD_INPUT
     return OK
+
+
+def _parsed(parser: ArgumentParser, arguments: Sequence[str]) -> Namespace:
+    try:
+        return parser.parse_args(arguments)
+    except UnicodeDecodeError as error:
+        files = [value for option, value in itertools.pairwise(arguments) if option == "--config"]
+        files += [a.partition("=")[2] for a in arguments if a.startswith("--config=")]
+        raise InputError(
+            f"Expected --config as a file of UTF-8 text, came {' or '.join(files)} ({error}). Save "
+            "it as UTF-8."
+        ) from error
 
 
 def _log(verbose: bool) -> None:
@@ -222,12 +236,11 @@ def _whole_path(config: RunConfig, overwrite: bool) -> None:
     try:
         result = run(config, overwrite=overwrite, progress=_tell, bars=sys.stderr.isatty())
     except KeyboardInterrupt:
-        file = Path(config.runs) / config.name / "config.yaml"
-        if not file.is_file():
+        folder = Path(config.runs) / config.name
+        if not (folder / CONFIG).is_file():
             raise
         _complain(
-            "Interrupted. What was finished is kept; go on with\n"
-            f"  patrol-prune run --config {file}"
+            f"Interrupted. What was finished is kept; go on with\n  {run_command(folder)}"
         )
         raise SystemExit(INTERRUPTED) from None
     _conclude(result)
@@ -270,11 +283,12 @@ def demo_config(name: str, runs: str, data: Path, *, seed: int, device: str) -> 
 
 def _demo(options: Namespace) -> None:
     images = Path(options.runs) / f"{options.name}-vehicles"
-    _tell("images", f"Drawing vehicles into {images}.")
-    write_vehicles(images, train=1200, test=200, size=64, seed=options.seed)
     config = demo_config(
         options.name, options.runs, images, seed=options.seed, device=options.device
     )
+    make_folder(options.runs)
+    _tell("images", f"Drawing vehicles into {images}.")
+    write_vehicles(images, train=1200, test=200, size=64, seed=options.seed)
     _whole_path(config, options.overwrite)
 
 

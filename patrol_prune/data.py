@@ -146,11 +146,17 @@ def load_image_folder(
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:
-    """One image as bytes `[size, size, 3]`; an unreadable file is named."""
+    """One image as bytes `[size, size, 3]`, grey ones of 16 bits rescaled.
+
+    Raises:
+        InputError: a file that cannot be read, or grey values of no known range; it is named.
+    """
     try:
         with Image.open(path) as handle:
-            image = handle.convert("RGB")
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+            image = _as_rgb(handle, path)
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"Expected an image, but {path} cannot be read ({error}). Remove or replace it."
         ) from error
@@ -162,6 +168,21 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
         left, top = (size[0] - image_size) // 2, (size[1] - image_size) // 2
         image = image.crop((left, top, left + image_size, top + image_size))
     return np.asarray(image)
+
+
+def _as_rgb(handle: Image.Image, path: Path) -> Image.Image:
+    """In colours of 8 bits; Pillow alone would clip what is above 255."""
+    is_16_bit = handle.mode.startswith("I;16") or (handle.mode == "I" and handle.format == "PNG")
+    if is_16_bit:
+        values = np.asarray(handle).astype(np.float64)
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
+    if handle.mode[:1] in ("I", "F"):
+        raise InputError(
+            f"Expected pixels of 8 or 16 bits, but {path} holds "
+            f"{'whole numbers of 32 bits' if handle.mode[0] == 'I' else 'floating-point numbers'}"
+            ", and what is white in them is not known. Convert it to 8 bits."
+        )
+    return handle.convert("RGB")
 
 
 class Batches:
@@ -213,7 +234,9 @@ class Batches:
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        generator = torch.Generator().manual_seed(self.seed * 100_003 + self.epoch)
+        generator = torch.Generator().manual_seed(
+            (self.seed * 100_003 + self.epoch) % 2**63
+        )
         self.epoch += 1
         order = self.indices
         if self.shuffle:

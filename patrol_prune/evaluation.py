@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable
 
 import torch
@@ -46,11 +47,18 @@ def recalibrate_batchnorm(
     """Replace BatchNorm's running statistics by the plain average over up to `max_batches`.
 
     Removal changes what every later layer sees; the stored statistics are of the wider model.
-    `device` is where the model is, by default asked of it.
+    `device` is where the model is, by default asked of it. Where the pass fails, the statistics
+    stay as they were.
+
+    Raises:
+        InputError: no batch.
     """
     device = home_of(model, device)
     layers = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)]
     momenta = [layer.momentum for layer in layers]
+    before = [{name: buffer.clone() for name, buffer in layer.named_buffers(recurse=False)}
+              for layer in layers]
+    count = 0
     with evaluating(model):
         for layer in layers:
             if layer.track_running_stats:
@@ -58,10 +66,19 @@ def recalibrate_batchnorm(
                 layer.momentum = None  # cumulative average
                 layer.train()
         try:
-            for number, (x, _) in enumerate(batches):
-                if number == max_batches:
-                    break
+            for x, _ in itertools.islice(batches, max_batches):
                 model(x.to(device))
+                count += 1
+            if count == 0:
+                raise InputError(
+                    "Expected at least one batch to measure BatchNorm's statistics on, came none. "
+                    "Give batches that have not been used up, and max_batches of at least 1."
+                )
+        except BaseException:
+            for layer, buffers in zip(layers, before, strict=True):
+                for name, buffer in buffers.items():
+                    getattr(layer, name).copy_(buffer)
+            raise
         finally:
             for layer, momentum in zip(layers, momenta, strict=True):
                 layer.momentum = momentum

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -63,7 +64,8 @@ def finetune(
     Without an objective the loss is cross-entropy. With a teacher,
     `(1 - w) * task + w * T^2 * KL(teacher || model)` at temperature `T` takes the task's place
     (`distillation.py`), and the distance of the last features may be added.
-    The model is trained in place and left in the mode it came in.
+    The model is trained in place; it and the teacher are left in the mode and the memory layout
+    they came in.
 
     Under `accelerate launch` every process trains on its own batches, gradients are averaged, and
     each process keeps its own surrogates.
@@ -78,15 +80,17 @@ def finetune(
             them they learn from the model's own batch and the one before.
         config: see `FinetuneConfig`.
         val_batches: accuracy is measured on them after each epoch.
-        teacher: the dense model, never trained here.
+        teacher: the dense model, never trained here; it shares no parameter with the model.
         checkpoint_dir: one checkpoint per epoch is written there, whole or not at all.
-        resume: go on from the newest whole checkpoint in `checkpoint_dir`.
+        resume: go on from the newest whole checkpoint in `checkpoint_dir`; without it, those of an
+            earlier training there are removed.
         progress: show a bar.
         device: where to train; where the model is by default.
 
     Raises:
         TrainingError: a loss that is NaN or infinite, with the step and the term.
-        InputError: no batch, labels outside the classes, a privacy objective without its split.
+        InputError: no batch, labels outside the classes, a privacy objective without its split, a
+            teacher that would be trained along.
     """
     config = config or FinetuneConfig()
     model = split.model if isinstance(split, Split) else split
@@ -113,6 +117,14 @@ def check_training(
     check_rereadable(train_batches, "train_batches")
     if teacher is not None:
         check_model(teacher, "teacher")
+        own = {id(p) for p in model.parameters()}
+        shared = [name for name, p in teacher.named_parameters() if id(p) in own]
+        if shared:
+            raise InputError(
+                f"Expected a teacher of its own, came one that shares {len(shared)} parameters "
+                f"with the model to train ({shared[0]} is the first) and would change with it. "
+                "Give a copy: teacher=copy.deepcopy(model)."
+            )
     if objective is not None and objective.split.model is not model:
         raise InputError("The objective watches another model than the one to train; build it "
                          "on the same Split.")
@@ -138,11 +150,14 @@ def drive(
     model = trainer.model
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     result = FinetuneResult(optimizer=trainer.optimizer)
-    modes = [(module, module.training) for module in model.modules()]
+    nets = [model] if trainer.teacher is None else [model, trainer.teacher]
+    modes = [(module, module.training) for net in nets for module in net.modules()]
     try:
         trainer.open()
         if resume and directory is not None:
             _resume(trainer, result, directory)
+        elif directory is not None and trainer.accelerator.is_main_process:
+            _forget(directory)
         if result.resumed_from == 0:
             trainer.warm_up_surrogates(train_batches)
         for epoch in range(result.resumed_from, trainer.config.epochs):
@@ -157,7 +172,6 @@ def drive(
                 _save(trainer, result, directory, epoch + 1)
     finally:
         trainer.close()
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
         for module, mode in modes:
             module.training = mode
     return result
@@ -177,6 +191,15 @@ def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int)
     meta.update(about, epoch=epoch, history=result.history, config=asdict(trainer.config))
     directory.mkdir(parents=True, exist_ok=True)
     save_state(directory / f"epoch-{epoch:04d}", tensors, meta)
+
+
+def _forget(directory: Path) -> None:
+    """Remove an earlier training's checkpoints: a later resume would take them for this one's."""
+    for entry in directory.glob("epoch-*"):
+        if entry.is_symlink():
+            entry.unlink()
+        elif entry.is_dir():
+            shutil.rmtree(entry)
 
 
 def _resume(trainer: Trainer, result: FinetuneResult, directory: Path) -> None:

@@ -7,7 +7,7 @@ import inspect
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchvision import models as torchvision_models
 from torchvision.models.resnet import BasicBlock
 
-from patrol_prune.errors import InputError, UnsupportedModelError, nearest
+from patrol_prune.errors import InputError, PatrolError, UnsupportedModelError, nearest
 from patrol_prune.storage import read_tensors
 
 logger = logging.getLogger(__name__)
@@ -126,14 +126,18 @@ def _working_directory_importable() -> Iterator[None]:
 
 def _from_function(name: str, num_classes: int) -> nn.Module:
     module_name, _, function_name = name.partition(":")
+    if not function_name or "" in module_name.split("."):
+        raise InputError(
+            f"Expected a model of your own as module:function, as in mymodels:build, came {name!r}."
+        )
     try:
         with _working_directory_importable():
             module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # whatever the user's module raises
         raise InputError(
             f"The model {name!r} means the function {function_name!r} of the module "
-            f"{module_name!r}, which cannot be imported ({error}). Run from the folder that holds "
-            "it, or install it."
+            f"{module_name!r}, which cannot be imported ({type(error).__name__}: {error}). Run "
+            "from the folder that holds it, or install it."
         ) from error
     function: Callable[..., object] | None = getattr(module, function_name, None)
     if not callable(function):
@@ -142,15 +146,38 @@ def _from_function(name: str, num_classes: int) -> nn.Module:
             f"The module {module_name!r} has no function {function_name!r}. "
             f"{nearest(function_name, public)}"
         )
-    takes = inspect.signature(function).parameters
-    arguments = {"num_classes": num_classes} if "num_classes" in takes else {}
-    model = function(**arguments)
+    model = _call(function, name, num_classes)
     if not isinstance(model, nn.Module):
         raise InputError(
             f"Expected {name} to return a torch.nn.Module, came {type(model).__name__}. Return "
             "the model itself."
         )
     return model
+
+
+def _call(function: Callable[..., object], name: str, num_classes: int) -> object:
+    try:
+        takes: Mapping[str, inspect.Parameter] = inspect.signature(function).parameters
+    except (ValueError, TypeError):  # of some functions written in C nobody knows
+        takes = {}
+    arguments = {"num_classes": num_classes} if "num_classes" in takes else {}
+    more = [p.name for p in takes.values() if p.default is p.empty and p.name not in arguments
+            and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if more:
+        raise InputError(
+            f"Expected {name} to take nothing but num_classes, came a function that asks for "
+            f"{', '.join(more)} as well. Give them defaults, or write a function that fills them "
+            "in."
+        )
+    try:
+        return function(**arguments)
+    except PatrolError:
+        raise
+    except Exception as error:  # whatever the user's function raises
+        raise InputError(
+            f"Expected {name} to return a model, but it raised {type(error).__name__}: {error}. "
+            "Call it by itself and mend it."
+        ) from error
 
 
 def check_model(model: nn.Module, name: str, num_classes: int, image_size: int) -> None:

@@ -9,24 +9,20 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
 from patrol_prune import checkpoint
 from patrol_prune._block_pruning import STRUCTURES
 from patrol_prune.audit import audit
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.cost import count_params, edge_macs, feature_bytes
-from patrol_prune.errors import RunDirectoryError
 from patrol_prune.finetune import accuracy, finetune, recalibrate_batchnorm
 from patrol_prune.importance import PatrolImportance
-from patrol_prune.objective import PatrolObjective
 from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import Plan, plan, short
 from patrol_prune.preparation import (
@@ -34,25 +30,31 @@ from patrol_prune.preparation import (
     dropout_notes,
     fresh_model,
     held_out_batches,
+    incoming_digests,
     incoming_model,
     read_images,
+    refuse_changed,
     training_batches,
     with_dropout,
 )
 from patrol_prune.pruner import PatrolPruner
 from patrol_prune.report import RunSummary, write_report
+from patrol_prune.run_objectives import scoring_objective, training_objective
 from patrol_prune.run_summary import SUMMARY, read_summary, summarise
 from patrol_prune.rundir import RunDirectory
 from patrol_prune.settings import FREE_KEYS, RunConfig, resolve_device
 from patrol_prune.spectral_rules import read_blocks
 from patrol_prune.split import Split
-from patrol_prune.storage import atomic_write_json, newest_whole
+from patrol_prune.storage import atomic_write_json, keep_newest
 
 logger = logging.getLogger(__name__)
 
 STAGES = ("data", "plan", "model", "prune", "finetune", "audit", "report")
 EDGE = "edge.patrol"
 DENSE, PRUNED = "checkpoints/dense", "checkpoints/pruned"
+TRAINING, FINETUNING = "checkpoints/train", "checkpoints/finetune"
+STARTS_FROM = {TRAINING: ("data",), FINETUNING: ("data", "plan", "model", "prune")}
+"""Folders of epoch checkpoints -> the stages whose result they began with."""
 Progress = Callable[[str, str], None]
 """Called with a stage's name and a sentence about it."""
 
@@ -134,38 +136,55 @@ class Work:
         self.progress, self.bars = progress, bars
         self.stage = ""
 
-    def go(self, again: Sequence[str] = ()) -> RunResult:
-        """Every stage; `again` names those to do in any case."""
-        self.folder.forget(again)
+    def go(self) -> RunResult:
+        """Every stage that is not done yet."""
         self.do(STAGES)
+        return self.result()
+
+    def attack_again(self) -> RunResult:
+        """A new audit and its report alone; the earlier ones count until the new audit is there."""
+        for stage in ("audit", "report"):
+            self.begin(stage)
+        return self.result()
+
+    def result(self) -> RunResult:
+        """What the stages left."""
         result = AuditReport.from_json(self.folder / "audit.json")
         return RunResult(
             self.folder.path, read_summary(self.folder.path), result, self.folder / "report.html"
         )
 
     def do(self, stages: Sequence[str]) -> None:
-        """These, in order; the first that is not done makes all later ones due as well."""
-        for number, stage in enumerate(stages):
-            self.stage = stage
+        """These, in order; the first that is not done makes all later ones due as well.
+
+        Epoch checkpoints that began with what a stage left before go when it is done again: a
+        later stage would go on from them, and the model would be a mixture of both.
+        """
+        for stage in stages:
             if self.folder.done(stage):
-                self.check_images()
+                if stage == "data":
+                    self.check_incoming()
                 continue
-            self.folder.forget(STAGES[number:])
-            self.folder.event("stage begins", stage=stage)
-            getattr(self, f"do_{stage}")()
+            self.folder.forget(STAGES[STAGES.index(stage):])
+            for name, sources in STARTS_FROM.items():
+                if stage in sources:
+                    self.folder.remove(name)
+            self.begin(stage)
+
+    def begin(self, stage: str) -> None:
+        """Do one stage."""
+        self.stage = stage
+        self.folder.event("stage begins", stage=stage)
+        getattr(self, f"do_{stage}")()
 
     def say(self, sentence: str) -> None:
         logger.info("%s: %s", self.stage, sentence)
         if self.progress is not None:
             self.progress(self.stage, sentence)
 
-    def check_images(self) -> None:
-        if self.stage == "data" and self.folder.notes("data")["digest"] != self.images.digest:
-            raise RunDirectoryError(
-                f"The images in {self.config.data} are not those that the run in "
-                f"{self.folder.path} began with. Give the run another --name, or start it anew "
-                "with --overwrite."
-            )
+    def check_incoming(self) -> None:
+        """Refuse other images and weights than those that the run began with."""
+        refuse_changed(self.config, self.images, self.folder.notes("data"), self.folder.path)
 
     def do_data(self) -> None:
         images = self.images
@@ -175,7 +194,7 @@ class Work:
         }
         told = ", ".join(f"{count:,} {who}" for who, count in counts.items())
         self.say(f"{len(images.classes)} classes; images: {told}.")
-        self.folder.finish("data", (), digest=images.digest, counts=counts)
+        self.folder.finish("data", (), **incoming_digests(self.config, images), counts=counts)
 
     def do_plan(self) -> None:
         self.say("Looking for places to cut.")
@@ -185,7 +204,8 @@ class Work:
         made = plan(
             model, self.images.example(), edge_macs=config.edge_macs, at=config.at,
             boundary=config.boundary, max_pruning_ratio=config.score.max_pruning_ratio,
-            min_channels=config.score.min_channels, structures=config.score.structures,
+            min_channels=config.score.min_channels, round_to=config.score.round_to,
+            structures=config.score.structures,
         )
         if opened:  # the dense model is cut before its heads are opened
             Split(self.factory(), self.images.example(), at=made.recommended)
@@ -237,13 +257,13 @@ class Work:
         history: list[dict[str, float]] = []
         if to_train and self.config.train.epochs:
             self.say(f"Training {self.config.model} for {self.config.train.epochs} epochs.")
-            directory = self.folder / "checkpoints" / "train"
+            directory = self.folder / TRAINING
             history = finetune(
                 model, training_batches(self.config, self.images, augment=True, offset=1),
                 config=self.config.train, checkpoint_dir=directory, resume=True,
                 progress=self.bars, device=self.device,
             ).history
-            _keep_newest(directory)
+            keep_newest(directory)
         split = Split(model.eval(), self.images.example(), at=self.at)
         numbers = self.measure(split)
         self.say(f"Accuracy of the dense model: {100 * numbers['accuracy']:.1f}%.")
@@ -256,8 +276,9 @@ class Work:
         if self.open_heads(split.model):
             split.refresh()
         importance = PatrolImportance(
-            self.scoring_objective(split), task_weight=config.score.task_weight,
-            lip_weight=config.score.lip_weight, adv_weight=config.score.adv_weight,
+            scoring_objective(config, split, self.images.normalization),
+            task_weight=config.score.task_weight, lip_weight=config.score.lip_weight,
+            adv_weight=config.score.adv_weight,
             task_change=config.score.task_change, blocks=config.score.structures != "channels",
         )
         pruner = PatrolPruner(
@@ -292,28 +313,6 @@ class Work:
         self.folder.finish("prune", [PRUNED], kept=kept, removed_blocks=gone,
                            left_whole=outcome.left_whole, **numbers)
 
-    def scoring_objective(self, split: Split) -> PatrolObjective:
-        """The objective with every term on that is scored; the score normalises each by itself."""
-        score, privacy = self.config.score, self.config.privacy
-        return PatrolObjective(
-            split, F.cross_entropy,
-            alpha=(privacy.alpha or 1.0) if score.lip_weight else 0.0,
-            beta=(privacy.beta or 1.0) if score.adv_weight else 0.0,
-            noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
-            surrogate_loss=privacy.surrogate_loss, normalization=self.images.normalization,
-            seed=self.config.seed,
-        )
-
-    def training_objective(self, split: Split) -> PatrolObjective:
-        """The objective that the model is fine-tuned with."""
-        privacy = self.config.privacy
-        return PatrolObjective(
-            split, F.cross_entropy, alpha=privacy.alpha, beta=privacy.beta,
-            noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
-            surrogate_loss=privacy.surrogate_loss, normalization=self.images.normalization,
-            seed=self.config.seed + 1, precision=self.config.finetune.precision,
-        )
-
     def repair(self, split: Split, step: int) -> None:
         """Fine-tune between two pruning steps."""
         epochs = self.config.score.between_epochs
@@ -321,7 +320,7 @@ class Work:
         split = with_dropout(self.config.privacy, split, self.config.seed)
         finetune(
             split, training_batches(self.config, self.images, augment=True, offset=20 + step),
-            objective=self.training_objective(split),
+            objective=training_objective(self.config, split, self.images.normalization),
             config=replace(self.config.finetune, epochs=epochs),
             teacher=self.load(DENSE).model, progress=self.bars, device=self.device,
         )
@@ -341,9 +340,9 @@ class Work:
         config = self.config
         plain, teacher = self.load(PRUNED), self.load(DENSE)
         split = with_dropout(config.privacy, plain, config.seed)
-        objective = self.training_objective(split)
+        objective = training_objective(config, split, self.images.normalization)
         self.say(f"Fine-tuning for {config.finetune.epochs} epochs with the privacy terms on.")
-        directory = self.folder / "checkpoints" / "finetune"
+        directory = self.folder / FINETUNING
         result = finetune(
             split, training_batches(config, self.images, augment=True, offset=2),
             objective=objective, config=config.finetune, teacher=teacher.model,
@@ -353,7 +352,7 @@ class Work:
         self.say(f"Accuracy after fine-tuning: {100 * numbers['accuracy']:.1f}%.")
         self.save(plain, EDGE, extra={"classes": list(self.images.classes), **numbers,
                                       "dropout": config.privacy.dropout})
-        _keep_newest(directory)
+        keep_newest(directory)
         self.folder.finish("finetune", [EDGE], history=result.history, **numbers)
 
     def do_audit(self) -> None:
@@ -370,6 +369,7 @@ class Work:
             check_attacks=config.audit.check_attacks, uploads=config.audit.uploads,
             device=str(self.device), examples=config.audit.examples, progress=self.say,
         )
+        self.folder.forget(STAGES[STAGES.index("audit"):])
         found.to_json(self.folder / "audit.json")
         self.folder.finish("audit", ["audit.json", "audit_examples"])
 
@@ -388,13 +388,3 @@ class Work:
 def _budget(made: Plan) -> int:
     """What the pruner is asked for: a split that fits as it is has nothing to lose."""
     return min(made.budget_edge_macs, made[made.recommended].edge_macs)
-
-
-def _keep_newest(directory: Path) -> None:
-    """Of a finished training stage, the last checkpoint is enough."""
-    newest = newest_whole(directory)
-    if newest is None:
-        return
-    for entry in directory.iterdir():
-        if entry != newest and entry.is_dir():
-            shutil.rmtree(entry)

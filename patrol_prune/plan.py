@@ -31,6 +31,7 @@ __all__ = ["Plan", "PlanLimits", "PlanRow", "parse_budget", "plan", "short"]
 
 BOUNDARIES = ("keep", "prune")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_THOUSANDS = re.compile(r"^[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
 _MOST_ROWS = 24
 
 
@@ -123,6 +124,7 @@ def plan(
     max_channel_ratio: float = 0.6,
     max_pruning_ratio: float = 0.95,
     min_channels: int = 1,
+    round_to: int | None = None,
     every: bool = False,
     limits: PlanLimits | None = None,
     measure_latency: bool | LatencyConfig = False,
@@ -148,6 +150,7 @@ def plan(
         max_channel_ratio: how hard the recommended split may be pruned.
         max_pruning_ratio: how hard any group may be pruned; it sets `smallest_edge_macs`.
         min_channels: the fewest channels a group keeps.
+        round_to: kept numbers are multiples of this, or whole groups.
         every: show places inside blocks as well.
         limits: parameters, uploaded bytes and milliseconds; a limit of latency measures it.
         measure_latency: time the dense edge of every place shown, and the pruned one of the
@@ -166,7 +169,8 @@ def plan(
     check_structures(structures)
     if not 0.0 < max_channel_ratio < 1.0:
         raise InputError(f"Expected max_channel_ratio in (0, 1), came {max_channel_ratio}.")
-    floors = Limits(min_channels=min_channels, max_pruning_ratio=max_pruning_ratio)
+    floors = Limits(min_channels=min_channels, max_pruning_ratio=max_pruning_ratio,
+                    round_to=round_to)
     limits = limits or PlanLimits()
     if structures == "blocks" and limits.latency_ms is not None:
         raise InputError(
@@ -228,7 +232,8 @@ def parse_budget(
     """
     value: int | float | str = edge_macs
     if isinstance(value, str):
-        text = value.strip().replace("_", "").replace(",", "")
+        text = _THOUSANDS.sub(lambda found: found.group().replace(",", ""), value.strip())
+        text = text.replace("_", "")
         match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKMGT]?)(?:MACs)?", text)
         named = {name: p.edge_macs for p in points for name in (p.name, *p.aliases)}
         if value in named:
@@ -239,8 +244,9 @@ def parse_budget(
             value = number if fraction else round(number)
         else:
             raise InputError(
-                f"Expected edge MACs as a count (9900000 or 9.9M), a fraction in (0, 1], or the "
-                f"name of a split, came {value!r}. {nearest(value, named)}"
+                f"Expected edge MACs as a count (9900000, 9,900,000 or 9.9M, with a decimal "
+                f"point), a fraction in (0, 1], or the name of a split, came {value!r}. "
+                f"{nearest(value, named)}"
             )
     if isinstance(value, bool) or not value > 0 or value == float("inf"):
         raise InputError(f"Expected a positive number of edge MACs, came {edge_macs!r}.")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from patrol_prune.errors import InputError
 
@@ -40,6 +42,28 @@ def channels_last_is_safe(model: nn.Module) -> bool:
         and m.in_channels < _FEWEST_STRIDED
         for m in model.modules()
     )
+
+
+def channels_last_names(model: nn.Module) -> set[str]:
+    """The parameters and buffers of `model` that lie in the channels-last layout alone."""
+    return {
+        name for name, tensor in _tensors(model)
+        if tensor.dim() == 4 and not tensor.is_contiguous()
+        and tensor.is_contiguous(memory_format=torch.channels_last)
+    }
+
+
+def restore_layout(model: nn.Module, channels_last: set[str]) -> None:
+    """Lay `model` out contiguously, but for these tensors, which lay otherwise before."""
+    model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    for name, tensor in _tensors(model):
+        if name in channels_last:
+            tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    yield from model.named_buffers()
 
 
 def autocast(device: torch.device | str, precision: str = "auto") -> torch.autocast:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from patrol_prune.data import Batches, ImageSet, find_parts, load_image_folder
 from patrol_prune.defences import FeatureDropout
-from patrol_prune.errors import InputError
-from patrol_prune.models import build_model, load_weights
+from patrol_prune.errors import InputError, RunDirectoryError
+from patrol_prune.models import SMALL_RESNET, build_model, load_weights
 from patrol_prune.pixels import Normalization
 from patrol_prune.settings import PrivacyConfig, RunConfig
 from patrol_prune.split import Split
+from patrol_prune.storage import sha256_of
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +65,8 @@ def read_images(config: RunConfig) -> Images:
     from the attacker, and a note says so.
 
     Raises:
-        InputError: no image, one class, an unreadable image, too few images for everybody.
+        InputError: no image, one class, an unreadable image, too few images for everybody, or for
+            what `audit.attacker_images` asks.
     """
     train_folder, test_folder = find_parts(config.data)
     train = load_image_folder(train_folder, config.image_size)
@@ -79,6 +83,13 @@ def read_images(config: RunConfig) -> Images:
             f"(two batches) for the defender, came {len(attacker)} and {len(defender)} of the "
             f"{len(train)} in {train_folder}. Add images, or change --audit.attacker-share or "
             "--batch-size."
+        )
+    most = max(config.audit.attacker_images, default=0)
+    if most >= len(attacker):
+        raise InputError(
+            f"Expected audit.attacker_images below the {len(attacker)} images that the attacker "
+            f"owns, all of which are taken anyhow, came {most}. Give smaller numbers, or raise "
+            "--audit.attacker-share."
         )
     return Images(
         defender, attacker.images, attacker.labels, test, victims,
@@ -104,7 +115,8 @@ def normalization_kind(config: RunConfig) -> Literal["dataset", "imagenet", "non
     """The kind of normalization that is meant, also where the settings say "auto"."""
     if config.normalization != "auto":
         return config.normalization
-    stock = config.weights is not None and ":" not in config.model
+    stock = (config.weights is not None and ":" not in config.model
+             and config.model != SMALL_RESNET)  # its weights come from no one but the user
     return "imagenet" if stock else "dataset"
 
 
@@ -141,6 +153,34 @@ def incoming_model(config: RunConfig, classes: int) -> tuple[nn.Module, bool]:
     if config.weights is None:
         return model, True
     return model, bool(load_weights(model, config.weights))
+
+
+def incoming_digests(config: RunConfig, images: Images) -> dict[str, str | None]:
+    """What a run notes of its images and of its file of weights."""
+    weights = None if config.weights is None else sha256_of(config.weights)
+    return {"digest": images.digest, "weights_sha256": weights}
+
+
+def refuse_changed(
+    config: RunConfig, images: Images, began: Mapping[str, Any], path: Path
+) -> None:
+    """Refuse other images and weights than those that the run in `path` began with.
+
+    Raises:
+        RunDirectoryError: they differ from `began`, what `incoming_digests` gave then.
+    """
+    advice = "give the run another --name, or start it anew with --overwrite."
+    if began["digest"] != images.digest:
+        raise RunDirectoryError(
+            f"The images in {config.data} are not those that the run in {path} began with. Put "
+            f"those back, {advice}"
+        )
+    weights = began.get("weights_sha256")  # an earlier release did not note it
+    if config.weights is not None and weights is not None and weights != sha256_of(config.weights):
+        raise RunDirectoryError(
+            f"The weights in {config.weights} are not those that the run in {path} began with. "
+            f"Put those back, {advice}"
+        )
 
 
 def with_dropout(privacy: PrivacyConfig, split: Split, seed: int) -> Split:

@@ -7,9 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from patrol_prune.errors import RunDirectoryError
-from patrol_prune.pipeline import Progress, RunResult, Work
-from patrol_prune.preparation import read_images
-from patrol_prune.rundir import CONFIG, RunDirectory, read_config
+from patrol_prune.pipeline import DENSE, Progress, RunResult, Work
+from patrol_prune.preparation import read_images, refuse_changed
+from patrol_prune.rundir import CONFIG, RunDirectory, place_of, read_config, run_command
 from patrol_prune.settings import RunConfig, resolve_device
 
 
@@ -26,6 +26,8 @@ def audit_again(
 ) -> RunResult:
     """Attack the finished edge of a run once more, with other attackers, and report anew.
 
+    Nothing is trained but attackers, and the edge stays as it is.
+
     Args:
         directory: of the run.
         attacks: names; those of the run without.
@@ -37,7 +39,8 @@ def audit_again(
         progress: called with each stage and what happens in it.
 
     Raises:
-        RunDirectoryError: there is no run, or it has no finished edge yet.
+        RunDirectoryError: there is no run, it has no finished edge yet, the dense model that it
+            is held against is gone, or the images are others.
     """
     path = Path(directory)
     if not (path / CONFIG).is_file():
@@ -51,12 +54,22 @@ def audit_again(
         check_attacks=own.check_attacks if check_attacks is None else check_attacks,
         uploads=own.uploads if uploads is None else uploads,
     )
-    chosen = replace(config, device=device or config.device, audit=who)
-    where, images = resolve_device(chosen.device), read_images(config)
+    name, runs = place_of(path, config.to_dict())  # it may have been renamed since
+    chosen = replace(config, name=name, runs=runs, device=device or config.device, audit=who)
+    where, images = resolve_device(chosen.device), read_images(chosen)
     with RunDirectory(path, read_config(path / CONFIG)) as folder:
-        if not folder.done("finetune"):
+        resume = run_command(path)
+        if not (folder.done("finetune") and folder.done("plan")):
             raise RunDirectoryError(
-                f"The run in {path} has no finished edge to attack yet. Resume it first: "
-                f"patrol-prune run --config {path / CONFIG}"
+                f"The run in {path} has no finished edge to attack yet. Resume it first: {resume}"
             )
-        return Work(chosen, folder, images, where, progress, False).go(again=("audit", "report"))
+        if who.undefended and not folder.done("model"):
+            raise RunDirectoryError(
+                f"The dense model in {path / DENSE}, which the edge is held against "
+                "(audit.undefended), is missing or was changed. Put it back, or let the run train "
+                f"it again, and everything after it: {resume}"
+            )
+        work = Work(chosen, folder, images, where, progress, False)
+        # The dense model was saved: the file that its weights came from is not read again.
+        refuse_changed(replace(chosen, weights=None), images, folder.notes("data"), path)
+        return work.attack_again()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Iterable
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import RunDirectoryError
 from patrol_prune.report import RunSummary, write_report
-from patrol_prune.rundir import CONFIG, RunDirectory
+from patrol_prune.rundir import RunDirectory, place_of, run_command
 from patrol_prune.settings import RunConfig
 
 SUMMARY = "summary.json"
@@ -44,7 +45,7 @@ def summarise(
         config=config.to_dict(),
         versions=versions(),
         seed=config.seed,
-        command=f"patrol-prune run --config {folder / CONFIG}",
+        command=run_command(folder.path),
         device=device,
         notes=list(notes),
     )
@@ -64,14 +65,20 @@ def read_summary(directory: str | Path) -> RunSummary:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunDirectoryError(
             f"Expected a finished run in {folder}, but its {SUMMARY} cannot be read ({error}). "
-            f"Let the run finish first: patrol-prune run --config {folder / CONFIG}"
+            f"Let the run finish first: {run_command(folder)}"
         ) from error
 
 
 def rewrite_report(directory: str | Path) -> Path:
-    """The page of a finished run, made again from its records; its path."""
+    """The page of a finished run, made again from its records; its path.
+
+    A run that was renamed or moved is called what it is called now.
+    """
     folder = Path(directory)
     summary = read_summary(folder)
+    name, runs = place_of(folder, summary.config)
+    summary = replace(summary, name=name, command=run_command(folder),
+                      config={**summary.config, "name": name, "runs": runs})
     return write_report(summary, AuditReport.from_json(folder / "audit.json"), folder)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterable, Mapping
@@ -68,10 +69,8 @@ class RunDirectory:
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
         self.path, self.outputs = Path(path), (*OUTPUTS, *outputs)
-        if self.path.exists() and not self.path.is_dir():
-            raise RunDirectoryError(f"{self.path} is a file. Give another name to the run.")
-        _refuse_strangers(self.path)
-        self.path.mkdir(parents=True, exist_ok=True)
+        _refuse_strangers(self.path, self.outputs if overwrite else ())
+        make_folder(self.path)
         self._lock = _lock(self.path)
         try:
             if overwrite:
@@ -172,13 +171,38 @@ class RunDirectory:
             )
         return True
 
+    def remove(self, name: str) -> None:
+        """Delete a file or folder of the run; of a link, the link alone."""
+        path = self / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
     def _clear(self) -> None:
-        for name in self.outputs:
-            path = self / name
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink(missing_ok=True)
+        """The settings go last: they make the folder a run's until all else is gone."""
+        for name in sorted(self.outputs, key=lambda name: name == CONFIG):
+            self.remove(name)
+
+
+def make_folder(path: str | os.PathLike[str]) -> None:
+    """Make a folder, with those around it, where there is none.
+
+    Raises:
+        RunDirectoryError: a file is in the way, or nothing may be written there.
+    """
+    folder = Path(path)
+    there = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+    if there.exists() and not there.is_dir():
+        advice = "name to the run" if there == folder else "folder as --runs"
+        raise RunDirectoryError(f"{there} is a file. Give another {advice}.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"Expected a folder that can be made at {folder}, which failed ({error}). Give another "
+            "folder as --runs."
+        ) from error
 
 
 def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -198,6 +222,27 @@ def read_config(path: str | os.PathLike[str]) -> dict[str, Any]:
     return config
 
 
+def place_of(folder: Path, config: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and folder of runs of the run in `folder`; not those of its settings if it was moved."""
+    name, runs = str(config.get("name", "")), str(config.get("runs", ""))
+    where = folder.resolve()
+    if name and Path(runs, name).resolve() == where:
+        return name, runs
+    return where.name, str(where.parent)
+
+
+def run_command(folder: Path) -> str:
+    """What to type into a shell to resume the run in `folder`, also where it was moved."""
+    told = f"patrol-prune run --config {shlex.quote(str(folder / CONFIG))}"
+    if not (folder / CONFIG).is_file():
+        return told
+    config = read_config(folder / CONFIG)
+    for key, value in zip(("name", "runs"), place_of(folder, config), strict=True):
+        if str(config.get(key, "")) != value:
+            told += f" --{key} {shlex.quote(value)}"
+    return told
+
+
 def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as dotted keys; tuples as lists, as YAML reads them back."""
     flat: dict[str, Any] = {}
@@ -209,11 +254,14 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _refuse_strangers(path: Path) -> None:
+def _refuse_strangers(path: Path, outputs: Iterable[str]) -> None:
+    """Refuse a folder that is no run's; `outputs` are about to be thrown away in any case."""
     if not path.is_dir() or (path / CONFIG).is_file():
         return
-    strangers = sorted(p.name for p in path.iterdir() if p.name not in (".lock", EVENTS)
-                       and not p.name.startswith(f".{CONFIG}."))
+    known = {".lock", EVENTS, *outputs}
+    unwritten = tuple(f".{name}." for name in (CONFIG, *outputs))
+    strangers = sorted(p.name for p in path.iterdir()
+                       if p.name not in known and not p.name.startswith(unwritten))
     if strangers:
         raise RunDirectoryError(
             f"{path} is not empty and holds no run ({', '.join(strangers[:3])}). Give the run "

@@ -18,12 +18,14 @@ from patrol_prune.attacks import ATTACKS, DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.attention_heads import check_unit
 from patrol_prune.audit_choice import check_uploads
+from patrol_prune.choice import Limits
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.importance import TaskChange
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.rundir import read_config
 from patrol_prune.storage import atomic_write_text
+from patrol_prune.surrogate import SURROGATE_LOSSES
 
 Config = TypeVar("Config")
 FREE_KEYS = ("name", "runs", "device")  # may differ when a run is resumed
@@ -80,6 +82,7 @@ class ScoreConfig:
                 f"{self.task_change!r}."
             )
         check_unit(self.head_unit)
+        Limits(self.min_channels, self.max_pruning_ratio, self.round_to)  # refuses what it refuses
         if self.batches < 1:
             raise InputError(
                 f"Expected at least one calibration batch to score channels on, came "
@@ -134,6 +137,11 @@ class PrivacyConfig:
                 f"Expected privacy.lipschitz_form out of {', '.join(get_args(LipschitzForm))}, "
                 f"came {self.lipschitz_form!r}."
             )
+        if self.surrogate_loss not in SURROGATE_LOSSES:
+            raise InputError(
+                f"Expected privacy.surrogate_loss out of {', '.join(SURROGATE_LOSSES)}, came "
+                f"{self.surrogate_loss!r}."
+            )
 
 
 @dataclass(frozen=True)
@@ -174,6 +182,8 @@ class AuditConfig:
             raise InputError(
                 f"Expected an attack and different seeds, came {self.attacks} and {self.seeds}."
             )
+        for seed in self.seeds:
+            check_seed(seed, "audit.seeds")
         check_uploads(self.uploads, "audit.uploads")
         if self.victims < 2 or self.examples < 1 or not 0.0 < self.attacker_share < 1.0:
             raise InputError(
@@ -248,6 +258,7 @@ class RunConfig:
             raise InputError("Expected a folder of images, came none. Give --data FOLDER.")
         if not str(self.edge_macs).strip():
             raise InputError("Expected a budget, came none. Give --edge-macs, as in 9.9M.")
+        check_seed(self.seed, "seed")
         if self.image_size < 16:
             raise InputError(
                 f"Expected an image size of at least 16 pixels, came {self.image_size}; SSIM "
@@ -282,6 +293,12 @@ class RunConfig:
     def from_yaml(cls: type[Config], path: str | os.PathLike[str]) -> Config:
         """The settings in a file; an unknown key or a wrong type is an `InputError`."""
         return build(cls, read_config(path), str(path))
+
+
+def check_seed(seed: int, name: str) -> None:
+    """An InputError for a seed that not every random generator takes."""
+    if not 0 <= seed < 2**63:
+        raise InputError(f"Expected {name} in [0, 2**63), came {seed}.")
 
 
 def build(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:

@@ -11,6 +11,7 @@ Nothing here unpickles: tensors go through safetensors, everything else through 
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import json
 import logging
@@ -90,7 +91,7 @@ def clean_temporaries(path: str | os.PathLike[str]) -> list[Path]:
     path = Path(path)
     removed: list[Path] = []
     for kind in ("old", "tmp"):
-        for stray in sorted(path.parent.glob(f".{path.name}.{kind}-*")):
+        for stray in sorted(path.parent.glob(f".{glob.escape(path.name)}.{kind}-*")):
             if _is_being_written(stray.name):
                 continue
             if kind == "old" and not path.exists():
@@ -289,6 +290,16 @@ def load_state(directory: str | os.PathLike[str]) -> tuple[dict[str, Tensor], di
             )
     tensors = read_tensors(files[TENSORS], Path(directory) / TENSORS)
     return tensors, json.loads(files[META])
+
+
+def keep_newest(parent: str | os.PathLike[str]) -> None:
+    """Of a finished training's checkpoints under `parent`, drop all but the newest whole one."""
+    newest = newest_whole(parent)
+    if newest is None:
+        return
+    for entry in Path(parent).iterdir():
+        if entry != newest and entry.is_dir():
+            shutil.rmtree(entry)
 
 
 def newest_whole(parent: str | os.PathLike[str]) -> Path | None:

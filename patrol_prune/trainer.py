@@ -19,7 +19,12 @@ from patrol_prune.given import input_and_target
 from patrol_prune.image_pool import ImagePool, TrainBatches, start_epoch
 from patrol_prune.lipschitz import frozen_statistics
 from patrol_prune.objective import ObjectiveTerms, PatrolObjective
-from patrol_prune.precision import autocast, channels_last_is_safe
+from patrol_prune.precision import (
+    autocast,
+    channels_last_is_safe,
+    channels_last_names,
+    restore_layout,
+)
 
 
 class _Step(nn.Module):
@@ -49,14 +54,19 @@ class Trainer:
         self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
         self.model, self.objective, self.config, self.teacher = model, objective, config, teacher
         self.device = device if self.accelerator.num_processes == 1 else self.accelerator.device
+        self.distiller: Distiller | None = None
+        if teacher is not None and max(config.distill_weight, config.feature_weight) > 0:
+            self.distiller = Distiller(model, teacher, config.distill_temperature,
+                                       features=config.feature_weight > 0)
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        if not trainable:
+            raise InputError("Expected parameters to train, but every one has requires_grad=False.")
+        self.channels_last = channels_last_names(model)
         model.to(self.device)
         if self.device.type == "cpu" and channels_last_is_safe(model):
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if teacher is not None:
-            teacher.to(self.device).eval()
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        if not trainable:
-            raise InputError("Expected parameters to train, but every one has requires_grad=False.")
+            teacher.to(self.device)
         self.optimizer = torch.optim.SGD(
             trainable, lr=config.lr, momentum=config.momentum,
             weight_decay=config.weight_decay, nesterov=config.momentum > 0,
@@ -67,18 +77,17 @@ class Trainer:
         self.batches = batches
         self.replay: tuple[Tensor, Tensor] | None = None
         self.pool: ImagePool | None = None
-        self.distiller: Distiller | None = None
-        if teacher is not None and max(config.distill_weight, config.feature_weight) > 0:
-            self.distiller = Distiller(model, teacher, config.distill_temperature,
-                                       features=config.feature_weight > 0)
 
     def open(self) -> None:
-        """Put on the models what the steps need."""
+        """Put on the models what the steps need; the teacher answers in evaluation mode."""
+        if self.teacher is not None:
+            self.teacher.eval()
         if self.distiller is not None:
             self.distiller.attach()
 
     def close(self) -> None:
-        """Take what it put on the models off again."""
+        """Take what it put on the models off again, and lay the trained one out as it came."""
+        restore_layout(self.model, self.channels_last)
         if self.distiller is not None:
             self.distiller.close()
 

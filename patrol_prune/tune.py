@@ -22,7 +22,7 @@ from patrol_prune.errors import InputError
 from patrol_prune.pipeline import Progress, RunResult, run, train_dense
 from patrol_prune.plan import short
 from patrol_prune.preparation import incoming_model, read_images
-from patrol_prune.rundir import CONFIG
+from patrol_prune.rundir import CONFIG, make_folder
 from patrol_prune.settings import resolve_device
 from patrol_prune.tune_report import write_results
 from patrol_prune.tune_result import Limits, TuneResult, TuneTrial
@@ -75,7 +75,7 @@ def tune(
     images = read_images(config)
     model, _ = incoming_model(config, len(images.classes))
     space = search_space(config, model, images.example())
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with SharedStudy(config.name, config.storage, folder, config.seed) as study:
         places = [asdict(candidate) for candidate in space.candidates]
         study.join(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from patrol_prune.errors import BudgetError, InputError, nearest
+from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import Plan, PlanRow, parse_budget, plan, short
 from patrol_prune.split import SplitPoint, split_points
 from patrol_prune.tune_settings import AUTO, TuneConfig
@@ -48,12 +49,14 @@ def search_space(config: TuneConfig, model: nn.Module, example: Tensor) -> Space
     "auto" takes `most_splits` of the plan's, whole modules before their parts and then the deepest,
     that fit, need no more than `max_channel_ratio` of their channels removed, still transmit more
     than a vector, and upload at most `max_feature_bytes` (as they are; `boundary="prune"` may still
-    shrink a larger one).
+    shrink a larger one). Attention heads of `model` are opened first, where a run would.
 
     Raises:
         InputError: a split that does not exist, or a budget that is none or needs no pruning.
         BudgetError: no place, or one of those asked for, can be brought under the budget.
     """
+    if config.score.heads:
+        open_attention(model, example, unit=config.score.head_unit)
     points = split_points(model, example)
     named = {name: p for p in points for name in (p.name, *p.aliases)}
     if config.at is not None and config.at not in named:
@@ -77,7 +80,8 @@ def _plan(
     return plan(
         model, example, edge_macs=budget, at=at, boundary=config.boundary,
         max_channel_ratio=config.max_channel_ratio, min_channels=config.score.min_channels,
-        max_pruning_ratio=config.score.max_pruning_ratio, structures=config.score.structures,
+        max_pruning_ratio=config.score.max_pruning_ratio, round_to=config.score.round_to,
+        structures=config.score.structures,
     )
 
 

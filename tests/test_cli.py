@@ -13,10 +13,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from safetensors.torch import save_file
 
 from patrol_prune import commands
+from patrol_prune.audit_model import ModelAudit, audit_model
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.cli import main
+from patrol_prune.errors import InputError
+from patrol_prune.models import build_model
 from patrol_prune.pipeline import run
 from patrol_prune.settings import RunConfig
 
@@ -157,6 +161,38 @@ def test_any_model_is_audited_where_one_says(
     assert found.strongest()["attack"] == "linear_inverse" and found.strongest()["ssim"] > 0.9
 
 
+@pytest.mark.parametrize("place", ["file/audit.json", "folder.json", "a.json"])
+def test_a_report_that_cannot_be_written_is_refused_before_the_attacks(
+    tmp_path: Path, write_folder: Callable[..., Path], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("patrol_prune.audit_model.audit", None)
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "folder.json").mkdir()
+    (tmp_path / "a_examples").write_text("mine")
+    weights = tmp_path / "w.safetensors"
+    save_file(build_model("small_resnet", 3, image_size=16).state_dict(), weights)
+    config = ModelAudit(
+        model="small_resnet", at="layer1", weights=str(weights), image_size=16, device="cpu",
+        data=str(write_folder(tmp_path / "images", count=24)), out=str(tmp_path / place),
+    )
+    with pytest.raises(InputError, match="--out as a file that can be written"):
+        audit_model(config)
+
+
+def test_a_file_of_settings_in_another_encoding_is_named(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "c.yaml").write_bytes("data: pho\u00f6tos\n".encode("latin-1"))
+    for arguments in (["--config", str(tmp_path / "c.yaml")], [f"--config={tmp_path / 'c.yaml'}"]):
+        assert main(["run", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert "c.yaml" in error and "UTF-8" in error and "Traceback" not in error
+
+
+def test_a_file_in_the_place_of_the_runs(tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "runs").write_text("mine")
+    assert main(["demo", "--runs", str(tmp_path / "runs")]) == 2
+    assert "runs is a file" in capsys.readouterr().err
+
+
 def test_unknown_key_in_a_file(tmp_path: Path, capsys: Capture) -> None:
     values = {"data": "x", "edge_macs": "1M", "modle": "resnet18"}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(values))
@@ -192,6 +228,9 @@ def test_interrupted_says_how_to_go_on(
     error = capsys.readouterr().err
     file = tmp_path / "runs" / "run" / "config.yaml"
     assert f"patrol-prune run --config {file}" in error and file.is_file()
+    assert main([*call, "--name", "of mine"]) == 130
+    file = tmp_path / "runs" / "of mine" / "config.yaml"
+    assert f"patrol-prune run --config '{file}'" in capsys.readouterr().err
 
 
 def test_ctrl_c_in_a_real_process(tmp_path: Path, write_folder: Callable[..., Path],

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from patrol_prune.data import Batches, ImageSet, find_parts, flip_and_shift, load_image_folder
+from patrol_prune.data import (
+    Batches,
+    ImageSet,
+    find_parts,
+    flip_and_shift,
+    load_image_folder,
+    read_image,
+)
 from patrol_prune.errors import InputError
 from patrol_prune.pixels import Normalization
 
@@ -54,6 +62,39 @@ def test_no_image_and_one_class_are_refused(tmp_path: Path) -> None:
     _image(tmp_path / "a" / "0.png", (1, 2, 3))
     with pytest.raises(InputError, match="at least two classes"):
         load_image_folder(tmp_path, 16)
+
+
+def test_grey_images_of_16_bits_are_rescaled_and_not_clipped(tmp_path: Path) -> None:
+    """A 16-bit copy of an 8-bit image is that image: v -> 257 v."""
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    for name in ("16.png", "16.tif"):
+        Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / name)
+        assert (read_image(tmp_path / name, 16) == read_image(tmp_path / "8.png", 16)).all()
+
+
+@pytest.mark.parametrize(("kind", "message"), [(np.int32, "32 bits"), (np.float32, "floating")])
+def test_grey_values_of_no_known_range_are_refused(
+    tmp_path: Path, kind: type, message: str
+) -> None:
+    Image.fromarray(np.full((16, 16), 300, dtype=kind)).save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=rf"a\.tif holds .*{message}"):
+        read_image(tmp_path / "a.tif", 16)
+
+
+def test_an_image_that_pillow_takes_for_a_bomb_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _image(tmp_path / "large.png", (1, 2, 3))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(InputError, match=r"large\.png cannot be read"):
+        read_image(tmp_path / "large.png", 16)
+
+
+def test_a_large_seed_still_draws(folder: Path) -> None:
+    images = load_image_folder(folder / "train", 16)
+    small, large = (Batches(images, 2, shuffle=True, seed=s) for s in (0, 2**63))
+    assert [y.tolist() for _, y in large] == [y.tolist() for _, y in small]
 
 
 def test_an_unreadable_image_is_named(folder: Path) -> None:

@@ -127,6 +127,44 @@ def test_a_resumed_run_ends_with_the_same_bits(
         assert torch.equal(a, b), name
 
 
+def test_a_training_that_begins_anew_removes_the_checkpoints_of_an_earlier_one(
+    tmp_path: Path,
+) -> None:
+    """Else the next resume would take the earlier training for this one."""
+    (tmp_path / "notes").mkdir()
+    _train(_split(), checkpoint_dir=tmp_path)
+    batches = Batches(_images(), 16, shuffle=True, seed=1)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(_split(), batches, config=CONFIG, checkpoint_dir=tmp_path, progress=False,
+                 val_batches=_Interrupts())  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+    assert _train(_split(), checkpoint_dir=tmp_path, resume=True).resumed_from == 0
+
+
+class _Interrupts:
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        raise KeyboardInterrupt
+
+
+def test_the_models_come_back_in_the_mode_and_layout_they_came_in() -> None:
+    for layout in (torch.channels_last, torch.contiguous_format):
+        model, teacher = _split().model.to(memory_format=layout), Net().train()
+        teacher.bn1.eval()
+        finetune(model, Batches(_images(), 16), config=CONFIG, teacher=teacher, progress=False)
+        assert all(p.is_contiguous(memory_format=layout) for p in model.parameters()
+                   if p.dim() == 4)
+        assert [m.training for m in teacher.modules()] == [True, True, False, True, True]
+
+
+def test_a_teacher_that_shares_parameters_is_refused() -> None:
+    model = _split().model
+    teacher = copy.deepcopy(model)
+    teacher.fc = model.fc
+    for shares, name in ((teacher, "fc.weight"), (model, "conv1.weight")):
+        with pytest.raises(InputError, match=rf"shares \d+ parameters.*{name}"):
+            finetune(model, Batches(_images(), 16), config=CONFIG, teacher=shares, progress=False)
+
+
 def test_surrogates_learn_from_the_pool_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     step = PatrolObjective.update_surrogates
@@ -223,6 +261,18 @@ def test_recalibration_is_the_plain_average() -> None:
         expected = model.conv1(images.pixels()).mean((0, 2, 3))
     torch.testing.assert_close(model.bn1.running_mean, expected)
     assert model.bn1.momentum == 0.1 and not model.bn1.training
+
+
+def test_recalibration_without_a_batch_leaves_the_statistics() -> None:
+    model = _split().model
+    model.bn1.running_mean.fill_(9.0)
+    before = copy.deepcopy(model.state_dict())
+    for batches, most in (([], 50), (Batches(_images(), 8), 0)):
+        with pytest.raises(InputError, match="at least one batch"):
+            recalibrate_batchnorm(model, batches, max_batches=most)
+        with pytest.raises(RuntimeError):
+            recalibrate_batchnorm(model, [(torch.zeros(1, 4, 8, 8), torch.zeros(1))])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_accuracy_counts() -> None:

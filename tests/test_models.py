@@ -52,6 +52,8 @@ from torch import nn
 def good(num_classes): return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, num_classes))
 def fixed(): return nn.Sequential(nn.Flatten(), nn.Linear(3 * 64, 7))
 def not_a_model(): return 3
+def asks(num_classes, width, *, depth, bias=True): return good(num_classes)
+def breaks(): raise KeyError("width")
 def two(): return Two()
 class Two(nn.Module):
     def forward(self, x): return x, x
@@ -79,6 +81,8 @@ def test_own_function(own: str) -> None:
         ("godo", InputError, "has no function 'godo'.*Did you mean: good"),
         ("fixed", InputError, r"logits of shape \(1, 5\).*came \(1, 7\)"),
         ("not_a_model", InputError, r"return a torch\.nn\.Module, came int"),
+        ("asks", InputError, "asks for width, depth as well"),
+        ("breaks", InputError, "raised KeyError: 'width'"),
         ("two", UnsupportedModelError, "one tensor of logits, came tuple"),
     ],
 )
@@ -87,6 +91,19 @@ def test_own_function_gone_wrong(
 ) -> None:
     with pytest.raises(error, match=message):
         build_model(f"{own}:{function}", 5, image_size=8)
+
+
+def test_own_module_that_breaks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "broken_models_for_test.py").write_text("width = missing\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="cannot be imported .NameError: name 'missing'"):
+        build_model("broken_models_for_test:net", 5, image_size=8)
+
+
+@pytest.mark.parametrize("name", [":net", "mod:", ":", "..mod:net", "a..b:net"])
+def test_names_that_are_no_module_and_function(name: str) -> None:
+    with pytest.raises(InputError, match="own as module:function"):
+        build_model(name, 5, image_size=8)
 
 
 def test_own_module_that_is_not_there() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 from collections.abc import Callable
@@ -13,10 +14,12 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import save_file
 
 from patrol_prune import pipeline
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.checkpoint import load, read_info
+from patrol_prune.cli import main
 from patrol_prune.cost import edge_macs
 from patrol_prune.errors import (
     BudgetError,
@@ -28,7 +31,7 @@ from patrol_prune.errors import (
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
 from patrol_prune.pipeline import RunResult, run
-from patrol_prune.preparation import read_images
+from patrol_prune.preparation import normalization_kind, read_images
 from patrol_prune.reaudit import audit_again
 from patrol_prune.run_summary import read_summary, rewrite_report
 from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig
@@ -234,6 +237,75 @@ def test_a_harmed_stage_and_all_after_it_are_done_again(
     assert again.audit.per_image == finished.audit.per_image
 
 
+def test_epoch_checkpoints_of_another_upstream_model_are_not_gone_on_from(
+    finished: RunResult, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only a stage whose upstream is as it was resumes; one after a stage done again begins."""
+    resumed: list[int] = []
+    real = pipeline.finetune
+
+    def spy(*args, **more):  # type: ignore[no-untyped-def]
+        result = real(*args, **more)
+        resumed.append(result.resumed_from)
+        return result
+
+    monkeypatch.setattr(pipeline, "finetune", spy)
+    for name, harmed, expected in (
+        ("edge", "edge.patrol", [2]), ("pruned", pipeline.PRUNED, [0]),
+        ("dense", pipeline.DENSE, [1, 0]),
+    ):
+        shutil.copytree(finished.directory, tmp_path / name / "a")
+        shutil.rmtree(tmp_path / name / "a" / harmed)
+        again = run(tiny(folder, tmp_path / name))
+        assert (name, resumed) == (name, expected)
+        assert again.audit.per_image == finished.audit.per_image
+        resumed.clear()
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*")
+            if p.is_file() and p.name not in (".lock", "events.jsonl")}
+
+
+@pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/dense", "plan.json"])
+def test_an_audit_of_a_run_trains_nothing(
+    finished: RunResult, tmp_path: Path, gone: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "finetune", None)
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    shutil.rmtree(copied / gone) if (copied / gone).is_dir() else (copied / gone).unlink()
+    before = files_of(copied)
+    with pytest.raises(RunDirectoryError, match="dense model|no finished edge"):
+        audit_again(copied)
+    assert files_of(copied) == before
+    if gone != "plan.json":  # without the ceiling, the dense model is not needed
+        settings = yaml.safe_load((copied / "config.yaml").read_text())
+        settings["audit"]["undefended"] = False
+        (copied / "config.yaml").write_text(yaml.safe_dump(settings))
+        edge = files_of(copied / "edge.patrol")
+        assert audit_again(copied).audit.subjects == ("floor", "edge")
+        assert files_of(copied / "edge.patrol") == edge
+
+
+@pytest.mark.parametrize("how", ["refused", "interrupted"])
+def test_an_audit_that_does_not_end_leaves_the_earlier_one(
+    finished: RunResult, folder: Path, tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    before = files_of(copied)
+
+    def progress(stage: str, sentence: str) -> None:
+        if how == "interrupted" and "Attacking" in sentence:
+            raise KeyboardInterrupt
+
+    with pytest.raises(InputError if how == "refused" else KeyboardInterrupt):
+        audit_again(copied, attacker_images=(28,) if how == "refused" else None,
+                    progress=progress)
+    assert files_of(copied) == before
+    monkeypatch.setattr(pipeline, "audit", None)
+    assert run(tiny(folder, tmp_path)).audit.per_image == finished.audit.per_image
+
+
 def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
     again = audit_again(copied, seeds=(3, 4))
@@ -244,6 +316,22 @@ def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) ->
     page = again.report.read_bytes()
     again.report.unlink()
     assert rewrite_report(copied).read_bytes() == page
+
+
+def test_a_renamed_run_goes_by_its_new_name(
+    finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The command that its report tells resumes it where it is, with nothing left to do."""
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "of mine"))
+    rewrite_report(copied)
+    again = audit_again(copied, seeds=(3,))
+    assert (again.summary.name, again.summary.config["runs"]) == ("of mine", str(tmp_path))
+    page = again.report.read_text(encoding="utf-8")
+    assert rewrite_report(copied).read_text(encoding="utf-8") == page
+    monkeypatch.setattr(pipeline, "finetune", None)
+    monkeypatch.setattr(pipeline, "audit", None)
+    assert main(shlex.split(again.summary.command)[1:]) == 0
+    assert read_summary(copied) == again.summary
 
 
 def test_attacked_again_with_other_attacks_and_fewer_images(
@@ -294,6 +382,31 @@ def test_changed_images_are_noticed(tmp_path: Path, write_folder: Writer) -> Non
         run(config)
 
 
+def test_changed_weights_are_noticed(
+    finished: RunResult, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    shutil.copyfile(finished.directory / pipeline.DENSE / "weights.safetensors", file)
+    config = replace(tiny(folder, tmp_path), weights=str(file))
+
+    def stop(stage: str, _: str) -> None:
+        if stage == "plan":
+            raise KeyboardInterrupt
+
+    for _ in range(2):  # the same weights resume
+        with pytest.raises(KeyboardInterrupt):
+            run(config, progress=stop)
+    save_file(build_model("small_resnet", 3, image_size=16, seed=9).state_dict(), file)
+    with pytest.raises(RunDirectoryError, match=r"weights in .*mine\.safetensors are not those"):
+        run(config)
+
+
+def test_statistics_of_imagenet_are_for_torchvision_models_alone(tmp_path: Path) -> None:
+    for model, kind in (("small_resnet", "dataset"), ("resnet18", "imagenet"), ("a:b", "dataset")):
+        config = RunConfig("photos", "0.5", model=model, weights="w.safetensors")
+        assert normalization_kind(config) == kind
+
+
 def test_images_are_divided_without_overlap(folder: Path, tmp_path: Path) -> None:
     images = read_images(tiny(folder, tmp_path))
     assert (len(images.defender), len(images.attacker)) == (27, 27)
@@ -331,6 +444,9 @@ BAD: list[tuple[dict[str, object], type[PatrolError], str]] = [
     ({"device": "cuda:99"}, InputError, "is not there"),
     ({"weights": "none.safetensors"}, InputError, "no file of weights"),
     ({"batch_size": 64}, InputError, "Add images"),
+    ({"audit": AuditConfig(victims=8, attacker_share=0.5, attacker_images=(27,))}, InputError,
+     "below the 27 images that the attacker owns"),
+    ({"edge_macs": "0.2", "score": ScoreConfig(round_to=16)}, BudgetError, "smallest"),
     ({"edge_macs": "0.1", "score": ScoreConfig(structures="blocks")}, BudgetError, "of blocks"),
 ]
 

@@ -150,6 +150,7 @@ def test_the_model_is_left_as_found(model: nn.Module) -> None:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("9.9M", 9_900_000), ("12k", 12_000), ("1.5G", 1_500_000_000), ("9_900", 9_900),
+     ("9,900,000", 9_900_000), ("1,234K", 1_234_000), ("1,234.5K", 1_234_500),
      ("1e6", 1_000_000), (123, 123), (123.0, 123), ("2MMACs", 2_000_000), ("1", 1)],
 )
 def test_budget_spellings(text: str | float, expected: int) -> None:
@@ -167,11 +168,30 @@ def test_budget_as_a_fraction(model: nn.Module) -> None:
 
 @pytest.mark.parametrize(
     "value", ["", "lots", "-3M", "1.2.3M", "3 apples", ".", 0, -1, float("nan"), float("inf"),
-              True, "0"],
+              True, "0", "9,9M", "9,900,00", "0,500", "1,2345", ",5", "1.5,000M"],
 )
 def test_budgets_that_are_none(value: float | str) -> None:
     with pytest.raises(InputError):
         parse_budget(value, [], None)
+
+
+def test_a_decimal_comma_is_no_thousands_separator() -> None:
+    with pytest.raises(InputError, match="with a decimal point.*came '9,9M'"):
+        parse_budget("9,9M", [], None)
+
+
+def test_rounding_raises_the_smallest_edge(model: nn.Module) -> None:
+    plain, rounded = (plan(model, X, edge_macs="layer1", boundary="prune", round_to=n)
+                      for n in (None, 32))
+    copied = copy.deepcopy(model)
+    split = Split(copied, X, "layer3")
+    table = GroupTable.build(copied, X, split=split)
+    gone = {g.name: list(range(32, g.channels)) for g in table.groups.values()
+            if g.location == "edge" and g.blocked is None and g.channels > 32}
+    remove_channels(table, gone)
+    split.refresh()
+    assert rounded["layer3"].smallest_edge_macs == count_macs(split.edge, X).total
+    assert plain["layer3"].smallest_edge_macs < rounded["layer3"].smallest_edge_macs
 
 
 def test_a_misspelt_split_as_budget_offers_the_nearest(model: nn.Module) -> None:

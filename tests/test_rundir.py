@@ -68,6 +68,46 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         assert run.resumed
 
 
+def test_an_interrupted_overwrite_is_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The settings go last: without them, the rest would be a stranger's."""
+    with RunDirectory(tmp_path / "a", {"seed": 0}) as run:
+        for name in ("checkpoints", "figures"):
+            (run / name).mkdir()
+
+    def stop(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("patrol_prune.rundir.shutil.rmtree", stop)
+        with pytest.raises(KeyboardInterrupt):
+            RunDirectory(tmp_path / "a", {"seed": 1}, overwrite=True)
+    assert read_config(tmp_path / "a" / "config.yaml") == {"seed": 0}
+    (tmp_path / "a" / "config.yaml").unlink()  # as an earlier release left it
+    with pytest.raises(RunDirectoryError, match="holds no run"):
+        RunDirectory(tmp_path / "a", {"seed": 1})
+    with RunDirectory(tmp_path / "a", {"seed": 1}, overwrite=True) as run:
+        assert {p.name for p in run.path.iterdir()} == {".lock", "config.yaml"}
+
+
+def test_overwrite_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "a", {"seed": 0}) as run:
+        (tmp_path / "disk").mkdir()
+        (tmp_path / "disk" / "mine").write_text("keep")
+        (run / "checkpoints").symlink_to(tmp_path / "disk", target_is_directory=True)
+    with RunDirectory(tmp_path / "a", {"seed": 1}, overwrite=True) as run:
+        assert not (run / "checkpoints").exists()
+    assert (tmp_path / "disk" / "mine").read_text() == "keep"
+
+
+@pytest.mark.parametrize("name", ["runs", "runs/a", "runs/a/b"])
+def test_a_file_where_a_folder_should_be(tmp_path: Path, name: str) -> None:
+    (tmp_path / "runs").write_text("mine")
+    with pytest.raises(RunDirectoryError, match="runs is a file"):
+        RunDirectory(tmp_path / name, {})
+
+
 def test_overwrite_clears_a_run_and_nothing_else(tmp_path: Path) -> None:
     with RunDirectory(tmp_path / "a", {"seed": 0}) as run:
         (run / "plan.json").write_text("{}")

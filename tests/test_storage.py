@@ -153,6 +153,16 @@ def test_leftovers_of_a_dead_process_are_cleaned_and_a_live_one_kept(tmp_path: P
     assert live.exists() and other.exists()
 
 
+def test_leftovers_are_found_beside_names_that_look_like_patterns(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    own, other = (tmp_path / f".{name}.tmp-{process.pid}-00aa" for name in ("a[1]*", "a1b"))
+    for folder in (own, other):
+        folder.mkdir()
+    save_state(tmp_path / "a[1]*", {}, {})
+    assert not own.exists() and other.exists()
+
+
 def test_an_interrupted_replacement_is_put_back(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()

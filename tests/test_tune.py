@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from collections.abc import Callable
@@ -10,15 +11,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torchvision.models import VisionTransformer
 
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.cli import main
 from patrol_prune.errors import InputError, RunDirectoryError, TrainingError
 from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.open_attention import open_attention
+from patrol_prune.plan import plan
 from patrol_prune.settings import AuditConfig, RunConfig, ScoreConfig
 from patrol_prune.tune import tune
 from patrol_prune.tune_settings import TuneConfig
-from patrol_prune.tune_space import Candidate, Space
+from patrol_prune.tune_space import Candidate, Space, search_space
 
 module = sys.modules["patrol_prune.tune"]
 Writer = Callable[..., Path]
@@ -79,6 +84,27 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     places = (Candidate("layer1", 400, 1000), Candidate("layer2", 600, 1000))
     monkeypatch.setattr(module, "search_space", lambda *_: Space(places, 1000))
     return pretends
+
+
+@pytest.mark.parametrize("unit", ["heads", "dimensions"])
+def test_heads_may_go_where_they_may_in_a_run(unit: str) -> None:
+    """What can be reached is what the plan of the opened model says; MLPs alone reach less."""
+    torch.manual_seed(0)
+    net = VisionTransformer(16, 8, 2, 4, 16, 16, num_classes=3).eval()
+    example, at = torch.rand(1, 3, 16, 16), "encoder.layers.encoder_layer_1"
+    least = {}
+    for heads in (False, True):
+        score = ScoreConfig(heads=heads, head_unit=unit)
+        config = TuneConfig("photos", "0.9", at=at, score=score)
+        found = search_space(config, copy.deepcopy(net), example)
+        opened = copy.deepcopy(net)
+        if heads:
+            open_attention(opened, example, unit=unit)
+        made = plan(opened, example, edge_macs="0.9", at=at, min_channels=score.min_channels,
+                    max_pruning_ratio=score.max_pruning_ratio)
+        least[heads] = found.candidates[0].least_edge_macs
+        assert least[heads] == made[made.recommended].smallest_edge_macs
+    assert least[True] < least[False]
 
 
 def test_a_search_is_resumed_and_counts_the_whole_study(
@@ -167,6 +193,9 @@ def test_the_command_shows_the_front_and_how_to_go_on(
     assert "The front: 3 of 3 finished trials" in " ".join(shown.split())
     assert "trained and attacked only briefly" in " ".join(shown.split())
     assert f"patrol-prune run --config {tmp_path / 'tune' / 'front' / 'trial-0000.yaml'}" in shown
+    assert main(call(tiny(folder, tmp_path, name="of mine"), tmp_path)) == 0
+    file = tmp_path / "of mine" / "front" / "trial-0000.yaml"
+    assert f"patrol-prune run --config '{file}'" in capsys.readouterr().out
     assert "not_converged in 3" in shown and "SSIM 0.123" in " ".join(shown.split())
     assert "front.png" in shown and "tune.json" in shown
 

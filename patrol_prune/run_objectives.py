@@ -1,0 +1,37 @@
+"""The objectives of a run: the one that channels are scored by, and the one it trains with."""
+
+from __future__ import annotations
+
+from torch.nn import functional as F
+
+from patrol_prune.objective import PatrolObjective
+from patrol_prune.pixels import Normalization
+from patrol_prune.settings import RunConfig
+from patrol_prune.split import Split
+
+
+def scoring_objective(
+    config: RunConfig, split: Split, normalization: Normalization
+) -> PatrolObjective:
+    """The objective with every term on that is scored; the score normalises each by itself."""
+    score, privacy = config.score, config.privacy
+    return PatrolObjective(
+        split, F.cross_entropy,
+        alpha=(privacy.alpha or 1.0) if score.lip_weight else 0.0,
+        beta=(privacy.beta or 1.0) if score.adv_weight else 0.0,
+        noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
+        surrogate_loss=privacy.surrogate_loss, normalization=normalization, seed=config.seed,
+    )
+
+
+def training_objective(
+    config: RunConfig, split: Split, normalization: Normalization
+) -> PatrolObjective:
+    """The objective that the model is fine-tuned with."""
+    privacy = config.privacy
+    return PatrolObjective(
+        split, F.cross_entropy, alpha=privacy.alpha, beta=privacy.beta,
+        noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
+        surrogate_loss=privacy.surrogate_loss, normalization=normalization,
+        seed=config.seed + 1, precision=config.finetune.precision,
+    )
