@@ -7,7 +7,9 @@ from torch.nn import functional
 
 from patrol_prune.attacks.base import Knowledge
 from patrol_prune.attacks.checks import smooth_images
+from patrol_prune.attacks.feature_layout import Layout
 from patrol_prune.attacks.linear_inverse import LinearInverse, LinearInverseConfig
+from patrol_prune.decoder_blocks import ToMap
 from patrol_prune.errors import InputError
 from patrol_prune.metrics import mse, psnr
 
@@ -55,12 +57,126 @@ def test_it_is_the_ridge_solution_that_scikit_learn_finds() -> None:
     attack = LinearInverse(config)
     attack.fit(Knowledge(KNOWN, z=z))
     order = torch.randperm(120, generator=torch.Generator().manual_seed(0))[12:]
-    inputs, targets = z[order].double().numpy(), KNOWN[order].flatten(1).double().numpy()
-    eigenvalues = torch.linalg.eigvalsh(torch.cov(z[order].double().T, correction=0))
-    oracle = linear_model.Ridge(alpha=108 * 0.1 * float(eigenvalues.mean())).fit(inputs, targets)
-    expected = torch.from_numpy(oracle.predict(z[:5].double().numpy())).clamp(0, 1)
+    std, mean = torch.std_mean(z[order].double(), dim=0, correction=0)
+    inputs = ((z.double() - mean) / std).numpy()
+    targets = KNOWN[order].flatten(1).double().numpy()
+    oracle = linear_model.Ridge(alpha=108 * 0.1).fit(inputs[order.numpy()], targets)
+    expected = torch.from_numpy(oracle.predict(inputs[:5])).clamp(0, 1)
     torch.testing.assert_close(attack.reconstruct(z[:5]).flatten(1).double(), expected,
                                rtol=0, atol=1e-5)
+
+
+def test_more_inputs_than_examples_are_solved_in_what_these_span() -> None:
+    """The same as the dual form, `K (K + n lambda I)^-1 y`; no matrix of inputs by inputs."""
+    z = torch.cat([KNOWN.flatten(1), KNOWN.flatten(1).square()], dim=1)  # 1,536 inputs, 108 rows
+    attack = LinearInverse(LinearInverseConfig(decades=(-3.0,)))
+    attack.fit(Knowledge(KNOWN, z=z))
+    order = torch.randperm(120, generator=torch.Generator().manual_seed(0))[12:]
+    std, mean = torch.std_mean(z[order].double(), dim=0, correction=0)
+    rows, targets = (z.double() - mean) / std, KNOWN[order].flatten(1).double()
+    kernel = rows[order] @ rows[order].T + 108 * 1e-3 * torch.eye(108, dtype=torch.float64)
+    weights = torch.linalg.solve(kernel, targets - targets.mean(0))
+    expected = (rows[:12] @ rows[order].T @ weights + targets.mean(0)).clamp(0, 1)
+    torch.testing.assert_close(attack.reconstruct(z[:12]).flatten(1).double(), expected,
+                               rtol=0, atol=1e-5)
+    assert [tuple(t.shape) for t in _tensors(attack)] == [(108, 768), (1536, 108)]
+
+
+def _tensors(attack: LinearInverse) -> list[Tensor]:
+    solution = attack._solution
+    assert solution is not None and solution.projection is not None
+    return [solution.weight, solution.projection.basis]
+
+
+def test_a_basis_of_some_examples_does_where_all_are_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    z = torch.cat([KNOWN.flatten(1), KNOWN.flatten(1).square()], dim=1)
+    plain = LinearInverse()
+    expected = plain.fit(Knowledge(KNOWN, z=z)).best_loss
+    monkeypatch.setattr("patrol_prune.attacks.linear_inverse._MOST_INPUTS", 80)
+    attack = LinearInverse()
+    found = attack.fit(Knowledge(KNOWN, z=z))
+    assert [t.shape[0] for t in _tensors(attack)] == [80, 1536]
+    assert expected < found.best_loss < 0.5 * found.mean_image_loss
+
+
+@pytest.mark.parametrize("shape", ["channels last", "tokens", "class token and tokens"])
+def test_a_map_in_another_order_is_a_map(shape: str) -> None:
+    def other(z: Tensor) -> Tensor:
+        z = z.movedim(1, 3)
+        if shape == "channels last":
+            return z
+        tokens = z.flatten(1, 2)
+        # A class token that never changes tells nothing.
+        return tokens if shape == "tokens" else torch.cat([torch.ones_like(tokens[:, :1]), tokens],
+                                                          dim=1)
+
+    z, unseen = (convolution(x, stride=2) for x in (KNOWN, VICTIM))
+    plain, attack = LinearInverse(), LinearInverse()
+    assert plain.fit(Knowledge(KNOWN, z=z)).chosen == attack.fit(
+        Knowledge(KNOWN, z=other(z))).chosen
+    torch.testing.assert_close(attack.reconstruct(other(unseen)), plain.reconstruct(unseen),
+                               rtol=0, atol=1e-5)
+
+
+def test_a_class_token_is_read_at_every_position() -> None:
+    """It alone says how bright the picture is."""
+    level = KNOWN.mean(dim=(1, 2, 3))
+
+    def tokens(x: Tensor) -> Tensor:
+        level = x.mean(dim=(1, 2, 3), keepdim=True)
+        z = functional.pixel_unshuffle(x - level, 4).flatten(2).transpose(1, 2)
+        first = torch.zeros(len(x), 1, z.shape[2])
+        first[:, :, 3] = level[:, :, 0, 0]
+        return torch.cat([first, z], dim=1)
+
+    attack = LinearInverse()
+    attack.fit(Knowledge(KNOWN, z=tokens(KNOWN)))
+    assert level.std() > 0.02
+    assert float(psnr(VICTIM, attack.reconstruct(tokens(VICTIM))).min()) > 80
+
+
+@pytest.mark.parametrize("tokens", [16, 17, 9, 10, 7, 32, 33, 2, 1])
+@pytest.mark.parametrize("image", [(3, 48, 48), (3, 48, 96)])
+def test_tokens_lie_as_they_do_for_decoders(tokens: int, image: tuple[int, int, int]) -> None:
+    layout, laid = Layout.of((tokens, 5), image, 1), ToMap((tokens, 5), image, 8)
+    assert layout.is_map is (laid.kind != "linear")
+    if layout.is_map:
+        z = torch.randn(2, tokens, 5, generator=torch.Generator().manual_seed(0))
+        expected = laid(z).flatten(2).transpose(1, 2).flatten(0, 1).double()
+        torch.testing.assert_close(layout.inputs(z), expected)
+
+
+@pytest.mark.parametrize("shape", ["map", "vector"])
+def test_rescaling_a_channel_changes_nothing(shape: str) -> None:
+    def edge(x: Tensor) -> Tensor:
+        z = convolution(x, channels=6, stride=4)
+        return z if shape == "map" else z.flatten(1)
+
+    generator = torch.Generator().manual_seed(2)
+    noise = 0.3 * torch.randn(edge(IMAGES).shape, generator=generator)
+    z = edge(IMAGES) + noise
+    scaled = z.clone()
+    scaled[:, 2] *= 1e7
+    plain, attack = LinearInverse(), LinearInverse()
+    first = plain.fit(Knowledge(KNOWN, z=z[:120]))
+    second = attack.fit(Knowledge(KNOWN, z=scaled[:120]))
+    assert second.history == pytest.approx(first.history, rel=1e-3)
+    torch.testing.assert_close(attack.reconstruct(scaled[120:]), plain.reconstruct(z[120:]),
+                               rtol=0, atol=1e-4)
+
+
+def test_a_transformers_upload_of_a_large_picture_is_inverted_in_bounded_memory() -> None:
+    """[197, 768] of 224x224: as one vector it would take 151,296^2 numbers, 183 GB."""
+    layout = Layout.of((197, 768), (3, 224, 224), 3)
+    assert (layout.grid, layout.block, layout.kernel, layout.width) == ((14, 14), (16, 16), 1, 1536)
+    # On no grid it is taken whole; what is solved for is as large as the examples are many.
+    attack = LinearInverse(LinearInverseConfig(decades=(-3.0, -1.0)))
+    images = functional.interpolate(KNOWN[:30], size=(64, 64))
+    z = torch.randn(30, 200, 96, generator=torch.Generator().manual_seed(0))
+    attack.fit(Knowledge(images, z=z))
+    assert [tuple(t.shape) for t in _tensors(attack)] == [(27, 12288), (19200, 27)]
 
 
 def test_noise_on_the_features_is_answered_with_more_regularisation() -> None:

@@ -26,6 +26,7 @@ class Layout:
         is_map: whether positions are told apart.
         dim: which dimension of `[N, *feature_shape]` holds the channels.
         tokens: the grid that tokens lie on, `(rows, columns)`; None for other features.
+        leading: class tokens before these, 0 or 1.
         width: inputs of one position.
     """
 
@@ -36,6 +37,7 @@ class Layout:
     is_map: bool
     dim: int
     tokens: tuple[int, int] | None
+    leading: int
     width: int
 
     @classmethod
@@ -53,19 +55,20 @@ class Layout:
         channels, height, width = image
         whole = (channels, height, width)
         dim = channel_dim(feature, image) if len(feature) in (2, 3) else 1
-        tokens, wide, size = None, feature[dim - 1], feature[-2:]
+        leading, tokens, wide, size = 0, None, feature[dim - 1], feature[-2:]
         if len(feature) == 3 and dim == 3:
             size = feature[:2]
         elif len(feature) == 2:
             leading, tokens = _tokens(feature[0], image)
-            wide, size = wide * (1 + leading), tokens or ()
+            size = tokens or ()
         if len(size) != 2 or len(feature) not in (2, 3):
-            return cls(whole, (1, 1), (1, 1), 1, False, dim, None, math.prod(feature))
+            return cls(whole, (1, 1), (1, 1), 1, False, dim, None, 0, math.prod(feature))
         block = (max(1, round(height / size[0])), max(1, round(width / size[1])))
         grid = (math.ceil(height / block[0]), math.ceil(width / block[1]))
         inputs = wide * math.ceil(size[0] / grid[0]) * math.ceil(size[1] / grid[1])
         kernel = kernel if inputs * kernel**2 <= _LARGEST_PATCH else 1
-        return cls(whole, grid, block, kernel, True, dim, tokens, inputs * kernel**2)
+        width = inputs * kernel**2 + leading * wide
+        return cls(whole, grid, block, kernel, True, dim, tokens, leading, width)
 
     @property
     def positions(self) -> int:
@@ -82,7 +85,10 @@ class Layout:
         """Features `[N, ...]` to one row per position, `[N * positions, inputs]`, float64."""
         if not self.is_map:
             return z.flatten(1).double()
-        z = self._map(z)
+        z = z.movedim(self.dim, 1)
+        beside = z[:, :, : self.leading] if self.leading else None
+        if self.tokens is not None:
+            z = z[:, :, self.leading :].reshape(len(z), -1, *self.tokens)
         height, width = z.shape[2:]
         rows, columns = self.grid
         if height > rows or width > columns:
@@ -92,6 +98,8 @@ class Layout:
         elif (height, width) != self.grid:
             z = functional.interpolate(z, size=self.grid, mode="bilinear", align_corners=False)
         patches = functional.unfold(z, self.kernel, padding=self.kernel // 2)
+        if beside is not None:
+            patches = torch.cat([patches, beside.expand(-1, -1, self.positions)], dim=1)
         return patches.transpose(1, 2).reshape(-1, patches.shape[1]).double()
 
     def targets(self, pixels: Tensor) -> Tensor:
@@ -112,17 +120,6 @@ class Layout:
             count, channels, self.grid[0] * high, self.grid[1] * wide
         )
         return image[:, :, :height, :width]
-
-    def _map(self, z: Tensor) -> Tensor:
-        """Features to maps `[N, C, H, W]`."""
-        z = z.movedim(self.dim, 1)
-        if self.tokens is None:
-            return z
-        leading = z.shape[2] - math.prod(self.tokens)
-        patches = z[:, :, leading:].reshape(len(z), -1, *self.tokens)
-        if not leading:
-            return patches
-        return torch.cat([patches, z[:, :, :1, None].expand_as(patches)], dim=1)
 
     def _padded(self, pixels: Tensor) -> Tensor:
         bottom = self.grid[0] * self.block[0] - pixels.shape[2]

@@ -32,8 +32,8 @@ class LinearInverseConfig:
     Args:
         kernel: side of the neighbourhood of features that a block of pixels is predicted from;
             reduced to 1 where it would give more than 2,304 inputs.
-        decades: the ridge weights that are tried, powers of ten relative to the mean variance of
-            the inputs.
+        decades: the ridge weights that are tried, powers of ten relative to the variance of a
+            standardised input.
         holdout: share of the attacker's images that only chooses the weight.
         largest_rows: positions that enter the normal equations at most; images beyond that are
             left out.
@@ -57,16 +57,31 @@ class LinearInverseConfig:
 
 
 @dataclass
+class _Projection:
+    """Standardised inputs in an orthonormal basis, `(inputs - mean) @ basis`."""
+
+    mean: Tensor
+    basis: Tensor = field(repr=False)
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        return (inputs - self.mean) @ self.basis
+
+
+@dataclass
 class _Solution:
-    """`pixels = (inputs - mean_in) @ weight + mean_out`."""
+    """`pixels = (x - mean_in) @ weight + mean_out`, with `x` the inputs, or their projection."""
 
     layout: Layout
+    projection: _Projection | None
     mean_in: Tensor
     mean_out: Tensor
     weight: Tensor = field(repr=False)
 
     def __call__(self, z: Tensor) -> Tensor:
-        rows = (self.layout.inputs(z) - self.mean_in) @ self.weight + self.mean_out
+        inputs = self.layout.inputs(z)
+        if self.projection is not None:
+            inputs = self.projection(inputs)
+        rows = (inputs - self.mean_in) @ self.weight + self.mean_out
         return self.layout.images(rows, len(z)).clamp(0.0, 1.0).float()
 
 
@@ -74,9 +89,14 @@ class LinearInverse:
     """Ridge regression `min_W mean ||W patch(z) - block(x)||^2 + lambda ||W||^2`.
 
     `patch(z)` is the `kernel x kernel` neighbourhood of features at a position, `block(x)` the
-    pixels behind that position. Features that are no map (tokens, vectors) are taken whole. The
+    pixels behind that position. Tokens on a grid are read as a map; features that are no map are
+    taken whole. Every input is standardised, so that rescaling a channel changes nothing. The
     weight `lambda` is the one with the smallest error on held-out images. Where the edge is random,
     every image enters with a fresh draw.
+
+    Where there are more inputs than examples, only directions that the examples span get a weight:
+    the solution is the same in a basis of these, which is far smaller. Of more examples than 4,096,
+    or than fit into 2 GiB, a seeded choice gives the basis, and all are learnt from.
     """
 
     def __init__(self, config: LinearInverseConfig | None = None, *, device: str = "cpu") -> None:
@@ -106,16 +126,16 @@ class LinearInverse:
         held = max(2, round(self.config.holdout * len(order)))
         self.held_out = order[:held]
         held_out, train = order[: min(held, 500)], order[held:]
-        layout = self._layout(tuple(self._features(known, order[:1]).shape[1:]),
-                              tuple(known.pixels.shape[1:]))
-        positions = layout.grid[0] * layout.grid[1]
-        train = train[: max(20, self.config.largest_rows // positions)]
+        layout = Layout.of(tuple(self._features(known, order[:1]).shape[1:]),
+                           tuple(known.pixels.shape[1:]), self.config.kernel)
+        train = train[: max(20, self.config.largest_rows // layout.positions)]
         candidates = self._solve(known, layout, train)
         z, x = self._features(known, held_out), known.pixels[held_out]
         history = []
         best: tuple[float, _Solution] | None = None
         for solution in candidates:
-            guess = torch.cat([solution(part.to(self.device)).cpu() for part in z.split(_CHUNK)])
+            guess = torch.cat([solution(part.to(self.device)).cpu()
+                               for part in z.split(_chunk(layout))])
             history.append(float(mse(x, guess).mean()))
             if best is None or history[-1] < best[0]:
                 best = (history[-1], solution)
@@ -136,7 +156,7 @@ class LinearInverse:
         if self._solution is None:
             raise InputError("This attack has not been trained. Call fit(known) first.")
         return torch.cat([self._solution(part.to(self.device).float()).to(z.device)
-                          for part in z.split(_CHUNK)])
+                          for part in z.split(_chunk(self._solution.layout))])
 
     @torch.no_grad()
     def _features(self, known: Knowledge, index: Tensor) -> Tensor:
@@ -147,22 +167,25 @@ class LinearInverse:
 
     def _rows(self, known: Knowledge, layout: Layout, index: Tensor
               ) -> Iterator[tuple[Tensor, Tensor]]:
-        for part in index.split(_CHUNK):
+        for part in index.split(_chunk(layout)):
             z = self._features(known, part).to(self.device)
             yield layout.inputs(z), layout.targets(known.pixels[part].float().to(self.device))
 
     @torch.no_grad()
     def _solve(self, known: Knowledge, layout: Layout, train: Tensor) -> Iterator[_Solution]:
-        """One solution for each ridge weight, relative to the mean variance of the inputs.
+        """One solution for each ridge weight, relative to the variance of a standardised input.
 
         Inputs that never change (dead channels, what lies outside of a small map) stay out.
         """
-        first_in, first_out = next(self._rows(known, layout, train[:_CHUNK]))
-        shift_in, shift_out = first_in.mean(0), first_out.mean(0)
-        gram = first_in.new_zeros(first_in.shape[1], first_in.shape[1])
-        cross = first_in.new_zeros(first_in.shape[1], first_out.shape[1])
+        projection = None
+        if layout.width > min(len(train) * layout.positions, _MOST_INPUTS):
+            projection = self._projection(known, layout, train)
+        shift_in, shift_out = self._first_means(known, layout, train, projection)
+        gram = shift_in.new_zeros(len(shift_in), len(shift_in))
+        cross = shift_in.new_zeros(len(shift_in), len(shift_out))
         sum_in, sum_out, count = shift_in * 0.0, shift_out * 0.0, 0
         for inputs, targets in self._rows(known, layout, train):
+            inputs = inputs if projection is None else projection(inputs)
             inputs, targets = inputs - shift_in, targets - shift_out
             gram.addmm_(inputs.T, inputs)
             cross.addmm_(inputs.T, targets)
@@ -172,19 +195,74 @@ class LinearInverse:
         mean_in, mean_out = sum_in / count, sum_out / count
         gram = gram / count - torch.outer(mean_in, mean_in)
         cross = cross / count - torch.outer(mean_in, mean_out)
-        if not bool(gram.isfinite().all()):
-            raise InputError(
-                "Expected finite features of the attacker's images, came NaN or infinity. Look at "
-                "the edge's weights and at the normalisation of its input."
-            )
-        alive = gram.diagonal() > 0
-        gram, cross = gram[alive][:, alive], cross[alive]
-        scale = gram.diagonal().mean() if len(gram) else gram.new_zeros(())
-        ridges = [float(10.0**decade * scale) for decade in self.config.decades]
+        mean_in, mean_out = mean_in + shift_in, mean_out + shift_out
+        _check_finite(gram)
+        gain = torch.ones_like(mean_in)
+        if projection is None:
+            gain = _gain(gram.diagonal(), mean_in)
+        alive = gain > 0
+        gram = gram[alive][:, alive] * torch.outer(gain[alive], gain[alive])
+        cross = cross[alive] * gain[alive].unsqueeze(1)
+        ridges = [10.0**decade for decade in self.config.decades]
         for part in ridge_solutions(gram, cross, ridges):
             weight = part.new_zeros(len(alive), part.shape[1])
-            weight[alive] = part
-            yield _Solution(layout, mean_in + shift_in, mean_out + shift_out, weight)
+            weight[alive] = part * gain[alive].unsqueeze(1)
+            yield _Solution(layout, projection, mean_in, mean_out, weight)
+
+    def _first_means(
+        self, known: Knowledge, layout: Layout, train: Tensor, projection: _Projection | None
+    ) -> tuple[Tensor, Tensor]:
+        """Means of inputs and targets over a first part, against cancellation in the squares."""
+        inputs, targets = next(self._rows(known, layout, train))
+        inputs = inputs if projection is None else projection(inputs)
+        return inputs.mean(0), targets.mean(0)
+
+    def _projection(self, known: Knowledge, layout: Layout, train: Tensor) -> _Projection:
+        """An orthonormal basis of what the examples' standardised inputs span.
+
+        A weight outside of it would change no answer on an example and only cost, so ridge
+        regression has none there.
+        """
+        total = len(train) * layout.positions
+        affordable = _BASIS_BYTES // (8 * (layout.width + layout.outputs))
+        most = max(1, min(total, _MOST_INPUTS, affordable))
+        generator = torch.Generator().manual_seed(self.config.seed)
+        chosen = torch.zeros(total, dtype=torch.bool)
+        chosen[torch.randperm(total, generator=generator)[:most]] = True
+        shift, _ = self._first_means(known, layout, train, None)
+        sums, squares, seen, picked = shift * 0.0, shift * 0.0, 0, []
+        for inputs, _ in self._rows(known, layout, train):
+            picked.append(inputs[chosen[seen : seen + len(inputs)].to(inputs.device)])
+            sums += (inputs - shift).sum(0)
+            squares += (inputs - shift).square().sum(0)
+            seen += len(inputs)
+        mean = sums / seen
+        variance = squares / seen - mean**2
+        _check_finite(variance)
+        mean = mean + shift
+        gain = _gain(variance, mean)
+        rows = (torch.cat(picked) - mean) * gain
+        return _Projection(mean, torch.linalg.qr(rows.T).Q * gain.unsqueeze(1))
+
+
+def _chunk(layout: Layout) -> int:
+    """How many images at once, by the bytes of their inputs and targets."""
+    image = 8 * layout.positions * (layout.width + layout.outputs)
+    return max(1, min(_CHUNK, _CHUNK_BYTES // image))
+
+
+def _gain(variance: Tensor, mean: Tensor) -> Tensor:
+    """`1 / std` of each input; 0 of one that varies by no more than rounding makes it."""
+    noise = (torch.finfo(torch.float32).eps * mean) ** 2
+    return torch.where(variance > noise, variance.clamp_min(0.0).rsqrt(), 0.0)
+
+
+def _check_finite(values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise InputError(
+            "Expected finite features of the attacker's images, came NaN or infinity. Look at "
+            "the edge's weights and at the normalisation of its input."
+        )
 
 
 def ridge_solutions(gram: Tensor, cross: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
