@@ -14,34 +14,66 @@ from patrol_prune.cost import evaluating
 from patrol_prune.pixels import Normalization
 
 _SHADOW_STD = 0.02
+_TELLING = 4
+_GAP = 4.0
+_GAPPED = 0.05
 
 
 class Repeated(nn.Module):
     """What an attacker has who puts several uploads of the same picture together.
 
-        z_i = sum_k f_e(x)_i,k / max(1, #{k: f_e(x)_i,k != 0}), k = 1 ... K, each with its own draw
+        z_i = sum_k f_e(x)_i,k / K                                  k = 1 ... K, each a draw
+        z_i = sum_k f_e(x)_i,k / max(1, #{k: f_e(x)_i,k != 0})      where values are dropped
 
-    Under noise that is the mean. Where values are dropped, those that came through show the rest as
-    it is, up to one factor, which decoders learn. Of noise that a ReLU clips at 0 it forgets how
-    often it was clipped.
+    Under noise the mean is all that can be had, also of noise that a ReLU clips at 0 or a quantiser
+    rounds to it: how often that happened tells what is under it. Where values are dropped, a zero
+    tells nothing, and those that came through show the rest as it is, up to one factor, which
+    decoders learn.
+
+    Which it is, is seen in the first call in which a value is 0 in some draws and not in others,
+    and kept from then on. Values are dropped if two things hold. Of those that are 0 at times, one
+    in twenty is four standard deviations from 0 at the others: clipped and rounded noise leaves no
+    such gap. And the tenth that is largest is 0 at least half as often as all are: large values
+    are neither clipped nor rounded to 0.
 
     Args:
         edge: one that draws; its weights are shared. It runs `K` times for each call.
         uploads: `K`, at least 1.
+        dropped: whether values are dropped; None to see.
     """
 
-    def __init__(self, edge: nn.Module, uploads: int) -> None:
+    def __init__(self, edge: nn.Module, uploads: int, dropped: bool | None = None) -> None:
         super().__init__()
-        self.edge, self.uploads = edge, uploads
+        self.edge, self.uploads, self.dropped = edge, uploads, dropped
 
     def forward(self, x: Tensor) -> Tensor:
         """Model inputs `[N, ...]` to features `[N, ...]`."""
         z: Tensor = self.edge(x)
         total, seen = z, (z != 0).to(z.dtype)
+        squares = z.detach() ** 2
         for _ in range(self.uploads - 1):
             z = self.edge(x)
-            total, seen = total + z, seen + (z != 0)
-        return total / seen.clamp_min(1.0)
+            total, seen, squares = total + z, seen + (z != 0), squares + z.detach() ** 2
+        if self.dropped is None:
+            self.dropped = _dropped(seen, total.detach(), squares, self.uploads)
+        return total / (seen.clamp_min(1.0) if self.dropped else float(self.uploads))
+
+
+def _dropped(seen: Tensor, total: Tensor, squares: Tensor, uploads: int) -> bool | None:
+    """Whether values were dropped; None where none was 0 in some draws alone (see `Repeated`)."""
+    mean_square = (total / seen.clamp_min(1.0)) ** 2
+    variance = squares / seen.clamp_min(1.0) - mean_square
+    telling = max(min(_TELLING, uploads - 1), uploads // _TELLING)
+    mixed = (seen >= telling) & (seen < uploads)
+    if not bool(mixed.any()):
+        return None
+    gap = mixed & (mean_square > _GAP**2 * variance)
+    if float(gap.sum()) < _GAPPED * float(mixed.sum()):
+        return False
+    live = seen > 0
+    size, zero = mean_square[live], 1.0 - seen[live] / uploads
+    largest = zero[size.topk(max(1, len(size) // 10)).indices]
+    return bool(largest.mean() > 0.5 * zero.mean())
 
 
 def edge_function(edge: nn.Module, normalization: Normalization) -> EdgeFunction:

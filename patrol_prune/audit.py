@@ -97,7 +97,8 @@ def audit(
         check_attacks: also let every attack invert two trivial edges first (`self_test`).
         uploads: of each picture, by an edge that draws anew for every one (the frames of a video
             that hardly differ, a device that sends again): attackers are given, of their own
-            pictures and of the victim's, the mean of what was not dropped (`access.Repeated`).
+            pictures and of the victim's, the mean, or that of what was not dropped where values
+            are (`access.Repeated`).
             The edge runs so many times for every query; one that draws nothing runs once.
         largest_feature_bytes: of the attacker's features to keep in memory; of larger ones,
             attacks are given the edge alone and query it batch by batch.
