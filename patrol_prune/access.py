@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -113,9 +114,7 @@ def lent(*modules: nn.Module) -> Iterator[None]:
     """
     held = nn.ModuleList(modules)
     flags = [(p, p.requires_grad) for p in held.parameters()]
-    generators = [
-        g for m in held.modules() for g in vars(m).values() if isinstance(g, torch.Generator)
-    ]
+    generators = _generators(held)
     states = [g.get_state() for g in generators]
     with evaluating(held):
         try:
@@ -127,6 +126,32 @@ def lent(*modules: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(flag)
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
+
+
+class Draws:
+    """Draws of a module that are set apart for each who asks.
+
+    What somebody gets is the same whatever was drawn before him, and unlike what others get. It
+    follows from the state in which the generators were, those that the module holds as attributes
+    and the CPU's global one.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._generators = [torch.default_generator, *_generators(module)]
+        self._states = [g.get_state().numpy().tobytes() for g in self._generators]
+
+    def apart(self, *who: object) -> None:
+        """From here on the module draws for `who`."""
+        for number, (generator, state) in enumerate(
+            zip(self._generators, self._states, strict=True)
+        ):
+            digest = hashlib.sha256(state + repr((number, *who)).encode()).digest()
+            generator.manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+def _generators(module: nn.Module) -> list[torch.Generator]:
+    return [g for m in module.modules() for g in vars(m).values()
+            if isinstance(g, torch.Generator)]
 
 
 def fresh_twin(edge: nn.Module, seed: int) -> nn.Module:

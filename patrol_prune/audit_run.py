@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.access import Repeated, compute_features, edge_function, fresh_twin
+from patrol_prune.access import Draws, Repeated, compute_features, edge_function, fresh_twin
 from patrol_prune.attacks import (
     Attack,
     FitRecord,
@@ -36,6 +36,7 @@ from patrol_prune.audit_report import AuditReport, mean_and_std
 from patrol_prune.audit_scores import check_guess, score, thumbnails
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.pixels import Normalization
+from patrol_prune.warm_start import WarmStarts
 
 logger = logging.getLogger("patrol_prune.audit")
 
@@ -65,6 +66,7 @@ class AuditRun:
         self.normalization, self.batch_size, self.progress = normalization, batch_size, progress
         self.largest_feature_bytes, self.observer = largest_feature_bytes, observer
         self.uploads = self.used = uploads
+        self.begun = torch.get_rng_state()
         self.result = AuditReport(records=[])
         self.last_error: Exception | None = None
         self.best: dict[str, tuple[float, Tensor]] = {}
@@ -93,8 +95,14 @@ class AuditRun:
     def subject(
         self, subject: str, edge: nn.Module, cloud: nn.Module | None, made: list[Factory]
     ) -> None:
-        """Attack one edge with every attack and seed, for every attacker."""
+        """Attack one edge with every attack and seed, for every attacker.
+
+        Each attack has draws of its own where the edge is random: what it scores does not depend
+        on which others there are, and no attacker has the victim's draws.
+        """
         self.say(f"Computing what the {subject} sends.")
+        torch.set_rng_state(self.begun)
+        own_draws = Draws(edge)
         once, some = edge, torch.cat([_spread(self.victim), _spread(self.attackers[0].pixels)])
         draws = draws_differ(edge_function(edge, self.normalization), some)
         self.used = self.uploads if draws else 1
@@ -113,12 +121,14 @@ class AuditRun:
         whole: dict[str, Knowledge] = {}
         for own in self.attackers:
             if own.data not in whole:
+                own_draws.apart(own.data)
                 whole[own.data] = self.knowledge(own, edge, cloud, z_victim, once, draws)
                 self.check_edge(whole[own.data], subject)
             known = whole[own.data].first(own.count)
             if subject == "edge" and own is self.attackers[0]:
+                own_draws.apart(own.data, own.count, None)
                 self.nearest(known, z_victim, own)
-            warm: tuple[float, Attack] | None = None
+            warm = WarmStarts(known, own.mean_image)
             for factory in made:
                 if "labels" in factory.needs and own.labels is None:
                     self.say(f"Leaving {factory.name} out: the {own.data} images have no labels.")
@@ -127,12 +137,12 @@ class AuditRun:
                     told = "" if own.whole else f" ({own.count} {own.data} images)"
                     self.say(f"Attacking the {subject} with {factory.name}, seed {seed}{told}.")
                     start = time.perf_counter()
-                    attack = factory.make(seed, None if warm is None else warm[1])
+                    own_draws.apart(own.data, own.count, seed)
+                    attack = factory.make(seed, warm.of(seed))
                     fit = self.attack(subject, factory, seed, attack, known, z_victim, own, start)
                     if factory.learned and fit is not None:
-                        reached = fit.best_loss / max(fit.mean_image_loss, 1e-12)
-                        if warm is None or reached < warm[0]:
-                            warm = reached, attack
+                        own_draws.apart(own.data, own.count, "held out")
+                        warm.offer(seed, attack)
         if all(r["subject"] != subject for r in self.result.records):
             last = self.last_error
             raise TrainingError(
@@ -231,11 +241,12 @@ class AuditRun:
             return
         for attack in dict.fromkeys(r["attack"] for r in most):
             more, fewer = (
-                mean_and_std(r["mse"] for r in records
-                             if r["attack"] == attack and r["attacker_images"] == size)[0]
-                for size in sizes[:2]
+                [r["mse"] for r in records
+                 if r["attack"] == attack and r["attacker_images"] == size] for size in sizes[:2]
             )
-            self.flag(check_more_data(fewer, more), subject, attack, None)
+            if more and fewer:  # an attack may have broken off with either
+                means = mean_and_std(fewer)[0], mean_and_std(more)[0]
+                self.flag(check_more_data(*means), subject, attack, None)
 
     def nearest(self, known: Knowledge, z_victim: Tensor, own: Owned) -> None:
         """The second floor: the attacker's own image whose feature is nearest."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from patrol_prune.access import Draws
 from patrol_prune.attacks import (
     FitRecord,
     InverseNetworkConfig,
@@ -26,6 +27,7 @@ from patrol_prune.audit_report import AuditReport, mean_and_std
 from patrol_prune.errors import CheckpointError, InputError, TrainingError
 from patrol_prune.metrics import mse, ssim, thumbnail
 from patrol_prune.pixels import Normalization
+from patrol_prune.warm_start import WarmStarts
 
 IMAGES = smooth_images(240, (3, 16, 16), seed=9)
 KNOWN, VICTIM = IMAGES[:200], IMAGES[200:]
@@ -466,6 +468,112 @@ def test_rmle_begins_at_the_strongest_black_box_answer(monkeypatch: pytest.Monke
     begun.clear()
     audit(open_edge(), KNOWN, VICTIM, attacks=("rmle",))
     assert begun == [None, None]
+
+
+def test_each_seed_of_a_white_box_begins_at_its_own_black_box(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Else the spread over seeds is less than that of attackers."""
+    begun: list[object] = []
+
+    def spy(config: RMLEConfig, device: str, warm: object) -> Curious:
+        begun.append(None if warm is None else (config.seed, warm.config.seed))
+        return Curious([])
+
+    kind = registry.ATTACKS["rmle"]
+    monkeypatch.setitem(registry.ATTACKS, "rmle", dataclasses.replace(kind, make=spy))
+    audit(open_edge(), KNOWN, VICTIM, attacks=("linear_inverse", "rmle"), seeds=(0, 1, 2))
+    assert [pair for pair in begun if pair is not None] == [(0, 0), (1, 1), (2, 2)]
+
+
+class Answers:
+    """Reconstructs with the given images, in their order."""
+
+    def __init__(self, images: Tensor, held_out: Tensor | None) -> None:
+        self.images, self.held_out = images, held_out
+
+    def fit(self, known: Knowledge) -> None:
+        pass
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return self.images[z[:, 0].long()]
+
+
+def test_a_warm_start_is_chosen_by_the_error_on_images_that_were_held_out() -> None:
+    known = Knowledge(KNOWN, z=torch.arange(200.0).unsqueeze(1))
+    near, far = (KNOWN * share for share in (0.98, 0.97))
+    overfit = KNOWN.clone()
+    overfit[:20] *= 0.9
+    held = torch.arange(20)
+    one, two, three, silent = (Answers(images, held) for images in (overfit, near, far, far))
+    silent.held_out, silent.images = None, 0.9 * KNOWN
+    warm = WarmStarts(known, KNOWN.mean(0))
+    assert warm.of(0) is None
+    warm.offer(0, one)
+    assert warm.of(0) is one and warm.of(7) is one
+    warm.offer(0, three)
+    warm.offer(1, two)
+    warm.offer(0, silent)
+    assert warm.of(0) is three and warm.of(1) is two and warm.of(7) is two
+
+
+def test_draws_are_set_apart_for_each_attack() -> None:
+    """What an attack scores on a random edge does not depend on which others there are."""
+    def scores(*attacks: str, edge: nn.Module) -> dict[str, float]:
+        found = audit(SimpleNamespace(edge=edge), KNOWN, VICTIM, attacks=attacks, seeds=(0, 1),
+                      attacker_images=(150, None), shifted_data=1 - KNOWN,
+                      config=dataclasses.replace(CONFIG, epochs=1))
+        return {key: value["mse"] for key, value in found.per_image.items() if "linear" in key}
+
+    many = scores("inverse_network", "linear_inverse", edge=Noisy(0.5))
+    assert len(many) == 6 and scores("linear_inverse", edge=Noisy(0.5)) == many
+    # The same of one that draws from the global generator.
+    drops = nn.Sequential(open_edge().edge, AlwaysDropout())
+    state = torch.get_rng_state()
+    many = scores("inverse_network", "linear_inverse", edge=drops)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert scores("linear_inverse", edge=drops) == many
+
+
+class AlwaysDropout(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, 0.3, training=True)
+
+
+def test_draws_differ_between_those_they_are_set_apart_for() -> None:
+    edge = Noisy()
+    draws, x = Draws(edge), KNOWN[:2]
+    first = edge(x)
+    seen = []
+    for who in ("a", "b", "a"):
+        draws.apart(who, 3)
+        seen.append((edge(x), torch.rand(4)))
+    for kind in (0, 1):
+        assert torch.equal(seen[0][kind], seen[2][kind])
+        assert not torch.equal(seen[0][kind], seen[1][kind])
+    assert not torch.equal(first, seen[0][0]) and not torch.equal(first, seen[1][0])
+
+
+class BreaksOff(Curious):
+    """Cannot be trained on that many images."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__([])
+        self.count = count
+
+    def fit(self, known: Knowledge) -> FitRecord:
+        if len(known.pixels) == self.count:
+            raise TrainingError("the loss is NaN", step=3, term="reconstruction")
+        return super().fit(known)
+
+
+@pytest.mark.parametrize("count", [50, 200])
+def test_an_attack_that_breaks_off_with_one_number_of_images_ends_no_audit(count: int) -> None:
+    found = audit(open_edge(), KNOWN, VICTIM, attacks={"breaks": BreaksOff(count)},
+                  attacker_images=(50, None))
+    rows = [r["attacker_images"] for r in found.records if r["attack"] == "breaks"]
+    assert rows == [250 - count]
+    assert "attack_failed" in {flag["name"] for flag in found.flags}
 
 
 @pytest.mark.slow
