@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from patrol_prune.attacks import Attack, InverseNetworkConfig
+from patrol_prune.attacks.query_free_config import SMALLEST_QUERY_FREE_SET
 from patrol_prune.attacks.registry import ATTACKS, kind_of, make_attack, settings_for
 from patrol_prune.attacks.training_pairs import SMALLEST_TRAINING_SET
 from patrol_prune.errors import InputError, nearest
@@ -22,6 +23,7 @@ AttackChoice = str | Attack | Callable[[int], Attack]
 """A name, an instance (copied before each fit, and run once), or a function of the seed."""
 
 _SMALLEST_SIDE = 11
+_FEWEST = {"white": 2, "black": SMALLEST_TRAINING_SET, "none": SMALLEST_QUERY_FREE_SET}
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _factory(
         return Factory(
             name, make, seeds if kind.seeded else seeds[:1], kind.box,
             kind.box == "black" and kind.seeded, kind.warm_starts, kind.needs,
-            (2 if kind.box == "white" else SMALLEST_TRAINING_SET) if kind.seeded else 1,
+            _FEWEST[kind.box] if kind.seeded else 1,
         )
     if isinstance(choice, Attack) and not isinstance(choice, type):
         instance = choice

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.attacks import FitRecord, Knowledge, QueryFree, QueryFreeConfig
+from patrol_prune.attacks import (
+    FitRecord,
+    InverseNetworkConfig,
+    Knowledge,
+    QueryFree,
+    QueryFreeConfig,
+)
 from patrol_prune.attacks.checks import smooth_images
 from patrol_prune.audit import audit
 from patrol_prune.errors import InputError
@@ -60,12 +67,23 @@ def test_shifted_images_have_no_labels_and_the_attacks_through_the_cloud_are_lef
     assert any("Leaving query_free_same out" in sentence for sentence in said)
 
 
+@pytest.mark.parametrize("holdout", [0.1, 0.5])
+def test_attacks_without_queries_run_with_as_few_images_as_they_ask_for(holdout: float) -> None:
+    """Of which 20 are learnt from."""
+    short = replace(SHADOW, holdout=holdout, reconstruct=("linear", "decoder"),
+                    decoder=InverseNetworkConfig(width=4, depth=0, epochs=1, max_extensions=0))
+    found = audit(split(), KNOWN, VICTIM, attacks=("query_free_same",), attacker_labels=LABELS,
+                  settings={"query_free_same": short}, attacker_images=(22,), examples=0)
+    assert found.records[-1]["attacker_images"] == 22
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"attacker_images": (None, 19), "attacks": ("linear_inverse",)}, "at least 20 .* 19"),
         ({"attacker_images": (1,), "attacks": ("rmle",)}, "at least 2 images, came 1"),
         ({"shifted_data": 1 - KNOWN[:5]}, r"came 5 \(shifted\)"),
+        ({"attacker_images": (21,), "attacks": ("query_free_same",)}, "at least 22 .* 21"),
         (
             {"undefended": SimpleNamespace(edge=Untouched()), "attacks": ("query_free_same",)},
             "needs the other half",

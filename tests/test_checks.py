@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -25,7 +26,7 @@ from patrol_prune.attacks.checks import smooth_images
 from patrol_prune.attacks.rmle import RMLE, RMLEConfig
 from patrol_prune.audit import AttackChoice, audit
 from patrol_prune.audit_report import AuditReport
-from patrol_prune.errors import InputError
+from patrol_prune.errors import InputError, TrainingError
 
 IMAGES = smooth_images(240, (3, 16, 16), seed=9)
 KNOWN, VICTIM = IMAGES[:200], IMAGES[200:]
@@ -239,6 +240,37 @@ def test_an_audit_runs_the_self_tests() -> None:
         ("contrast_collapsed", "Guesses"),
     } <= found
     assert not any(attack == "linear_inverse" for _, attack in found)
+
+
+class Breaks(Copies):
+    """Cannot be trained where features have as many channels as one convolution gives."""
+
+    def __init__(self, error: Callable[[], Exception]) -> None:
+        self.error = error
+
+    def fit(self, known: Knowledge) -> None:
+        super().fit(known)
+        if known.z is not None and known.z.shape[1] == 16:
+            raise self.error()
+
+
+def diverged() -> TrainingError:
+    return TrainingError("the loss is NaN", step=3, term="reconstruction")
+
+
+def test_an_attack_that_breaks_off_in_a_self_test_cannot_invert() -> None:
+    assert [f.name for f in self_test(Breaks(diverged))] == ["cannot_invert_one_convolution"]
+    with pytest.raises(RuntimeError):  # whoever tests an attack of his own wants to see why
+        self_test(Breaks(RuntimeError))
+
+
+@pytest.mark.parametrize("error", [diverged, RuntimeError])
+def test_an_audit_goes_on_where_a_self_test_breaks_off(
+    error: Callable[[], Exception],
+) -> None:
+    found = flags(Open(), "linear_inverse", Breaks(error), check_attacks=True)
+    assert ("cannot_invert_one_convolution", "Breaks") in found
+    assert ("cannot_invert_identity", "Breaks") not in found
 
 
 @pytest.mark.parametrize(

@@ -323,7 +323,7 @@ def test_bytes_are_pixels() -> None:
         ("shadow_same", {"shadow_edge": None}, "needs shadow_edge"),
         ("shadow_other", {"observed": None}, "needs observed"),
         ("match", {"observed": None}, "needs observed"),
-        ("match", {"pixels": PIXELS[:19]}, "at least 20"),
+        ("match", {"pixels": PIXELS[:21]}, "at least 22"),
         ("match", {"pixels": PIXELS * 2}, r"on \[0, 1\]"),
         ("match", {"observed": OBSERVED[:1]}, "at least 2"),
         ("match", {"observed": OBSERVED * torch.nan}, "finite"),

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from patrol_prune.attacks.base import Attack, EdgeFunction, FitRecord, Knowledge
 from patrol_prune.attacks.inverse_network import InverseNetwork, InverseNetworkConfig
 from patrol_prune.attacks.linear_inverse import LinearInverse, LinearInverseConfig
-from patrol_prune.attacks.query_free_config import QueryFreeConfig, check_knowledge
+from patrol_prune.attacks.query_free_config import LEAST_HELD_OUT, QueryFreeConfig, check_knowledge
 from patrol_prune.attacks.rmle import RMLE, RMLEConfig
 from patrol_prune.attacks.shadow_training import ShadowTrainer
+from patrol_prune.attacks.training_pairs import SMALLEST_TRAINING_SET
 from patrol_prune.decoders import channel_dim
 from patrol_prune.errors import InputError
 from patrol_prune.precision import autocast
@@ -84,7 +85,8 @@ class QueryFree:
         config, pixels = self.config, known.pixels
         generator = torch.Generator().manual_seed(config.seed + _SEED_OFFSET)
         order = torch.randperm(len(pixels), generator=generator)
-        held = min(len(pixels) - 4, max(2, round(config.holdout * len(pixels))))
+        held = max(LEAST_HELD_OUT, round(config.holdout * len(pixels)))
+        held = min(len(pixels) - SMALLEST_TRAINING_SET, held)
         trainer = ShadowTrainer(config, known, self.device, train=order[held:],
                                 held_out=order[:held][:_HELD_OUT_IMAGES])
         trained = [trainer.train(config.seed + _SEED_OFFSET + n) for n in range(config.attempts)]

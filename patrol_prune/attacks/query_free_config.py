@@ -9,13 +9,16 @@ import torch
 from patrol_prune.attacks.base import Knowledge
 from patrol_prune.attacks.inverse_network import InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
+from patrol_prune.attacks.training_pairs import SMALLEST_TRAINING_SET
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.metrics import check_pixels
 from patrol_prune.precision import PRECISIONS
 
 MODES: tuple[str, ...] = ("shadow_same", "shadow_other", "match")
 RECONSTRUCTIONS: tuple[str, ...] = ("decoder", "linear", "rmle")
-SMALLEST_TRAINING_SET = 20
+LEAST_HELD_OUT = 2
+SMALLEST_QUERY_FREE_SET = SMALLEST_TRAINING_SET + LEAST_HELD_OUT
+"""What a reconstruction learns from, and what measures it."""
 
 _STARTS = 4
 
@@ -117,9 +120,9 @@ class QueryFreeConfig:
 def check_knowledge(known: Knowledge, config: QueryFreeConfig) -> None:
     """Refuse what the mode cannot work with (InputError)."""
     pixels, mode = known.pixels, config.mode
-    if pixels.dim() != 4 or len(pixels) < SMALLEST_TRAINING_SET:
+    if pixels.dim() != 4 or len(pixels) < SMALLEST_QUERY_FREE_SET:
         raise InputError(
-            f"A query-free attack learns from at least {SMALLEST_TRAINING_SET} images "
+            f"A query-free attack learns from at least {SMALLEST_QUERY_FREE_SET} images "
             f"[N, C, H, W], came {tuple(pixels.shape)}. Give the attacker more data."
         )
     if pixels.dtype != torch.uint8:
