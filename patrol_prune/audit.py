@@ -89,6 +89,7 @@ def audit(
         settings: settings of attacks by their name, `{"rmle": RMLEConfig(...)}`; seeds replaced.
         attacker_labels: classes `[N]` of `attacker_data`, for attacks through the cloud.
         attacker_images: attack with so many of the attacker's images, None for all; one row each.
+            Fewer than all are picked at random, always the same, not the first.
         shifted_data: other images of the attacker's, unlike the victim's; one more row each, but
             for attacks that need labels, which these have not.
         device: where attackers train; where the edge is by default.

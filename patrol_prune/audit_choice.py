@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from patrol_prune.attacks import Attack, InverseNetworkConfig
+from patrol_prune.attacks.base import some_of
 from patrol_prune.attacks.query_free_config import SMALLEST_QUERY_FREE_SET
 from patrol_prune.attacks.registry import ATTACKS, kind_of, make_attack, settings_for
 from patrol_prune.attacks.training_pairs import SMALLEST_TRAINING_SET
@@ -46,7 +47,7 @@ class Factory:
 
 @dataclass(frozen=True)
 class Owned:
-    """What one attacker owns: `data` is "same" or "shifted", with the first `count` images."""
+    """What one attacker owns: `data` is "same" or "shifted", with `count` images (`some_of`)."""
 
     data: str
     pixels: Tensor
@@ -164,6 +165,8 @@ def owned(
 ) -> list[Owned]:
     """One attacker for each number of images, the most first, then one with shifted images.
 
+    Fewer than all are the first of a fixed permutation: images often come sorted by class.
+
     Raises:
         InputError: labels of another length, no number, a repeated one or one out of range.
     """
@@ -179,10 +182,11 @@ def owned(
             "Expected attacker_images as different numbers between 1 and the attacker's "
             f"{len(known)} images (None for all), came {tuple(counts)}."
         )
-    made = [
-        Owned("same", known, labels, size, known[:size].mean(dim=0))
-        for size in sorted(sizes, reverse=True)
-    ]
+    made = []
+    for size in sorted(sizes, reverse=True):
+        index = some_of(len(known), size)
+        mean_image = (known if index is None else known[index]).mean(dim=0)
+        made.append(Owned("same", known, labels, size, mean_image))
     if shifted is not None:
         made.append(Owned("shifted", shifted, None, len(shifted), shifted.mean(dim=0)))
     return made

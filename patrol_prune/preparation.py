@@ -30,7 +30,7 @@ class Images:
 
     Attributes:
         defender: what the model is trained, scored and fine-tuned on.
-        attacker: what the attacker owns, uint8 `[N, 3, H, W]`; nobody else sees it.
+        attacker: what the attacker owns, uint8 `[N, 3, H, W]`, in no order; nobody else sees it.
         attacker_labels: the classes of these, `[N]`.
         test: what accuracy is measured on.
         victims: the part of `test` that is to be reconstructed, uint8 `[N, 3, H, W]`.
@@ -76,7 +76,7 @@ def read_images(config: RunConfig) -> Images:
     defender = train.subset(order[attackers:].sort().values)
     count = min(config.audit.victims, len(test))
     victims = test.images[torch.linspace(0, len(test) - 1, count).round().long()]
-    attacker, notes = _without(train.subset(order[:attackers].sort().values), victims)
+    attacker, notes = _without(train.subset(order[:attackers]), victims)
     if len(attacker) < 20 or len(defender) < 2 * config.batch_size:
         raise InputError(
             f"Expected at least 20 training images for the attacker and {2 * config.batch_size} "

@@ -82,10 +82,17 @@ def test_random_edges_are_told_from_fixed_ones() -> None:
     assert draws_differ(noisy, KNOWN[:2]) and not draws_differ(torch.Tensor.clone, KNOWN[:2])
 
 
-def test_fewer_images_are_the_first_ones_and_all_else_stays() -> None:
+def test_fewer_images_are_picked_at_random_and_all_else_stays() -> None:
     known = Knowledge(KNOWN, 2 * KNOWN, torch.Tensor.clone, labels=torch.arange(256))
-    few = known.first(5)
-    assert torch.equal(few.pixels, KNOWN[:5]) and torch.equal(few.pairs()[0], 2 * KNOWN[:5])
-    assert few.labels is not None and few.labels.tolist() == [0, 1, 2, 3, 4]
+    few, more = known.first(5), known.first(100)
+    assert few.labels is not None and more.labels is not None
+    picked = few.labels
+    assert torch.equal(few.pixels, KNOWN[picked]) and torch.equal(few.pairs()[0], 2 * KNOWN[picked])
+    assert torch.equal(more.labels[:5], picked) and len(set(more.labels.tolist())) == 100
+    # Of images sorted by class there are some of each.
+    assert len(set((more.labels // 16).tolist())) == 16
+    for count in (256, 1000):
+        whole = known.first(count)
+        assert torch.equal(whole.pixels, KNOWN) and whole.labels is known.labels
     assert few.white_box() is known.edge
     assert Knowledge(KNOWN).first(5).z is None

@@ -18,6 +18,7 @@ from patrol_prune.attacks import (
     LinearInverseConfig,
     registry,
 )
+from patrol_prune.attacks.base import some_of
 from patrol_prune.attacks.checks import smooth_images
 from patrol_prune.attacks.query_free_config import QueryFreeConfig
 from patrol_prune.attacks.registry import ATTACKS
@@ -391,10 +392,12 @@ def test_an_attacker_gets_the_edge_itself_and_nothing_of_the_victims_images() ->
                   attacker_labels=labels, attacker_images=(50, None), shifted_data=1 - KNOWN)
     whole, some, shifted = seen
     assert [len(k.pixels) for k in seen] == [200, 50, 200]
-    assert torch.equal(some.pixels, KNOWN[:50]) and torch.equal(shifted.pixels, 1 - KNOWN)
+    picked = some_of(200, 50)
+    assert picked is not None and torch.equal(whole.pixels, KNOWN)
+    assert torch.equal(some.pixels, KNOWN[picked]) and torch.equal(shifted.pixels, 1 - KNOWN)
     assert whole.labels is not None and some.labels is not None and shifted.labels is None
-    assert torch.equal(whole.labels, labels) and torch.equal(some.labels, labels[:50])
-    assert whole.z is not None and some.z is not None and torch.equal(some.z, whole.z[:50])
+    assert torch.equal(whole.labels, labels) and torch.equal(some.labels, labels[picked])
+    assert whole.z is not None and some.z is not None and torch.equal(some.z, whole.z[picked])
     assert whole.cloud is split.cloud and whole.random_edge
     assert whole.observed is not None and len(whole.observed) == len(VICTIM)
     assert [(r["attacker_data"], r["attacker_images"], r["box"], r["chosen"], r["random_edge"])

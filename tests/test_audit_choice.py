@@ -18,9 +18,11 @@ from patrol_prune.attacks import (
     QueryFree,
     QueryFreeConfig,
 )
+from patrol_prune.attacks.base import some_of
 from patrol_prune.attacks.checks import smooth_images
 from patrol_prune.audit import audit
 from patrol_prune.errors import InputError
+from patrol_prune.metrics import mse
 
 IMAGES = smooth_images(100, (3, 16, 16), seed=9)
 KNOWN, VICTIM = IMAGES[:80], IMAGES[80:]
@@ -103,6 +105,10 @@ def test_both_floors_stand_below_an_attacker_with_a_part_of_the_images() -> None
     floors = [(r["attack"], r["attacker_images"]) for r in found.records
               if r["subject"] == "floor"]
     assert floors == [("mean_image", 30), ("nearest_image", 30)]
+    picked = some_of(80, 30)
+    assert picked is not None and set(picked.tolist()) != set(range(30))
+    mean = KNOWN[picked].mean(0).expand_as(VICTIM)
+    assert found.records[0]["mse"] == pytest.approx(float(mse(VICTIM, mean).mean()))
 
 
 def test_a_class_is_made_for_each_seed() -> None:

@@ -414,6 +414,9 @@ def test_images_are_divided_without_overlap(folder: Path, tmp_path: Path) -> Non
     # The folder's images have one hue per class: the brightest channel tells the label.
     hues = images.attacker.float().mean(dim=(2, 3)).argmax(1)
     assert torch.equal(hues, images.attacker_labels)
+    # In no order: sorted, the first so many would be of the first classes alone.
+    assert not torch.equal(hues, hues.sort().values)
+    assert torch.equal(images.defender.labels, images.defender.labels.sort().values)
     keys = [{i.numpy().tobytes() for i in part} for part in
             (images.defender.images, images.attacker, images.victims)]
     assert not keys[0] & keys[1] and not keys[1] & keys[2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -67,11 +67,25 @@ class Knowledge:
         return self.edge
 
     def first(self, count: int) -> Knowledge:
-        """The same with only the first `count` of the attacker's images."""
-        kept = {name: None if value is None else value[:count]
-                for name, value in (("z", self.z), ("labels", self.labels))}
-        return Knowledge(self.pixels[:count], kept["z"], self.edge, self.cloud, kept["labels"],
-                         self.observed, self.shadow_edge, self.random_edge)
+        """The same with only `count` of the attacker's images (`some_of`)."""
+        index = some_of(len(self.pixels), count)
+        if index is None:
+            return self
+        pixels, z, labels = (None if value is None else value[index.to(value.device)]
+                             for value in (self.pixels, self.z, self.labels))
+        assert pixels is not None
+        return replace(self, pixels=pixels, z=z, labels=labels)
+
+
+def some_of(total: int, count: int) -> Tensor | None:
+    """Indices of `count` out of `total` images, or None for all of them, in their own order.
+
+    They are the first of one fixed permutation, so that more images hold the fewer ones, and images
+    that come sorted by class are not all of one class.
+    """
+    if count >= total:
+        return None
+    return torch.randperm(total, generator=torch.Generator().manual_seed(0))[:count]
 
 
 @dataclass(frozen=True)
