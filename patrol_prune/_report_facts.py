@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from patrol_prune.audit_scores import thumbnail_side
+from patrol_prune.audit_scores import shows_all, thumbnail_side
 from patrol_prune.errors import InputError
 
 COSTS = ("edge_macs", "edge_params", "feature_bytes", "accuracy")
@@ -274,19 +274,23 @@ def story(summary: RunSummary, audit: Audit) -> list[tuple[str, str]]:
 
 def as_thumbnail(audit: Audit) -> str:
     """One sentence: how small a thumbnail shows as much; empty where that was not measured."""
-    sides = {}
+    shown: dict[str, tuple[str, str]] = {}
     for subject in (EDGE, UNDEFENDED):
         best = strongest(audit.records, subject)
-        side = None if best is None else thumbnail_side(audit.thumbnails, float(best["ssim"]))
+        seen = -1.0 if best is None else float(best["ssim"])
+        side = thumbnail_side(audit.thumbnails, seen)
         if side is not None:
-            sides[subject] = f"{side:.0f}x{side:.0f}"
-    if EDGE not in sides:
+            size = f"{side:.0f}x{side:.0f}"
+            shown[subject] = (f"as much as a thumbnail of {size} pixels, enlarged", f"of {size}")
+            if shows_all(audit.thumbnails, seen):
+                shown[subject] = ("the whole picture", "the whole picture")
+    if EDGE not in shown:
         few = audit.thumbnails and (strongest(audit.records, EDGE) or {}).get("ssim", 1.0) < (
             audit.thumbnails[0]["ssim"])
         return " By SSIM it shows less than the picture's mean colour would." if few else ""
-    text = f" By SSIM it shows as much as a thumbnail of {sides[EDGE]} pixels, enlarged"
-    before = sides.get(UNDEFENDED)
-    return f"{text}; the undefended upload, of {before}." if before else f"{text}."
+    text = f" By SSIM it shows {shown[EDGE][0]}"
+    before = shown.get(UNDEFENDED)
+    return f"{text}; the undefended upload, {before[1]}." if before else f"{text}."
 
 
 def limits(summary: RunSummary, audit: Audit) -> list[str]:

@@ -91,8 +91,9 @@ class AuditReport:
         """The side, in pixels, of the thumbnail with the strongest attack's mean SSIM.
 
         A way to say what an SSIM means: at 3.4, the attacker's pictures are as like the originals
-        as thumbnails between 3x3 and 4x4 pixels, enlarged. None where the mean colour alone shows
-        more, or thumbnails were not measured.
+        as thumbnails between 3x3 and 4x4 pixels, enlarged. The shorter side of the pictures where
+        they are seen whole. None where the mean colour alone shows more, or thumbnails were not
+        measured.
         """
         return thumbnail_side(self.thumbnails, float(self.strongest(subject)["ssim"]))
 

@@ -22,6 +22,7 @@ from patrol_prune.metrics import (
 
 WORST_SHARE = 0.05
 LARGEST_PSNR = 100.0
+_SAME = 1e-6
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
 """Of the thumbnails that reconstructions are held against, in pixels."""
 
@@ -81,11 +82,13 @@ def thumbnails(originals: Tensor, up_to: float) -> list[dict[str, Any]]:
         up_to: stop behind the first whose mean SSIM is above this one.
 
     Returns:
-        rows with `side` (pixels), the means `ssim`, `ssim_worst5` and `mse`, and `images`.
+        rows with `side` (pixels), the means `ssim`, `ssim_worst5` and `mse`, and `images`. The
+        last that there can be is the picture itself, with its shorter side.
     """
     rows: list[dict[str, Any]] = []
-    for side in (s for s in SIDES if s < min(originals.shape[2:])):
-        shown = thumbnail(originals, side).clamp(0.0, 1.0)
+    whole = min(originals.shape[2:])
+    for side in (*(s for s in SIDES if s < whole), whole):
+        shown = originals if side == whole else thumbnail(originals, side).clamp(0.0, 1.0)
         values = ssim(originals, shown)
         rows.append({"side": side, "ssim": _mean(values), "ssim_worst5": _worst(values),
                      "mse": _mean(mse(originals, shown)), "images": len(originals)})
@@ -97,10 +100,18 @@ def thumbnails(originals: Tensor, up_to: float) -> list[dict[str, Any]]:
 def thumbnail_side(rows: list[dict[str, Any]], seen: float) -> float | None:
     """The side of the thumbnail whose mean SSIM is `seen`, in pixels, between rows by a line.
 
-    None where one pixel, the mean colour, shows more, or no row as much.
+    That of the picture, the last row's, where everything is seen. None where one pixel, the mean
+    colour, shows more, or no row as much.
     """
+    if rows and shows_all(rows, seen):
+        return float(rows[-1]["side"])
     for small, large in pairwise(rows):
         if small["ssim"] <= seen <= large["ssim"] and large["ssim"] > small["ssim"]:
             share = (seen - small["ssim"]) / (large["ssim"] - small["ssim"])
             return float(small["side"] + share * (large["side"] - small["side"]))
     return None
+
+
+def shows_all(rows: list[dict[str, Any]], seen: float) -> bool:
+    """Whether the last row is the picture itself and `seen` is as good."""
+    return bool(rows[-1]["ssim"] >= 1.0 - _SAME and seen >= rows[-1]["ssim"] - _SAME)

@@ -140,9 +140,16 @@ def test_a_likeness_is_told_as_a_thumbnail_of_the_same(side: int, tmp_path: Path
     assert AuditReport.from_json(tmp_path / "audit.json").as_thumbnail() == made.as_thumbnail()
 
 
-def test_the_whole_picture_is_no_thumbnail() -> None:
-    made = audit(open_edge(), KNOWN, VICTIM, attacks={"oracle": Oracle()})
-    assert made.as_thumbnail() is None and made.thumbnails[-1]["side"] == 12
+@pytest.mark.parametrize("up", [1, 2])
+def test_the_whole_picture_is_the_largest_thumbnail(up: int) -> None:
+    """Nothing is hidden there, so that no answer would be the wrong one."""
+    class Wide(Oracle):
+        def reconstruct(self, z: Tensor) -> Tensor:
+            return VICTIM.repeat_interleave(up, dim=3)
+
+    wide = [images.repeat_interleave(up, dim=3) for images in (KNOWN, VICTIM)]
+    made = audit(open_edge(), *wide, attacks={"oracle": Wide()})
+    assert made.as_thumbnail() == 16.0 and made.thumbnails[-2]["side"] == 12
     assert AuditReport(made.records).as_thumbnail() is None
 
 

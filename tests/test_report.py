@@ -104,6 +104,16 @@ def test_the_story_says_what_a_likeness_means(rows: list[dict[str, Any]], expect
     assert expected in seen and ("By SSIM" in seen) == bool(rows)
 
 
+def test_the_story_says_where_the_whole_picture_is_seen() -> None:
+    rows = [*LADDER[:12], {"side": 32, "ssim": 1.0, "ssim_worst5": 1.0, "mse": 0.0}]
+    for edge, expected in ((0.28719, "a thumbnail of 2x2 pixels, enlarged; the undefended upload, "
+                                     "the whole picture."),
+                           (1.0, "it shows the whole picture; the undefended upload, the whole")):
+        made = make_audit(thumbnails=rows, records=[record("edge", 0, edge),
+                                                    record("undefended", 0, 1.0)])
+        assert expected in dict(story(make_summary(), made))["What is seen"]
+
+
 class Page(HTMLParser):
     """Collects tags, `<data>` values with the text they show, and the visible text."""
 
