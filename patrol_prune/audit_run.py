@@ -26,15 +26,17 @@ from patrol_prune.attacks import (
     check_fit,
     check_more_data,
     check_reconstructions,
+    check_slopes,
     draws_differ,
     self_test,
 )
-from patrol_prune.attacks.checks import ATTACK_FAILED, SEEN_ONCE, SELF_TESTS
+from patrol_prune.attacks.checks import ATTACK_FAILED, NO_GRADIENT, SEEN_ONCE, SELF_TESTS
 from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
 from patrol_prune.audit_scores import check_guess, score, thumbnails
 from patrol_prune.errors import InputError, TrainingError
+from patrol_prune.jacobian import blocked_outputs
 from patrol_prune.pixels import Normalization
 from patrol_prune.warm_start import WarmStarts
 
@@ -67,6 +69,8 @@ class AuditRun:
         self.largest_feature_bytes, self.observer = largest_feature_bytes, observer
         self.uploads = self.used = uploads
         self.begun = torch.get_rng_state()
+        self.draws: Draws | None = None
+        self.blocked: dict[str, list[Flag]] = {}
         self.result = AuditReport(records=[])
         self.last_error: Exception | None = None
         self.best: dict[str, tuple[float, Tensor]] = {}
@@ -111,7 +115,7 @@ class AuditRun:
         """
         self.say(f"Computing what the {subject} sends.")
         torch.set_rng_state(self.begun)
-        own_draws = Draws(edge)
+        self.draws = own_draws = Draws(edge)
         once, some = edge, torch.cat([_spread(self.victim), _spread(self.attackers[0].pixels)])
         draws = draws_differ(edge_function(edge, self.normalization), some)
         self.used = self.uploads if draws else 1
@@ -188,6 +192,8 @@ class AuditRun:
             self.broke_off(error, told, subject, factory, seed, own)
             return None
         flags = [] if fit is None else check_fit(fit)
+        if box_of(attack) == "white" and NO_GRADIENT not in flags:
+            flags += self.slopes(subject, known)
         flags += check_reconstructions(self.victim, guess, own.mean_image)
         self.flag(flags, subject, factory.name, seed, own)
         self.record(
@@ -197,6 +203,15 @@ class AuditRun:
         if self.observer is not None:
             self.observer(subject, factory.name, attack, guess)
         return fit
+
+    def slopes(self, subject: str, known: Knowledge) -> list[Flag]:
+        """Flag an edge that blocks the gradient of some outputs; asked once of each subject."""
+        if subject not in self.blocked:
+            assert known.edge is not None and self.draws is not None
+            draws, some = self.draws, _spread(known.pixels)  # the same draws for each of them
+            self.blocked[subject] = check_slopes(*blocked_outputs(
+                known.edge, some, prepare=lambda: draws.apart("slopes")))
+        return self.blocked[subject]
 
     def broke_off(self, error: Exception, flag: Flag, subject: str, factory: Factory, seed: int,
                   own: Owned) -> None:

@@ -13,6 +13,9 @@ from patrol_prune.symmetric import positive_eigenvalues
 
 _COPIES = 64
 _SAME = 1e-3
+_ASKED = 64
+_SUSPECTS = 8
+_STEPS = 32
 
 
 def checked_edge(edge: Callable[[Tensor], Tensor], pixels: Tensor) -> int:
@@ -75,6 +78,109 @@ def signs(z: Tensor, generator: torch.Generator) -> Tensor:
     """Independent fair signs in the shape of `z`, drawn on the generator's device."""
     drawn = torch.randint(0, 2, z.shape, generator=generator, device=generator.device)
     return (2 * drawn - 1).to(z)
+
+
+def blocked_outputs(
+    edge: Callable[[Tensor], Tensor],
+    pixels: Tensor,
+    *,
+    size: int = 1,
+    prepare: Callable[[], None] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Outputs that differ between images, and those among them without a gradient: `[k]` each.
+
+    One product `J v` with a random `v` tells the outputs whose gradient is zero at every image. An
+    output may be flat at all of them and yet have its true slope, one that a clamp holds at either
+    end; so some that look blocked are followed from the image with their least value to that with
+    their largest, and only the share of them that has no gradient on the way counts.
+
+    Args:
+        edge: as in `diagonal_fisher_information`.
+        pixels: images `[N, C, H, W]`.
+        size: images in one call of the edge.
+        prepare: called before each call, to set a random edge's draws.
+    """
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(pixels[0].shape, generator=generator).to(pixels)
+    first = low = high = torch.empty(0)
+    at: list[Tensor] = []
+    alive = torch.zeros(())
+    squares, start = torch.zeros((), dtype=torch.float64), 0
+    for images in torch.split(pixels, size):
+        if prepare is not None:
+            prepare()
+        z, slope = _with_slope(edge, images, v)
+        if start == 0:
+            first = low = high = z[0]
+            at = [torch.zeros_like(low, dtype=torch.long) for _ in range(2)]
+            alive = torch.zeros_like(low, dtype=torch.bool)
+        for row, value in enumerate(z):
+            at[0] = torch.where(value < low, start + row, at[0])
+            at[1] = torch.where(value > high, start + row, at[1])
+            low, high = torch.minimum(low, value), torch.maximum(high, value)
+        alive = alive | (slope != 0).any(0)
+        squares, start = squares + z.double().square().sum(), start + len(images)
+    scale = float((squares / (start * len(first))).sqrt())
+    varying = high - low > 1e-5 * torch.maximum(low.abs(), high.abs()) + 1e-6 * scale
+    blocked = varying & ~alive
+    suspects = blocked.nonzero().flatten()
+    if len(suspects):
+        some = suspects[torch.linspace(0, len(suspects) - 1, min(_SUSPECTS, len(suspects))).long()]
+        kept = [index for index in some.tolist() if not _slopes_between(
+            edge, pixels[at[0][index]], pixels[at[1][index]], index, size, prepare)]
+        blocked[suspects[round(len(suspects) * len(kept) / len(some)) :]] = False
+    return varying, blocked
+
+
+def _with_slope(
+    edge: Callable[[Tensor], Tensor], images: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`z [N, k]` and `J v` of each image, by differentiating `J^T u` with respect to `u`.
+
+    Where an operator has no second derivative, outputs are differentiated one by one, some of them,
+    and the others pass for not blocked.
+    """
+    x = images.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        z = edge(x).flatten(1)
+        flat = z.detach()
+        if not z.requires_grad:
+            return flat, torch.zeros_like(flat)
+        u = torch.zeros_like(z, requires_grad=True)
+        slope = None
+        try:
+            (g,) = torch.autograd.grad(z, x, u, create_graph=True, allow_unused=True)
+            if g is None:
+                return flat, torch.zeros_like(flat)
+            if g.requires_grad:
+                (slope,) = torch.autograd.grad(g, u, v.expand_as(g), allow_unused=True)
+        except RuntimeError:
+            pass
+        if slope is not None:
+            return flat, slope.detach()
+        slope, z = torch.ones_like(flat), edge(x).flatten(1)
+        for index in torch.linspace(0, z.shape[1] - 1, min(_ASKED, z.shape[1])).long():
+            (g,) = torch.autograd.grad(z[:, index].sum(), x, retain_graph=True, allow_unused=True)
+            slope[:, index] = 0.0 if g is None else (g * v).flatten(1).sum(1)
+        return flat, slope
+
+
+def _slopes_between(
+    edge: Callable[[Tensor], Tensor], a: Tensor, b: Tensor, index: int, size: int,
+    prepare: Callable[[], None] | None,
+) -> bool:
+    """Whether output `index` has a gradient somewhere between two images."""
+    for share in torch.linspace(0.0, 1.0, _STEPS).split(size):
+        if prepare is not None:
+            prepare()
+        x = torch.lerp(a, b, share.view(-1, *[1] * a.dim()).to(a)).requires_grad_()
+        with torch.enable_grad():
+            z = edge(x).flatten(1)[:, index].sum()
+        if z.requires_grad:
+            (g,) = torch.autograd.grad(z, x, allow_unused=True)
+            if g is not None and bool((g != 0).any()):
+                return True
+    return False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from patrol_prune.bounds import (
 )
 from patrol_prune.covariance import gaussian_information, shrinkage_intensity
 from patrol_prune.errors import InputError
-from patrol_prune.jacobian import jacobian_effective_rank
+from patrol_prune.jacobian import blocked_outputs, jacobian_effective_rank
 
 seeds = st.integers(0, 10_000)
 LOG_2_PI_E = math.log(2 * math.pi * math.e)
@@ -179,6 +179,48 @@ class TestFisher:
         assert torch.equal(before, torch.get_rng_state())
         assert all(p.grad is None for p in edge.parameters()) and not x.requires_grad
 
+    def test_an_output_that_is_flat_where_it_was_looked_at_is_not_blocked(self) -> None:
+        """A clamp that holds it at one end for one image and at the other for the next."""
+        x = torch.stack([torch.zeros(2, 6, 6), torch.ones(2, 6, 6)])
+
+        def edge(v: torch.Tensor) -> torch.Tensor:
+            flat = v.flatten(1)
+            return torch.cat([(3.0 * flat[:, :5] - 1.0).clamp(0.0, 1.0), flat[:, 5:]], 1)
+
+        varying, blocked = blocked_outputs(edge, x)
+        assert bool(varying.all()) and not bool(blocked.any())
+        diagonal_fisher_information(edge, x, 1.0)
+        # What jumps has no slope anywhere.
+        _, blocked = blocked_outputs(lambda v: (v.flatten(1) > 0.5).float() + 0.0 * v.flatten(1), x)
+        assert bool(blocked.all())
+
+    def test_outputs_that_are_dead_or_the_same_for_every_image_are_not_blocked(self) -> None:
+        def edge(v: torch.Tensor) -> torch.Tensor:
+            return torch.cat([v.flatten(1), 0.0 * v.flatten(1) + 0.1, (v - 2.0).relu().flatten(1)],
+                             1)
+
+        varying, blocked = blocked_outputs(edge, torch.rand(3, 2, 6, 6))
+        assert varying.tolist() == [True] * 72 + [False] * 144 and not bool(blocked.any())
+
+    def test_without_second_derivatives_some_outputs_are_looked_at(self) -> None:
+        class Once(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: object, z: torch.Tensor) -> torch.Tensor:
+                return 2.0 * z
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx: object, gradient: torch.Tensor) -> torch.Tensor:
+                return 2.0 * gradient
+
+        def edge(v: torch.Tensor) -> torch.Tensor:
+            flat = Once.apply(v.flatten(1))
+            return torch.cat([flat[:, :50], flat[:, 50:].detach()], 1)
+
+        varying, blocked = blocked_outputs(edge, torch.rand(3, 2, 6, 6))
+        assert bool(varying.all()) and not bool(blocked[:50].any())
+        assert int(blocked[50:].sum()) > 10
+
     def test_edges_that_prove_nothing_are_refused(self) -> None:
         edge, x = self.edge(), torch.rand(3, 2, 6, 6)
         with pytest.raises(InputError, match="edge without noise"):
@@ -189,6 +231,12 @@ class TestFisher:
             diagonal_fisher_information(lambda v: edge(v.detach()), x, 1.0)
         with pytest.raises(InputError, match="true slope"):
             diagonal_fisher_information(lambda v: (9 * v).round(), x, 1.0)
+        def half(v: torch.Tensor) -> torch.Tensor:  # 3 of 4 outputs where nobody looks
+            return torch.cat([v.flatten(1)[:, :18], v.detach().flatten(1)[:, :54]], 1)
+
+        for probes in (2, None):
+            with pytest.raises(InputError, match="54 of the 72 outputs"):
+                diagonal_fisher_information(half, x, 1.0, probes=probes)
         with pytest.raises(InputError, match="Without noise there is no such bound"):
             diagonal_fisher_information(edge, x, 0.0)
         with pytest.raises(InputError, match="prior_information above 0"):

@@ -128,6 +128,35 @@ def test_an_edge_that_passes_no_gradient(healthy: AuditReport) -> None:
     assert "no_gradient" not in {name for name, _ in flags_of(healthy)}
 
 
+class Halved(Open):
+    """The same features, and no gradient through those of `blocked` channels; behind noise."""
+
+    def __init__(self, blocked: int, sigma: float = 0.0) -> None:
+        super().__init__()
+        self.blocked, self.sigma = blocked, sigma
+        self.generator = torch.Generator().manual_seed(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = super().forward(x)
+        # Noise beside a channel that says nothing of the image is not what an attacker follows.
+        z = torch.cat([z[:, : self.blocked].detach(), z[:, self.blocked :], 0.0 * z[:, :1]], dim=1)
+        if not self.sigma:
+            return z
+        return z + self.sigma * torch.randn(z.shape, generator=self.generator)
+
+
+@pytest.mark.parametrize("sigma", [0.0, 0.1])
+@pytest.mark.parametrize("blocked", [0, 6, 12])
+def test_an_edge_that_passes_the_gradient_of_a_part(blocked: int, sigma: float) -> None:
+    brief = replace(OPTIMISED, steps=2, tuning_steps=2)
+    made = audit(SimpleNamespace(edge=Halved(blocked, sigma)), KNOWN, VICTIM, examples=0,
+                 attacks=("rmle", "linear_inverse"), settings={"rmle": brief})
+    found = [f for f in made.flags if f["name"] == "no_gradient"]
+    assert [f["attack"] for f in found] == ["rmle"] * (blocked > 0)
+    if blocked == 6:
+        assert "50% pass no gradient" in found[0]["meaning"]
+
+
 def test_a_gradient_that_misleads_makes_the_white_box_the_weaker() -> None:
     def cold(seed: int) -> RMLE:
         return RMLE(OPTIMISED)

@@ -15,6 +15,7 @@ from patrol_prune.attacks.checks import (
     check_fit,
     check_more_data,
     check_reconstructions,
+    check_slopes,
     self_test,
 )
 from patrol_prune.attacks.image_prior import ImagePrior, ImagePriorConfig
@@ -59,6 +60,7 @@ __all__ = [
     "check_fit",
     "check_more_data",
     "check_reconstructions",
+    "check_slopes",
     "draws_differ",
     "kind_of",
     "make_attack",

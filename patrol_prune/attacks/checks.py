@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 
 import torch
@@ -30,6 +30,7 @@ _WEAKER = 0.02
 _MORE_HELPS = 0.05
 _CHANCE = 1e-3
 _NEGLIGIBLE = 1e-3
+_BLOCKED = 0.01
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,19 @@ def check_reconstructions(
     if bool(contrast < _CONTRAST * originals.flatten(1).std(dim=1).mean()):
         flags.append(CONTRAST_COLLAPSED)
     return flags
+
+
+def check_slopes(varying: Tensor, blocked: Tensor) -> list[Flag]:
+    """Flag an edge of whose outputs that vary over images, `[k]`, over 1% have no gradient `[k]`.
+
+    A white box then follows the rest alone, and its score may flatter what was blocked.
+    """
+    share = float(blocked.sum()) / max(1.0, float(varying.sum()))
+    if share <= _BLOCKED:
+        return []
+    return [replace(NO_GRADIENT, meaning=(
+        f"Of the values that the edge sends and that differ between images, {100 * share:.0f}% "
+        "pass no gradient to its input: the white-box attack had only the others to follow."))]
 
 
 def check_boxes(white: Sequence[float], black: Sequence[float]) -> list[Flag]:
