@@ -12,10 +12,13 @@ from row_names import (
     DEFENCES,
     INSIDE,
     METHODS,
+    PRESSED_MARK,
+    PRESSED_TEXT,
     STRENGTHS,
     Row,
     attack_name,
     has_key,
+    pressed,
     seen_once,
 )
 from yardstick_figures import rows_of
@@ -71,7 +74,8 @@ def strongest(circumstances: str) -> str:
         row = attacks[best]
         head.append({
             "method": METHODS[method] + " †" * (row.get("base") == "earlier"),
-            "split": row["split"], "accuracy": f"{100 * row['accuracy']:.1f}%",
+            "split": row["split"] + PRESSED_MARK * pressed(row),
+            "accuracy": f"{100 * row['accuracy']:.1f}%",
             "macs": f"{row['edge_macs'] / 1e6:.2f} M",
             "bytes": f"{row['feature_bytes'] / 1024:.0f} KiB",
             "ssim": f"{row['first_ssim']:.3f}", "attack": best,
@@ -88,7 +92,9 @@ def strongest(circumstances: str) -> str:
         f"{first['dataset']}, over the same {first['first_images']} test images. Floor, the mean "
         f"image: SSIM {first['floor_ssim']:.3f}, MSE {first['floor_mse']:.4f}. The dense model is "
         f"over the budget.{earlier_training(groups)}",
-        render_table(head, columns).strip(), circumstances,
+        render_table(head, columns).strip(),
+        PRESSED_TEXT * any(pressed(row) for each in groups.values() for row in each.values()),
+        circumstances,
     ]))
 
 
@@ -156,7 +162,8 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
         same = {**next(iter(groups["patrol"].values())), **strongest_of(groups["patrol"])}
         lines.append(f"cut after {same['split']} itself, as it was trained then, against the "
                      f"same: {beside(same, two)}.")
-    cut = f", cut after {one['split']}," if ours == "deeper" else ""
+    mark = PRESSED_MARK * pressed(one)
+    cut = f", cut after {one['split']}{mark}," if ours == "deeper" else ""
     return (f"PATROL{cut} at equal edge MACs:\n\n"
             + "\n".join(f"- {line}" for line in lines))
 

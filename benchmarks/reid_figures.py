@@ -64,6 +64,7 @@ def percent(value: float | None) -> str:
 def about(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     counts = first["counts"]
+    behind_the_pooling = first["split"] == "avgpool" and pressed(first)
     return (
         f"**{first['dataset'][0].upper()}{first['dataset'][1:]}**: {first['model']} with a BNNeck, "
         f"cut after {first['split']}{budget_of(first)}, trained for {first['epochs'][0]} epochs on "
@@ -74,7 +75,7 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
         "attacked. Floor: the mean image or the attacker's picture with the nearest upload, "
         "whichever is closer. One training seed, one attack seed."
-        + f" {PRESSED_TEXT.removeprefix('§ ').capitalize()}" * pressed(first)
+        + f" {PRESSED_TEXT.removeprefix('§ ').capitalize()}" * behind_the_pooling
     )
 
 

@@ -84,16 +84,18 @@ STRENGTHS = {
     "nopeek": "weight {:g}", "bottleneck": "{:g} channels", "disco": "{:.0%} dropped",
     "cem_patrol": "β {:g}",
 }
-PRESSED = (
-    "a5b241c", "a5fbf63", "9ecb9fb+changes", "9ecb9fb", "fe8a581", "ff89036", "520c817", "28acad8",
-    "8cea7bd", "07cdb51", "013a083",
-)
-"""Commits at which decoders pressed a map of one position, as behind a pooling, through the few
-channels of their trunk; later ones read it as a vector."""
+PRESSED = frozenset([
+    "013a083", "051da90", "07cdb51", "0c51218", "1321211", "28acad8", "520c817", "5d363a4",
+    "5d363a4+changes", "5d3ca9e", "5d3ca9e+changes", "78e7abc", "8903350", "8903350+changes",
+    "8cea7bd", "8dac763", "9ecb9fb", "9ecb9fb+changes", "a5b241c", "a5fbf63", "b9677e0",
+    "b9677e0+changes", "ee199dd", "fe8a581", "ff89036",
+])
+"""Commits at which decoders pressed the 128 channels of a map of 4x4 or 1x1 positions, as after the
+last layer, through the 64 of their trunk; later ones hold all of it."""
 PRESSED_MARK = " §"
 PRESSED_TEXT = (
-    "§ measured while decoders, attackers' and surrogates', pressed a map of one position through "
-    "half of its values: today's attackers see more there, and the figure is too low."
+    "§ measured while decoders, attackers' and surrogates', pressed such a small map through half "
+    "of its values: today's attackers see more there, and the figure is too low."
 )
 DRAWING = ("gaussian_noise", "laplacian_noise", "feature_dropout")
 
@@ -125,9 +127,9 @@ def draws(row: Row) -> bool:
 
 
 def pressed(row: Row) -> bool:
-    """Whether it was attacked behind the pooling by decoders that pressed its values."""
+    """Whether a small map was attacked by decoders that could not hold all of it."""
     commit = row.get("commit") or row.get("made_with", {}).get("commit")
-    return row["split"] == "avgpool" and commit in PRESSED
+    return row["split"] in ("layer4.0", "layer4", "avgpool") and commit in PRESSED
 
 
 def has_key(row: Row, key: str) -> bool:
