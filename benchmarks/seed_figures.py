@@ -41,7 +41,7 @@ LEGEND = (
 def seeds(record: dict[str, Any], measured: str) -> str:
     """At each split one line for each training seed and defence, and their means."""
     rows = [row for row in record["rows"] if row["attack"] == STRONG]
-    places = dict.fromkeys(place(row) for row in rows)
+    places = places_of(rows)
     intro = (
         "Everything anew for each training seed: the parts of the images, the dense model, the "
         "pruned one, the defence, the attackers. Every row is trained three times as long as the "
@@ -57,7 +57,7 @@ def seeds(record: dict[str, Any], measured: str) -> str:
 def means(record: dict[str, Any], measured: str) -> str:
     """The means of `seeds` alone, and whether they reach the goal."""
     rows = [row for row in record["rows"] if row["attack"] == STRONG]
-    places = dict.fromkeys(place(row) for row in rows)
+    places = places_of(rows)
     columns = {"split": "split after", "seed": "training seeds",
                **{key: COLUMNS[key] for key in ("defence", "accuracy", "lost", "ssim", "long",
                                                 "often", "worst", "floor", "macs")},
@@ -77,6 +77,11 @@ def means(record: dict[str, Any], measured: str) -> str:
     return "\n\n".join([render_table(lines, columns).strip(), legend, "\n".join(texts),
                         *[PRESSED_TEXT] * any(map(pressed, rows)),
                         " ".join([measured, *elsewhere(rows)])])
+
+
+def places_of(rows: list[Row]) -> list[str]:
+    """The places of the rows; those that decoders of today attacked come first."""
+    return sorted(dict.fromkeys(map(place, rows)), key=lambda where: PRESSED_MARK in where)
 
 
 def seeds_of(rows: list[Row]) -> str:

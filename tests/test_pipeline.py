@@ -218,7 +218,8 @@ def test_dropout_on_the_upload_is_trained_measured_and_attacked(
         run(halted)
     monkeypatch.undo()
     resumed = run(halted)
-    assert all(torch.equal(weights(resumed)[name], ours[name]) for name in ours)
+    again = weights(resumed)
+    assert all(torch.equal(again[name], ours[name]) for name in ours)
     assert resumed.audit.per_image == result.audit.per_image
     often = audit_again(resumed.directory, attacks=("linear_inverse",), uploads=4)
     found = {(r["subject"], r["attack"]): r["uploads"] for r in often.audit.records}

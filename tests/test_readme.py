@@ -35,7 +35,7 @@ def test_the_first_snippet_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     monkeypatch.setattr(pp, "finetune", quick_finetune)
     monkeypatch.chdir(tmp_path)
     generator = torch.Generator().manual_seed(0)
-    images = torch.rand(48, 3, 32, 32, generator=generator)
+    images = torch.rand(48, 3, 16, 16, generator=generator)
     batches = [(images[:16], torch.arange(16) % 5)] * 2
     names: dict[str, Any] = {
         "model": build(), "example_inputs": images[:1], "batches": batches,
