@@ -103,7 +103,7 @@ def place(row: Row) -> str:
     of the map: what a comparison shares.
     """
     larger = (row.get("recipe") or "").startswith("half")
-    budget = f", a device with {row['edge_macs'] / 1e6:.1f} M multiply-adds" * larger
+    budget = ", half of the dense edge's multiply-adds" * larger
     return row["split"] + budget + PRESSED_MARK * pressed(row)
 
 

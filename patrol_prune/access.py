@@ -15,7 +15,8 @@ from patrol_prune.cost import evaluating
 from patrol_prune.pixels import Normalization
 
 _SHADOW_STD = 0.02
-_TELLING = 4
+_DRAWS = 32
+_LOOKED = 32
 _GAP = 4.0
 _GAPPED = 0.05
 
@@ -32,10 +33,10 @@ class Repeated(nn.Module):
     decoders learn.
 
     Which it is, is seen in the first call in which a value is 0 in some draws and not in others,
-    and kept from then on. Values are dropped if two things hold. Of those that are 0 at times, one
-    in twenty is four standard deviations from 0 at the others: clipped and rounded noise leaves no
-    such gap. And the tenth that is largest is 0 at least half as often as all are: large values
-    are neither clipped nor rounded to 0.
+    by at least 32 draws of a few pictures, and kept from then on. Values are dropped if two things
+    hold. Of those that are 0 at times, one in twenty is four standard deviations from 0 at the
+    others: clipped and rounded noise leaves no such gap. And the tenth that is largest is 0 at
+    least half as often as all are: large values are neither clipped nor rounded to 0.
 
     Args:
         edge: one that draws; its weights are shared. It runs `K` times for each call.
@@ -51,28 +52,40 @@ class Repeated(nn.Module):
         """Model inputs `[N, ...]` to features `[N, ...]`."""
         z: Tensor = self.edge(x)
         total, seen = z, (z != 0).to(z.dtype)
-        squares = z.detach() ** 2
         for _ in range(self.uploads - 1):
             z = self.edge(x)
-            total, seen, squares = total + z, seen + (z != 0), squares + z.detach() ** 2
+            total, seen = total + z, seen + (z != 0)
         if self.dropped is None:
-            self.dropped = _dropped(seen, total.detach(), squares, self.uploads)
+            self.dropped = self._look(x[:_LOOKED])
         return total / (seen.clamp_min(1.0) if self.dropped else float(self.uploads))
 
+    @torch.no_grad()
+    def _look(self, x: Tensor) -> bool | None:
+        """Whether values are dropped, by draws of these pictures alone; None if they do not tell.
+        """
+        count = max(_DRAWS, self.uploads)
+        z = self.edge(x)
+        total, seen, squares = z, (z != 0).to(z.dtype), z**2
+        for _ in range(count - 1):
+            z = self.edge(x)
+            total, seen, squares = total + z, seen + (z != 0), squares + z**2
+        return _dropped(seen, total, squares, count)
 
-def _dropped(seen: Tensor, total: Tensor, squares: Tensor, uploads: int) -> bool | None:
+
+def _dropped(seen: Tensor, total: Tensor, squares: Tensor, draws: int) -> bool | None:
     """Whether values were dropped; None where none was 0 in some draws alone (see `Repeated`)."""
+    if bool((seen == draws).all()):
+        return False
     mean_square = (total / seen.clamp_min(1.0)) ** 2
-    variance = squares / seen.clamp_min(1.0) - mean_square
-    telling = max(min(_TELLING, uploads - 1), uploads // _TELLING)
-    mixed = (seen >= telling) & (seen < uploads)
+    variance = (squares - seen * mean_square) / (seen - 1.0).clamp_min(1.0)
+    mixed = (seen >= draws // 4) & (seen < draws)
     if not bool(mixed.any()):
         return None
     gap = mixed & (mean_square > _GAP**2 * variance)
     if float(gap.sum()) < _GAPPED * float(mixed.sum()):
         return False
     live = seen > 0
-    size, zero = mean_square[live], 1.0 - seen[live] / uploads
+    size, zero = mean_square[live], 1.0 - seen[live] / draws
     largest = zero[size.topk(max(1, len(size) // 10)).indices]
     return bool(largest.mean() > 0.5 * zero.mean())
 

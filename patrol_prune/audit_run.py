@@ -150,7 +150,7 @@ class AuditRun:
                     told = "" if own.whole else f" ({own.count} {own.data} images)"
                     self.say(f"Attacking the {subject} with {factory.name}, seed {seed}{told}.")
                     start = time.perf_counter()
-                    own_draws.apart(own.data, own.count, seed)
+                    own_draws.apart(own.data, own.count, factory.name, seed)
                     attack = factory.make(seed, warm.of(seed))
                     fit = self.attack(subject, factory, seed, attack, known, z_victim, own, start)
                     if factory.learned and fit is not None:

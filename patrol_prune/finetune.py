@@ -133,9 +133,14 @@ def check_training(
             f"The objective watches the upload after {objective.split.at!r}, but the split is cut "
             f"after {split.at!r}. Build it on the same Split."
         )
+    drawing = [g for m in model.modules() for g in vars(m).values()
+               if isinstance(g, torch.Generator)]
+    states = [g.get_state() for g in drawing]
     for cut in {id(s): s for s in (split, objective and objective.split)}.values():
         if isinstance(cut, Split):
             cut.refresh()
+    for generator, state in zip(drawing, states, strict=True):
+        generator.set_state(state)  # a look is no upload
 
 
 def drive(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sized
 from typing import Any
 
@@ -60,17 +61,21 @@ def check_normalization(normalization: object) -> None:
 def check_rereadable(batches: object, name: str) -> None:
     """An InputError where batches have no length, as a generator's, which one epoch would use up.
     """
-    if not isinstance(batches, Sized):
+    count = None
+    if isinstance(batches, Sized):
+        with contextlib.suppress(TypeError):  # a loader of a stream has a length in name only
+            count = len(batches)
+    if count is None:
         raise InputError(
             f"Expected {name} that have a length and can be read again for every epoch (a "
             f"DataLoader, a list), came {type(batches).__name__}."
         )
-    if len(batches) == 0:
+    if count == 0:
         raise InputError(f"Expected at least one batch in {name}, came none.")
 
 
 def input_and_target(batch: Any) -> tuple[Tensor, Any]:
-    """The two parts `(x, y)` of a batch, `x` a floating-point tensor; else an InputError."""
+    """The two parts `(x, y)` of a batch, `x` a tensor and not of bytes; else an InputError."""
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         if isinstance(batch, dict):
             came = f"a dict of {', '.join(map(str, batch))}"
@@ -80,10 +85,10 @@ def input_and_target(batch: Any) -> tuple[Tensor, Any]:
             came = f"a {type(batch).__name__}"
         raise InputError(f"Expected batches (x, y) of model inputs and targets, came {came}.")
     x, y = batch
-    if not isinstance(x, Tensor) or not x.is_floating_point():
+    if not isinstance(x, Tensor) or x.dtype == torch.uint8:
         came = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__
         raise InputError(
-            f"Expected batches (x, y) with x a floating-point tensor, as the model takes it, came "
+            "Expected batches (x, y) with x a tensor as the model takes it, came "
             f"{came}. Bytes become inputs by Normalization.to_input(pixels.float() / 255)."
         )
     return x, y

@@ -89,6 +89,8 @@ def blocked_outputs(
 ) -> tuple[Tensor, Tensor]:
     """Outputs that differ between images, and those among them without a gradient: `[k]` each.
 
+    Of an edge without second derivatives, only the outputs that were asked are in either.
+
     One product `J v` with a random `v` tells the outputs whose gradient is zero at every image. An
     output may be flat at all of them and yet have its true slope, one that a clamp holds at either
     end; so some that look blocked are followed from the image with their least value to that with
@@ -113,15 +115,17 @@ def blocked_outputs(
         if start == 0:
             first = low = high = z[0]
             at = [torch.zeros_like(low, dtype=torch.long) for _ in range(2)]
-            alive = torch.zeros_like(low, dtype=torch.bool)
+            alive, asked = (torch.zeros_like(low, dtype=torch.bool) for _ in range(2))
         for row, value in enumerate(z):
             at[0] = torch.where(value < low, start + row, at[0])
             at[1] = torch.where(value > high, start + row, at[1])
             low, high = torch.minimum(low, value), torch.maximum(high, value)
-        alive = alive | (slope != 0).any(0)
+        alive = alive | (slope.nan_to_num() != 0).any(0)
+        asked = asked | ~slope.isnan().any(0)
         squares, start = squares + z.double().square().sum(), start + len(images)
     scale = float((squares / (start * len(first))).sqrt())
     varying = high - low > 1e-5 * torch.maximum(low.abs(), high.abs()) + 1e-6 * scale
+    varying = varying & asked
     blocked = varying & ~alive
     suspects = blocked.nonzero().flatten()
     if len(suspects):
@@ -137,8 +141,8 @@ def _with_slope(
 ) -> tuple[Tensor, Tensor]:
     """`z [N, k]` and `J v` of each image, by differentiating `J^T u` with respect to `u`.
 
-    Where an operator has no second derivative, outputs are differentiated one by one, some of them,
-    and the others pass for not blocked.
+    Where an operator has no second derivative, some outputs are differentiated one by one, and NaN
+    stands for the others, which are not judged.
     """
     x = images.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -158,7 +162,7 @@ def _with_slope(
             pass
         if slope is not None:
             return flat, slope.detach()
-        slope, z = torch.ones_like(flat), edge(x).flatten(1)
+        slope, z = torch.full_like(flat, float("nan")), edge(x).flatten(1)
         for index in torch.linspace(0, z.shape[1] - 1, min(_ASKED, z.shape[1])).long():
             (g,) = torch.autograd.grad(z[:, index].sum(), x, retain_graph=True, allow_unused=True)
             slope[:, index] = 0.0 if g is None else (g * v).flatten(1).sum(1)

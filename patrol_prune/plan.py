@@ -31,7 +31,7 @@ __all__ = ["Plan", "PlanLimits", "PlanRow", "parse_budget", "plan", "short"]
 
 BOUNDARIES = ("keep", "prune")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_THOUSANDS = re.compile(r"^[1-9][0-9]{0,2}(?:,[0-9]{3})+(?![0-9,])")
+_THOUSANDS = re.compile(r"^[1-9][0-9]{0,2}(?:,[0-9]{3})+(?=$|\s*MACs$)")
 _MOST_ROWS = 24
 
 

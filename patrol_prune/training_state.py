@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,13 +36,21 @@ def unpack_state(
 ) -> None:
     """Put back what `pack_state` took; a checkpoint of another model is refused by name."""
     try:
-        model.load_state_dict(_below(tensors, "model"))
         if surrogates is not None:
             surrogates.load_state_dict(_below(tensors, "surrogates"))
     except RuntimeError as error:
         raise CheckpointError(
-            f"The checkpoint {path} is of another model: {error}. Resume with the model and the "
-            "surrogates that wrote it.",
+            f"The checkpoint {path} holds surrogates of another architecture, of other settings or "
+            f"an earlier release: {error}. Resume with what wrote it, or remove "
+            f"{Path(path).parent} to begin this training anew.",
+            path=path,
+        ) from error
+    try:
+        model.load_state_dict(_below(tensors, "model"))
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"The checkpoint {path} is of another model: {error}. Resume with the model that "
+            "wrote it.",
             path=path,
         ) from error
     _unpack_optimizer(optimizer, "optimizer", tensors, meta["optimizer"])

@@ -33,7 +33,7 @@ class Drawing(nn.Module):
         return z
 
 
-@pytest.mark.parametrize("uploads", [8, 64])
+@pytest.mark.parametrize("uploads", [2, 4, 8, 64])
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 3.0])
 @pytest.mark.parametrize(
     "steps", [("noise",), ("noise", "relu"), ("noise", "quantise"), ("noise", "relu", "quantise")]

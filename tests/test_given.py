@@ -17,6 +17,7 @@ from torch.nn import functional as F
 import patrol_prune as pp
 from patrol_prune.attacks import FitRecord, Knowledge
 from patrol_prune.errors import CheckpointError, InputError, TrainingError
+from patrol_prune.finetune import check_training
 from patrol_prune.models import SmallResNet
 from patrol_prune.surrogate import SurrogateSpec
 
@@ -96,6 +97,30 @@ def test_it_is_named(mistake: str) -> None:
     call, words = MISTAKES[mistake]
     with pytest.raises(InputError, match=words):
         call()
+
+
+class Stream(torch.utils.data.IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(batches())
+
+
+def test_a_loader_of_a_stream_has_no_length() -> None:
+    with pytest.raises(InputError, match="read again"):
+        pp.finetune(split(), torch.utils.data.DataLoader(Stream()), progress=False)
+
+
+def test_any_model_is_trained_on_any_numbers() -> None:
+    words = [(torch.arange(6), torch.arange(6) % 3)] * 2
+    pp.finetune(torch.nn.Embedding(6, 3), words, config=QUICK, progress=False)
+
+
+def test_a_look_before_training_draws_nothing() -> None:
+    drawing = pp.make_defence("feature_dropout", 0.5).apply(split())
+    before = drawing.edge.upload.get_extra_state().clone()
+    with pytest.raises(InputError, match="Give split.model"):
+        pp.finetune(drawing, batches(), teacher=drawing)  # type: ignore[arg-type]
+    check_training(drawing, batches(), None, None)
+    assert torch.equal(drawing.edge.upload.get_extra_state(), before)
 
 
 def test_an_objective_of_another_cut_is_refused() -> None:

@@ -149,6 +149,15 @@ def test_a_loud_channel_hides_nothing(loudness: float) -> None:
                           atol=1e-2)
 
 
+def test_features_of_more_dimensions_are_compared_as_they_are() -> None:
+    def windows(pixels: Tensor) -> Tensor:
+        return edge(pixels).unflatten(1, (2, 4))
+
+    attack = RMLE(dataclasses.replace(QUICK, losses=LOSSES))
+    attack.fit(Knowledge(KNOWN, edge=windows))
+    assert float(mse(VICTIM, attack.reconstruct(windows(VICTIM))).mean()) < 0.1 * FLOOR
+
+
 class TestAnEdgeThatDropsValues:
     def wide(self, pixels: Tensor) -> Tensor:
         weight = torch.randn(48, 3, 3, 3, generator=torch.Generator().manual_seed(2)) / 3

@@ -74,6 +74,8 @@ class Work:
                 self.check_pictures()
                 continue
             self.folder.forget(name for name, _ in stages[number:])
+            for later, _ in stages[number + 1:]:  # they began with what this stage left before
+                self.folder.remove(f"checkpoints/{later}-epochs")
             self.folder.event("stage begins", stage=stage)
             do()
         return self.result()
@@ -107,7 +109,7 @@ class Work:
             self.factory(), self.people.example(), edge_macs=self.config.edge_macs,
             at=self.config.at, boundary="keep",
             max_pruning_ratio=self.config.score.max_pruning_ratio,
-            min_channels=self.config.score.min_channels,
+            min_channels=self.config.score.min_channels, round_to=self.config.score.round_to,
         )
         atomic_write_json(self.folder / "plan.json", made.to_json())
         self.say(made.text)

@@ -147,12 +147,14 @@ class Comparison:
            ) -> Comparison:
         """By the features `z` of some of the attacker's own images."""
         shape = tuple(z.shape[1:])
-        dim = channel_dim(shape, tuple(known.pixels.shape[1:]))
-        gain = FeatureStandardizer(shape, dim=dim).to(z.device).fit(z).gain()
-        view = [1] * z.dim()
-        view[dim] = -1
+        gain: Tensor | None = None
+        if 1 <= len(shape) <= 3:  # which channels there are is not known of others
+            dim = channel_dim(shape, tuple(known.pixels.shape[1:]))
+            view = [1] * z.dim()
+            view[dim] = -1
+            gain = FeatureStandardizer(shape, dim=dim).to(z.device).fit(z).gain().view(view)
         draws = draws if known.random_edge else 1
-        return cls(feature_scale(z) if relative else 1.0, gain.view(view),
+        return cls(feature_scale(z) if relative else 1.0, gain,
                    known.random_edge and drops_values(known, z.device), draws)
 
     def feature(self, edge: EdgeFunction, pixels: Tensor) -> Tensor:
