@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune.attacks import EdgeFunction
-from patrol_prune.cost import evaluating
+from patrol_prune.cost import evaluating, generators_of
 from patrol_prune.pixels import Normalization
 
 _SHADOW_STD = 0.02
@@ -127,7 +127,7 @@ def lent(*modules: nn.Module) -> Iterator[None]:
     """
     held = nn.ModuleList(modules)
     flags = [(p, p.requires_grad) for p in held.parameters()]
-    generators = _generators(held)
+    generators = generators_of(held)
     states = [g.get_state() for g in generators]
     with evaluating(held):
         try:
@@ -150,7 +150,7 @@ class Draws:
     """
 
     def __init__(self, module: nn.Module) -> None:
-        self._generators = [torch.default_generator, *_generators(module)]
+        self._generators = [torch.default_generator, *generators_of(module)]
         self._states = [g.get_state().numpy().tobytes() for g in self._generators]
 
     def apart(self, *who: object) -> None:
@@ -160,11 +160,6 @@ class Draws:
         ):
             digest = hashlib.sha256(state + repr((number, *who)).encode()).digest()
             generator.manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def _generators(module: nn.Module) -> list[torch.Generator]:
-    return [g for m in module.modules() for g in vars(m).values()
-            if isinstance(g, torch.Generator)]
 
 
 def fresh_twin(edge: nn.Module, seed: int) -> nn.Module:

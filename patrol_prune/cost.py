@@ -131,6 +131,12 @@ def home_of(module: nn.Module, device: str | torch.device | None) -> torch.devic
     return device_of(module, torch.empty(1, 1)) if device is None else torch.device(device)
 
 
+def generators_of(module: nn.Module) -> list[torch.Generator]:
+    """The random generators that its submodules hold as attributes."""
+    return [g for m in module.modules() for g in vars(m).values()
+            if isinstance(g, torch.Generator)]
+
+
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Evaluation mode inside; every submodule's own `training` flag comes back."""

@@ -134,6 +134,16 @@ def _token_grid(tokens: int, image_shape: tuple[int, ...]) -> tuple[int, int] | 
     return None
 
 
+def token_grid(tokens: int, image_shape: tuple[int, ...]) -> tuple[int, tuple[int, int] | None]:
+    """`(leading, grid)`: the grid that so many tokens lie on, behind 0 or 1 class token, or None.
+    """
+    for leading in (0, 1):
+        grid = _token_grid(tokens - leading, image_shape)
+        if grid is not None:
+            return leading, grid
+    return 0, None
+
+
 class ToMap(nn.Module):
     """A feature of any shape to a map `[N, *map_shape]`."""
 
@@ -151,13 +161,10 @@ class ToMap(nn.Module):
                 return
         if len(feature_shape) == 2:
             tokens, channels = feature_shape
-            grid = _token_grid(tokens, image_shape)
+            leading, grid = token_grid(tokens, image_shape)
             if grid is not None:
-                self.kind, self.map_shape = "tokens", (channels, *grid)
-                return
-            grid = _token_grid(tokens - 1, image_shape)
-            if grid is not None:
-                self.kind, self.map_shape = "class+tokens", (2 * channels, *grid)
+                self.kind = "class+tokens" if leading else "tokens"
+                self.map_shape = ((1 + leading) * channels, *grid)
                 return
         self.kind = "linear"
         size = math.prod(feature_shape)
@@ -198,7 +205,7 @@ def _linear_map(
 
 
 def spreading(map_shape: tuple[int, ...], image_shape: tuple[int, ...], width: int) -> int:
-    """By how much a small map is enlarged, so that a trunk of `width` channels holds all of it.
+    """By how much a small map is enlarged, so that a trunk of `width` channels holds more of it.
 
     The smallest power of two `f` with `width * f^2` of at least the map's channels, as long as no
     side gets longer than 8, where a trunk costs as much as elsewhere, or than half the image.

@@ -23,10 +23,18 @@ from patrol_prune.decoder_blocks import (
     check_shape,
     doubling,
     spreading,
+    token_grid,
 )
 from patrol_prune.errors import InputError, nearest
 
-__all__ = ["FAMILIES", "Decoder", "FeatureStandardizer", "channel_dim", "make_decoder"]
+__all__ = [
+    "FAMILIES",
+    "Decoder",
+    "FeatureStandardizer",
+    "channel_dim",
+    "make_decoder",
+    "token_grid",
+]
 
 FAMILIES: tuple[str, ...] = ("residual", "transposed", "unet")
 """The names `make_decoder` takes."""

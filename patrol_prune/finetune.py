@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.cost import home_of
+from patrol_prune.cost import generators_of, home_of
 from patrol_prune.errors import CheckpointError, InputError
 from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
@@ -133,8 +133,7 @@ def check_training(
             f"The objective watches the upload after {objective.split.at!r}, but the split is cut "
             f"after {split.at!r}. Build it on the same Split."
         )
-    drawing = [g for m in model.modules() for g in vars(m).values()
-               if isinstance(g, torch.Generator)]
+    drawing = generators_of(model)
     states = [g.get_state() for g in drawing]
     for cut in {id(s): s for s in (split, objective and objective.split)}.values():
         if isinstance(cut, Split):

@@ -111,7 +111,10 @@ def test_a_loader_of_a_stream_has_no_length() -> None:
 
 def test_any_model_is_trained_on_any_numbers() -> None:
     words = [(torch.arange(6), torch.arange(6) % 3)] * 2
-    pp.finetune(torch.nn.Embedding(6, 3), words, config=QUICK, progress=False)
+    model = torch.nn.Embedding(6, 3)
+    before = model.weight.detach().clone()
+    pp.finetune(model, words, config=QUICK, progress=False)
+    assert not torch.equal(model.weight, before)
 
 
 def test_a_look_before_training_draws_nothing() -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from patrol_prune.decoders import channel_dim
+from patrol_prune.decoders import channel_dim, token_grid
 
 _LARGEST_PATCH = 2304
 
@@ -59,7 +59,7 @@ class Layout:
         if len(feature) == 3 and dim == 3:
             size = feature[:2]
         elif len(feature) == 2:
-            leading, tokens = _tokens(feature[0], image)
+            leading, tokens = token_grid(feature[0], image)
             size = tokens or ()
         if len(size) != 2 or len(feature) not in (2, 3):
             return cls(whole, (1, 1), (1, 1), 1, False, dim, None, 0, math.prod(feature))
@@ -125,19 +125,6 @@ class Layout:
         bottom = self.grid[0] * self.block[0] - pixels.shape[2]
         right = self.grid[1] * self.block[1] - pixels.shape[3]
         return functional.pad(pixels, (0, right, 0, bottom), mode="replicate")
-
-
-def _tokens(count: int, image: tuple[int, ...]) -> tuple[int, tuple[int, int] | None]:
-    """`(leading, grid)` of so many tokens, as decoders lay them; `(0, None)` on no grid."""
-    for leading in (0, 1):
-        for aspect in (image[1] / image[2], 1.0):
-            rows = round(math.sqrt((count - leading) * aspect))
-            if rows < 2 or (count - leading) % rows:
-                continue
-            columns = (count - leading) // rows
-            if columns >= 2 and abs(math.log(rows / columns / aspect)) < 1e-6:
-                return leading, (rows, columns)
-    return 0, None
 
 
 def _unshuffle(images: Tensor, high: int, wide: int) -> Tensor:
