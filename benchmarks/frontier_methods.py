@@ -144,6 +144,7 @@ DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
     "layer4.0": {"none": (0.0,), "patrol": (10.0, 40.0), "patrol@longer": (10.0,),
                  "disco": (0.5,), "feature_dropout": (0.5,), "gaussian_noise": (1.0,)},
     "layer4": {"none": (0.0,), "none@longer": (0.0,), "patrol@longer": (10.0, 3.0),
+               "patrol@longer-whole": (10.0,),
                "patrol@longer-dropout": (10.0,), "patrol@longer-spared-dropout": (10.0,),
                "feature_dropout@longer": (0.5,), "gaussian_noise@longer": (1.0,),
                "disco@longer": (0.5,)},
@@ -162,17 +163,22 @@ ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-feature_dropout@longer-0.5
                    "with-patrol@longer-spared-dropout-10-layer4",
                    "with-patrol@longer-light-dropout-10-avgpool",
                    "with-patrol@half-longer-10-avgpool",
-                   "with-patrol@half-longer-light-dropout-10-avgpool")
+                   "with-patrol@half-longer-light-dropout-10-avgpool",
+                   "with-patrol@longer-whole-10-layer4",
+                   "with-patrol@half-longer-whole-10-avgpool",
+                   "with-patrol@half-longer-whole-light-dropout-10-avgpool")
 """What is compared with the best of these, so that its longest attack has others beside it."""
 SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@longer-1-layer4",
               "with-patrol@longer-dropout-10-layer4",
               "with-patrol@longer-spared-dropout-10-layer4",
               "with-feature_dropout@longer-0.5-avgpool",
               "with-patrol@longer-light-dropout-10-avgpool",
-              "with-patrol@half-longer-light-dropout-10-avgpool")
+              "with-patrol@half-longer-light-dropout-10-avgpool",
+              "with-patrol@half-longer-whole-light-dropout-10-avgpool")
 """What draws for every upload, and is attacked without its draws too: any number of uploads of a
 picture come to that."""
 MET_BY_OTHERS = ("with-patrol@half-longer-10-avgpool",
+                 "with-patrol@half-longer-whole-10-avgpool",
                  "with-patrol@half-longer-light-dropout-10-avgpool",
                  "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-layer4")
 """What reaches the goal within a point of the dense model, and what drops values, which a white box
@@ -235,7 +241,9 @@ def deeper(args: Frontier) -> list[Method]:
     rows += [half, Method("with-none", "avgpool", defence="none", start=half.key,
                           recipe="half-longer"),
              *(Method("with-patrol", "avgpool", defence="patrol", strength=10.0, start=half.key,
-                      recipe=recipe) for recipe in ("half-longer", "half-longer-light-dropout"))]
+                      recipe=recipe) for recipe in (
+                          "half-longer", "half-longer-light-dropout", "half-longer-whole",
+                          "half-longer-whole-light-dropout"))]
     shallow = Method("taylor", "layer3", "taylor", epochs=DEEPER_EPOCHS, recipe="half",
                      max_pruning_ratio=0.5)
     rows += [shallow, Method("with-none", "layer3", defence="none", start=shallow.key,

@@ -78,9 +78,13 @@ RECIPES: dict[str, Recipe] = {
     "half": Recipe(budget=0.5),
     "half-longer": Recipe(epochs=3),
     "half-longer-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
+    "longer-whole": Recipe(epochs=3),
+    "half-longer-whole": Recipe(epochs=3),
+    "half-longer-whole-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
     "taylor": Recipe(),
     "lipschitz-paper": Recipe(alpha=0.02, lipschitz_form="paper"),
     "lipschitz-scale-free": Recipe(alpha=0.02),
     "lipschitz-spectral": Recipe(alpha=0.002, lipschitz_form="spectral"),
 }
-"""By name; "" is what every defence with an adversarial term gets."""
+"""By name; "" is what every defence with an adversarial term gets. "whole": with attackers inside
+that read the whole of a small feature, where those of the recipes before them pressed it."""

@@ -72,6 +72,12 @@ INSIDE = {
     "half": "with a larger budget", "half-longer": "with a larger budget, three times as long",
     "half-longer-light-dropout":
         f"{BEHIND['half-longer-light-dropout']}, with a larger budget, three times as long",
+    "longer-whole": "attackers inside that read it whole, three times as long",
+    "half-longer-whole":
+        "attackers inside that read it whole, with a larger budget, three times as long",
+    "half-longer-whole-light-dropout":
+        f"{BEHIND['half-longer-whole-light-dropout']}, attackers inside that read it whole, with a "
+        "larger budget, three times as long",
     "taylor": "on Taylor pruning",
     "long": "larger surrogates, three times as long",
     "lipschitz-paper": "the paper's Lipschitz term alone",
