@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -82,8 +81,8 @@ def finetune(
         val_batches: accuracy is measured on them after each epoch.
         teacher: the dense model, never trained here; it shares no parameter with the model.
         checkpoint_dir: one checkpoint per epoch is written there, whole or not at all.
-        resume: go on from the newest whole checkpoint in `checkpoint_dir`; without it, those of an
-            earlier training there are removed.
+        resume: go on from the newest whole checkpoint in `checkpoint_dir`, from the start where
+            there is none; without it, the folder must hold no checkpoint of an earlier training.
         progress: show a bar.
         device: where to train; where the model is by default.
 
@@ -91,6 +90,8 @@ def finetune(
         TrainingError: a loss that is NaN or infinite, with the step and the term.
         InputError: no batch, labels outside the classes, a privacy objective without its split, a
             teacher that would be trained along.
+        CheckpointError: `checkpoint_dir` holds an earlier training, and `resume` is not given; or
+            what is to be resumed has other settings.
     """
     config = config or FinetuneConfig()
     model = split.model if isinstance(split, Split) else split
@@ -153,6 +154,8 @@ def drive(
     """Run a trainer's epochs with its checkpoints; arguments and result as in `finetune`."""
     model = trainer.model
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
+    if directory is not None and not resume:
+        _refuse_earlier(directory)
     result = FinetuneResult(optimizer=trainer.optimizer)
     nets = [model] if trainer.teacher is None else [model, trainer.teacher]
     modes = [(module, module.training) for net in nets for module in net.modules()]
@@ -160,8 +163,6 @@ def drive(
         trainer.open()
         if resume and directory is not None:
             _resume(trainer, result, directory)
-        elif directory is not None and trainer.accelerator.is_main_process:
-            _forget(directory)
         if result.resumed_from == 0:
             trainer.warm_up_surrogates(train_batches)
         for epoch in range(result.resumed_from, trainer.config.epochs):
@@ -197,13 +198,15 @@ def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int)
     save_state(directory / f"epoch-{epoch:04d}", tensors, meta)
 
 
-def _forget(directory: Path) -> None:
-    """Remove an earlier training's checkpoints: a later resume would take them for this one's."""
-    for entry in directory.glob("epoch-*"):
-        if entry.is_symlink():
-            entry.unlink()
-        elif entry.is_dir():
-            shutil.rmtree(entry)
+def _refuse_earlier(directory: Path) -> None:
+    """Refuse a folder with an earlier training: a resume would take its epochs for this one's."""
+    epochs = sorted(entry.name for entry in directory.glob("epoch-*"))
+    if epochs:
+        raise CheckpointError(
+            f"Expected a checkpoint_dir without an earlier training, came {directory} with "
+            f"{epochs[-1]}. Give resume=True to go on from there, or another directory; remove "
+            "the folder if that training is no longer wanted.", path=str(directory),
+        )
 
 
 def _resume(trainer: Trainer, result: FinetuneResult, directory: Path) -> None:

@@ -183,7 +183,8 @@ def learn_masks(
         teacher: the dense model, for distillation; never trained here.
         val_batches: accuracy of the masked model is measured on them after each epoch.
         checkpoint_dir: one checkpoint per epoch is written there, whole or not at all.
-        resume: go on from the newest whole checkpoint in `checkpoint_dir`.
+        resume: go on from the newest whole checkpoint in `checkpoint_dir`, from the start where
+            there is none; without it, the folder must hold no checkpoint of an earlier training.
         progress: show a bar.
         device: where to train; where the model is by default.
 
@@ -194,7 +195,7 @@ def learn_masks(
         UnsupportedModelError: nothing on the edge can carry a mask.
         TrainingError: a loss that is NaN or infinite, with the step and the term.
         CheckpointError: the checkpoint to resume from is of another budget, boundary or choice of
-            structures.
+            structures; or there is an earlier training, and `resume` is not given.
     """
     config = config or MaskConfig()
     check_budget(edge_macs)

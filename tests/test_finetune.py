@@ -127,23 +127,20 @@ def test_a_resumed_run_ends_with_the_same_bits(
         assert torch.equal(a, b), name
 
 
-def test_a_training_that_begins_anew_removes_the_checkpoints_of_an_earlier_one(
+def test_a_training_that_begins_anew_spares_the_checkpoints_of_an_earlier_one(
     tmp_path: Path,
 ) -> None:
-    """Else the next resume would take the earlier training for this one."""
+    """Removed they would be lost to whoever forgot `resume`; left they would be resumed later."""
     (tmp_path / "notes").mkdir()
-    _train(_split(), checkpoint_dir=tmp_path)
-    batches = Batches(_images(), 16, shuffle=True, seed=1)
-    with pytest.raises(KeyboardInterrupt):
-        finetune(_split(), batches, config=CONFIG, checkpoint_dir=tmp_path, progress=False,
-                 val_batches=_Interrupts())  # fmt: skip
-    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
     assert _train(_split(), checkpoint_dir=tmp_path, resume=True).resumed_from == 0
-
-
-class _Interrupts:
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        raise KeyboardInterrupt
+    before = sorted(p.name for p in tmp_path.iterdir())
+    fresh = _split()
+    weights = copy.deepcopy(fresh.model.state_dict())
+    with pytest.raises(CheckpointError, match="epoch-0003.*resume=True"):
+        _train(fresh, checkpoint_dir=tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == before == [
+        "epoch-0001", "epoch-0002", "epoch-0003", "notes"]
+    assert all(map(torch.equal, weights.values(), fresh.model.state_dict().values()))
 
 
 def test_the_models_come_back_in_the_mode_and_layout_they_came_in() -> None:
