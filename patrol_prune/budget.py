@@ -17,7 +17,9 @@ more variable, 1 or 0, and a factor of all its layers.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +37,9 @@ if TYPE_CHECKING:
     from patrol_prune.split import Split
 
 Ints = NDArray[np.int64]
+
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_THOUSANDS = re.compile(r"^[1-9][0-9]{0,2}(?:,[0-9]{3})+(?=$|\s*MACs$)")
 
 
 class MacModel:
@@ -221,14 +226,28 @@ class MacModel:
             self._fixed_gates[i, needs] = 1
 
 
-def check_budget(edge_macs: float) -> None:
-    """Refuse what is neither a fraction in (0, 1] nor a whole number of MACs."""
-    number = isinstance(edge_macs, (int, float)) and not isinstance(edge_macs, bool)
-    if not number or not 0 < edge_macs < math.inf or (edge_macs > 1 and edge_macs % 1):
+def check_budget(edge_macs: float | str) -> float:
+    """The budget as a number; refuse what is neither a fraction in (0, 1] nor a count of MACs."""
+    value = spelled(edge_macs) if isinstance(edge_macs, str) else edge_macs
+    number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    if not 0 < number < math.inf or (number > 1 and number % 1):
         raise InputError(
             "Expected edge_macs as a fraction of the dense edge in (0, 1], or as a whole number of "
-            f"MACs, came {edge_macs!r}."
+            f"MACs (9_900_000 or \"9.9M\", with a decimal point), came {edge_macs!r}."
         )
+    return number
+
+
+def spelled(text: str) -> int | float | None:
+    """What "9,900,000", "9.9M" or "0.5" says: a count, or a float up to 1; None for other text."""
+    plain = _THOUSANDS.sub(lambda found: found.group().replace(",", ""), text.strip())
+    plain = plain.replace("_", "")
+    match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKMGT]?)(?:MACs)?", plain)
+    if match is None or match.group(1).count(".") > 1 or match.group(1) == ".":
+        return None
+    number = float(match.group(1)) * _UNITS[match.group(2).upper()]
+    fraction = match.group(2) == "" and not plain.isdigit() and number <= 1.0
+    return number if fraction or math.isinf(number) else round(number)
 
 
 def budget_as_count(edge_macs: float, dense: int) -> int:

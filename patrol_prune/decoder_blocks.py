@@ -207,13 +207,18 @@ def _linear_map(
 def spreading(map_shape: tuple[int, ...], image_shape: tuple[int, ...], width: int) -> int:
     """By how much a small map is enlarged, so that a trunk of `width` channels holds more of it.
 
-    The smallest power of two `f` with `width * f^2` of at least the map's channels, as long as no
-    side gets longer than 8, where a trunk costs as much as elsewhere, or than half the image.
+    The smallest power of two `f` with which the trunk's `width * f^2 * h * w` values are as many as
+    the map's or, if that is less, the image's; as long as no side gets longer than half the image's
+    or than 8, and for images of 64 pixels and more than 16, where a trunk costs about as much as
+    the doublings behind it. By 192 mixed channels of 8x8 out of 64x64 photographs a trunk of 16x16
+    had SSIM 0.88 where one of 8x8 had 0.78, for 1.15 times the time of the whole attack.
     """
-    channels, *size = map_shape
-    longest = [min(_SPREAD_SIDE, math.ceil(s / 2)) for s in image_shape[1:]]
+    size = map_shape[1:]
+    values = min(math.prod(map_shape), math.prod(image_shape))
+    longest = [min(math.ceil(s / 2), max(_SPREAD_SIDE, min(s // 4, 2 * _SPREAD_SIDE)))
+               for s in image_shape[1:]]
     factor = 1
-    while width * factor**2 < channels and all(
+    while width * factor**2 * math.prod(size) < values and all(
         2 * factor * s <= most for s, most in zip(size, longest, strict=True)
     ):
         factor *= 2

@@ -66,14 +66,13 @@ def make_decoder(
     no power of two times the feature, and end in a 3x3 convolution and a sigmoid.
 
     The trunk stands at the feature's own resolution, at most half the image's (rounded up): a
-    larger feature map is pixel-unshuffled there first, which loses nothing. A map of at most
-    4 a side with more channels than the trunk is spread over one of up to 8 by the first
-    convolution, so that the trunk holds more of it (all, up to four times its width); one of at
-    most 2x2 is read as a vector. Larger maps of many channels need a larger `width`. Residual
-    blocks cost
-    `18 * depth * width^2` multiply-adds per trunk pixel, in the U too: 38 M per image at width 64,
-    depth 8 and 8x8 (50 M and 53 M with all the rest), but 7.4 G at 112x112, so give fewer or
-    narrower blocks to shallow features of large images.
+    larger feature map is pixel-unshuffled there first, which loses nothing. A small map of more
+    values than the trunk has is spread by the first convolution, over up to 8 a side, or 16 for
+    images of 64 pixels and more (`decoder_blocks.spreading`), so that the trunk holds more of it;
+    one of at most 2x2 is read as a vector. Larger maps of many channels need a larger `width`.
+    Residual blocks cost `18 * depth * width^2` multiply-adds per trunk pixel, in the U too: 38 M
+    per image at width 64, depth 8 and 8x8 (50 M and 53 M with all the rest), but 7.4 G at 112x112,
+    so give fewer or narrower blocks to shallow features of large images.
 
     Args:
         family: one of `FAMILIES`.

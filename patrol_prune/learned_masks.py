@@ -154,7 +154,7 @@ def learn_masks(
     train_batches: TrainBatches,
     objective: PatrolObjective,
     *,
-    edge_macs: float,
+    edge_macs: float | str,
     config: MaskConfig | None = None,
     boundary: str = "keep",
     structures: str = "channels",
@@ -175,7 +175,7 @@ def learn_masks(
         split: the cut model.
         train_batches: batches `(x, y)` in model-input space.
         objective: of this split; alpha and beta of 0 leave the task and the penalty.
-        edge_macs: a fraction in (0, 1] of the dense edge, or a count.
+        edge_macs: a fraction in (0, 1] of the dense edge, or a count (also as "9.9M").
         config: see `MaskConfig`.
         boundary: "keep" leaves the groups that cross the split without a mask, "prune" does not.
         structures: "channels", residual "blocks", or "both" carry masks. Blocks whose branch ends
@@ -198,7 +198,7 @@ def learn_masks(
             structures; or there is an earlier training, and `resume` is not given.
     """
     config = config or MaskConfig()
-    check_budget(edge_macs)
+    edge_macs = check_budget(edge_macs)
     check_structures(structures)
     check_split(split)
     check_training(split, train_batches, objective, teacher)

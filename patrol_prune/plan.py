@@ -8,7 +8,6 @@ also measures how long the edge takes on this device, dense and pruned.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from patrol_prune._block_pruning import check_structures
+from patrol_prune.budget import spelled
 from patrol_prune.choice import Limits
 from patrol_prune.cost import as_single_tensor
 from patrol_prune.errors import InputError, nearest
@@ -30,8 +30,6 @@ from patrol_prune.split import Split, SplitPoint, split_points
 __all__ = ["Plan", "PlanLimits", "PlanRow", "parse_budget", "plan", "short"]
 
 BOUNDARIES = ("keep", "prune")
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-_THOUSANDS = re.compile(r"^[1-9][0-9]{0,2}(?:,[0-9]{3})+(?=$|\s*MACs$)")
 _MOST_ROWS = 24
 
 
@@ -232,16 +230,10 @@ def parse_budget(
     """
     value: int | float | str = edge_macs
     if isinstance(value, str):
-        text = _THOUSANDS.sub(lambda found: found.group().replace(",", ""), value.strip())
-        text = text.replace("_", "")
-        match = re.fullmatch(r"([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([kKMGT]?)(?:MACs)?", text)
         named = {name: p.edge_macs for p in points for name in (p.name, *p.aliases)}
-        if value in named:
-            value = named[value]
-        elif match is not None and match.group(1).count(".") <= 1 and match.group(1) != ".":
-            number = float(match.group(1)) * _UNITS[match.group(2).upper()]
-            fraction = match.group(2) == "" and not text.isdigit() and number <= 1.0
-            value = number if fraction else round(number)
+        number = named.get(value, spelled(value))
+        if number is not None:
+            value = number
         else:
             raise InputError(
                 f"Expected edge MACs as a count (9900000, 9,900,000 or 9.9M, with a decimal "

@@ -48,7 +48,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         example_inputs: what it takes.
         importance: a `PatrolImportance`, or any Torch-Pruning importance.
         split: where edge and cloud are; refreshed after every step.
-        edge_macs: a fraction in (0, 1] of the edge as it is now, or a count.
+        edge_macs: a fraction in (0, 1] of the edge as it is now, or a count (also as "9.9M").
         boundary: "keep" leaves every group that crosses the split whole, so that the feature and
             the cloud stay as they are; "prune" lets them shrink: the feature narrows and the
             cloud's consumers (and, on a residual stream, its producers) follow.
@@ -81,7 +81,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         importance: Any,
         *,
         split: Split,
-        edge_macs: float,
+        edge_macs: float | str,
         boundary: str = "keep",
         structures: str = "channels",
         max_pruning_ratio: float = 1.0,
@@ -100,7 +100,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         if iterative_steps < 1:
             raise InputError(f"Expected iterative_steps of at least 1, came {iterative_steps}.")
         self.limits = Limits(min_channels, max_pruning_ratio, round_to)
-        check_budget(edge_macs)
+        edge_macs = check_budget(edge_macs)
         check_prunable(model)
         self.split, self.boundary, self.reg = split, boundary, reg
         self.structures = structures

@@ -18,12 +18,14 @@ feature_shapes = st.one_of(
 )
 
 
-@pytest.mark.parametrize("shape", [(64, 1, 1), (32, 2, 2), (16, 4, 4)])
+@pytest.mark.parametrize(
+    ("shape", "side"), [((64, 1, 1), 32), ((32, 2, 2), 32), ((16, 4, 4), 32), ((16, 8, 8), 64)]
+)
 def test_a_small_map_of_many_channels_keeps_its_values_as_a_vector_does(
-    shape: tuple[int, int, int]
+    shape: tuple[int, int, int], side: int
 ) -> None:
     """The stem's rank is that of the feature, where a narrow trunk holds so many values."""
-    decoder = make_decoder("residual", shape, (3, 32, 32), width=8, depth=0).double()
+    decoder = make_decoder("residual", shape, (3, side, side), width=8, depth=0).double()
     z = torch.zeros(1, *shape, dtype=torch.double)
     stem = torch.autograd.functional.jacobian(
         lambda v: decoder.trunk(decoder.fold(decoder.to_map(v))).flatten(), z, vectorize=True)
@@ -76,6 +78,19 @@ def test_the_trunk_stands_at_the_features_resolution_and_every_value_is_used(
     z = torch.randn(2, *feature_shape, requires_grad=True)
     decoder(z).square().sum().backward()
     assert z.grad is not None and bool((z.grad != 0).all())
+
+
+@pytest.mark.parametrize(
+    ("shape", "image", "trunk"),
+    [((128, 8, 8), (3, 32, 32), 8),  # the image itself has no more than 64 channels there
+     ((64, 8, 8), (3, 64, 64), 8), ((65, 8, 8), (3, 64, 64), 16), ((512, 8, 8), (1, 64, 64), 8),
+     ((512, 7, 7), (3, 224, 224), 14), ((2048, 4, 4), (3, 128, 128), 16),
+     ((256, 16, 16), (3, 224, 224), 16), ((768, 14, 14), (3, 224, 224), 14)],
+)
+def test_a_larger_image_lets_a_small_map_spread_further(
+    shape: tuple[int, int, int], image: tuple[int, int, int], trunk: int
+) -> None:
+    assert make_decoder("transposed", shape, image).trunk_size == (trunk, trunk)
 
 
 @pytest.mark.parametrize(("shape", "image"), [((4, 8, 8), 32), ((3, 33, 33), 33), ((65, 4), 32)])
