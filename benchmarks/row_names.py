@@ -98,10 +98,17 @@ PRESSED = frozenset([
 ])
 """Commits at which decoders pressed the 128 channels of a map of 4x4 or 1x1 positions, as after the
 last layer, through the 64 of their trunk; later ones hold all of it."""
+SMALL = ("layer4.0", "layer4", "avgpool")
+"""Splits with such a map."""
 PRESSED_MARK = " §"
 PRESSED_TEXT = (
     "§ measured while decoders, attackers' and surrogates', pressed such a small map through half "
     "of its values: today's attackers see more there, and the figure is too low."
+)
+AGAINST_PRESSED_MARK = " ‡"
+AGAINST_PRESSED_TEXT = (
+    "‡ trained against surrogates that pressed so: they saw half of the upload or less. Without ‡ "
+    "PATROL's surrogates read all of it, as they do today."
 )
 DRAWING = ("gaussian_noise", "laplacian_noise", "feature_dropout")
 
@@ -135,7 +142,13 @@ def draws(row: Row) -> bool:
 def pressed(row: Row) -> bool:
     """Whether a small map was attacked by decoders that could not hold all of it."""
     commit = row.get("commit") or row.get("made_with", {}).get("commit")
-    return row["split"] in ("layer4.0", "layer4", "avgpool") and commit in PRESSED
+    return row["split"] in SMALL and commit in PRESSED
+
+
+def against_pressed(row: Row) -> bool:
+    """Whether the model was trained against surrogates that could not hold all of a small map."""
+    return (row.get("defence") == "patrol" and row["split"] in SMALL
+            and "whole" not in (row.get("recipe") or ""))
 
 
 def has_key(row: Row, key: str) -> bool:

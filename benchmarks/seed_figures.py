@@ -7,11 +7,14 @@ from typing import Any
 
 from depth_figures import STRONG, trained_with
 from row_names import (
+    AGAINST_PRESSED_MARK,
+    AGAINST_PRESSED_TEXT,
     BEHIND,
     PRESSED_MARK,
     PRESSED_TEXT,
     STRENGTHS,
     Row,
+    against_pressed,
     draws,
     pressed,
     seen_once,
@@ -50,7 +53,7 @@ def seeds(record: dict[str, Any], measured: str) -> str:
     )
     return "\n\n".join([
         intro, *(at_place([row for row in rows if place(row) == where]) for where in places),
-        *[PRESSED_TEXT] * any(map(pressed, rows)), " ".join([measured, *elsewhere(rows)]),
+        *marks(rows), " ".join([measured, *elsewhere(rows)]),
     ])
 
 
@@ -75,8 +78,14 @@ def means(record: dict[str, Any], measured: str) -> str:
     legend = (f"Means over the training seeds; {first['victim_images']:,} test images, residual "
               f"decoder (MSE + SSIM); floor: the mean image. {LEGEND}")
     return "\n\n".join([render_table(lines, columns).strip(), legend, "\n".join(texts),
-                        *[PRESSED_TEXT] * any(map(pressed, rows)),
+                        *marks(rows),
                         " ".join([measured, *elsewhere(rows)])])
+
+
+def marks(rows: list[Row]) -> list[str]:
+    """What the marks mean that stand on some rows."""
+    return [*[PRESSED_TEXT] * any(map(pressed, rows)),
+            *[AGAINST_PRESSED_TEXT] * any(map(against_pressed, rows))]
 
 
 def places_of(rows: list[Row]) -> list[str]:
@@ -159,7 +168,8 @@ def elsewhere(rows: list[Row]) -> list[str]:
 def name_of(row: Row) -> str:
     strength = STRENGTHS.get(row["defence"], "").format(row["strength"])
     name = ", ".join(filter(None, (trained_with(row), strength)))
-    return " ".join(filter(None, (name, BEHIND.get(row.get("recipe") or ""))))
+    name = " ".join(filter(None, (name, BEHIND.get(row.get("recipe") or ""))))
+    return name + AGAINST_PRESSED_MARK * against_pressed(row)
 
 
 def lost(row: Row) -> float:

@@ -19,6 +19,7 @@ def modules(import_benchmark: Callable[[str], ModuleType]) -> tuple[ModuleType, 
 def row(defence: str, seed: int, ssim: float, accuracy: float, times: int = 1) -> dict[str, Any]:
     return {
         "method": f"with-{defence}", "defence": defence, "strength": 10.0, "train_seed": seed,
+        "recipe": "longer-whole" if defence == "patrol" else "longer",
         "dense_accuracy": 0.9, "accuracy": accuracy, "ssim": ssim, "ssim_worst5": 0.6,
         "floor_ssim": 0.2, "edge_macs": 10_000_000, "feature_bytes": 1024, "split": "layer4",
         "victim_images": 10, "attack": "inverse_network_ssim", "times_as_long": times,
@@ -99,16 +100,29 @@ def test_many_uploads_of_a_picture_stand_beside_one(
 def test_combined_defences_have_lines_of_their_own(
     modules: tuple[ModuleType, ModuleType]
 ) -> None:
-    alone = {**row("patrol", 0, 0.25, 0.87), "recipe": "longer"}
+    alone = row("patrol", 0, 0.25, 0.87)
     both = {**row("patrol", 0, 0.20, 0.86), "recipe": "longer-dropout"}
     deeper = {**row("patrol", 0, 0.19, 0.85), "split": "avgpool", "feature_bytes": 512}
-    wider = {**deeper, "recipe": "half-longer"}
+    wider = {**deeper, "recipe": "half-longer-whole"}
     rows = [row("none", 0, 0.5, 0.88), both, alone, deeper, wider]
     page = modules[1].seeds({"rows": rows}, "here")
-    assert "β 10 and dropout, p 0.5 against PATROL's fine-tuning, β 10, under" in page
+    assert "β 10 and dropout, p 0.5 ‡ against PATROL's fine-tuning, β 10, under" in page
     assert "0.80 times the SSIM, -1.00 points of accuracy more" in page  # 0.20 / 0.25
     assert page.index("After layer4, 1 KiB") < page.index("After avgpool, 0.5 KiB") < page.index(
         "After avgpool, half of the dense edge's multiply-adds, 0.5 KiB")
+
+
+def test_what_was_trained_against_weaker_surrogates_is_marked(
+    modules: tuple[ModuleType, ModuleType]
+) -> None:
+    old = {**row("patrol", 0, 0.28, 0.87), "recipe": "longer"}
+    rows = [row("none", 0, 0.5, 0.88), old]
+    for render in (modules[1].seeds, modules[1].means):
+        page = render({"rows": [*rows, row("patrol", 0, 0.25, 0.87)]}, "here")
+        assert "β 10 ‡ |" in page and "β 10 |" in page and "‡ trained against" in page
+        assert "‡" not in render({"rows": [rows[0], row("patrol", 0, 0.25, 0.87)]}, "here")
+    page = modules[1].seeds({"rows": [*rows, row("patrol", 0, 0.25, 0.87)]}, "here")
+    assert "β 10 ‡ against PATROL's fine-tuning, β 10, under" in page
 
 
 def test_other_training_seeds_of_the_record_stay(
