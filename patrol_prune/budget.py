@@ -193,7 +193,8 @@ class MacModel:
             if attends:
                 self._factor[row] *= 2 * self.positions[name] if products else 4
             heads = isinstance(module, HeadProduct)
-            alone = products or heads or (groups == c_out and groups > 1)  # one input channel each
+            # One input channel each.
+            alone = products or heads or (groups == c_out == c_in and groups > 1)
             self._groups[row] = 1 if alone else groups
             dense_out[row], dense_in[row] = c_out, 1 if alone else c_in
             holder, way = (module.head_of, "parameter") if heads else (module, "out")

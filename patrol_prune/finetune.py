@@ -21,7 +21,7 @@ from patrol_prune.objective import PatrolObjective
 from patrol_prune.split import Split
 from patrol_prune.storage import load_state, newest_whole, save_state
 from patrol_prune.trainer import Trainer
-from patrol_prune.training_state import pack_state, unpack_state
+from patrol_prune.training_state import pack_draws, pack_state, unpack_draws, unpack_state
 
 __all__ = [
     "FinetuneConfig",
@@ -173,7 +173,7 @@ def drive(
                 record["accuracy"] = accuracy(model, val_batches, device=trainer.device)
             result.history.append(record)
             log.info("epoch %d: %s", epoch + 1, record)
-            if directory is not None and trainer.accelerator.is_main_process:
+            if directory is not None and trainer.is_main:
                 _save(trainer, result, directory, epoch + 1)
     finally:
         trainer.close()
@@ -193,9 +193,18 @@ def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int)
     if trainer.replay is not None:
         tensors["replay.z"], tensors["replay.x"] = trainer.replay
     tensors.update(more)
-    meta.update(about, epoch=epoch, history=result.history, config=asdict(trainer.config))
+    tensors.update(pack_draws(trainer.device))
+    meta.update(about, epoch=epoch, history=result.history, config=asdict(trainer.config),
+                **_circumstances(trainer))
     directory.mkdir(parents=True, exist_ok=True)
     save_state(directory / f"epoch-{epoch:04d}", tensors, meta)
+
+
+def _circumstances(trainer: Trainer) -> dict[str, Any]:
+    """What else has to be the same for a training to go on, as JSON."""
+    objective = trainer.objective
+    return {"batches": trainer.batches,
+            "objective": None if objective is None else objective.settings()}
 
 
 def _refuse_earlier(directory: Path) -> None:
@@ -217,6 +226,11 @@ def _resume(trainer: Trainer, result: FinetuneResult, directory: Path) -> None:
     theirs: dict[str, Any] = meta["config"]
     mine = asdict(trainer.config)
     changed = [k for k in mine if mine[k] != theirs.get(k)]
+    if "batches" in meta:  # written by this release
+        now = _circumstances(trainer)
+        changed += ["batches in an epoch"] * (now["batches"] != meta["batches"])
+        old, new = (about["objective"] or {} for about in (meta, now))
+        changed += [f"the objective's {k}" for k in {**old, **new} if old.get(k) != new.get(k)]
     if changed:
         raise CheckpointError(
             f"The checkpoint {newest} was written with other settings ({', '.join(changed)}). "
@@ -233,6 +247,8 @@ def _resume(trainer: Trainer, result: FinetuneResult, directory: Path) -> None:
         trainer.replay = (tensors["replay.z"].to(trainer.device),
                           tensors["replay.x"].to(trainer.device))
     trainer.load_extra(tensors, meta, str(newest))
+    if trainer.is_main:  # the checkpoint is of the main process; others draw on
+        unpack_draws(tensors, trainer.device)
     result.history = list(meta["history"])
     result.resumed_from = int(meta["epoch"])
     log.info("resumed from %s", newest)

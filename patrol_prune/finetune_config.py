@@ -28,8 +28,9 @@ class FinetuneConfig:
         inner_steps: surrogate steps for each step of the model.
         surrogate_warmup_steps: steps of the surrogates alone before the first epoch.
         renew_every: after so many steps of the model the weakest surrogate starts anew; 0 never.
-        precision: "auto", "fp32" or "bf16".
-        seed: recorded with the run; the batches carry their own.
+        precision: "auto", "fp32" or "bf16"; where it is "auto", the objective's.
+        seed: recorded with the run; the batches carry their own, and dropout draws from torch's
+            generator (`torch.manual_seed`).
     """
 
     epochs: int = 10

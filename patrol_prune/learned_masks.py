@@ -244,7 +244,7 @@ class _MaskTrainer(Trainer):
         batches: int,
     ) -> None:
         super().__init__(masks.model, objective, config, teacher, device, batches)
-        if self.accelerator.num_processes > 1:
+        if self.accelerator is not None:
             raise InputError("Expected one process: the masks' gradients are not averaged.")
         self.masks, self.shrinker = masks, shrinker
         total = config.epochs * batches

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from patrol_prune.cost import generators_of
 from patrol_prune.errors import InputError
 
 LipschitzForm = Literal["scale_free", "paper", "spectral"]
@@ -38,6 +39,9 @@ def block_lipschitz(
     the scale-free form does not move. Per image, the paper's ratios multiply to the ratio of the
     whole chain.
 
+    A block that draws, as dropout in training mode does, draws the same for both inputs: two
+    functions that differ by their draws alone would have no constant.
+
     Args:
         blocks: the chain `f_1 .. f_N`; each takes the output of the one before.
         x: model input, `[B, ...]`.
@@ -65,7 +69,10 @@ def block_lipschitz(
     before = _size(noisy - clean, clean, form)
     constants = []
     for block in blocks:
-        clean, noisy = block(clean), block(noisy)
+        draw_again = _same_draws(block, x.device)
+        clean = block(clean)
+        draw_again()
+        noisy = block(noisy)
         after = _size(noisy - clean, clean, form)
         ratio = after / before.clamp_min(TINY)
         constants.append(ratio.max() if reduction == "max" else ratio.mean())
@@ -87,14 +94,33 @@ def lipschitz_loss(k: Tensor, alpha: float | Sequence[float] | Tensor) -> Tensor
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
     """BatchNorm normalises as its mode says, but its running statistics stay as they are."""
     layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
+    before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
         layer.momentum = 0.0
+        if layer.num_batches_tracked is not None:
+            layer.num_batches_tracked = layer.num_batches_tracked.clone()
     try:
         yield
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
+        for layer, (momentum, tracked) in zip(layers, before, strict=True):
             layer.momentum = momentum
+            layer.num_batches_tracked = tracked
+
+
+def _same_draws(block: nn.Module, device: torch.device) -> Callable[[], None]:
+    """A function that puts every generator that the block may draw from back to where it is."""
+    own = [(g, g.get_state()) for g in generators_of(block)]
+    on_cpu = torch.get_rng_state()
+    on_gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def draw_again() -> None:
+        for generator, state in own:
+            generator.set_state(state)
+        torch.set_rng_state(on_cpu)
+        if on_gpu is not None:
+            torch.cuda.set_rng_state(on_gpu, device)
+
+    return draw_again
 
 
 def _size(difference: Tensor, reference: Tensor, form: SampledForm) -> Tensor:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
@@ -99,7 +100,8 @@ class PatrolObjective:
             "mse+ssim" decodes far more near the mean image, "auto" is the latter where the images
             are large enough (`reconstruction_error`).
         normalization: the map from pixels on [0, 1] to the model's input.
-        precision: "auto", "fp32" or "bf16" arithmetic of the edge, the cloud and the surrogates.
+        precision: "auto", "fp32" or "bf16" arithmetic of the edge, the cloud and the surrogates;
+            in training, "auto" leaves it to the training's own setting.
         seed: of the perturbations, the surrogates' initial weights and the spectral form's vectors.
 
     Raises:
@@ -128,11 +130,13 @@ class PatrolObjective:
     ) -> None:
         check_split(split)
         check_normalization(normalization)
-        alphas = [alpha] if isinstance(alpha, (int, float)) else list(alpha)
-        if min(alphas) < 0 or beta < 0 or noise_std <= 0 or lipschitz_images < 1:
+        alphas = torch.as_tensor(alpha, dtype=torch.double).flatten().tolist()
+        weights = [*alphas, beta]
+        if (not alphas or not all(0 <= w < math.inf for w in weights) or not noise_std > 0
+                or lipschitz_images < 1):
             raise InputError(
-                "Expected alpha >= 0, beta >= 0, noise_std > 0 and lipschitz_images >= 1, came "
-                f"alpha={alpha}, beta={beta}, noise_std={noise_std}, "
+                "Expected finite alpha >= 0, beta >= 0, noise_std > 0 and lipschitz_images >= 1, "
+                f"came alpha={alpha}, beta={beta}, noise_std={noise_std}, "
                 f"lipschitz_images={lipschitz_images}. The signs are the objective's business."
             )
         if adversarial_images is not None and adversarial_images < 2:
@@ -181,6 +185,13 @@ class PatrolObjective:
             tensors |= {f"spectral.{k}": v for k, v in self.spectral.state().items()}
         return tensors
 
+    def settings(self) -> dict[str, Any]:
+        """What the terms depend on, as JSON; a training goes on with the same only."""
+        alphas = torch.as_tensor(self.alpha, dtype=torch.double).tolist()
+        return {"alpha": alphas, **{name: getattr(self, name) for name in (
+            "beta", "noise_std", "lipschitz_form", "lipschitz_reduction", "lipschitz_images",
+            "adversarial_images", "surrogate_loss", "surrogate_lr")}}
+
     def load_state(self, tensors: Mapping[str, Tensor], path: str) -> None:
         """Put back what `state` gave, from among `tensors`.
 
@@ -204,8 +215,7 @@ class PatrolObjective:
                 loss=self.surrogate_loss, seed=self.seed,
             )
         device = next(self.split.model.parameters()).device
-        if self._surrogates.mean_image.device != device:
-            self._surrogates.to(device)
+        self._surrogates.move(device)
         return self._surrogates
 
     @property

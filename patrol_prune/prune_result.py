@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -36,3 +40,8 @@ class PruneResult:
     def removed_channels(self) -> int:
         """Channels removed over all groups."""
         return sum(total - kept for kept, total in self.kept.values())
+
+
+def weight_shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[torch.Size, ...]]:
+    """Layer -> the shapes of its parameters."""
+    return {n: tuple(p.shape for p in m.parameters()) for n, m in layers.items()}

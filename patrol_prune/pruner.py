@@ -24,7 +24,7 @@ from patrol_prune.group_table import GroupTable, rebuilt_graph
 from patrol_prune.groups import ChannelGroup
 from patrol_prune.origins import recording
 from patrol_prune.prunable import check_prunable, follow_widths, preserved
-from patrol_prune.prune_result import PruneResult
+from patrol_prune.prune_result import PruneResult, weight_shapes
 from patrol_prune.regularizer import ChannelDecay
 from patrol_prune.removal import remove_blocks
 
@@ -225,7 +225,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         Raises:
             BudgetError: no choice of channels meets the budget.
         """
-        return self._choose(self.scores()[0], self.budget if budget is None else budget)[0]
+        final = min(self.budget, self.costs.dense)
+        return self._choose(self.scores()[0], final if budget is None else budget)[0]
 
     def step(self, interactive: bool = False) -> Any:
         """Prune to this step's share of the way down.
@@ -269,12 +270,15 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         return self.last_result
 
     def update_regularizer(self) -> None:
-        """Score the channels anew: those the budget would remove are what `regularize` decays."""
-        kept = self.choose()
+        """Score the channels anew: those the budget would remove are what `regularize` decays;
+        none once all steps are done."""
         strengths = {}
-        for name, idxs in kept.items():
-            strengths[name] = torch.full((self.table.groups[name].channels,), self.reg)
-            strengths[name][idxs] = 0.0
+        if self.current_step < self.iterative_steps:
+            scores = self.scores()[0]
+            kept = self._choose(scores, min(self.budget, self.costs.dense))[0]
+            for name, score in scores.items():
+                strengths[name] = torch.full((len(score),), self.reg)
+                strengths[name][kept.get(name, [])] = 0.0  # all of a block that goes decays
         self._decay = ChannelDecay(self.table, strengths)
 
     def regularize(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
@@ -328,7 +332,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
     ) -> Iterator[Any]:
         """Prune or yield group by group, then put everything in order."""
         table, before = self.table, self._costs.dense
-        cloud = _weight_shapes(self.split.cloud_layers)
+        cloud = weight_shapes(self.split.cloud_layers)
         shape = tuple(self.split.feature_shape)
         totals = {n: table.groups[n].channels for n in kept}
         removed = {}
@@ -348,7 +352,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         self._decay = None
         if after is None or self._costs.constant or self._costs.has_other_positions(self.split):
             after = count_macs(self.split.edge, self.split.example_inputs).total
-        now = _weight_shapes(self.split.cloud_layers)
+        now = weight_shapes(self.split.cloud_layers)
         self.last_result = PruneResult(
             edge_macs_before=before,
             edge_macs=after,
@@ -394,7 +398,3 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 blocked = f"its {group.channels} channels cannot be divided by {tie}"
                 tie = group.tie
             self._table.groups[name] = dataclasses.replace(group, tie=tie, blocked=blocked)
-
-
-def _weight_shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[torch.Size, ...]]:
-    return {n: tuple(p.shape for p in m.parameters()) for n, m in layers.items()}

@@ -45,7 +45,15 @@ class ChannelDecay:
                     if strength.device != parameter.device:
                         strength = strength.to(parameter.device)
                         self._layers[i] = (module, strength)
-                    transposed = getattr(module, "transposed", False) and name == "weight"
-                    shape = [1] * parameter.dim()
-                    shape[1 if transposed else 0] = -1
-                    parameter.grad.add_(parameter * strength.to(parameter.dtype).view(shape))
+                    rows = as_weight(strength, module) if name == "weight" else strength
+                    shape = (*rows.shape, *[1] * (parameter.dim() - rows.dim()))
+                    parameter.grad.add_(parameter * rows.to(parameter.dtype).view(shape))
+
+
+def as_weight(strength: Tensor, module: nn.Module) -> Tensor:
+    """`[out]` as the first dimensions of the weight: `[in, out / groups]` where it is transposed.
+    """
+    if not getattr(module, "transposed", False):
+        return strength
+    groups, width = int(module.groups), int(module.in_channels)  # type: ignore[arg-type]
+    return strength.view(groups, -1).repeat_interleave(width // groups, dim=0)

@@ -107,6 +107,16 @@ class SurrogateEnsemble(nn.Module):
         self.register_buffer("renewals", torch.tensor(0))
         self.optimizer = torch.optim.Adam(self.decoders.parameters(), lr=lr)
 
+    def move(self, device: torch.device) -> None:
+        """Put the decoders and their optimiser's moments there."""
+        if self.mean_image.device == device:
+            return
+        self.to(device)
+        for moments in self.optimizer.state.values():
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and name != "step":
+                    moments[name] = value.to(device)
+
     def guesses(self, z: Tensor, *, precision: str = "auto") -> list[Tensor]:
         """What each surrogate makes of `z`: S tensors `[B, C, H, W]`, float32 on (0, 1)."""
         if z.dim() == 4:  # one layout whatever came: faster, and the same bits after a resume

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import is_initialized as accelerate_is_initialized
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -25,6 +27,9 @@ from patrol_prune.precision import (
     channels_last_names,
     restore_layout,
 )
+
+_PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+"""Where launchers say how many processes there are."""
 
 
 class _Step(nn.Module):
@@ -51,9 +56,12 @@ class Trainer:
         device: torch.device,
         batches: int,
     ) -> None:
-        self.accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        self.accelerator = _together(device)
+        self.is_main = self.accelerator is None or self.accelerator.is_main_process
         self.model, self.objective, self.config, self.teacher = model, objective, config, teacher
-        self.device = device if self.accelerator.num_processes == 1 else self.accelerator.device
+        self.device = device if self.accelerator is None else self.accelerator.device
+        self.precision = _agreed(config, objective)
+        self._objective_precision = objective.precision if objective is not None else "auto"
         self.distiller: Distiller | None = None
         if teacher is not None and max(config.distill_weight, config.feature_weight) > 0:
             self.distiller = Distiller(model, teacher, config.distill_temperature,
@@ -72,7 +80,7 @@ class Trainer:
             weight_decay=config.weight_decay, nesterov=config.momentum > 0,
         )
         self.step_module = _Step(model, self._terms)
-        if self.accelerator.num_processes > 1:
+        if self.accelerator is not None:
             self.step_module = self.accelerator.prepare(self.step_module)
         self.batches = batches
         self.replay: tuple[Tensor, Tensor] | None = None
@@ -84,12 +92,16 @@ class Trainer:
             self.teacher.eval()
         if self.distiller is not None:
             self.distiller.attach()
+        if self.objective is not None:
+            self.objective.precision = self.precision
 
     def close(self) -> None:
         """Take what it put on the models off again, and lay the trained one out as it came."""
         restore_layout(self.model, self.channels_last)
         if self.distiller is not None:
             self.distiller.close()
+        if self.objective is not None:
+            self.objective.precision = self._objective_precision
 
     def warm_up_surrogates(self, batches: TrainBatches) -> None:
         """Let the attackers inside catch up with the edge as it is, on the pool if there is one."""
@@ -106,7 +118,7 @@ class Trainer:
         self.model.train()
         sums: dict[str, float] = {}
         count = 0
-        hidden = not progress or not self.accelerator.is_main_process
+        hidden = not progress or not self.is_main
         bar = tqdm(batches, desc=f"epoch {epoch + 1}/{self.config.epochs}", disable=hidden,
                    leave=False)
         for index, batch in enumerate(bar):
@@ -129,7 +141,7 @@ class Trainer:
         values = {"task": terms.task, "lipschitz": terms.lipschitz,
                   "adversarial": terms.adversarial, "penalty": getattr(terms, "penalty", None)}
         if self.distiller is not None:
-            with autocast(self.device, self.config.precision):
+            with autocast(self.device, self.precision):
                 distilled, distance = self.distiller(x, terms.logits)
             weight = self.config.distill_weight
             loss = loss + weight * (distilled - terms.task)
@@ -139,7 +151,10 @@ class Trainer:
                 values["features"] = distance
         self._refuse_nonfinite(step, {**values, "total": loss})
         self.optimizer.zero_grad(set_to_none=True)
-        self.accelerator.backward(loss)
+        if self.accelerator is None:
+            loss.backward()
+        else:
+            self.accelerator.backward(loss)
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.after_step(step)
@@ -173,7 +188,7 @@ class Trainer:
             for _ in range(self.config.inner_steps):
                 other = self.pool.next_images().to(self.device)
                 with torch.no_grad(), frozen_statistics(edge):
-                    with autocast(self.device, self.config.precision):
+                    with autocast(self.device, self.precision):
                         seen = edge(other).float()
                 self.objective.update_surrogates(seen, other)
             return
@@ -185,7 +200,7 @@ class Trainer:
     def _terms(self, x: Tensor, y: Tensor, beta_scale: float) -> ObjectiveTerms:
         if self.objective is not None:
             return self.objective.terms(x, y, beta_scale=beta_scale)
-        with autocast(self.device, self.config.precision):
+        with autocast(self.device, self.precision):
             logits = self.model(x)
         logits = logits.float()
         _check_targets(logits, y)
@@ -202,6 +217,43 @@ class Trainer:
                     step=step,
                     term=name,
                 )
+
+
+def _together(device: torch.device) -> Accelerator | None:
+    """Accelerate's view of several processes that train together; None of one alone.
+
+    One alone needs nothing of it, and an `Accelerator` that the caller has made or will make keeps
+    its own settings: they are the same for all of a process.
+
+    Raises:
+        InputError: the caller's `Accelerator` scales losses or casts by itself.
+    """
+    if accelerate_is_initialized():
+        accelerator = Accelerator()
+    elif any(int(os.environ.get(name, 1)) > 1 for name in _PROCESSES):
+        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+    else:
+        return None
+    if accelerator.num_processes == 1:
+        return None
+    if accelerator.mixed_precision != "no":
+        raise InputError(
+            "Expected an Accelerator without mixed precision, came one with "
+            f"{accelerator.mixed_precision!r}. Give FinetuneConfig(precision=...) instead."
+        )
+    return accelerator
+
+
+def _agreed(config: FinetuneConfig, objective: PatrolObjective | None) -> str:
+    """The one precision of both; "auto" leaves it to the other."""
+    said = {p for p in (config.precision, objective.precision if objective else "auto")
+            if p != "auto"}
+    if len(said) > 1:
+        raise InputError(
+            f"Expected one precision, came {config.precision!r} in the config and "
+            f"{objective.precision if objective else None!r} in the objective. Leave one at 'auto'."
+        )
+    return said.pop() if said else "auto"
 
 
 def _check_targets(logits: Tensor, y: Tensor) -> None:

@@ -60,6 +60,22 @@ def unpack_state(
         )
 
 
+def pack_draws(device: torch.device) -> dict[str, Tensor]:
+    """Where torch's own generators stand, from which dropout and shuffled loaders draw."""
+    states = {"draws.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["draws.cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def unpack_draws(tensors: dict[str, Tensor], device: torch.device) -> None:
+    """Put back what `pack_draws` took, as far as it is there."""
+    if "draws.cpu" in tensors:
+        torch.set_rng_state(tensors["draws.cpu"].cpu())
+    if "draws.cuda" in tensors and device.type == "cuda":
+        torch.cuda.set_rng_state(tensors["draws.cuda"].cpu(), device)
+
+
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {k[len(prefix) + 1 :]: v for k, v in tensors.items() if k.startswith(prefix + ".")}
 

@@ -87,6 +87,18 @@ def test_hand_computed_costs() -> None:
     assert p.prune({first: torch.tensor([0, 1, 3]), "3": torch.tensor([4, 5])}) == pruned
 
 
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(8, 4, 4), (4, 8, 4), (8, 8, 2)])
+def test_grouped_layers_cost_what_is_counted(inputs: int, outputs: int, groups: int) -> None:
+    """A layer with as many groups as outputs has one input channel each only at equal widths."""
+    net = nn.Sequential(
+        nn.Conv2d(3, inputs, 3, padding=1), nn.Conv2d(inputs, outputs, 3, padding=1, groups=groups),
+        nn.ReLU(), nn.Conv2d(outputs, 2, 3), nn.Flatten(), nn.Linear(32, 2),
+    )  # fmt: skip
+    p = Prepared(net, "2", 6)
+    assert p.costs.dense == 36 * 9 * (3 * inputs + inputs // groups * outputs)
+    assert p.costs.dense == count_macs(p.split.edge, p.x).total
+
+
 def test_what_is_no_layer_is_a_constant() -> None:
     class Attention(nn.Module):
         def __init__(self) -> None:

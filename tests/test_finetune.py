@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import patrol_prune as pp
 from patrol_prune.data import Batches, ImageSet
@@ -204,9 +207,97 @@ def test_resume_refuses_other_settings(tmp_path: Path) -> None:
                resume=True)
 
 
+def test_resume_refuses_another_objective_or_another_number_of_batches(tmp_path: Path) -> None:
+    split = _split()
+    config = dataclasses.replace(CONFIG, epochs=1)
+
+    def train(count: int, resume: bool, **settings: float) -> None:
+        finetune(split, Batches(_images(count), 16), config=config, progress=False,
+                 objective=PatrolObjective(split, F.cross_entropy, **settings),
+                 checkpoint_dir=tmp_path, resume=resume)
+
+    train(64, False, alpha=0.01)
+    with pytest.raises(CheckpointError, match="objective's alpha, the objective's noise_std"):
+        train(64, True, alpha=0.02, noise_std=0.2)
+    with pytest.raises(CheckpointError, match="batches in an epoch"):
+        train(32, True, alpha=0.01)
+    train(64, True, alpha=0.01)
+
+
+class _Drops(Net):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(F.dropout(x, 0.3, self.training))
+
+
+def test_a_resumed_run_draws_on_where_dropout_and_shuffling_stood(tmp_path: Path) -> None:
+    images = _images()
+    data = TensorDataset(images.images.float() / 255, images.labels)
+
+    class Killed(Exception):
+        pass
+
+    class Dies(DataLoader):  # type: ignore[type-arg]
+        left = 2
+
+        def __iter__(self):  # type: ignore[no-untyped-def]
+            self.left -= 1
+            if self.left < 0:
+                raise Killed
+            return super().__iter__()
+
+    def train(loader: type, **more: object) -> nn.Module:
+        torch.manual_seed(1)
+        model = _Drops()
+        finetune(model, loader(data, batch_size=16, shuffle=True), config=CONFIG, progress=False,
+                 **more)
+        return model
+
+    whole = train(DataLoader)
+    with pytest.raises(Killed):
+        train(Dies, checkpoint_dir=tmp_path)
+    resumed = train(DataLoader, checkpoint_dir=tmp_path, resume=True)
+    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+
+
+@pytest.mark.parametrize(("own", "other"), [("fp32", "auto"), ("auto", "fp32")])
+def test_one_precision_holds_for_all_of_a_training(own: str, other: str) -> None:
+    split = _split()
+    seen = set()
+    split.model.conv1.register_forward_hook(lambda _m, _x, y: seen.add(y.dtype))
+    objective = PatrolObjective(split, F.cross_entropy, precision=other)
+    teacher = copy.deepcopy(split.model)
+    finetune(split, Batches(_images(), 16), objective=objective, teacher=teacher, progress=False,
+             config=dataclasses.replace(CONFIG, epochs=1, precision=own))
+    assert seen == {torch.float32} and objective.precision == other
+    with pytest.raises(InputError, match="one precision"):
+        finetune(split, Batches(_images(), 16), progress=False,
+                 objective=PatrolObjective(split, F.cross_entropy, precision="bf16"),
+                 config=dataclasses.replace(CONFIG, precision="fp32"))
+
+
+def test_the_callers_own_accelerator_keeps_its_settings() -> None:
+    """Accelerate's settings are those of the process: whoever comes first sets them for all."""
+    code = """
+import torch
+from accelerate import Accelerator
+from torch import nn
+import patrol_prune as pp
+
+model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 2))
+batches = [(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))]
+train = lambda: pp.finetune(model, batches, config=pp.FinetuneConfig(epochs=1), progress=False)
+train()
+assert Accelerator(mixed_precision="bf16", cpu=True).mixed_precision == "bf16"
+train()
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
+                          text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_resume_refuses_another_lipschitz_form(tmp_path: Path) -> None:
     _train(_split(), dataclasses.replace(CONFIG, epochs=1), checkpoint_dir=tmp_path)
-    with pytest.raises(CheckpointError, match="Lipschitz form"):
+    with pytest.raises(CheckpointError, match="objective.s lipschitz_form"):
         _train(_split(), dataclasses.replace(CONFIG, epochs=1), form="spectral",
                checkpoint_dir=tmp_path, resume=True)
 

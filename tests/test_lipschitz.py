@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from patrol_prune.defences.dropout import Dropper
 from patrol_prune.errors import InputError
 from patrol_prune.lipschitz import block_lipschitz, frozen_statistics, lipschitz_loss
 
@@ -83,6 +84,25 @@ def test_bad_arguments_are_refused() -> None:
         block_lipschitz([nn.Identity()], x, delta, form="other")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="shape"):
         block_lipschitz([nn.Identity()], x, delta[:2])
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_a_block_that_draws_draws_the_same_for_both_inputs(own: bool) -> None:
+    """Else the constant grows without bound as the perturbation shrinks."""
+    x, delta = (part.repeat(1, 10) for part in _inputs())
+    drop = Dropper(0.5, 0, 0.0).eval() if own else nn.Dropout(0.5).train()
+    k = block_lipschitz([drop], x, 1e-3 * delta, reduction="mean")
+    assert 0 < float(k) < 2.01  # what is kept is doubled, what is dropped is 0 for both
+
+
+def test_a_frozen_layer_that_averages_over_all_batches_counts_no_more_of_them() -> None:
+    norm = nn.BatchNorm1d(5, momentum=None).train()
+    norm(torch.zeros(8, 5))
+    with frozen_statistics(norm):
+        norm(torch.randn(8, 5))
+    norm(torch.ones(8, 5))
+    assert torch.equal(norm.running_mean, torch.full((5,), 0.5))
+    assert int(norm.num_batches_tracked) == 2
 
 
 def test_frozen_statistics_leave_the_running_ones() -> None:

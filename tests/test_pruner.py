@@ -17,6 +17,7 @@ from patrol_prune.cost import count_macs
 from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.importance import PatrolImportance
 from patrol_prune.pruner import PatrolPruner
+from patrol_prune.regularizer import as_weight
 from patrol_prune.split import Split
 
 
@@ -276,6 +277,38 @@ def test_regularize_shrinks_the_channels_that_will_go() -> None:
     pruner.step()
     with pytest.raises(InputError, match="update_regularizer"):
         pruner.regularize(model)
+    pruner.update_regularizer()  # a loop of sparse training that goes on
+    model.zero_grad()
+    functional.cross_entropy(model(inputs), y).backward()
+    before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    pruner.regularize(model)
+    now = [p.grad for p in model.parameters() if p.grad is not None]
+    assert all(map(torch.equal, before, now))
+
+
+@pytest.mark.parametrize(("inputs", "outputs", "groups"), [(6, 4, 1), (6, 6, 6), (6, 4, 2)])
+def test_the_decay_of_a_transposed_layer_reaches_what_makes_the_channel(
+    inputs: int, outputs: int, groups: int
+) -> None:
+    layer = nn.ConvTranspose2d(inputs, outputs, 2, groups=groups)
+    strength = torch.arange(float(outputs))
+    rows = as_weight(strength, layer)
+    assert rows.shape == layer.weight.shape[:2]
+    with torch.no_grad():
+        layer.weight.copy_(rows[:, :, None, None].expand_as(layer.weight))
+        layer.bias.zero_()
+        y = layer(torch.ones(1, inputs, 1, 1))
+    assert torch.equal(y[0, :, 0, 0], strength * (inputs // groups))
+
+
+def test_the_final_choice_of_a_pruned_edge_is_all_of_it() -> None:
+    model, x, split, _ = prepared()
+    pruner = PatrolPruner(model, x, tp.importance.GroupMagnitudeImportance(), split=split,
+                          edge_macs=0.5)
+    pruner.step()
+    assert pruner.budget > count_macs(split.edge, x).total  # channels do not fit to the last MAC
+    kept = pruner.choose()
+    assert kept and all(len(idxs) == pruner.table.groups[n].channels for n, idxs in kept.items())
 
 
 SCRIPTS = [(False, False), (True, False), (True, True)]  # isomorphic needs global_pruning
