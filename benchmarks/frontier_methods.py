@@ -166,6 +166,7 @@ ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-feature_dropout@longer-0.5
                    "with-patrol@half-longer-light-dropout-10-avgpool",
                    "with-patrol@longer-whole-10-layer4",
                    "with-patrol@half-longer-whole-10-avgpool",
+                   "with-patrol@half-longer-whole-30-avgpool",
                    "with-patrol@half-longer-whole-light-dropout-10-avgpool")
 """What is compared with the best of these, so that its longest attack has others beside it."""
 SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@longer-1-layer4",
@@ -179,6 +180,7 @@ SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@lon
 picture come to that."""
 MET_BY_OTHERS = ("with-patrol@half-longer-10-avgpool",
                  "with-patrol@half-longer-whole-10-avgpool",
+                 "with-patrol@half-longer-whole-30-avgpool",
                  "with-patrol@half-longer-light-dropout-10-avgpool",
                  "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-layer4")
 """What reaches the goal within a point of the dense model, and what drops values, which a white box
@@ -240,10 +242,11 @@ def deeper(args: Frontier) -> list[Method]:
                   max_pruning_ratio=0.75)
     rows += [half, Method("with-none", "avgpool", defence="none", start=half.key,
                           recipe="half-longer"),
-             *(Method("with-patrol", "avgpool", defence="patrol", strength=10.0, start=half.key,
-                      recipe=recipe) for recipe in (
-                          "half-longer", "half-longer-light-dropout", "half-longer-whole",
-                          "half-longer-whole-light-dropout"))]
+             *(Method("with-patrol", "avgpool", defence="patrol", strength=strength,
+                      start=half.key, recipe=recipe) for recipe, strength in (
+                          ("half-longer", 10.0), ("half-longer-light-dropout", 10.0),
+                          ("half-longer-whole", 10.0), ("half-longer-whole", 30.0),
+                          ("half-longer-whole-light-dropout", 10.0)))]
     shallow = Method("taylor", "layer3", "taylor", epochs=DEEPER_EPOCHS, recipe="half",
                      max_pruning_ratio=0.5)
     rows += [shallow, Method("with-none", "layer3", defence="none", start=shallow.key,
