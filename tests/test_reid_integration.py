@@ -17,7 +17,7 @@ from patrol_prune.leaks import PlateReader
 from patrol_prune.vehicle_truth import VehicleTruth
 
 FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
-MODULES = ("leak_checks", "page", "pictures", "run", "settings", "stages")
+MODULES = ("leak_checks", "page", "pictures", "run", "settings", "stages", "uploads")
 TINY = [
     "--data", "rendered", "--rendered.identities", "32", "--rendered.cameras", "3",
     "--rendered.images-per-camera", "2", "--model", "small_resnet", "--name", "tiny",
@@ -39,8 +39,10 @@ def script() -> Iterator[Any]:
         import page
         import pictures
         import run
+        import uploads
 
-        yield {"run": run, "pictures": pictures, "page": page, "leak_checks": leak_checks}
+        yield {"run": run, "pictures": pictures, "page": page, "leak_checks": leak_checks,
+               "uploads": uploads}
     finally:
         sys.path.remove(str(FOLDER))
         for name in MODULES:
@@ -76,6 +78,60 @@ def test_an_attacker_owns_identities_or_in_a_closed_set_pictures(script: Any) ->
     mixed = script["pictures"]._attackers(every, 0.5, True, generator)
     assert int(mixed.sum()) == 20
     assert set(every.identities[mixed].tolist()) & set(every.identities[~mixed].tolist())
+
+
+def _noisy(script: Any, count: int, seed: int) -> Any:
+    """Pictures that are told apart by their identity's own pattern, plates by the first rows."""
+    g = torch.Generator().manual_seed(seed)
+    patterns = torch.rand(count, 3, 16, 16, generator=torch.Generator().manual_seed(9))
+    identities = torch.arange(count) // 4
+    images = patterns[identities] + 0.3 * torch.randn(count, 3, 16, 16, generator=g)
+    letters = torch.randint(0, 3, (count,), generator=g)
+    images[:, 0, :8] += letters.view(-1, 1, 1)
+    plates = tuple("AB0"[i] * 2 for i in letters.tolist())
+    truth = VehicleTruth(plates, torch.tensor([[0.0, 0], [16, 0], [16, 8], [0, 8]]).repeat(
+        count, 1, 1), tuple("city" if i % 2 else "coast" for i in range(count)),
+        torch.arange(count) % 4 == 3)
+    pixels = (images * 50 + 100).clamp(0, 255).to(torch.uint8)
+    return script["pictures"].Pictures(pixels, identities, torch.arange(count) % 4, truth)
+
+
+@pytest.mark.parametrize("layout", ["map", "vector"])
+def test_an_upload_is_compared_and_read_without_a_picture(script: Any, layout: str) -> None:
+    """Whoever has the uploads needs no decoder to see who is who, and what a plate says."""
+    uploads = script["uploads"]
+
+    def edge(images: torch.Tensor) -> torch.Tensor:
+        z = torch.nn.functional.avg_pool2d(images.float() / 255.0, 2)
+        return z if layout == "map" else z.flatten(1)
+
+    asked, gallery, known = (uploads.Owned(_noisy(script, 160, seed), edge) for seed in range(3))
+    victims = uploads.Owned(asked.pictures.subset(range(0, 160, 4)), edge)
+    ways = uploads.embeddings(victims, gallery, known)
+    assert len(ways) == 4 and all(name.startswith(uploads.DIRECT) for name in ways)
+    best = max(
+        float(((q @ g.T).argmax(1) // 4 == torch.arange(40)).double().mean())
+        for q, g in ((torch.nn.functional.normalize(a.double()) for a in pair)
+                     for pair in ways.values()))
+    assert best > 0.9
+    found = uploads.read_uploads(asked, known)
+    assert set(found) == {"plates", "characters", "scenes"}
+    assert found["characters"]["rate"] > 0.9 and found["characters"]["count"] == 240
+    assert found["plates"]["rate"] > 0.9 and found["plates"]["count"] == 120
+    assert abs(found["scenes"]["rate"] - 0.5) < 0.2  # the place is not in it
+    assert {row["attack"] for row in found.values()} == {uploads.DIRECT}
+
+
+def test_readers_meet_other_vehicles_than_the_inverter(script: Any) -> None:
+    every = _pictures(script, 80)
+    mask = script["pictures"]._attackers(every, 0.25, False, torch.Generator().manual_seed(0))
+    reader, inverter = (set(every.identities[m].tolist()) for m in (mask, ~mask))
+    assert reader and inverter and not reader & inverter
+
+
+def test_rows_of_another_seed_carry_it(script: Any) -> None:
+    name = script["leak_checks"].row_name
+    assert (name("rmle", 3, (3, 7)), name("rmle", 7, (3, 7))) == ("rmle", "rmle, seed 7")
 
 
 def test_what_a_reader_reads_is_counted_where_nothing_is_in_front(script: Any) -> None:
@@ -119,15 +175,17 @@ def _result(script: Any) -> dict[str, Any]:
         return {"rows": [row, {**row, "rate": 0.0}], "strongest": row}
 
     def about(k: float) -> dict[str, Any]:
-        record = {"subject": "edge", "attack": "rmle", "ssim": k, "ssim_worst5": k + 0.01}
+        record = {"subject": "edge", "attack": "rmle", "attack_seed": 0, "ssim": k,
+                  "ssim_worst5": k + 0.01}
         named = {"map": k / 2, "rank1": k / 3, "attack": "rmle"}
+        direct = {"map": k / 4, "rank1": k / 5, "attack": "the upload itself, pooled"}
         return {
             "retrieval": {"map": 0.9 - k / 10, "rank1": 0.95, "minp": 0.5},
             "edge_macs": 36_500_000, "feature_bytes": 131_072,
             "audit": {"strongest": record, "floor": {"ssim": 0.1, "ssim_worst5": 0.2},
                       "records": [record, {**record, "subject": "floor"}], "flags": ["odd"],
                       "leaks": {"plates": leak(k), "characters": leak(k), "scenes": leak(k),
-                                "identification": {"rows": [named], "strongest": named}}},
+                                "identification": {"rows": [named, direct], "strongest": named}}},
         }
 
     best = {"map": 0.97, "rank1": 0.98}
@@ -164,7 +222,10 @@ def test_the_page_shows_each_row_with_its_plates_and_numbers(script: Any, tmp_pa
     assert cells["Plates read, whole"] == ["80.0%", "70.0%", "30.0%", "99.0%", "5.0%"]
     assert cells["Likeness of rebuilt pictures, SSIM"] == [
         "0.800", "0.700", "0.300", "1.000", "0.100"]
-    assert [r["plates"] for r in page.attack_rows(result)] == [0.8, 0.7, 0.3]
+    shown = page.attack_rows(result)
+    assert [r["plates"] for r in shown[::2]] == [0.8, 0.7, 0.3]
+    assert [r["named"] for r in shown] == [0.4, 0.2, 0.35, 0.175, 0.15, 0.075]
+    assert shown[1]["attack"] == "the upload itself" and shown[1]["ssim"] is None
     result["data"]["closed"] = True
     page.write_page(result, audits, victims, tmp_path / "index.html")
     assert "never saw" not in (tmp_path / "index.html").read_text()
@@ -193,7 +254,7 @@ def test_the_whole_path_and_again_from_where_it_stopped(script: Any, tmp_path: P
         assert (about["edge_macs"] <= budget) is (method != "dense")
         for kind in ("plates", "characters", "scenes"):
             rows = about["audit"]["leaks"][kind]["rows"]
-            assert len(rows) == 2 * 3  # two attacks, three readers
+            assert len(rows) == 2 * 5 + 1  # two attacks, five readers, and the upload
             best = about["audit"]["leaks"][kind]["strongest"]
             assert best["rate"] == max(row["rate"] for row in rows)
     assert result["originals"]["identification"]["chance"]["map"] < 1

@@ -1,14 +1,19 @@
-"""What an attacker reads out of rebuilt pictures: the plate, the place, and which vehicle it is."""
+"""What an attacker reads: the plate, the place, and which vehicle it is.
+
+Out of rebuilt pictures, and out of the uploads themselves, of which a rebuilt picture is but one
+view.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import torch
 from pictures import Everybody, Pictures
 from torch import Tensor
+from uploads import Edge, Owned, embeddings, read_uploads
 
 import patrol_prune as pp
 from patrol_prune.leaks import Leak, PlateReader, ReaderConfig, SceneReader
@@ -43,8 +48,8 @@ class LeakChecks:
         self._own = self.readers(attacker.pixels()) if attacker.truth is not None else None
 
     def readers(self, pixels: Tensor) -> Readers:
-        """Readers of plates and of places, trained on these versions of the attacker's pictures."""
-        truth = self.attacker.truth
+        """Readers of plates and of places, trained on versions of the attacker's first pictures."""
+        truth = self.attacker.subset(torch.arange(len(pixels))).truth
         assert truth is not None
         seen = (~truth.hidden).nonzero().flatten()
         plates = PlateReader(self.config).fit(
@@ -52,16 +57,34 @@ class LeakChecks:
         )
         return plates, SceneReader(self.config).fit(pixels, truth.scenes)
 
-    def of(self, victims: Pictures, rebuilt: Rebuilt) -> dict[str, Any]:
-        """Every leak of one edge: all rows of each kind, and the strongest of them."""
+    def of(self, victims: Pictures, rebuilt: Rebuilt, edge: Edge) -> dict[str, Any]:
+        """Every leak of one edge: all rows of each kind, and the strongest of them.
+
+        A reader is trained on what an attack rebuilt of all the attacker's pictures, and another on
+        what it rebuilt of those alone that it had not learnt from, which look as a victim's do.
+
+        Args:
+            victims: whose uploads were inverted.
+            rebuilt: by attack.
+            edge: what the device uploads for pictures, on the CPU.
+        """
+        asked, known = Owned(victims, edge), Owned(self.attacker, edge)
         named = [{"attack": attack, **self.identify(guess)}
                  for attack, (guess, _) in rebuilt.items()]
+        gallery = Owned(self.people.gallery, edge)
+        named += [{"attack": attack, **self._rank(q, g)}
+                  for attack, (q, g) in embeddings(asked, gallery, known).items()]
         found = {"identification": named}
         if self._own is not None:
+            for kind, row in read_uploads(asked, known).items():
+                found.setdefault(kind, []).append(row)
             readers = {OWN: self._own}
+            unseen = len(self.people.reader)
             for attack, (_, theirs) in rebuilt.items():
                 if theirs is not None:
                     readers[f"what {attack} rebuilt of them"] = self.readers(theirs)
+                    readers[f"what {attack} rebuilt of those new to it"] = self.readers(
+                        theirs[:unseen])
             for attack, (guess, _) in rebuilt.items():
                 for trained_on, pair in readers.items():
                     for kind, leak in read(pair, victims, guess).items():
@@ -102,6 +125,11 @@ class LeakChecks:
         junk = [people.junk[i] for i in people.victims.tolist()]
         return asdict(pp.retrieval(query, gallery, victims.identities, people.gallery.identities,
                                    victims.cameras, people.gallery.cameras, junk=junk))
+
+
+def row_name(attack: str, seed: int, seeds: Sequence[int]) -> str:
+    """How rows call an attack of this seed: its name, and the seed where it is not the first."""
+    return attack if seed == seeds[0] else f"{attack}, seed {seed}"
 
 
 def _strength(row: Mapping[str, Any]) -> float:

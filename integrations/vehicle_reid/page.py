@@ -9,8 +9,10 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from leak_checks import row_name
 from pictures import Pictures
 from PIL import Image
+from uploads import DIRECT
 
 from patrol_prune import figures
 from patrol_prune.audit_report import AuditReport
@@ -56,7 +58,8 @@ def comparison(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     add("Multiply-adds on the device", [million(m["edge_macs"]) for m in each], kind="cost")
     add("Upload per picture", [f"{m['feature_bytes'] / 1024:.0f} KiB" for m in each], kind="cost")
     best = [m["audit"]["strongest"] for m in each]
-    floor = each[0]["audit"]["floor"]
+    floor = next((r for r in each[0]["audit"]["records"] if r["attack"] == "mean_image"),
+                 each[0]["audit"]["floor"])
     add("Likeness of rebuilt pictures, SSIM", [decimal(b["ssim"]) for b in best], "1.000",
         decimal(floor["ssim"]), "leak")
     add("… the 5% rebuilt best", [decimal(b["ssim_worst5"]) for b in best], "1.000",
@@ -69,7 +72,7 @@ def comparison(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                 percent(originals[key]["strongest"]["rate"]),
                 percent(found[0]["strongest"]["chance"]), "leak")
     found = [m["audit"]["leaks"]["identification"]["strongest"] for m in each]
-    for key, label in (("map", "Vehicle named from the rebuilt picture, mAP"),
+    for key, label in (("map", "Vehicle named without the cloud's half, mAP"),
                        ("rank1", "… first hit is right")):
         add(label, [percent(f[key]) for f in found],
             percent(originals["identification"]["strongest"][key]),
@@ -137,23 +140,27 @@ def write_page(
 
 
 def attack_rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row for each method and attack: SSIM, and what could be read out of it at best."""
+    """One row for each method and attack: SSIM, and what could be read out of it at best.
+
+    The uploads themselves come last, of which no picture was rebuilt.
+    """
     rows = []
+    seeds = result["settings"]["attackers"]["seeds"]
     for method, about in result["methods"].items():
         leaks = about["audit"]["leaks"]
-        for record in about["audit"]["records"]:
-            if record["subject"] != "edge":
-                continue
-            row = {"method": HEADINGS[method], "attack": record["attack"],
-                   "ssim": record["ssim"], "ssim_worst5": record["ssim_worst5"]}
-            for key in ("plates", "scenes"):
-                found = [r["rate"] for r in leaks.get(key, {}).get("rows", [])
-                         if r["attack"].split(",")[0] == record["attack"]]
+        shown = [(row_name(r["attack"], r["attack_seed"], seeds), r["ssim"], r["ssim_worst5"])
+                 for r in about["audit"]["records"] if r["subject"] == "edge"]
+        for attack, ssim, worst in (*shown, (DIRECT, None, None)):
+            row = {"method": HEADINGS[method], "attack": attack, "ssim": ssim,
+                   "ssim_worst5": worst}
+            for key, kind, figure in (("plates", "plates", "rate"), ("scenes", "scenes", "rate"),
+                                      ("named", "identification", "map")):
+                found = [r[figure] for r in leaks.get(kind, {}).get("rows", [])
+                         if r["attack"] == attack
+                         or (attack == DIRECT and r["attack"].startswith(DIRECT))]
                 row[key] = max(found) if found else None
-            named = [r["map"] for r in leaks["identification"]["rows"]
-                     if r["attack"].split(",")[0] == record["attack"]]
-            row["named"] = max(named) if named else None
-            rows.append(row)
+            if ssim is not None or row["named"] is not None:
+                rows.append(row)
     return rows
 
 

@@ -71,8 +71,8 @@ class Everybody:
     Attributes:
         defender: what the model is trained, scored and fine-tuned on; its classes are identities.
         inverter: the attacker's pictures that his inversion attacks learn from.
-        reader: the attacker's other pictures, which those attacks never saw: what readers of
-            plates and scenes learn from is rebuilt from these.
+        reader: the attacker's other pictures, in an open set of other identities, with other
+            plates: what is rebuilt of them looks as what is rebuilt of a victim's.
         query, gallery: of the test part.
         victims: positions among the queries whose uploads are inverted.
         junk: as in `ReidSet`.
@@ -120,21 +120,22 @@ def everybody(config: ReidRun) -> Everybody:
     theirs = _attackers(train, config.attackers.share, closed, generator)
     own = train.subset((~theirs).nonzero().flatten())
     attacker = _without(train.subset(theirs.nonzero().flatten()), query.subset(victims))
-    order = torch.randperm(len(attacker), generator=generator)
-    first = round(config.attackers.reader_share * len(attacker))
+    attacker = attacker.subset(torch.randperm(len(attacker), generator=generator))
+    for_readers = _attackers(attacker, config.attackers.reader_share, closed, generator)
+    inverter, reader = (attacker.subset(m.nonzero().flatten()) for m in (~for_readers, for_readers))
     defender = _labelled(own)
-    if len(attacker) - first < 40 or first < 20 or len(defender.classes) < config.batch.identities:
+    if len(inverter) < 40 or len(reader) < 20 or len(defender.classes) < config.batch.identities:
         raise InputError(
             "Expected at least 40 pictures for the attacker to invert with, 20 to read with and "
-            f"{config.batch.identities} identities for the defender, came {len(attacker) - first}, "
-            f"{first} and {len(defender.classes)}. Give more pictures, or change "
+            f"{config.batch.identities} identities for the defender, came {len(inverter)}, "
+            f"{len(reader)} and {len(defender.classes)}. Give more pictures, or change "
             "--attackers.share, --attackers.reader-share or --batch.identities."
         )
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.images.numpy().tobytes() + part.identities.numpy().tobytes())
     return Everybody(
-        defender, attacker.subset(order[first:]), attacker.subset(order[:first]), query, gallery,
+        defender, inverter, reader, query, gallery,
         victims, found.junk, _normalization(defender), found.layout,
         closed, digest.hexdigest(),
     )
@@ -187,7 +188,9 @@ def read(images: Sequence[ReidImage], root: Path, size: int) -> Pictures:
 def _attackers(
     train: Pictures, share: float, closed: bool, generator: torch.Generator
 ) -> Tensor:
-    """Which of the training pictures the attacker owns."""
+    """Which of these pictures the attacker owns, or his readers: a share of the identities, in a
+    closed set of the pictures.
+    """
     if closed:
         order = torch.randperm(len(train), generator=generator)
         mine = torch.zeros(len(train), dtype=torch.bool)

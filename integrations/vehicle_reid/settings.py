@@ -58,8 +58,9 @@ class Attackers:
         attacks: by name.
         seeds: one fresh attacker for each.
         share: of the training identities, which the attacker owns and the defender never sees.
-        reader_share: of the attacker's pictures that no inversion attack learns from, so that what
-            is rebuilt of them looks as what is rebuilt of a victim's.
+        reader_share: of the attacker's identities (of his pictures in a closed set) that no
+            inversion attack learns from, so that what is rebuilt of them looks as what is
+            rebuilt of a victim's.
         victims: queries whose uploads are inverted.
         examples: pictures on the page.
         uploads: of each picture, which an attacker puts together where `privacy.dropout` draws.

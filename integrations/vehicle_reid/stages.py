@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
-from leak_checks import LeakChecks
+from leak_checks import LeakChecks, row_name
 from page import write_page
 from pictures import Everybody, Pictures, everybody
 from settings import ReidRun
@@ -130,7 +130,7 @@ class Work:
                             seed=config.seed)
         load_weights(model, config.weights)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
+            torch.default_generator.manual_seed(config.seed)
             return add_bnneck(model, identities)
 
     def load(self, method: str) -> pp.Split:
@@ -292,16 +292,22 @@ class Work:
         seen = split.edge
         if method == PATROL and config.privacy.dropout and config.attackers.uploads > 1:
             seen = Repeated(seen, config.attackers.uploads)
-        z_reader = compute_features(seen, self.attacker_pictures.pixels(), people.normalization)
+        known = self.attacker_pictures
+
+        def edge(pixels: Tensor) -> Tensor:
+            some = pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels
+            return compute_features(seen, some, people.normalization)
+
+        uploads = edge(known.images) if known.truth is not None else None  # who reads plates
 
         def observer(subject: str, name: str, attack: Any, guess: Tensor) -> None:
             theirs = None
-            if name not in OPTIMISING:
+            if name not in OPTIMISING and uploads is not None:
                 with torch.no_grad():
                     theirs = torch.cat([attack.reconstruct(z).detach().cpu()
-                                        for z in z_reader.split(_CHUNK)])
-            key = name if name not in rebuilt else f"{name}, seed {len(rebuilt)}"
-            rebuilt[key] = guess, theirs
+                                        for z in uploads.split(_CHUNK)])
+            seed = config.attackers.seeds[sum(key.split(",")[0] == name for key in rebuilt)]
+            rebuilt[row_name(name, seed, config.attackers.seeds)] = guess, theirs
 
         report = pp.audit(
             split, people.inverter.pixels(), victims.pixels(), attacks=config.attackers.attacks,
@@ -311,8 +317,8 @@ class Work:
             observer=observer,
         )
         report.to_json(self.folder / "audits" / f"{method}.json")
-        self.say("Reading plates, scenes and vehicles out of what was rebuilt.")
-        leaks = self.checks.of(victims, rebuilt)
+        self.say("Reading plates, scenes and vehicles out of uploads and what was rebuilt.")
+        leaks = self.checks.of(victims, rebuilt, edge)
         self.folder.finish(
             f"audit {method}", [f"audits/{method}.json", f"audits/{method}_examples"],
             strongest=_record(report, "edge"), floor=_record(report, "floor"),

@@ -1,0 +1,108 @@
+"""Attributes inferred from features: what is there is found, what is not is near chance."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from patrol_prune.errors import InputError
+from patrol_prune.leaks import ReaderConfig
+from patrol_prune.upload_reader import UploadReader, as_map
+
+LETTERS = "ABCD"
+CONFIG = ReaderConfig(epochs=30, lr=5e-3, width=64)
+IMAGE = (3, 32, 32)
+
+
+def texts(count: int, seed: int, length: int = 3) -> list[str]:
+    g = torch.Generator().manual_seed(seed)
+    return ["".join(LETTERS[i] for i in row)
+            for row in torch.randint(0, 4, (count, length), generator=g).tolist()]
+
+
+def codes(found: list[str]) -> Tensor:
+    """`[N, characters * 4]`, one-hot."""
+    index = torch.tensor([[LETTERS.index(c) for c in text] for text in found])
+    return torch.nn.functional.one_hot(index, 4).flatten(1).float()
+
+
+@pytest.mark.parametrize("shape", [(40,), (40, 1, 1), (10, 2, 2)])
+def test_what_a_vector_says_of_the_characters_is_read(shape: tuple[int, ...]) -> None:
+    known, asked = texts(400, 0), texts(100, 1)
+    mixing = torch.randn(12, 40, generator=torch.Generator().manual_seed(2))
+    z, other = ((codes(t) @ mixing).view(-1, *shape) for t in (known, asked))
+    reader = UploadReader(IMAGE, CONFIG).fit(1e3 * z, known)
+    single, whole = reader.accuracy(1e3 * other, asked)
+    assert single.rate > 0.95 and single.count == 300
+    assert single.chance == pytest.approx(0.25, abs=0.1)
+    assert whole.rate > 0.85 and whole.count == 100 and whole.chance < 0.05
+
+
+def test_noise_is_read_no_better_than_by_chance() -> None:
+    g = torch.Generator().manual_seed(0)
+    reader = UploadReader(IMAGE, CONFIG).fit(torch.randn(300, 20, generator=g), texts(300, 0))
+    single, whole = reader.accuracy(torch.randn(300, 20, generator=g), texts(300, 1))
+    assert abs(single.rate - 0.25) < 0.07 and whole.rate < 0.06
+
+
+def plate_maps(found: list[str], seed: int) -> tuple[Tensor, Tensor]:
+    """Maps of 16x16 with each character's code at its place in a quadrangle that moves."""
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(len(found), 4, 16, 16, generator=g)
+    corners = torch.zeros(len(found), 4, 2)
+    for row, text in enumerate(found):
+        x, y = torch.randint(0, 9, (2,), generator=g).tolist()
+        for i, c in enumerate(text):
+            z[row, :, y : y + 2, x + 2 * i : x + 2 * i + 2] = 4 * codes([c]).view(4, 1, 1)
+        left, top, right, low = 2 * x, 2 * y, 2 * x + 4 * len(text), 2 * y + 4
+        corners[row] = torch.tensor([[left, top], [right, top], [right, low], [left, low]])
+    return z, corners
+
+
+def test_a_plate_is_read_where_its_corners_are() -> None:
+    known, asked = texts(500, 0), texts(100, 1)
+    z, corners = plate_maps(known, 3)
+    others, theirs = plate_maps(asked, 4)
+    blind = UploadReader(IMAGE, CONFIG).fit(z, known).accuracy(others, asked)[0]
+    seen = UploadReader(IMAGE, CONFIG).fit(z, known, corners).accuracy(others, asked, theirs)[0]
+    assert seen.rate > 0.9 > blind.rate
+    tokens = UploadReader(IMAGE, CONFIG).fit(z.flatten(2).transpose(1, 2), known, corners)
+    assert tokens.read(others.flatten(2).transpose(1, 2), theirs) == UploadReader(
+        IMAGE, CONFIG).fit(z, known, corners).read(others, theirs)
+
+
+def test_every_layout_becomes_the_same_map() -> None:
+    z = torch.randn(2, 9, 4, 4)
+    tokens = z.flatten(2).transpose(1, 2)
+    with_class = torch.cat([torch.zeros(2, 1, 9), tokens], 1)
+    for other in (z, z.permute(0, 2, 3, 1), tokens, with_class):
+        assert torch.equal(as_map(other, IMAGE), z)
+    assert as_map(torch.randn(2, 7, 5), IMAGE) is None and as_map(torch.randn(2, 7), IMAGE) is None
+
+
+def test_a_class_token_is_read_too() -> None:
+    known, asked = texts(400, 0), texts(100, 1)
+    z, other = (torch.cat([codes(t)[:, None], torch.zeros(len(t), 16, 12)], 1)
+                for t in (known, asked))
+    assert UploadReader(IMAGE, CONFIG).fit(z, known).accuracy(other, asked)[0].rate > 0.95
+
+
+def test_what_cannot_be_read_is_refused() -> None:
+    z = torch.randn(10, 6)
+    reader = UploadReader(IMAGE, CONFIG)
+    with pytest.raises(InputError, match="not fitted"):
+        reader.read(z)
+    with pytest.raises(InputError, match="came 9 for 10"):
+        reader.fit(z, texts(9, 0))
+    with pytest.raises(InputError, match="came 'AB'"):
+        reader.fit(z, [*texts(9, 0), "AB"])
+    with pytest.raises(InputError, match="nothing to learn"):
+        reader.fit(z, ["AAA"] * 10)
+    with pytest.raises(InputError, match="NaN"):
+        reader.fit(z * float("nan"), texts(10, 0))
+    with pytest.raises(InputError, match="corners"):
+        reader.fit(z, texts(10, 0), torch.zeros(10, 2))
+    reader.fit(z, texts(10, 0))
+    with pytest.raises(InputError, match="3 answers"):
+        reader.accuracy(z, texts(10, 0, length=2))
