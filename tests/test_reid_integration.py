@@ -14,7 +14,10 @@ import torch
 
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.leaks import PlateReader
+from patrol_prune.reid_layout import read_reid
+from patrol_prune.vehicle_identities import write_vehicle_reid
 from patrol_prune.vehicle_truth import VehicleTruth
+from patrol_prune.vehicles import write_vehicles
 
 FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
 MODULES = ("leak_checks", "page", "pictures", "run", "settings", "stages")
@@ -76,6 +79,20 @@ def test_an_attacker_owns_identities_or_in_a_closed_set_pictures(script: Any) ->
     mixed = script["pictures"]._attackers(every, 0.5, True, generator)
     assert int(mixed.sum()) == 20
     assert set(every.identities[mixed].tolist()) & set(every.identities[~mixed].tolist())
+
+
+def test_plates_are_read_of_rendered_identities_alone(script: Any, tmp_path: Path) -> None:
+    pictures, layout = script["pictures"], {"layout": "folder", "image_size": 64}
+    demo = write_vehicles(tmp_path / "demo", train=10, test=10, size=64)
+    config = script["run"].ReidRun(data=str(demo), **layout)  # its attributes.json is of another kind
+    found = pictures.read_set(config, demo)
+    assert pictures.read(found.query, demo, 64).truth is None
+    for content in ("[]", "no JSON", '{"parameters": 3}'):
+        (demo / "attributes.json").write_text(content)
+        assert pictures.read(found.query, demo, 64).truth is None
+    drawn = write_vehicle_reid(tmp_path / "drawn", identities=4, cameras=2, images_per_camera=1)
+    read = pictures.read(read_reid(drawn).query, drawn, 64)
+    assert read.truth is not None and len(read.truth.plates) == len(read)
 
 
 def test_what_a_reader_reads_is_counted_where_nothing_is_in_front(script: Any) -> None:

@@ -18,9 +18,8 @@ from patrol_prune.data import ImageSet
 from patrol_prune.errors import InputError
 from patrol_prune.reid_layout import ReidImage, ReidSet, read_reid, read_retrieval_folder
 from patrol_prune.vehicle_identities import write_vehicle_reid
-from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
+from patrol_prune.vehicle_truth import VehicleTruth, drawn_with, read_vehicle_truth
 
-TRUTH = "attributes.json"
 _LEAST_STD = 1e-3
 
 
@@ -180,7 +179,7 @@ def read(images: Sequence[ReidImage], root: Path, size: int) -> Pictures:
         torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         torch.tensor([image.identity for image in images]),
         torch.tensor([image.camera for image in images]),
-        read_vehicle_truth(root, images, size) if (root / TRUTH).is_file() else None,
+        read_vehicle_truth(root, images, size) if drawn_with(root) else None,
     )
 
 
