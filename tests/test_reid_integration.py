@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -82,9 +83,9 @@ def test_an_attacker_owns_identities_or_in_a_closed_set_pictures(script: Any) ->
 
 
 def test_plates_are_read_of_rendered_identities_alone(script: Any, tmp_path: Path) -> None:
-    pictures, layout = script["pictures"], {"layout": "folder", "image_size": 64}
+    pictures = script["pictures"]
     demo = write_vehicles(tmp_path / "demo", train=10, test=10, size=64)
-    config = script["run"].ReidRun(data=str(demo), **layout)  # its attributes.json is of another kind
+    config = script["run"].ReidRun(data=str(demo), layout="folder", image_size=64)
     found = pictures.read_set(config, demo)
     assert pictures.read(found.query, demo, 64).truth is None
     for content in ("[]", "no JSON", '{"parameters": 3}'):
@@ -93,6 +94,34 @@ def test_plates_are_read_of_rendered_identities_alone(script: Any, tmp_path: Pat
     drawn = write_vehicle_reid(tmp_path / "drawn", identities=4, cameras=2, images_per_camera=1)
     read = pictures.read(read_reid(drawn).query, drawn, 64)
     assert read.truth is not None and len(read.truth.plates) == len(read)
+
+
+def test_labels_have_a_digest_beside_that_of_the_pictures(script: Any, tmp_path: Path) -> None:
+    pictures, every = script["pictures"], _pictures(script, 8)
+    plain = pictures.labels_digest([every], [[1]])
+    assert pictures.labels_digest([_pictures(script, 8)], ((1,),)) == plain
+    truth = every.truth
+    changed = [
+        replace(every, cameras=every.cameras + 1),
+        replace(every, truth=None),
+        replace(every, truth=replace(truth, plates=("ZZZ", *truth.plates[1:]))),
+        replace(every, truth=replace(truth, boxes=truth.boxes + 1)),
+        replace(every, truth=replace(truth, scenes=truth.scenes[::-1])),
+        replace(every, truth=replace(truth, hidden=~truth.hidden)),
+    ]
+    found = [pictures.labels_digest([one], [[1]]) for one in changed]
+    assert len({plain, pictures.labels_digest([every], [[2]]), *found}) == 2 + len(changed)
+
+    root = write_vehicle_reid(tmp_path / "set", identities=32, cameras=3, images_per_camera=2)
+    config = script["run"].build(script["run"].ReidRun, {
+        "data": str(root), "batch": {"identities": 4}, "attackers": {"reader_share": 0.4}},
+        "the test")
+    before = pictures.everybody(config)
+    matches = root / "gt_index.txt"
+    matches.write_text(matches.read_text().split(" ", 1)[1])
+    after = pictures.everybody(config)
+    assert after.digest == before.digest  # what runs of earlier releases noted
+    assert after.labels_digest != before.labels_digest
 
 
 def test_what_a_reader_reads_is_counted_where_nothing_is_in_front(script: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,8 +78,10 @@ class Everybody:
         junk: as in `ReidSet`.
         normalization: from pixels to the model's input.
         layout: of the set.
-        closed: whether the identities of the test were trained on, with other pictures.
-        digest: of every picture and label.
+        closed: whether identities of the test, all or some, were trained on, with other pictures.
+        digest: of every picture and identity.
+        labels_digest: of what `digest` leaves out: cameras, junk, plates and places. Runs of
+            earlier releases noted `digest` alone.
     """
 
     defender: ImageSet
@@ -92,6 +95,7 @@ class Everybody:
     layout: str
     closed: bool
     digest: str
+    labels_digest: str
 
     def example(self) -> Tensor:
         """One picture as model input `[1, 3, S, S]`."""
@@ -135,8 +139,18 @@ def everybody(config: ReidRun) -> Everybody:
     return Everybody(
         defender, attacker.subset(order[first:]), attacker.subset(order[:first]), query, gallery,
         victims, found.junk, _normalization(defender), found.layout,
-        closed, digest.hexdigest(),
+        closed, digest.hexdigest(), labels_digest(parts, found.junk),
     )
+
+
+def labels_digest(parts: Sequence[Pictures], junk: Sequence[Sequence[int]]) -> str:
+    """Of what is known of some pictures beside their identities: see `Everybody`."""
+    known: list[object] = [[list(row) for row in junk]]
+    for part in parts:
+        known.append(part.cameras.tolist())
+        if (truth := part.truth) is not None:
+            known.append([truth.plates, truth.boxes.tolist(), truth.scenes, truth.hidden.tolist()])
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def set_folder(config: ReidRun) -> Path:
