@@ -14,10 +14,11 @@ import pytest
 import torch
 
 from patrol_prune.audit_report import AuditReport
+from patrol_prune.errors import InputError
 from patrol_prune.leaks import PlateReader
 from patrol_prune.reid_layout import read_reid
 from patrol_prune.vehicle_identities import write_vehicle_reid
-from patrol_prune.vehicle_truth import VehicleTruth
+from patrol_prune.vehicle_truth import VehicleTruth, drawn_with
 from patrol_prune.vehicles import write_vehicles
 
 FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
@@ -82,6 +83,39 @@ def test_an_attacker_owns_identities_or_in_a_closed_set_pictures(script: Any) ->
     assert set(every.identities[mixed].tolist()) & set(every.identities[~mixed].tolist())
 
 
+def test_what_a_reader_reads_is_counted_where_nothing_is_in_front(script: Any) -> None:
+    class Plates(PlateReader):
+        def __init__(self) -> None:
+            super().__init__()
+            self._places, self._network = (Counter("A"),) * 3, torch.nn.Identity()
+
+        def read(self, images: torch.Tensor, boxes: torch.Tensor) -> list[str]:
+            return ["AAA"] * len(images)
+
+    class Scenes:
+        def accuracy(self, images: torch.Tensor, scenes: Any) -> str:
+            return f"{len(images)} {len(scenes)}"
+
+    victims = _pictures(script, 12)
+    found = script["leak_checks"].read((Plates(), Scenes()), victims, victims.pixels())
+    # of 12 plates 3 are hidden; 0, 6 and 9 of the others say AAA
+    assert (found["plates"].rate, found["plates"].count) == (3 / 9, 9)
+    assert (found["characters"].rate, found["characters"].count) == (3 / 9, 27)
+    assert found["characters"].chance == pytest.approx(3 / 9)
+    assert found["plates"].chance == pytest.approx((3 / 9) ** 3)
+    assert found["scenes"] == "12 12"
+
+
+def test_settings_and_folders_that_do_not_fit_are_refused(script: Any, tmp_path: Path,
+                                                          capsys: Any) -> None:
+    main = script["run"].main
+    assert main(["--data", str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
+    assert "image_train" in capsys.readouterr().err
+    assert main(["--layout", "folder"]) == 2
+    assert "rendered set" in capsys.readouterr().err
+    assert main(["--attackers.attacks", '["inverse"]']) == 2
+
+
 def test_plates_are_read_of_rendered_identities_alone(script: Any, tmp_path: Path) -> None:
     pictures = script["pictures"]
     demo = write_vehicles(tmp_path / "demo", train=10, test=10, size=64)
@@ -124,37 +158,45 @@ def test_labels_have_a_digest_beside_that_of_the_pictures(script: Any, tmp_path:
     assert after.labels_digest != before.labels_digest
 
 
-def test_what_a_reader_reads_is_counted_where_nothing_is_in_front(script: Any) -> None:
-    class Plates(PlateReader):
-        def __init__(self) -> None:
-            super().__init__()
-            self._places, self._network = (Counter("A"),) * 3, torch.nn.Identity()
-
-        def read(self, images: torch.Tensor, boxes: torch.Tensor) -> list[str]:
-            return ["AAA"] * len(images)
-
-    class Scenes:
-        def accuracy(self, images: torch.Tensor, scenes: Any) -> str:
-            return f"{len(images)} {len(scenes)}"
-
-    victims = _pictures(script, 12)
-    found = script["leak_checks"].read((Plates(), Scenes()), victims, victims.pixels())
-    # of 12 plates 3 are hidden; 0, 6 and 9 of the others say AAA
-    assert (found["plates"].rate, found["plates"].count) == (3 / 9, 9)
-    assert (found["characters"].rate, found["characters"].count) == (3 / 9, 27)
-    assert found["characters"].chance == pytest.approx(3 / 9)
-    assert found["plates"].chance == pytest.approx((3 / 9) ** 3)
-    assert found["scenes"] == "12 12"
+def test_what_cannot_be_had_costs_no_finished_run(script: Any, tmp_path: Path, capsys: Any) -> None:
+    """`--overwrite` with a slip in it: the earlier run stays as it is."""
+    run = tmp_path / "tiny"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "result.json", "checkpoints/dense"):
+        (run / name).write_text("earlier: run")
+    wrong = {
+        "not one": ["--data", str(tmp_path / "nowhere")],
+        "at least 40 pictures": ["--rendered.identities", "8"],
+        "from 4 to": ["--rendered.identities", "1"],
+        "resnt18": ["--model", "resnt18"],
+        "nowhere": ["--weights", str(tmp_path / "nowhere")],
+        "cuda:99": ["--device", "cuda:99"],
+    }
+    for told, arguments in wrong.items():
+        assert script["run"].main([*TINY, "--runs", str(tmp_path), "--overwrite", *arguments]) == 2
+        assert told in capsys.readouterr().err
+        assert sorted(p.name for p in run.rglob("*") if p.is_file()) == [
+            "config.yaml", "dense", "result.json"]
 
 
-def test_settings_and_folders_that_do_not_fit_are_refused(script: Any, tmp_path: Path,
-                                                          capsys: Any) -> None:
-    main = script["run"].main
-    assert main(["--data", str(tmp_path), "--runs", str(tmp_path / "runs")]) == 2
-    assert "image_train" in capsys.readouterr().err
-    assert main(["--layout", "folder"]) == 2
-    assert "rendered set" in capsys.readouterr().err
-    assert main(["--attackers.attacks", '["inverse"]']) == 2
+def test_vehicles_of_another_seed_or_size_lie_beside_the_first(script: Any, tmp_path: Path) -> None:
+    pictures = script["pictures"]
+    drawn = {"identities": 4, "cameras": 2, "images_per_camera": 1}
+
+    def folder(**more: Any) -> Path:
+        return pictures.set_folder(script["run"].build(script["run"].ReidRun, {
+            "runs": str(tmp_path), "name": "a", "rendered": drawn, **more}, "the test"))
+
+    first, second, third = folder(), folder(seed=1), folder(image_size=72)
+    assert first == tmp_path / "a-vehicles"  # where earlier releases drew it
+    assert len({first, second, third}) == 3
+    assert (folder(), folder(seed=1), folder(image_size=72)) == (first, second, third)
+    assert [drawn_with(f)["seed"] for f in (first, second, third)] == [0, 1, 0]
+    assert [drawn_with(f)["size"] for f in (first, second, third)] == [64, 64, 72]
+    (tmp_path / "b-vehicles").mkdir()
+    (tmp_path / "b-vehicles" / "letter.txt").touch()
+    with pytest.raises(InputError, match="something else"):
+        folder(name="b")
 
 
 def _result(script: Any) -> dict[str, Any]:
@@ -253,6 +295,10 @@ def test_the_whole_path_and_again_from_where_it_stopped(script: Any, tmp_path: P
         (run / "manifest.json").read_text())["stages"].keys()
     assert main([*TINY, *runs, "--seed", "1"]) == 2
     assert "another run" in capsys.readouterr().err
+    assert main([*TINY, *runs, "--seed", "1", "--overwrite"]) == 0
+    anew = json.loads((run / "result.json").read_text())
+    assert (anew["settings"]["seed"], anew["data"]["digest"] == result["data"]["digest"]) == (
+        1, False)
 
 
 @pytest.mark.slow

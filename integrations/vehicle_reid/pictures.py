@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -154,16 +154,20 @@ def labels_digest(parts: Sequence[Pictures], junk: Sequence[Sequence[int]]) -> s
 
 
 def set_folder(config: ReidRun) -> Path:
-    """Where the pictures lie; the rendered ones are drawn there first."""
+    """Where the pictures lie; the rendered ones are drawn there first.
+
+    They lie in `<name>-vehicles` beside the run; where vehicles of another seed, size or number
+    are there already, in a folder named after these.
+    """
     if config.data != "rendered":
         return Path(config.data).expanduser()
-    drawn = config.rendered
+    asked = {**asdict(config.rendered), "size": config.image_size, "seed": config.seed}
     root = Path(config.runs) / f"{config.name}-vehicles"
-    write_vehicle_reid(
-        root, identities=drawn.identities, cameras=drawn.cameras,
-        images_per_camera=drawn.images_per_camera, size=config.image_size, seed=config.seed,
-    )
-    return root
+    there = drawn_with(root)
+    if there and any(there.get(key) != value for key, value in asked.items()):
+        told = "-".join(f"{key}-{value}" for key, value in asked.items()).replace("_", "-")
+        root = root.with_name(f"{root.name}-{told}")
+    return write_vehicle_reid(root, **asked)
 
 
 def read_set(config: ReidRun, root: Path) -> ReidSet:
