@@ -3,12 +3,49 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
+
+
+@pytest.fixture(scope="module")
+def reid(import_benchmark: Callable[[str], ModuleType]) -> Iterator[ModuleType]:
+    before = set(sys.modules)
+    yield import_benchmark("reid")
+    sys.path.remove(str(FOLDER))
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+def row(**more: Any) -> dict[str, Any]:
+    return {"dataset": "rendered", "split": "layer4", "beta": 10.0, "train_seed": 0,
+            "epochs": [20, 8], "method": "patrol", **more}
+
+
+@pytest.mark.parametrize("other", [
+    {"train_seed": 1}, {"epochs": [20, 3]}, {"budget": "36.4M"}, {"beta": 40.0},
+    {"split": "layer2"}, {"dataset": "photographs"},
+])
+def test_rows_of_another_run_stay(reid: ModuleType, other: dict[str, Any]) -> None:
+    before = {"versions": {"torch": "1"}, "rows": [row(map=0.1), row(map=0.2, **other)]}
+    mine = row(map=0.3, budget="0.5", versions={"torch": "2"})
+    found = reid.merged(before, [mine])
+    assert sorted(r["map"] for r in found) == [0.2, 0.3]
+    # an earlier row keeps the versions of the record that it stood in
+    assert {r["map"]: r["versions"]["torch"] for r in found} == {0.2: "1", 0.3: "2"}
+
+
+def test_rendered_rows_come_first(reid: ModuleType) -> None:
+    before = {"versions": {}, "rows": [row(dataset="photographs")]}
+    assert [r["dataset"] for r in reid.merged(before, [row()])] == ["rendered", "photographs"]
+    assert reid.merged({"rows": []}, [row()]) == [row()]
 
 
 @pytest.fixture
