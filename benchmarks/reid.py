@@ -101,6 +101,7 @@ def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
             "dataset": dataset, "model": result["settings"]["model"], "method": method,
             "split": result["plan"]["at"], "beta": result["settings"]["privacy"]["beta"],
             "train_seed": result["settings"]["seed"],
+            "closed": result["data"].get("closed"),
             **{k: about[k] for k in ("edge_macs", "edge_params", "feature_bytes")},
             **about["retrieval"], **{k: audit["strongest"].get(k) for k in KEPT},
             "floor_ssim": audit["floor"]["ssim"], "floor_mse": audit["floor"]["mse"],

@@ -89,6 +89,9 @@ def about(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     counts = first["counts"]
     seed = f" ({first['train_seed']})" if first["train_seed"] else ""
+    closed = (" The set is closed: identities of the test were trained on, with other pictures, "
+              "and the attacker's pictures are of the same identities."
+              if first.get("closed") else "")
     behind_the_pooling = first["split"] == "avgpool" and pressed(first)
     return (
         f"**{first['dataset'][0].upper()}{first['dataset'][1:]}**: {first['model']} with a BNNeck, "
@@ -96,7 +99,7 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"{counts['defender']:,} pictures of {counts['identities']} identities and fine-tuned for "
         f"{first['epochs'][1]}, PATROL at β {first['beta']:g}; {counts['query']} queries in a "
         f"gallery of {counts['gallery']} "
-        f"pictures of {counts['test_identities']} identities. The attacker owns "
+        f"pictures of {counts['test_identities']} identities.{closed} The attacker owns "
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
         "attacked. Floor: the mean image or the attacker's picture with the nearest upload, "
         f"whichever is closer. One training seed{seed}, one attack seed."

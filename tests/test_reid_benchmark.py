@@ -48,6 +48,23 @@ def test_rendered_rows_come_first(reid: ModuleType) -> None:
     assert reid.merged({"rows": []}, [row()]) == [row()]
 
 
+def test_a_row_says_whether_the_set_is_closed(reid: ModuleType) -> None:
+    named = {"map": 0.5, "rank1": 0.5, "attack": "rmle"}
+    about = {
+        "edge_macs": 1, "edge_params": 1, "feature_bytes": 1, "retrieval": {"map": 0.5},
+        "audit": {"strongest": {}, "floor": {"ssim": 0.1, "mse": 0.1}, "flags": [],
+                  "leaks": {"identification": {"strongest": named}}},
+    }
+    result = {
+        "settings": {"model": "m", "seed": 0, "privacy": {"beta": 1.0}},
+        "plan": {"at": "layer4"}, "data": {"closed": True}, "methods": {"patrol": about},
+        "originals": {"identification": {"strongest": named, "chance": named}},
+    }
+    assert reid.rows(result, "photographs")[0]["closed"] is True
+    result["data"] = {}
+    assert reid.rows(result, "photographs")[0]["closed"] is None
+
+
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
     """A run that was made on another day and another machine."""

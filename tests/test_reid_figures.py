@@ -113,6 +113,13 @@ def test_runs_of_other_seeds_and_epochs_are_told_apart(figures: ModuleType) -> N
     assert text.count("One training seed (1)") == 1 and "fine-tuned for 3" in text
 
 
+def test_a_closed_set_is_called_so(figures: ModuleType) -> None:
+    for closed in (False, None):
+        assert "closed" not in figures.about([measured("layer4", "dense", closed=closed)])
+    assert "closed" not in figures.about([measured("layer4", "dense")])
+    assert "the same identities" in figures.about([measured("layer4", "dense", closed=True)])
+
+
 def test_each_row_tells_its_own_command_and_versions(figures: ModuleType) -> None:
     record = {"versions": {"torch": "9.9", "torch-pruning": "8.8"}}
     told = figures.measured(record, [measured("layer4", "dense")])
