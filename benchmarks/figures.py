@@ -68,13 +68,15 @@ FEW = 4
 
 
 def circumstances(record: dict[str, Any]) -> str:
-    versions, commits = record["versions"], record["commit"].split(", ")
-    at = record["commit"] if len(commits) <= FEW else f"{len(commits)} commits, named in the rows,"
-    return (
-        f"Measured {record['date']} at {at} on {record['device']}, "
-        f"torch {versions['torch']}, torchvision {versions['torchvision']}, torch-pruning "
-        f"{versions['torch-pruning']}; `{record['command'].split(' --')[0]}`."
-    )
+    """When, at which commit, where and with what; a record may lack what nobody wrote down."""
+    commits, versions = record.get("commit", "").split(", "), record.get("versions", {})
+    at = commits if len(commits) <= FEW else [f"{len(commits)} commits, named in the rows,"]
+    told = f"Measured {record['date']}"
+    told += f" at {', '.join(at)}" if "commit" in record else ""
+    told += f" on {record['device']}" if "device" in record else ""
+    named = [f"{name} {versions[name]}" for name in ("torch", "torchvision", "torch-pruning")
+             if name in versions]
+    return f"{', '.join([told, *named])}; `{record['command'].split(' --')[0]}`."
 
 
 def told(name: str) -> tuple[dict[str, Any], str]:

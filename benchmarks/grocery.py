@@ -4,7 +4,8 @@
     python benchmarks/grocery.py --run runs/grocery
 
 Reads what the run left (`summary.json`, `audit.json`, `events.jsonl`) and writes
-`results/grocery.json`; nothing is measured here.
+`results/grocery.json`; nothing is measured here. Date, device and versions are the run's; what it
+did not write down, as the commit, is left out.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import auto_cli
-from record import write
+from record import ROOT, command, save
 
 from patrol_prune.audit_report import AuditReport
 
@@ -54,20 +55,30 @@ def rows(run: Path) -> list[dict[str, Any]]:
     return found
 
 
-def minutes(run: Path) -> float:
-    """From the first event of the run to the last, wall-clock."""
+def first_and_last(run: Path) -> tuple[datetime, datetime]:
+    """When the run's first event was, and its last one."""
     lines = (run / "events.jsonl").read_text().splitlines()
     times = [json.loads(line)["time"] for line in lines]
     first, last = (datetime.fromisoformat(t) if isinstance(t, str) else datetime.fromtimestamp(t)
                    for t in (times[0], times[-1]))
-    return (last - first).total_seconds() / 60
+    return first, last
+
+
+def content(run: Path) -> dict[str, Any]:
+    """The record: circumstances as the run wrote them down, rows last."""
+    summary = json.loads((run / "summary.json").read_text())
+    first, last = first_and_last(run)
+    return {
+        "benchmark": "grocery", "command": command(), "date": last.date().isoformat(),
+        **{key: summary[key] for key in ("device", "versions") if key in summary},
+        "settings": {k: v for k, v in summary["config"].items() if k not in ("data", "runs")},
+        "minutes": round((last - first).total_seconds() / 60, 1),
+        "rows": rows(run),
+    }
 
 
 def main(args: Grocery) -> None:
-    summary = json.loads((args.run / "summary.json").read_text())
-    settings = {k: v for k, v in summary["config"].items() if k not in ("data", "runs")}
-    print(write("grocery", rows(args.run), settings=settings,
-                minutes=round(minutes(args.run), 1)))
+    print(save(content(args.run), ROOT / "results" / "grocery.json"))
 
 
 if __name__ == "__main__":

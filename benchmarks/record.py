@@ -41,19 +41,28 @@ def commit() -> str:
     return (head or "unknown") + ("+changes" if dirty else "")
 
 
+def command() -> str:
+    """What was typed, without the folders of this machine."""
+    return " ".join(["python", os.path.relpath(sys.argv[0], ROOT.parent),
+                     *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that the numbers depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
+
+
 def record(benchmark: str, rows: list[dict[str, Any]], **extra: Any) -> dict[str, Any]:
     """The benchmark's object: circumstances first, rows last."""
     cores = os.cpu_count()
     return {
         "benchmark": benchmark,
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT.parent),
-                             *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])]),
+        "command": command(),
         "commit": commit(),
         "date": date.today().isoformat(),
         "device": f"{cpu_name()}, {cores} cores",
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(),
-                     **{name: version(name) for name in PACKAGES}},
+        "versions": versions(),
         **extra,
         "rows": rows,
     }
@@ -63,8 +72,13 @@ def write(benchmark: str, rows: list[dict[str, Any]], path: Path | None = None,
           **extra: Any) -> Path:
     """Write `results/<benchmark>.json` whole or not at all; returns where."""
     target = path or ROOT / "results" / f"{benchmark}.json"
+    return save(record(benchmark, rows, **extra), target)
+
+
+def save(content: dict[str, Any], target: Path) -> Path:
+    """Write a record whole or not at all; returns where."""
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record(benchmark, rows, **extra), indent=1) + "\n")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
     temporary.replace(target)
     return target

@@ -4,7 +4,8 @@
     python benchmarks/reid.py --photographs ~/.cache/patrol_prune/grocery128
 
 Runs `integrations/vehicle_reid/run.py` in `--work`, on from where it was stopped, and puts its
-rows into `results/reid.json`; rows of another set that stand there stay, each with its commit.
+rows into `results/reid.json`; those of another run that stand there stay, each with its commit,
+command and versions.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
-from record import ROOT, commit, cpu_name, write
+from record import ROOT, command, commit, cpu_name, versions, write
+from reid_figures import run_of
 
 sys.path.insert(0, str(ROOT.parent / "integrations" / "vehicle_reid"))
 
@@ -99,6 +101,7 @@ def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
             "dataset": dataset, "model": result["settings"]["model"], "method": method,
             "split": result["plan"]["at"], "beta": result["settings"]["privacy"]["beta"],
             "train_seed": result["settings"]["seed"],
+            "closed": result["data"].get("closed"),
             **{k: about[k] for k in ("edge_macs", "edge_params", "feature_bytes")},
             **about["retrieval"], **{k: audit["strongest"].get(k) for k in KEPT},
             "floor_ssim": audit["floor"]["ssim"], "floor_mse": audit["floor"]["mse"],
@@ -130,6 +133,17 @@ def minutes(folder: Path) -> float:
     return total / 60
 
 
+def merged(before: dict[str, Any], mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The record's rows with those of one run, which replace an earlier turn of the same run.
+
+    Rows that do not tell their versions were measured with those of the record they stand in.
+    """
+    this = run_of(mine[0])
+    kept = [row if "versions" in row else {**row, "versions": before["versions"]}
+            for row in before["rows"] if run_of(row) != this]
+    return sorted(kept + mine, key=lambda row: not row["dataset"].startswith("rendered"))
+
+
 def main(args: Reid) -> None:
     torch.set_num_threads(args.threads)
     measured_at = os.environ.setdefault("BENCHMARK_COMMIT", commit())
@@ -140,19 +154,15 @@ def main(args: Reid) -> None:
     dataset = ("rendered vehicles, 64x64" if args.photographs is None
                else f"photographs ({args.photographs.name}), 64x64")
     mine = [{**row, "counts": counts, "commit": measured_at, "date": date.today().isoformat(),
-             "device": cpu_name(),
+             "device": cpu_name(), "command": command(), "versions": versions(),
              "minutes": round(minutes(Path(config.runs) / config.name), 1),
              "budget": args.edge_macs,
              "epochs": [config.train.epochs, config.finetune.epochs]}
             for row in rows(result, dataset)]
     target = ROOT / "results" / "reid.json"
-    before = json.loads(target.read_text())["rows"] if target.exists() else []
-    this = (dataset, args.at, args.beta, args.edge_macs)
-    kept = [row for row in before if this != (row["dataset"], row["split"], row["beta"],
-                                              row.get("budget", Reid.edge_macs))]
+    before = json.loads(target.read_text()) if target.exists() else {"rows": []}
     settings = {k: v for k, v in asdict(config).items() if k not in ("data", "runs")}
-    every = sorted(kept + mine, key=lambda row: not row["dataset"].startswith("rendered"))
-    print(write("reid", every, settings=settings))
+    print(write("reid", merged(before, mine), settings=settings))
 
 
 if __name__ == "__main__":

@@ -16,17 +16,27 @@ def reid(record: dict[str, Any]) -> str:
     """For each run: a sentence, what it costs, and what the uploads give away."""
     blocks = []
     runs: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    sets: dict[str, list[dict[str, Any]]] = {}
     for row in record["rows"]:
-        key = (row["dataset"], row["split"], row["beta"], row.get("budget"))
-        runs.setdefault(key, []).append(row)
-    blocks.append(same_budget(record["rows"]))
+        runs.setdefault(run_of(row), []).append(row)
+        sets.setdefault(row["dataset"], []).append(row)
+    blocks += [same_budget(rows) for rows in sets.values()]
     for rows in runs.values():
         blocks += [about(rows), verdict(rows), costs(rows), leaks(rows), measured(record, rows)]
     return "\n\n".join(block for block in blocks if block)
 
 
+def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What the rows of one run have in common, and those of another have not."""
+    return (row["dataset"], row["split"], row["beta"], row.get("budget", "0.5"),
+            row["train_seed"], tuple(row["epochs"]))
+
+
 def same_budget(rows: list[dict[str, Any]]) -> str:
-    """Pruned edges that cost as much (within 2%) at different cuts, shallow ones first."""
+    """Pruned edges of one set that cost as much (within 2%) at different cuts, shallow ones first.
+
+    What each lost is counted from the dense model of its own run.
+    """
     pruned = [row for row in rows if row["method"] != "dense"]
     counts = {row["edge_macs"] for row in pruned if row.get("budget", "0.5") != "0.5"}
     alike = [row for row in pruned
@@ -34,27 +44,41 @@ def same_budget(rows: list[dict[str, Any]]) -> str:
     if len({row["split"] for row in alike}) < 2:
         return ""
     alike.sort(key=lambda row: (-row["feature_bytes"], row["split"], row["method"] != "taylor"))
-    dense = {row["split"]: row["map"] for row in rows if row["method"] == "dense"}
+    dense = {run_of(row): row["map"] for row in rows if row["method"] == "dense"}
+    kinds = {k: v for k, v in KINDS.items() if alike[0][f"{k}_rate"] is not None}
+    chance = (f" Characters by chance {percent(alike[0]['characters_chance'])}."
+              if "characters" in kinds else "")
     table = [{
-        "split": row["split"], "method": NAMES[row["method"]],
+        "split": row["split"], "method": called(row, alike),
         "macs": f"{row['edge_macs'] / 1e6:.2f} M",
         "bytes": f"{row['feature_bytes'] / 1024:.3g} KiB", "map": percent(row["map"]),
-        "lost": f"{100 * (dense[row['split']] - row['map']):.1f}",
+        "lost": f"{100 * (dense[run_of(row)] - row['map']):.1f}",
         "ssim": row["ssim"], "floor": row["floor_ssim"],
-        **{k: percent(row[f"{k}_rate"]) for k in KINDS},
+        **{k: percent(row[f"{k}_rate"]) for k in kinds},
         "rank1": percent(row["named_rank1"]),
     } for row in alike]
     return "\n\n".join([
         f"**The same device at several cuts**: {alike[0]['dataset']}, edges of "
         f"{min(r['edge_macs'] for r in alike) / 1e6:.1f} to "
-        f"{max(r['edge_macs'] for r in alike) / 1e6:.1f} M multiply-adds. Characters by chance "
-        f"{percent(alike[0]['characters_chance'])}. The runs stand below with what is not here.",
+        f"{max(r['edge_macs'] for r in alike) / 1e6:.1f} M multiply-adds.{chance} The runs "
+        "stand below with what is not here.",
         render_table(table, {
             "split": "cut after", "method": "method", "macs": "edge MACs", "bytes": "uploaded",
             "map": "mAP", "lost": "points below dense", "ssim": "SSIM under the strongest attack",
-            "floor": "floor", **KINDS, "rank1": "vehicle named, rank 1",
+            "floor": "floor", **kinds, "rank1": "vehicle named, rank 1",
         }).strip(),
     ])
+
+
+def called(row: dict[str, Any], beside: list[dict[str, Any]]) -> str:
+    """The row's method, with what tells it from the same method in other runs of one table."""
+    name = NAMES[row["method"]]
+    strengths = {r["beta"] for r in beside if r["method"] == "patrol"}
+    if row["method"] == "patrol" and len(strengths) > 1:
+        name += f", β {row['beta']:g}"
+    if len({r["train_seed"] for r in beside}) > 1:
+        name += f", seed {row['train_seed']}"
+    return name
 
 
 def percent(value: float | None) -> str:
@@ -64,6 +88,10 @@ def percent(value: float | None) -> str:
 def about(rows: list[dict[str, Any]]) -> str:
     first = rows[0]
     counts = first["counts"]
+    seed = f" ({first['train_seed']})" if first["train_seed"] else ""
+    closed = (" The set is closed: identities of the test were trained on, with other pictures, "
+              "and the attacker's pictures are of the same identities."
+              if first.get("closed") else "")
     behind_the_pooling = first["split"] == "avgpool" and pressed(first)
     return (
         f"**{first['dataset'][0].upper()}{first['dataset'][1:]}**: {first['model']} with a BNNeck, "
@@ -71,10 +99,10 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"{counts['defender']:,} pictures of {counts['identities']} identities and fine-tuned for "
         f"{first['epochs'][1]}, PATROL at β {first['beta']:g}; {counts['query']} queries in a "
         f"gallery of {counts['gallery']} "
-        f"pictures of {counts['test_identities']} identities. The attacker owns "
+        f"pictures of {counts['test_identities']} identities.{closed} The attacker owns "
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
         "attacked. Floor: the mean image or the attacker's picture with the nearest upload, "
-        "whichever is closer. One training seed, one attack seed."
+        f"whichever is closer. One training seed{seed}, one attack seed."
         + f" {PRESSED_TEXT.removeprefix('§ ').capitalize()}" * behind_the_pooling
     )
 
@@ -160,9 +188,11 @@ def leaks(rows: list[dict[str, Any]]) -> str:
 
 
 def measured(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:
-    first, versions = rows[0], record["versions"]
+    first = rows[0]
+    versions = first.get("versions", record["versions"])
+    command = first.get("command", "python benchmarks/reid.py")
     return (
         f"Measured {first['date']} at {first['commit']} on {first['device']}, one thread beside "
         f"other work, {first['minutes']:.0f} minutes; torch {versions['torch']}, torch-pruning "
-        f"{versions['torch-pruning']}; `python benchmarks/reid.py`."
+        f"{versions['torch-pruning']}; `{command}`."
     )

@@ -15,6 +15,8 @@ from patrol_prune.errors import InputError
 
 logger = logging.getLogger(__name__)
 RECORD = "attributes.json"
+REID_SET = "vehicle-reid"
+"""What the record of a set with identities calls it."""
 
 
 def write_whole(

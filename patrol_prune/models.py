@@ -75,7 +75,8 @@ def build_model(name: str, num_classes: int, *, image_size: int, seed: int = 0) 
 
     Args:
         name: one of `model_names()`, or `module:function`, where the function returns a
-            `nn.Module` and takes `num_classes` if it wants to know.
+            `nn.Module` and takes `num_classes` if it wants to know. It builds on the CPU: the
+            seed is not that of an accelerator's generator.
         num_classes: outputs of the classifier.
         image_size: side of the square images, in pixels.
         seed: of the initial weights; the global generator stays untouched.
@@ -84,8 +85,9 @@ def build_model(name: str, num_classes: int, *, image_size: int, seed: int = 0) 
         InputError: an unknown name, module or function, an image size the model cannot take, or
             a model whose output is not `[N, num_classes]`.
     """
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that one would also reseed every accelerator.
+        torch.default_generator.manual_seed(seed)
         if ":" in name:
             model = _from_function(name, num_classes)
         elif name == SMALL_RESNET:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,11 @@ _PARTS = {
 }
 _LISTS = ("name_train.txt", "name_query.txt", "name_test.txt")
 _NAMES = {
-    VERI: re.compile(r"(?P<identity>\d+)_c(?P<camera>\d+)_(?P<time>\d+)_\d+\.jpe?g"),
-    MARKET: re.compile(r"(?P<identity>-1|\d+)_c(?P<camera>\d+)s\d+_(?P<time>\d+)_\d+(\.jpe?g)+"),
+    VERI: re.compile(
+        r"(?P<identity>\d+)_c(?P<camera>\d+)_(?P<time>\d+)_\d+\.(jpe?g|png)", re.IGNORECASE),
+    MARKET: re.compile(
+        r"(?P<identity>-1|\d+)_c(?P<camera>\d+)s\d+_(?P<time>\d+)_\d+(\.(jpe?g|png))+",
+        re.IGNORECASE),
 }
 _EXAMPLES = {VERI: "0001_c001_00016450_0.jpg", MARKET: "0002_c1s1_000451_03.jpg"}
 _PICTURES = (".jpg", ".jpeg", ".png")
@@ -82,15 +86,19 @@ def read_reid(root: str | os.PathLike[str]) -> ReidSet:
     and `name_test.txt` say which files count and in which order; without them all files do, by
     name. `gt_index.txt` and `jk_index.txt`, where present, have one line per query with positions
     in `name_test.txt`, counted from 1: the matches, and the junk. A picture of the query's
-    vehicle that is not among the matches is junk.
+    vehicle that is not among the matches is junk. Lists may begin with a byte order mark.
 
     Market-1501: `bounding_box_train/`, `query/`, `bounding_box_test/` with names such as
     `0002_c1s1_000451_03.jpg`. Pictures of identity -1 are left out, as the protocol says; 0000 is
     a distractor.
 
+    Pictures end in .jpg, .jpeg or .png, in small or capital letters. Files whose names begin with
+    "." are passed over: macOS leaves `._0001_c001_00016450_0.jpg` and the like.
+
     Raises:
-        InputError: the layout is neither, a listed file is absent, a name cannot be read, an
-            identity is in training and in test, a part is empty, or an index list does not fit.
+        InputError: the layout is neither, a listed file is absent or listed twice, a name cannot
+            be read, an identity is in training and in test, a part is empty, an index list does
+            not fit, or the two of them name the same picture for a query.
     """
     folder = Path(root)
     layout = _detect(folder)
@@ -115,7 +123,7 @@ def read_retrieval_folder(root: str | os.PathLike[str]) -> ReidSet:
     `train/<class>/<image>` is the training part. Of `test/` (or `val/`), the first picture of
     every class, by name, is a query and the others are the gallery. No cameras are known
     (`camera` is -1), so that no same-camera rule applies. Classes are numbered in the order of
-    their names over both parts.
+    their names over both parts. Files whose names begin with "." are passed over.
 
     Raises:
         InputError: a part is missing or empty, or no class has two pictures to test with.
@@ -129,7 +137,8 @@ def read_retrieval_folder(root: str | os.PathLike[str]) -> ReidSet:
                 f"Expected {part} to hold one folder per class with pictures in each ({error}). "
                 "Lay the images out as ImageFolder does."
             ) from error
-        listings.append([(Path(path), listing.classes[label]) for path, label in listing.samples])
+        listings.append([(Path(path), listing.classes[label]) for path, label in listing.samples
+                         if not Path(path).name.startswith(".")])
     names = sorted({name for samples in listings for _, name in samples})
     numbers = {name: i for i, name in enumerate(names)}
     train, test = (
@@ -174,8 +183,15 @@ def _read_part(folder: Path, layout: str, number: int) -> list[ReidImage]:
     part = folder / _PARTS[layout][number]
     listing = folder / _LISTS[number]
     if layout == VERI and listing.is_file():
-        names = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
+        names = [line.strip() for line in _lines(listing)]
         names = [name for name in names if name]
+        twice = [name for name, count in Counter(names).items() if count > 1]
+        if twice:
+            raise InputError(
+                f"Expected every name once in {listing}, {len(twice)} stand there more than once, "
+                f"the first is {twice[0]}. Use the list that came with the set, or take the second "
+                "ones out (index lists count in its order)."
+            )
         present = {p.name for p in part.iterdir()}
         missing = [name for name in names if name not in present]
         if missing:
@@ -184,8 +200,14 @@ def _read_part(folder: Path, layout: str, number: int) -> list[ReidImage]:
                 f"the first is {missing[0]}. Unpack the set again, or correct the list."
             )
     else:
-        names = sorted(p.name for p in part.iterdir() if p.suffix.lower() in _PICTURES)
+        names = sorted(p.name for p in part.iterdir()
+                       if p.suffix.lower() in _PICTURES and not p.name.startswith("."))
     return [_parse(part / name, layout) for name in names]
+
+
+def _lines(path: Path) -> list[str]:
+    """Of a text file, without the byte order mark that editors on Windows put before them."""
+    return path.read_text(encoding="utf-8-sig").splitlines()
 
 
 def _parse(path: Path, layout: str) -> ReidImage:
@@ -237,6 +259,14 @@ def _read_junk(
                 f"of {query[row].path.name}, another vehicle. The list belongs to another "
                 f"{_LISTS[2]}; use the two of the same copy."
             )
+        both = found & junk[row]
+        if both:
+            raise InputError(
+                f"Line {row + 1} of {folder / 'jk_index.txt'} names "
+                f"{gallery[min(both)].path.name} as junk, which gt_index.txt names as a match of "
+                f"the same query; {len(both)} of its {len(found)} matches would not count. Use the "
+                "two lists of the same copy, or take jk_index.txt away."
+            )
         junk[row] |= same - found
     return tuple(tuple(sorted(row)) for row in junk)
 
@@ -252,7 +282,7 @@ def _read_index(folder: Path, name: str, queries: int, gallery: int) -> list[set
                 f"{path} counts in the order of {needed}, which is not there. Add {needed}, or "
                 f"take {name} away to use the cameras' rule alone."
             )
-    lines = path.read_text(encoding="utf-8").splitlines()
+    lines = _lines(path)
     while len(lines) > queries and not lines[-1].strip():
         lines.pop()
     if len(lines) != queries:

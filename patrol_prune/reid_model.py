@@ -99,7 +99,7 @@ def build_reid_model(
     """
     model = build_model(name, max(2, identities), image_size=image_size, seed=seed)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         add_bnneck(model, identities)
     check_model(model, f"{name} with a BNNeck", identities, image_size)
     return model

@@ -21,7 +21,7 @@ from PIL import Image
 from patrol_prune import _vehicle_drawing as drawing
 from patrol_prune import _vehicle_sites as sites
 from patrol_prune._vehicle_drawing import Colour, Design, Sticker
-from patrol_prune._vehicle_files import write_whole
+from patrol_prune._vehicle_files import REID_SET, write_whole
 from patrol_prune._vehicle_scenes import photograph
 from patrol_prune.errors import InputError
 from patrol_prune.vehicles import (
@@ -230,7 +230,7 @@ def write_vehicle_reid(
     _check_counts(identities, held_out, cameras, images_per_camera)
     _check_size(size)
     parameters = {
-        "set": "vehicle-reid", "drawing_version": DRAWING_VERSION, "identities": identities,
+        "set": REID_SET, "drawing_version": DRAWING_VERSION, "identities": identities,
         "test_identities": held_out, "cameras": cameras, "images_per_camera": images_per_camera,
         "size": size, "seed": seed,
     }

@@ -7,11 +7,12 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from patrol_prune._vehicle_files import RECORD
+from patrol_prune._vehicle_files import RECORD, REID_SET
 from patrol_prune.errors import InputError
 from patrol_prune.reid_layout import ReidImage
 
@@ -32,6 +33,15 @@ class VehicleTruth:
     boxes: Tensor
     scenes: tuple[str, ...]
     hidden: Tensor
+
+
+def drawn_with(root: str | os.PathLike[str]) -> dict[str, Any]:
+    """What `write_vehicle_reid` drew the set in this folder with; empty for any other folder."""
+    try:
+        found = json.loads((Path(root) / RECORD).read_text(encoding="utf-8"))["parameters"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return found if isinstance(found, dict) and found.get("set") == REID_SET else {}
 
 
 def read_vehicle_truth(

@@ -12,6 +12,7 @@ from torch import nn
 
 from patrol_prune.errors import CheckpointError, InputError, UnsupportedModelError
 from patrol_prune.models import SmallResNet, build_model, check_model, load_weights, model_names
+from patrol_prune.reid_model import build_reid_model
 
 
 def test_same_seed_same_weights_and_the_global_generator_untouched() -> None:
@@ -22,6 +23,14 @@ def test_same_seed_same_weights_and_the_global_generator_untouched() -> None:
     other = build_model("small_resnet", 3, image_size=32, seed=6)
     assert torch.equal(first.conv1.weight, again.conv1.weight)
     assert not torch.equal(first.conv1.weight, other.conv1.weight)
+
+
+def test_generators_of_accelerators_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    seeded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    build_model("small_resnet", 3, image_size=32, seed=5)
+    build_reid_model("small_resnet", 3, image_size=32, seed=5)
+    assert seeded == []
 
 
 def test_small_resnet_keeps_resolution_in_the_stem() -> None:

@@ -39,3 +39,92 @@ def test_a_goal_below_the_floor_is_called_so(figures: ModuleType) -> None:
 def test_sets_without_plates_have_no_goals(figures: ModuleType) -> None:
     rows = [row(m, plates_rate=None, characters_rate=None) for m in ("dense", "taylor", "patrol")]
     assert "Goals" not in figures.verdict(rows)
+
+
+def measured(split: str, method: str, dataset: str = "rendered", **more: Any) -> dict[str, Any]:
+    """A row with everything the page tells."""
+    return {
+        "dataset": dataset, "model": "small_resnet", "method": method, "split": split,
+        "beta": 10.0, "budget": "36.4M", "train_seed": 0, "epochs": [20, 8],
+        "edge_macs": 73_000_000 if method == "dense" else 36_400_000, "feature_bytes": 2048,
+        "map": 0.9 if method == "dense" else 0.8, "ssim": 0.5, "floor_ssim": 0.2, "mse": 0.1,
+        "rank1": 0.9, "rank5": 0.9, "minp": 0.5, "attack": "rmle", "ssim_worst5": 0.6,
+        "counts": {"defender": 9, "identities": 3, "inverter": 5, "reader": 4, "query": 3,
+                   "gallery": 6, "test_identities": 3, "victims": 3},
+        "commit": "abc", "date": "2026-01-01", "device": "a machine", "minutes": 1.0,
+        **{f"{kind}_{k}": 0.1 for kind in ("plates", "characters", "scenes")
+           for k in ("rate", "chance", "original")},
+        **{f"named_{k}{which}": 0.1 for k in ("map", "rank1")
+           for which in ("", "_original", "_chance")},
+        **more,
+    }
+
+
+def lost(text: str) -> list[str]:
+    """The column of points below the dense model."""
+    cells = [line.split("|") for line in text.splitlines() if line.startswith("|")]
+    column = [c.strip() for c in cells[0]].index("points below dense")
+    return [row[column].strip() for row in cells[2:]]
+
+
+def test_the_same_device_is_compared_within_a_set(figures: ModuleType) -> None:
+    cuts = [measured(split, "taylor") for split in ("layer2", "layer4")]
+    dense = [measured(split, "dense", map=0.85) for split in ("layer2", "layer4")]
+    elsewhere = [measured(split, method, "photographs", map=0.4)
+                 for split in ("layer2", "layer4") for method in ("dense", "taylor")]
+    record = {"rows": [*cuts, *dense, *elsewhere], "versions": {"torch": "1", "torch-pruning": "1"}}
+    tables = figures.reid(record).split("**The same device")[1:]
+    assert len(tables) == 2
+    assert "rendered, edges" in tables[0] and "photographs, edges" in tables[1]
+    table = tables[0].split("\n\n")[1]
+    assert lost(table) == ["5.0", "5.0"]
+    # one cut of each set is no comparison
+    record["rows"] = [cuts[0], dense[0], *elsewhere[2:]]
+    assert "The same device" not in figures.reid(record)
+
+
+def test_points_are_lost_against_the_dense_model_of_the_same_run(figures: ModuleType) -> None:
+    rows = [measured("layer4", "taylor"), measured("layer4", "dense", map=0.9),
+            measured("layer2", "taylor"), measured("layer2", "dense", map=0.85),
+            measured("layer2", "patrol", beta=40.0, map=0.7),
+            measured("layer2", "dense", beta=40.0, map=0.95),
+            measured("layer2", "dense", budget="0.5", map=0.5)]
+    text = figures.same_budget(rows)
+    assert lost(text) == ["5.0", "25.0", "10.0"]
+    assert "β" not in text  # one strength of PATROL is told in the run's own sentence
+    rows.append(measured("layer4", "patrol"))
+    assert "PATROL**, β 40" in figures.same_budget(rows)
+    assert "seed" not in figures.same_budget(rows)
+
+
+def test_a_set_without_plates_is_compared_too(figures: ModuleType) -> None:
+    none = {f"{kind}_{k}": None for kind in ("plates", "characters", "scenes")
+            for k in ("rate", "chance", "original")}
+    text = figures.same_budget([measured(split, method, **none) for split in ("layer2", "layer4")
+                                for method in ("dense", "taylor")])
+    assert "by chance" not in text and "plates" not in text and lost(text) == ["10.0", "10.0"]
+
+
+def test_runs_of_other_seeds_and_epochs_are_told_apart(figures: ModuleType) -> None:
+    rows = [measured("layer4", "taylor", **more)
+            for more in ({}, {"train_seed": 1}, {"epochs": [20, 3]})]
+    text = figures.reid({"rows": rows, "versions": {"torch": "1", "torch-pruning": "1"}})
+    assert text.count("**Rendered**") == 3
+    assert text.count("One training seed (1)") == 1 and "fine-tuned for 3" in text
+
+
+def test_a_closed_set_is_called_so(figures: ModuleType) -> None:
+    for closed in (False, None):
+        assert "closed" not in figures.about([measured("layer4", "dense", closed=closed)])
+    assert "closed" not in figures.about([measured("layer4", "dense")])
+    assert "the same identities" in figures.about([measured("layer4", "dense", closed=True)])
+
+
+def test_each_row_tells_its_own_command_and_versions(figures: ModuleType) -> None:
+    record = {"versions": {"torch": "9.9", "torch-pruning": "8.8"}}
+    told = figures.measured(record, [measured("layer4", "dense")])
+    assert "torch 9.9, torch-pruning 8.8; `python benchmarks/reid.py`." in told
+    own = measured("layer4", "dense", versions={"torch": "1.1", "torch-pruning": "2.2"},
+                   command="python benchmarks/reid.py --at layer4")
+    told = figures.measured(record, [own])
+    assert "torch 1.1, torch-pruning 2.2; `python benchmarks/reid.py --at layer4`." in told

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ import pytest
 import torch
 
 from patrol_prune.audit_report import AuditReport
+from patrol_prune.errors import InputError
 from patrol_prune.leaks import PlateReader
-from patrol_prune.vehicle_truth import VehicleTruth
+from patrol_prune.reid_layout import read_reid
+from patrol_prune.vehicle_identities import write_vehicle_reid
+from patrol_prune.vehicle_truth import VehicleTruth, drawn_with
+from patrol_prune.vehicles import write_vehicles
 
 FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
 MODULES = ("leak_checks", "page", "pictures", "run", "settings", "stages", "uploads")
@@ -167,6 +172,89 @@ def test_settings_and_folders_that_do_not_fit_are_refused(script: Any, tmp_path:
     assert main(["--attackers.attacks", '["inverse"]']) == 2
 
 
+def test_plates_are_read_of_rendered_identities_alone(script: Any, tmp_path: Path) -> None:
+    pictures = script["pictures"]
+    demo = write_vehicles(tmp_path / "demo", train=10, test=10, size=64)
+    config = script["run"].ReidRun(data=str(demo), layout="folder", image_size=64)
+    found = pictures.read_set(config, demo)
+    assert pictures.read(found.query, demo, 64).truth is None
+    for content in ("[]", "no JSON", '{"parameters": 3}'):
+        (demo / "attributes.json").write_text(content)
+        assert pictures.read(found.query, demo, 64).truth is None
+    drawn = write_vehicle_reid(tmp_path / "drawn", identities=4, cameras=2, images_per_camera=1)
+    read = pictures.read(read_reid(drawn).query, drawn, 64)
+    assert read.truth is not None and len(read.truth.plates) == len(read)
+
+
+def test_labels_have_a_digest_beside_that_of_the_pictures(script: Any, tmp_path: Path) -> None:
+    pictures, every = script["pictures"], _pictures(script, 8)
+    plain = pictures.labels_digest([every], [[1]])
+    assert pictures.labels_digest([_pictures(script, 8)], ((1,),)) == plain
+    truth = every.truth
+    changed = [
+        replace(every, cameras=every.cameras + 1),
+        replace(every, truth=None),
+        replace(every, truth=replace(truth, plates=("ZZZ", *truth.plates[1:]))),
+        replace(every, truth=replace(truth, boxes=truth.boxes + 1)),
+        replace(every, truth=replace(truth, scenes=truth.scenes[::-1])),
+        replace(every, truth=replace(truth, hidden=~truth.hidden)),
+    ]
+    found = [pictures.labels_digest([one], [[1]]) for one in changed]
+    assert len({plain, pictures.labels_digest([every], [[2]]), *found}) == 2 + len(changed)
+
+    root = write_vehicle_reid(tmp_path / "set", identities=32, cameras=3, images_per_camera=2)
+    config = script["run"].build(script["run"].ReidRun, {
+        "data": str(root), "batch": {"identities": 4}, "attackers": {"reader_share": 0.4}},
+        "the test")
+    before = pictures.everybody(config)
+    matches = root / "gt_index.txt"
+    matches.write_text(matches.read_text().split(" ", 1)[1])
+    after = pictures.everybody(config)
+    assert after.digest == before.digest  # what runs of earlier releases noted
+    assert after.labels_digest != before.labels_digest
+
+
+def test_what_cannot_be_had_costs_no_finished_run(script: Any, tmp_path: Path, capsys: Any) -> None:
+    """`--overwrite` with a slip in it: the earlier run stays as it is."""
+    run = tmp_path / "tiny"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("config.yaml", "result.json", "checkpoints/dense"):
+        (run / name).write_text("earlier: run")
+    wrong = {
+        "not one": ["--data", str(tmp_path / "nowhere")],
+        "at least 40 pictures": ["--rendered.identities", "8"],
+        "from 4 to": ["--rendered.identities", "1"],
+        "resnt18": ["--model", "resnt18"],
+        "nowhere": ["--weights", str(tmp_path / "nowhere")],
+        "cuda:99": ["--device", "cuda:99"],
+    }
+    for told, arguments in wrong.items():
+        assert script["run"].main([*TINY, "--runs", str(tmp_path), "--overwrite", *arguments]) == 2
+        assert told in capsys.readouterr().err
+        assert sorted(p.name for p in run.rglob("*") if p.is_file()) == [
+            "config.yaml", "dense", "result.json"]
+
+
+def test_vehicles_of_another_seed_or_size_lie_beside_the_first(script: Any, tmp_path: Path) -> None:
+    pictures = script["pictures"]
+    drawn = {"identities": 4, "cameras": 2, "images_per_camera": 1}
+
+    def folder(**more: Any) -> Path:
+        return pictures.set_folder(script["run"].build(script["run"].ReidRun, {
+            "runs": str(tmp_path), "name": "a", "rendered": drawn, **more}, "the test"))
+
+    first, second, third = folder(), folder(seed=1), folder(image_size=72)
+    assert first == tmp_path / "a-vehicles"  # where earlier releases drew it
+    assert len({first, second, third}) == 3
+    assert (folder(), folder(seed=1), folder(image_size=72)) == (first, second, third)
+    assert [drawn_with(f)["seed"] for f in (first, second, third)] == [0, 1, 0]
+    assert [drawn_with(f)["size"] for f in (first, second, third)] == [64, 64, 72]
+    (tmp_path / "b-vehicles").mkdir()
+    (tmp_path / "b-vehicles" / "letter.txt").touch()
+    with pytest.raises(InputError, match="something else"):
+        folder(name="b")
+
+
 def _result(script: Any) -> dict[str, Any]:
     """As `result.json` has it, with numbers that tell where each of them went."""
 
@@ -268,6 +356,10 @@ def test_the_whole_path_and_again_from_where_it_stopped(script: Any, tmp_path: P
         (run / "manifest.json").read_text())["stages"].keys()
     assert main([*TINY, *runs, "--seed", "1"]) == 2
     assert "another run" in capsys.readouterr().err
+    assert main([*TINY, *runs, "--seed", "1", "--overwrite"]) == 0
+    anew = json.loads((run / "result.json").read_text())
+    assert (anew["settings"]["seed"], anew["data"]["digest"] == result["data"]["digest"]) == (
+        1, False)
 
 
 @pytest.mark.slow

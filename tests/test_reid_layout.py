@@ -104,6 +104,47 @@ def test_an_image_folder_needs_two_pictures_of_a_class(
         read_retrieval_folder(write_folder(tmp_path, count=1))
 
 
+@pytest.mark.parametrize("ending", [".JPG", ".jpeg", ".png", ".PNG"])
+@pytest.mark.parametrize("parts", [VERI, MARKET])
+def test_endings_in_capitals_and_of_other_formats(
+    tmp_path: Path, parts: dict[str, list[str]], ending: str
+) -> None:
+    renamed = {part: [name.replace(".jpg", ending) for name in names]
+               for part, names in parts.items()}
+    here, there = (read_reid(lay_out(tmp_path / name, names))
+                   for name, names in (("usual", parts), ("renamed", renamed)))
+    for part in ("train", "query", "gallery"):
+        assert [(i.identity, i.camera, i.time) for i in getattr(there, part)] == [
+            (i.identity, i.camera, i.time) for i in getattr(here, part)]
+        assert {i.path.suffix for i in getattr(there, part)} == {ending}
+
+
+def test_what_macos_leaves_beside_pictures_is_passed_over(
+    tmp_path: Path, write_folder: Callable[..., Path]
+) -> None:
+    for parts in (VERI, MARKET):
+        root = lay_out(tmp_path / next(iter(parts)), parts)
+        before = read_reid(root)
+        for part, names in parts.items():
+            (root / part / f"._{names[0]}").touch()
+        assert read_reid(root) == before
+    root = write_folder(tmp_path / "folder", count=2)
+    plain = read_retrieval_folder(root)
+    for picture in list(root.rglob("000.png")):
+        picture.with_name("._000.png").touch()
+    assert read_retrieval_folder(root) == plain
+
+
+def test_lists_that_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    root = veri(tmp_path)
+    (root / "gt_index.txt").write_text("3 4\n1\n")
+    (root / "jk_index.txt").write_text("2\n\n")
+    plain = read_reid(root)
+    for listing in (*LISTS, "gt_index.txt", "jk_index.txt"):
+        (root / listing).write_text((root / listing).read_text(), encoding="utf-8-sig")
+    assert read_reid(root) == plain
+
+
 def rename(root: Path, part: str, old: str, new: str) -> None:
     (root / part / old).rename(root / part / new)
 
@@ -118,6 +159,12 @@ def rename(root: Path, part: str, old: str, new: str) -> None:
         (lambda r: (r / "gt_index.txt").write_text("0\n1\n"), "from 1 to 4 in line 1"),
         (lambda r: (r / "jk_index.txt").write_text("3\nx\n"), "from 1 to 4 in line 2"),
         (lambda r: (r / "gt_index.txt").write_text("3\n3\n"), "another vehicle"),
+        (lambda r: (r / "jk_index.txt").write_text("3 4\n1\n"), "take jk_index.txt away"),
+        (lambda r: (r / "jk_index.txt").write_text("2 4\n\n"),
+         r"Line 1 of .*0001_c019.*1 of its 2 matches"),
+        (lambda r: (r / "name_test.txt").write_text(
+            "".join(f"{name}\n" for name in [*VERI["image_test"], VERI["image_test"][1]])),
+         f"more than once, the first is {VERI['image_test'][1]}"),
         (lambda r: (r / "image_query").rename(r / "images"), "image_train, images"),
     ],
 )
@@ -125,6 +172,7 @@ def test_a_spoilt_veri_set_is_refused(
     tmp_path: Path, spoil: Callable[[Path], object], match: str
 ) -> None:
     root = veri(tmp_path)
+    (root / "gt_index.txt").write_text("3 4\n1\n")
     spoil(root)
     with pytest.raises(InputError, match=match):
         read_reid(root)

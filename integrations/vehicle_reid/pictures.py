@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,8 @@ from patrol_prune.data import ImageSet
 from patrol_prune.errors import InputError
 from patrol_prune.reid_layout import ReidImage, ReidSet, read_reid, read_retrieval_folder
 from patrol_prune.vehicle_identities import write_vehicle_reid
-from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
+from patrol_prune.vehicle_truth import VehicleTruth, drawn_with, read_vehicle_truth
 
-TRUTH = "attributes.json"
 _LEAST_STD = 1e-3
 
 
@@ -78,8 +78,10 @@ class Everybody:
         junk: as in `ReidSet`.
         normalization: from pixels to the model's input.
         layout: of the set.
-        closed: whether the identities of the test were trained on, with other pictures.
-        digest: of every picture and label.
+        closed: whether identities of the test, all or some, were trained on, with other pictures.
+        digest: of every picture and identity.
+        labels_digest: of what `digest` leaves out: cameras, junk, plates and places. Runs of
+            earlier releases noted `digest` alone.
     """
 
     defender: ImageSet
@@ -93,6 +95,7 @@ class Everybody:
     layout: str
     closed: bool
     digest: str
+    labels_digest: str
 
     def example(self) -> Tensor:
         """One picture as model input `[1, 3, S, S]`."""
@@ -137,21 +140,35 @@ def everybody(config: ReidRun) -> Everybody:
     return Everybody(
         defender, inverter, reader, query, gallery,
         victims, found.junk, _normalization(defender), found.layout,
-        closed, digest.hexdigest(),
+        closed, digest.hexdigest(), labels_digest(parts, found.junk),
     )
+
+
+def labels_digest(parts: Sequence[Pictures], junk: Sequence[Sequence[int]]) -> str:
+    """Of what is known of some pictures beside their identities: see `Everybody`."""
+    known: list[object] = [[list(row) for row in junk]]
+    for part in parts:
+        known.append(part.cameras.tolist())
+        if (truth := part.truth) is not None:
+            known.append([truth.plates, truth.boxes.tolist(), truth.scenes, truth.hidden.tolist()])
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
 def set_folder(config: ReidRun) -> Path:
-    """Where the pictures lie; the rendered ones are drawn there first."""
+    """Where the pictures lie; the rendered ones are drawn there first.
+
+    They lie in `<name>-vehicles` beside the run; where vehicles of another seed, size or number
+    are there already, in a folder named after these.
+    """
     if config.data != "rendered":
         return Path(config.data).expanduser()
-    drawn = config.rendered
+    asked = {**asdict(config.rendered), "size": config.image_size, "seed": config.seed}
     root = Path(config.runs) / f"{config.name}-vehicles"
-    write_vehicle_reid(
-        root, identities=drawn.identities, cameras=drawn.cameras,
-        images_per_camera=drawn.images_per_camera, size=config.image_size, seed=config.seed,
-    )
-    return root
+    there = drawn_with(root)
+    if there and any(there.get(key) != value for key, value in asked.items()):
+        told = "-".join(f"{key}-{value}" for key, value in asked.items()).replace("_", "-")
+        root = root.with_name(f"{root.name}-{told}")
+    return write_vehicle_reid(root, **asked)
 
 
 def read_set(config: ReidRun, root: Path) -> ReidSet:
@@ -181,7 +198,7 @@ def read(images: Sequence[ReidImage], root: Path, size: int) -> Pictures:
         torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         torch.tensor([image.identity for image in images]),
         torch.tensor([image.camera for image in images]),
-        read_vehicle_truth(root, images, size) if (root / TRUTH).is_file() else None,
+        read_vehicle_truth(root, images, size) if drawn_with(root) else None,
     )
 
 

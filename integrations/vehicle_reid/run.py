@@ -21,14 +21,17 @@ from typing import Any
 
 from jsonargparse import ArgumentParser
 from page import HEADINGS, comparison
+from pictures import everybody
 from rich.console import Console
 from rich.table import Table
 from settings import ReidRun
 from stages import OUTPUTS, PAGE, Work
 
 from patrol_prune.errors import PatrolError
+from patrol_prune.models import build_model, load_weights
+from patrol_prune.reid_model import build_reid_model
 from patrol_prune.rundir import RunDirectory
-from patrol_prune.settings import FREE_KEYS, build
+from patrol_prune.settings import FREE_KEYS, build, resolve_device
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -39,14 +42,31 @@ def run(
     """Every stage; the content of `result.json`.
 
     Raises:
-        PatrolError: whatever is wrong with the settings, the pictures or the run's folder.
+        PatrolError: whatever is wrong with the settings, the pictures or the run's folder. With
+            `overwrite` an earlier run stays where device, pictures, model or weights are not there.
     """
     # tuples as lists, as YAML reads them back
     plain, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, ReidRun(config.data)))
     path = Path(config.runs) / config.name
+    if overwrite:
+        check_inputs(config)
     with RunDirectory(path, plain, overwrite=overwrite, free_keys=FREE_KEYS,
                       outputs=OUTPUTS, defaults=defaults) as folder:
         return Work(config, folder, progress).go()
+
+
+def check_inputs(config: ReidRun) -> None:
+    """Refuse what cannot be had before an earlier run is thrown away for it.
+
+    Raises:
+        PatrolError: no such device, pictures, model or weights.
+    """
+    resolve_device(config.device)
+    identities = len(everybody(config).defender.classes)
+    build_reid_model(config.model, identities, image_size=config.image_size)
+    if config.weights is not None:
+        load_weights(build_model(config.model, identities, image_size=config.image_size),
+                     config.weights)
 
 
 def table(result: dict[str, Any]) -> Table:

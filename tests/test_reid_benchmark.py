@@ -1,0 +1,110 @@
+"""Records of whole runs: whose rows replace whose, and what they say of how they were measured."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
+
+
+@pytest.fixture(scope="module")
+def reid(import_benchmark: Callable[[str], ModuleType]) -> Iterator[ModuleType]:
+    before = set(sys.modules)
+    yield import_benchmark("reid")
+    sys.path.remove(str(FOLDER))
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(FOLDER)):
+            del sys.modules[name]
+
+
+def row(**more: Any) -> dict[str, Any]:
+    return {"dataset": "rendered", "split": "layer4", "beta": 10.0, "train_seed": 0,
+            "epochs": [20, 8], "method": "patrol", **more}
+
+
+@pytest.mark.parametrize("other", [
+    {"train_seed": 1}, {"epochs": [20, 3]}, {"budget": "36.4M"}, {"beta": 40.0},
+    {"split": "layer2"}, {"dataset": "photographs"},
+])
+def test_rows_of_another_run_stay(reid: ModuleType, other: dict[str, Any]) -> None:
+    before = {"versions": {"torch": "1"}, "rows": [row(map=0.1), row(map=0.2, **other)]}
+    mine = row(map=0.3, budget="0.5", versions={"torch": "2"})
+    found = reid.merged(before, [mine])
+    assert sorted(r["map"] for r in found) == [0.2, 0.3]
+    # an earlier row keeps the versions of the record that it stood in
+    assert {r["map"]: r["versions"]["torch"] for r in found} == {0.2: "1", 0.3: "2"}
+
+
+def test_rendered_rows_come_first(reid: ModuleType) -> None:
+    before = {"versions": {}, "rows": [row(dataset="photographs")]}
+    assert [r["dataset"] for r in reid.merged(before, [row()])] == ["rendered", "photographs"]
+    assert reid.merged({"rows": []}, [row()]) == [row()]
+
+
+def test_a_row_says_whether_the_set_is_closed(reid: ModuleType) -> None:
+    named = {"map": 0.5, "rank1": 0.5, "attack": "rmle"}
+    about = {
+        "edge_macs": 1, "edge_params": 1, "feature_bytes": 1, "retrieval": {"map": 0.5},
+        "audit": {"strongest": {}, "floor": {"ssim": 0.1, "mse": 0.1}, "flags": [],
+                  "leaks": {"identification": {"strongest": named}}},
+    }
+    result = {
+        "settings": {"model": "m", "seed": 0, "privacy": {"beta": 1.0}},
+        "plan": {"at": "layer4"}, "data": {"closed": True}, "methods": {"patrol": about},
+        "originals": {"identification": {"strongest": named, "chance": named}},
+    }
+    assert reid.rows(result, "photographs")[0]["closed"] is True
+    result["data"] = {}
+    assert reid.rows(result, "photographs")[0]["closed"] is None
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A run that was made on another day and another machine."""
+    numbers = {"edge_macs": 8, "edge_params": 4, "feature_bytes": 2, "accuracy": 0.4}
+    score = {"attack": "inverse_network", "attack_seed": 0, "attacker_images": 9,
+             "victim_images": 3, "ssim": 0.2, "ssim_worst5": 0.3, "psnr": 14.0, "mse": 0.04,
+             "plateau": True, "trivial": False}
+    summary = {
+        "model": "small_resnet", "split": "layer2", "seed": 0, "dense": numbers,
+        "pruned": numbers, "device": "cuda:7", "versions": {"torch": "1.0", "python": "3.9"},
+        "config": {"data": "/photos", "runs": "/runs", "model": "small_resnet",
+                   "privacy": {"alpha": 0.0}, "score": {"lip_weight": 0.0}},
+    }
+    audit = {
+        "version": 1, "flags": [], "per_image": {}, "example_indices": [], "examples": {},
+        "records": [{"subject": s, **score} for s in ("edge", "undefended", "floor")],
+    }
+    events = [{"time": 1_000_000_000.0, "event": "a"}, {"time": 1_000_000_120.0, "event": "b"}]
+    (tmp_path / "summary.json").write_text(json.dumps(summary))
+    (tmp_path / "audit.json").write_text(json.dumps(audit))
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
+    return tmp_path
+
+
+def test_a_copied_record_tells_of_the_run_and_not_of_who_copies_it(
+    import_benchmark: Callable[[str], ModuleType], finished: Path
+) -> None:
+    found = import_benchmark("grocery").content(finished)
+    assert found["date"].startswith("2001-09-0") and found["minutes"] == 2.0
+    assert (found["device"], found["versions"]) == ("cuda:7", {"torch": "1.0", "python": "3.9"})
+    assert not {"commit", "threads"} & found.keys()
+    assert not {"data", "runs"} & found["settings"].keys()
+    assert [r["method"] for r in found["rows"]] == ["dense", "patrol-adversarial"]
+    told = import_benchmark("figures").circumstances({**found, "command": "python x --run r"})
+    assert told == f"Measured {found['date']} on cuda:7, torch 1.0; `python x`."
+
+    summary = json.loads((finished / "summary.json").read_text())
+    del summary["device"], summary["versions"]
+    (finished / "summary.json").write_text(json.dumps(summary))
+    found = import_benchmark("grocery").content(finished)
+    assert not {"commit", "device", "versions"} & found.keys()
+    told = import_benchmark("figures").circumstances({**found, "command": "python x --run r"})
+    assert told == f"Measured {found['date']}; `python x`."
