@@ -27,6 +27,7 @@ sys.path.insert(0, str(ROOT.parent / "integrations" / "vehicle_reid"))
 
 import run as vehicle_reid
 from settings import Attackers, ReidRun
+from uploads import DIRECT
 
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.finetune import FinetuneConfig
@@ -115,6 +116,12 @@ def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
                                        else originals[kind]["strongest"]["rate"])
         named, of_original = audit["leaks"]["identification"], originals["identification"]
         row |= {f"named_{k}": named["strongest"][k] for k in ("map", "rank1", "attack")}
+        rebuilt = [r["map"] for r in named["rows"] if not r["attack"].startswith(DIRECT)]
+        row |= {"named_rebuilt_map": max(rebuilt), "uploads_read": len(rebuilt) < len(named["rows"])}
+        for kind in KINDS:
+            direct = [r["rate"] for r in audit["leaks"].get(kind, {}).get("rows", [])
+                      if r["attack"] == DIRECT]
+            row[f"{kind}_upload"] = direct[0] if direct else None
         row |= {f"named_{k}_original": of_original["strongest"][k] for k in ("map", "rank1")}
         row |= {f"named_{k}_chance": of_original["chance"][k] for k in ("map", "rank1")}
         made.append(row)

@@ -30,9 +30,9 @@ _HIDDEN = 256
 class UploadReader:
     """Answers questions about a picture from its upload: a small network on the feature.
 
-    It reads the feature pooled to at most 4x4 positions (and a class token), and, where the corners of a quadrangle
-    are given (a number plate), the map around there too. Features of up to 2x2 positions, vectors
-    and tokens without a grid are read as they are.
+    It reads the feature pooled to at most 4x4 positions (and a class token), and, where the corners
+    of a quadrangle are given (a number plate), the map around there too. Features of up to 2x2
+    positions, vectors and tokens without a grid are read as they are.
 
     Args:
         image_shape: `(channels, height, width)` of the pictures; corners are in their pixels.

@@ -53,14 +53,27 @@ def test_a_row_says_whether_the_set_is_closed(reid: ModuleType) -> None:
     about = {
         "edge_macs": 1, "edge_params": 1, "feature_bytes": 1, "retrieval": {"map": 0.5},
         "audit": {"strongest": {}, "floor": {"ssim": 0.1, "mse": 0.1}, "flags": [],
-                  "leaks": {"identification": {"strongest": named}}},
+                  "leaks": {"identification": {"strongest": named, "rows": [named]}}},
     }
     result = {
         "settings": {"model": "m", "seed": 0, "privacy": {"beta": 1.0}},
         "plan": {"at": "layer4"}, "data": {"closed": True}, "methods": {"patrol": about},
         "originals": {"identification": {"strongest": named, "chance": named}},
     }
-    assert reid.rows(result, "photographs")[0]["closed"] is True
+    row = reid.rows(result, "photographs")[0]
+    assert row["closed"] is True and row["uploads_read"] is False
+    direct = {"map": 0.9, "rank1": 0.9, "attack": f"{reid.DIRECT}, pooled"}
+    about["audit"]["leaks"] = {
+        "identification": {"strongest": direct, "rows": [named, direct]},
+        "characters": {"strongest": {"rate": 0.4, "chance": 0.1, "count": 9, "attack": "rmle",
+                                     "reader": "own"},
+                       "rows": [{"attack": "rmle", "rate": 0.4},
+                                {"attack": reid.DIRECT, "rate": 0.3}]},
+    }
+    result["originals"]["characters"] = {"strongest": {"rate": 1.0}}
+    row = reid.rows(result, "photographs")[0]
+    assert (row["named_map"], row["named_rebuilt_map"], row["uploads_read"]) == (0.9, 0.5, True)
+    assert (row["characters_upload"], row["plates_upload"]) == (0.3, None)
     result["data"] = {}
     assert reid.rows(result, "photographs")[0]["closed"] is None
 

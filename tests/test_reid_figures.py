@@ -128,3 +128,21 @@ def test_each_row_tells_its_own_command_and_versions(figures: ModuleType) -> Non
                    command="python benchmarks/reid.py --at layer4")
     told = figures.measured(record, [own])
     assert "torch 1.1, torch-pruning 2.2; `python benchmarks/reid.py --at layer4`." in told
+
+
+def test_a_goal_that_the_dense_model_meets_is_called_so(figures: ModuleType) -> None:
+    rows = [row("dense", characters_rate=0.09), row("taylor"), row("patrol", characters_rate=0.08)]
+    assert "9.0% from the dense model's upload, which meets it too): met" in figures.verdict(rows)
+    rows[0]["characters_rate"] = 0.5
+    assert "meets it too" not in figures.verdict(rows)
+
+
+def test_rows_say_whether_uploads_themselves_were_read(figures: ModuleType) -> None:
+    rows = [measured("layer4", m) for m in ("dense", "taylor", "patrol")]
+    assert "uploads themselves were not" in figures.about(rows)
+    assert "| rebuilt from |" in figures.leaks(rows)
+    read = [{**r, "uploads_read": True, "named_rebuilt_map": 0.37, "characters_upload": 0.42}
+            for r in rows]
+    assert "uploads themselves" not in figures.about(read)
+    table = figures.leaks(read)
+    assert "mAP from rebuilt pictures alone" in table and "37.0%" in table and "42.0%" in table

@@ -85,7 +85,10 @@ class Work:
         self.progress(self.stage, sentence)
 
     def check_pictures(self) -> None:
-        if self.stage == "data" and self.folder.notes("data")["digest"] != self.people.digest:
+        if self.stage != "data":
+            return
+        noted, labels = self.folder.notes("data"), self.people.labels_digest
+        if noted["digest"] != self.people.digest or noted.get("labels_digest", labels) != labels:
             raise RunDirectoryError(
                 f"The pictures in {self.config.data} are not those that the run in "
                 f"{self.folder.path} began with. Give the run another --name, or --overwrite it."
@@ -101,7 +104,8 @@ class Work:
             "cameras": len(people.gallery.cameras.unique()), "victims": len(people.victims),
         }
         self.say("; ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in counts.items()) + ".")
-        self.folder.finish("data", digest=people.digest, counts=counts, layout=people.layout,
+        self.folder.finish("data", digest=people.digest,
+                           labels_digest=people.labels_digest, counts=counts, layout=people.layout,
                            closed=people.closed)
 
     def do_plan(self) -> None:
