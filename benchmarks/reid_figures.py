@@ -98,7 +98,6 @@ def about(rows: list[dict[str, Any]]) -> str:
     closed = (" The set is closed: identities of the test were trained on, with other pictures, "
               "and the attacker's pictures are of the same identities."
               if first.get("closed") else "")
-    behind_the_pooling = first["split"] == "avgpool" and pressed(first)
     return (
         f"**{first['dataset'][0].upper()}{first['dataset'][1:]}**: {first['model']} with a BNNeck, "
         f"cut after {first['split']}{budget_of(first)}, trained for {first['epochs'][0]} epochs on "
@@ -110,7 +109,7 @@ def about(rows: list[dict[str, Any]]) -> str:
         "attacked. Floor: the mean image or the attacker's picture with the nearest upload, "
         f"whichever is closer. One training seed{seed}, one attack seed."
         + UPLOADS_UNREAD * (not first.get("uploads_read"))
-        + f" {PRESSED_TEXT.removeprefix('§ ').capitalize()}" * behind_the_pooling
+        + f" {PRESSED_TEXT.removeprefix('§ ').capitalize()}" * pressed(first)
     )
 
 

@@ -103,7 +103,7 @@ SMALL = ("layer4.0", "layer4", "avgpool")
 PRESSED_MARK = " §"
 PRESSED_TEXT = (
     "§ measured while decoders, attackers' and surrogates', pressed such a small map through half "
-    "of its values: today's attackers see more there, and the figure is too low."
+    "of its values or less: today's attackers see more there, and the figure is too low."
 )
 AGAINST_PRESSED_MARK = " ‡"
 AGAINST_PRESSED_TEXT = (

@@ -27,7 +27,8 @@ COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on wit
            "accuracy": "accuracy", "lost": "points below dense", "ssim": "attacker's SSIM",
            "plateau": "plateau", "long": "attacked 3 times as long",
            "long_plateau": "plateau there", "often": "any number of uploads of each",
-           "worst": "worst 5%", "floor": "floor", "macs": "edge MACs"}
+           "worst": "worst 5%", "named": "original named", "floor": "floor",
+           "macs": "edge MACs"}
 
 
 UNMEASURED = "–"
@@ -37,7 +38,8 @@ LEGEND = (
     "`worst 5%` is of the attack of usual length. ± is the sample deviation over the seeds; [n] "
     "says that so many of them have it, – that none has. `any number of uploads of each`: the "
     "attack of usual length on the edge without its draws, which is what many uploads of one "
-    "picture come to."
+    "picture come to. `original named`: how often a reconstruction is more like its own original "
+    "than like any other of the test images, under the attack of usual length; by chance {chance}."
 )
 
 
@@ -49,7 +51,7 @@ def seeds(record: dict[str, Any], measured: str) -> str:
         "Everything anew for each training seed: the parts of the images, the dense model, the "
         "pruned one, the defence, the attackers. Every row is trained three times as long as the "
         f"sweep's; {rows[0]['victim_images']:,} test images; residual decoder (MSE + SSIM). Floor: "
-        f"the mean image. {LEGEND}"
+        f"the mean image. {legend_of(rows)}"
     )
     return "\n\n".join([
         intro, *(at_place([row for row in rows if place(row) == where]) for where in places),
@@ -63,7 +65,7 @@ def means(record: dict[str, Any], measured: str) -> str:
     places = places_of(rows)
     columns = {"split": "split after", "seed": "training seeds",
                **{key: COLUMNS[key] for key in ("defence", "accuracy", "lost", "ssim", "long",
-                                                "often", "worst", "floor", "macs")},
+                                                "often", "worst", "named", "floor", "macs")},
                "bytes": "uploaded"}
     lines = []
     texts = []
@@ -76,10 +78,14 @@ def means(record: dict[str, Any], measured: str) -> str:
         texts.append(f"- After {where}: {within_a_point(by_name, longer)}")
     first = rows[0]
     legend = (f"Means over the training seeds; {first['victim_images']:,} test images, residual "
-              f"decoder (MSE + SSIM); floor: the mean image. {LEGEND}")
+              f"decoder (MSE + SSIM); floor: the mean image. {legend_of(rows)}")
     return "\n\n".join([render_table(lines, columns).strip(), legend, "\n".join(texts),
                         *marks(rows),
                         " ".join([measured, *elsewhere(rows)])])
+
+
+def legend_of(rows: list[Row]) -> str:
+    return LEGEND.format(chance=f"{100 * rows[0]['chance1']:.2g}%")
 
 
 def marks(rows: list[Row]) -> list[str]:
@@ -187,7 +193,8 @@ def line(row: Row, longer: Row | None) -> dict[str, str]:
         "long": f"{longer['ssim']:.3f}" if longer else UNMEASURED,
         "often": often([row]),
         "long_plateau": YES_OR_NO[longer["plateau"]] if longer else "",
-        "worst": f"{row['ssim_worst5']:.3f}", "floor": f"{row['floor_ssim']:.3f}",
+        "worst": f"{row['ssim_worst5']:.3f}", "named": percent([row["rank1"]]),
+        "floor": f"{row['floor_ssim']:.3f}",
         "macs": f"{row['edge_macs'] / 1e6:.2f} M",
     }
 
@@ -196,6 +203,10 @@ def mean_and_deviation(values: list[float], digits: int) -> str:
     """`"0.419 ± 0.003"`, with the sample deviation where there is more than one value."""
     text = f"{statistics.mean(values):.{digits}f}" if values else ""
     return text + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def percent(values: list[float]) -> str:
+    return mean_and_deviation([100 * value for value in values], 1) + "%"
 
 
 def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
@@ -208,6 +219,7 @@ def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
         "long": part_of(rows, [r["ssim"] for r in longer]),
         "often": often(rows),
         "worst": mean([r["ssim_worst5"] for r in rows], 3),
+        "named": percent([r["rank1"] for r in rows]),
         "floor": mean([r["floor_ssim"] for r in rows], 3),
         "macs": mean([r["edge_macs"] / 1e6 for r in rows], 2) + " M",
     }

@@ -22,7 +22,8 @@ def row(defence: str, seed: int, ssim: float, accuracy: float, times: int = 1) -
         "recipe": "longer-whole" if defence == "patrol" else "longer",
         "dense_accuracy": 0.9, "accuracy": accuracy, "ssim": ssim, "ssim_worst5": 0.6,
         "floor_ssim": 0.2, "edge_macs": 10_000_000, "feature_bytes": 1024, "split": "layer4",
-        "victim_images": 10, "attack": "inverse_network_ssim", "times_as_long": times,
+        "victim_images": 10, "rank1": 0.25, "chance1": 0.1, "attack": "inverse_network_ssim",
+        "times_as_long": times,
         "plateau": times > 1,
         "made_with": {"commit": "abc"},
     }
@@ -41,6 +42,7 @@ def test_means_spreads_and_pairs(modules: tuple[ModuleType, ModuleType]) -> None
     assert "0.68 times" in page  # 0.34 / 0.50, of the one seed that was attacked for longer
     assert page.count("| no |") == 4 and page.count("| yes |") == 1
     assert page.endswith("measured here")
+    assert "| 25.0 ± 0.0% |" in lines[0] and "by chance 10%" in page
 
 
 def test_other_defences_stand_beside_the_best_one(
