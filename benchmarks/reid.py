@@ -117,7 +117,8 @@ def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
         named, of_original = audit["leaks"]["identification"], originals["identification"]
         row |= {f"named_{k}": named["strongest"][k] for k in ("map", "rank1", "attack")}
         rebuilt = [r["map"] for r in named["rows"] if not r["attack"].startswith(DIRECT)]
-        row |= {"named_rebuilt_map": max(rebuilt), "uploads_read": len(rebuilt) < len(named["rows"])}
+        row["named_rebuilt_map"] = max(rebuilt)
+        row["uploads_read"] = len(rebuilt) < len(named["rows"])
         for kind in KINDS:
             direct = [r["rate"] for r in audit["leaks"].get(kind, {}).get("rows", [])
                       if r["attack"] == DIRECT]
