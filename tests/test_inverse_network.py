@@ -15,12 +15,13 @@ from patrol_prune.attacks.inverse_network import (
     InverseNetwork,
     InverseNetworkConfig,
 )
+from patrol_prune.attacks.training_pairs import TrainingPairs
 from patrol_prune.decoders import FAMILIES
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.metrics import mse
 
 SMALL = InverseNetworkConfig(width=16, depth=1, epochs=10, batch_size=16, precision="fp32")
-QUICK = dataclasses.replace(SMALL, epochs=2, max_extensions=0)
+QUICK = dataclasses.replace(SMALL, epochs=2, max_extensions=0, mirror=False)
 IMAGES = smooth_images(320, (3, 16, 16), seed=3)
 KNOWN, VICTIM = IMAGES[:256], IMAGES[256:]
 FLOOR = float(mse(VICTIM, KNOWN.mean(0).expand_as(VICTIM)).mean())
@@ -101,6 +102,47 @@ def test_a_random_edge_is_asked_anew_in_every_epoch_and_a_fixed_one_never() -> N
     answers = torch.stack(edge.first_answers)
     assert len(answers) >= 3 + QUICK.epochs
     assert len(torch.unique(answers, dim=0)) == len(answers)
+
+
+@pytest.mark.parametrize("stored", [True, False])
+def test_mirrored_images_stand_behind_their_own_with_what_the_edge_uploads_for_them(
+    stored: bool,
+) -> None:
+    z = one_convolution(KNOWN) if stored else None
+    known = Knowledge(KNOWN, z, edge=one_convolution)
+    found = TrainingPairs(known, torch.device("cpu"), mirror=True)
+    assert (len(found), found.own, found.mirrored) == (512, 256, True)
+    features, pixels = found.batch(torch.tensor([3, 259, 511]))
+    expected = torch.stack([KNOWN[3], KNOWN[3].flip(-1), KNOWN[255].flip(-1)])
+    assert torch.equal(pixels, expected)
+    torch.testing.assert_close(features, one_convolution(expected))
+    assert sum(len(z) for z in found.features()) == 512
+    alone = TrainingPairs(Knowledge(KNOWN, one_convolution(KNOWN)), torch.device("cpu"),
+                          mirror=True)
+    assert (len(alone), alone.mirrored) == (256, False)
+
+
+def test_few_images_are_mirrored_and_none_of_them_is_held_out() -> None:
+    def asked(config: InverseNetworkConfig, count: int) -> tuple[int, Tensor]:
+        edge = NoisyEdge(0.0)
+        attack = InverseNetwork(config)
+        attack.fit(Knowledge(IMAGES[:count], one_convolution(IMAGES[:count]), edge=edge))
+        assert attack.held_out is not None
+        return edge.images, attack.held_out
+
+    usual = dataclasses.replace(QUICK, mirror=None)
+    images, held = asked(usual, 40)
+    assert images == 40 and len(held) == 4 and int(held.max()) < 40
+    assert torch.equal(held, asked(QUICK, 40)[1]) and asked(QUICK, 40)[0] == 0
+
+
+def test_many_images_are_not_mirrored_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("patrol_prune.attacks.inverse_network._FEW", 40)
+    for mirror, expected in ((None, 0), (True, 40)):
+        edge = NoisyEdge(0.0)
+        InverseNetwork(dataclasses.replace(QUICK, mirror=mirror)).fit(
+            Knowledge(IMAGES[:40], one_convolution(IMAGES[:40]), edge=edge))
+        assert edge.images == expected
 
 
 def test_recomputed_features_of_a_fixed_edge_give_what_stored_ones_give() -> None:

@@ -28,9 +28,12 @@ class TrainingPairs:
         known: what the attacker has; `pixels` may be uint8.
         device: where batches go.
         recompute: ask the edge although stored features would do.
+        mirror: every image stands there mirrored as well, `N` places behind itself, with what the
+            edge uploads for that; without an edge to ask this does nothing.
 
     Attributes:
         asks: whether features come from the edge, batch by batch.
+        own: how many images the attacker has, without mirrored ones.
         feature_shape: without the batch.
         image_shape: `(channels, height, width)`.
 
@@ -40,7 +43,8 @@ class TrainingPairs:
     """
 
     def __init__(
-        self, known: Knowledge, device: torch.device, *, recompute: bool = False
+        self, known: Knowledge, device: torch.device, *, recompute: bool = False,
+        mirror: bool = False,
     ) -> None:
         self.device = device
         pixels = known.pixels
@@ -69,12 +73,20 @@ class TrainingPairs:
         self.image_shape: tuple[int, int, int] = (channels, height, width)
         numbers = pixels.numel() + (0 if self._z is None else self._z.numel())
         self._pixels = pixels.detach()
+        self.own = len(pixels)
+        self.mirrored = mirror and edge is not None
+        if self.mirrored and self._z is not None:
+            self._edge = edge
+            asked = [self._ask(part.flip(-1)).cpu() for part in pixels.detach().split(_CHUNK)]
+            self._edge = None
+            self._z = torch.cat([self._z, torch.cat(asked).to(self._z)])
+            numbers += self._z.numel() // 2
         home = device if 4 * numbers <= _RESIDENT_BYTES else torch.device("cpu")
         self._pixels = self._pixels.to(home)
         self._z = None if self._z is None else self._z.to(home)
 
     def __len__(self) -> int:
-        return len(self._pixels)
+        return self.own * (1 + self.mirrored)
 
     @property
     def asks(self) -> bool:
@@ -83,7 +95,12 @@ class TrainingPairs:
 
     def images(self, index: Tensor) -> Tensor:
         """The images at `index`, float32 on [0, 1], on the device."""
-        pixels = self._pixels[index.to(self._pixels.device)].to(self.device)
+        index = index.to(self._pixels.device)
+        pixels = self._pixels[index % self.own]
+        turned = index >= self.own
+        if bool(turned.any()):
+            pixels = torch.where(turned.view(-1, 1, 1, 1), pixels.flip(-1), pixels)
+        pixels = pixels.to(self.device)
         return pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels.float()
 
     def batch(self, index: Tensor) -> tuple[Tensor, Tensor]:
