@@ -98,7 +98,7 @@ def read_reid(root: str | os.PathLike[str]) -> ReidSet:
     Raises:
         InputError: the layout is neither, a listed file is absent or listed twice, a name cannot
             be read, an identity is in training and in test, a part is empty, an index list does
-            not fit, or the two of them name the same picture for a query.
+            not fit, or all matches of a query are named as junk.
     """
     folder = Path(root)
     layout = _detect(folder)
@@ -259,13 +259,11 @@ def _read_junk(
                 f"of {query[row].path.name}, another vehicle. The list belongs to another "
                 f"{_LISTS[2]}; use the two of the same copy."
             )
-        both = found & junk[row]
-        if both:
+        if found and found <= junk[row]:
             raise InputError(
-                f"Line {row + 1} of {folder / 'jk_index.txt'} names "
-                f"{gallery[min(both)].path.name} as junk, which gt_index.txt names as a match of "
-                f"the same query; {len(both)} of its {len(found)} matches would not count. Use the "
-                "two lists of the same copy, or take jk_index.txt away."
+                f"Line {row + 1} of {folder / 'jk_index.txt'} names all {len(found)} matches of "
+                f"{query[row].path.name} in gt_index.txt as junk, so that none would count. Use "
+                "the two lists of the same copy, or take jk_index.txt away."
             )
         junk[row] |= same - found
     return tuple(tuple(sorted(row)) for row in junk)
