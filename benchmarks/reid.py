@@ -149,7 +149,8 @@ def merged(before: dict[str, Any], mine: list[dict[str, Any]]) -> list[dict[str,
     this = run_of(mine[0])
     kept = [row if "versions" in row else {**row, "versions": before["versions"]}
             for row in before["rows"] if run_of(row) != this]
-    return sorted(kept + mine, key=lambda row: not row["dataset"].startswith("rendered"))
+    return sorted(kept + mine, key=lambda row: (not row["dataset"].startswith("rendered"),
+                                                -row["feature_bytes"]))
 
 
 def main(args: Reid) -> None:

@@ -26,7 +26,7 @@ def reid(import_benchmark: Callable[[str], ModuleType]) -> Iterator[ModuleType]:
 
 def row(**more: Any) -> dict[str, Any]:
     return {"dataset": "rendered", "split": "layer4", "beta": 10.0, "train_seed": 0,
-            "epochs": [20, 8], "method": "patrol", **more}
+            "epochs": [20, 8], "method": "patrol", "feature_bytes": 32, **more}
 
 
 @pytest.mark.parametrize("other", [
@@ -46,6 +46,9 @@ def test_rendered_rows_come_first(reid: ModuleType) -> None:
     before = {"versions": {}, "rows": [row(dataset="photographs")]}
     assert [r["dataset"] for r in reid.merged(before, [row()])] == ["rendered", "photographs"]
     assert reid.merged({"rows": []}, [row()]) == [row()]
+    deeper = row(split="avgpool", feature_bytes=2)
+    found = reid.merged({"versions": {}, "rows": [deeper]}, [row()])
+    assert [r["split"] for r in found] == ["layer4", "avgpool"]
 
 
 def test_a_row_says_whether_the_set_is_closed(reid: ModuleType) -> None:
