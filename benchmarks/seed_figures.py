@@ -15,6 +15,7 @@ from row_names import (
     STRENGTHS,
     Row,
     against_pressed,
+    attack_name,
     draws,
     pressed,
     seen_once,
@@ -45,7 +46,7 @@ LEGEND = (
 
 def seeds(record: dict[str, Any], measured: str) -> str:
     """At each split one line for each training seed and defence, and their means."""
-    rows = [row for row in record["rows"] if row["attack"] == STRONG]
+    rows = under_the_decoder(record)
     places = places_of(rows)
     intro = (
         "Everything anew for each training seed: the parts of the images, the dense model, the "
@@ -53,15 +54,17 @@ def seeds(record: dict[str, Any], measured: str) -> str:
         f"sweep's; {rows[0]['victim_images']:,} test images; residual decoder (MSE + SSIM). Floor: "
         f"the mean image. {legend_of(rows)}"
     )
+    more = [row for row in record["rows"] if row not in rows]
     return "\n\n".join([
-        intro, *(at_place([row for row in rows if place(row) == where]) for where in places),
+        intro, *(at_place([row for row in rows if place(row) == where],
+                          [row for row in more if place(row) == where]) for where in places),
         *marks(rows), " ".join([measured, *elsewhere(rows)]),
     ])
 
 
 def means(record: dict[str, Any], measured: str) -> str:
     """The means of `seeds` alone, and whether they reach the goal."""
-    rows = [row for row in record["rows"] if row["attack"] == STRONG]
+    rows = under_the_decoder(record)
     places = places_of(rows)
     columns = {"split": "split after", "seed": "training seeds",
                **{key: COLUMNS[key] for key in ("defence", "accuracy", "lost", "ssim", "long",
@@ -122,7 +125,36 @@ def place(row: Row) -> str:
     return row["split"] + budget + PRESSED_MARK * pressed(row)
 
 
-def at_place(rows: list[Row]) -> str:
+def under_the_decoder(record: dict[str, Any]) -> list[Row]:
+    """The rows of the one attack that all models met, over all the images."""
+    rows = [row for row in record["rows"] if row["attack"] == STRONG]
+    most = max(row["victim_images"] for row in rows)
+    return [row for row in rows if row["victim_images"] == most]
+
+
+def other_attacks(more: list[Row], rows: list[Row]) -> list[str]:
+    """One sentence for each model that met other attacks too; `rows` hold the decoder's."""
+    found: dict[tuple[str, int], list[Row]] = {}
+    for row in more:
+        if row["attack"] != STRONG:
+            found.setdefault((name_of(row), row["train_seed"]), []).append(row)
+    sentences = []
+    for (name, seed), each in found.items():
+        usual = next(row for row in rows if (name_of(row), row["train_seed"]) == (name, seed)
+                     and row["times_as_long"] == 1 and seen_once(row))
+        told = []
+        for row in sorted(each, key=lambda r: -r["ssim"]):
+            few = "" if row["victim_images"] == usual["victim_images"] else (
+                f" over {row['victim_images']} images, where the decoder has "
+                f"{usual['first_ssim']:.3f}")
+            told.append(f"{attack_name(row)} {row['ssim']:.3f}{few}"
+                        + ", still improving" * (row["plateau"] is False))
+        sentences.append(f"Other attacks on {name} (training seed {seed}), where the decoder has "
+                         f"{usual['ssim']:.3f}: {'; '.join(told)}.")
+    return sentences
+
+
+def at_place(rows: list[Row], more: list[Row]) -> str:
     by_name, longer = grouped(rows)
     lines = [line(row, longer.get((name, row["train_seed"])))
              for name, each in by_name.items() for row in each]
@@ -131,6 +163,8 @@ def at_place(rows: list[Row]) -> str:
         f"After {place(first)}, {first['feature_bytes'] / 1024:.3g} KiB uploaded:",
         render_table([*lines, *mean_lines(by_name, longer)], COLUMNS).strip(),
         f"On the same pruned models:\n\n{compared(by_name, longer)}",
+        *("\n".join(f"- {sentence}" for sentence in found)
+          for found in [other_attacks(more, rows)] if found),
     ])
 
 
@@ -285,8 +319,8 @@ def within_a_point(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], 
         once += f" (any number of times: {statistics.mean(more):.3f})"
     verdict = "met" if ssim <= GOAL else "not met"
     return (f"within a point of the dense model the most private row is {name}: SSIM {ssim:.3f} "
-            f"under the attack {attack}{once}; the goal of {GOAL} is {verdict} under this attack, "
-            "the only kind that was tried on it.")
+            f"under the attack {attack}{once}; the goal of {GOAL} is {verdict} under this kind of "
+            "attack.")
 
 
 def sentence_case(text: str) -> str:

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from frontier_methods import ATTACKED_LONGER, DEEPER_BEST
+from frontier_methods import ATTACKED_LONGER, DEEPER_BEST, MET_BY_OTHERS
 from jsonargparse import auto_cli
 from record import ROOT, commit, write
 
@@ -30,7 +30,8 @@ BEHIND_THE_POOLING = (
 WHERE_THERE = tuple(
     step for key in (DEEPER_BEST, *ATTACKED_LONGER, *BEHIND_THE_POOLING)
     for step in (f"{key}-ssim-0", f"{key}-long-0", f"{key}-silenced-0") if step not in STEPS
-)
+) + tuple(f"{key}-{attack}-0" for key in MET_BY_OTHERS
+          for attack in ("white_strong", "linear_inverse", "unet_ssim", "transposed_ssim"))
 RESULTS = ROOT / "results" / "seeds.json"
 
 

@@ -127,6 +127,22 @@ def test_what_was_trained_against_weaker_surrogates_is_marked(
     assert "β 10 ‡ against PATROL's fine-tuning, β 10, under" in page
 
 
+def test_other_attacks_are_told_beside_the_decoder(
+    modules: tuple[ModuleType, ModuleType]
+) -> None:
+    ours = {**row("patrol", 0, 0.25, 0.87), "first_ssim": 0.26, "attacker_images": 10_000}
+    few = {**ours, "victim_images": 4, "ssim": 0.27}
+    other = {**few, "attack": "rmle", "began_with": "inverse_network_ssim", "ssim": 0.31,
+             "plateau": None}
+    linear = {**ours, "attack": "linear_inverse", "ssim": 0.21, "plateau": False}
+    rows = [row("none", 0, 0.5, 0.88), ours, few, other, linear]
+    page = modules[1].seeds({"rows": rows}, "here")
+    assert ("where the decoder has 0.250: rMLE, white box, warm-started by the MSE + SSIM decoder "
+            "0.310 over 4 images, where the decoder has 0.260; linear decoder, closed form 0.210, "
+            "still improving.") in page
+    assert page.count("| 0.250 |") == 2 and "0.270" not in page  # its line, and its mean
+
+
 def test_other_training_seeds_of_the_record_stay(
     modules: tuple[ModuleType, ModuleType]
 ) -> None:
