@@ -9,7 +9,7 @@ that fails there says nothing about a reconstruction (`weak_reader`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -285,22 +285,32 @@ def _train(inputs: Tensor, labels: Tensor, classes: int, config: ReaderConfig) -
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         network = _network(config.width, classes, inputs.shape[-1]).to(config.device).train()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=1e-3)
-        size = min(config.batch_size, len(inputs))
-        steps = config.epochs * (len(inputs) // size)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-        for _ in range(config.epochs):
-            order = torch.randperm(len(inputs))
-            for start in range(0, len(inputs) - size + 1, size):
-                rows = order[start : start + size]
-                x, y = inputs[rows.to(inputs.device)].to(config.device), labels[rows]
-                loss = F.cross_entropy(network(x), y.to(config.device))
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                schedule.step()
+        minimise(F.cross_entropy, network, inputs, labels, config, weight_decay=1e-3)
         _measure_statistics(network, inputs, config)
     return network.eval()
+
+
+def minimise(
+    loss: Callable[[Tensor, Tensor], Tensor], network: nn.Module, inputs: Tensor, labels: Tensor,
+    config: ReaderConfig, *, weight_decay: float,
+) -> None:
+    """Train by AdamW, its rate falling to zero by a cosine; `loss(scores, labels)` of each batch.
+
+    Order and dropout are drawn from torch's generator.
+    """
+    optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=weight_decay)
+    size = min(config.batch_size, len(inputs))
+    steps = config.epochs * (len(inputs) // size)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
+    for _ in range(config.epochs):
+        order = torch.randperm(len(inputs))
+        for start in range(0, len(inputs) - size + 1, size):
+            rows = order[start : start + size]
+            scores = network(inputs[rows.to(inputs.device)].to(config.device))
+            optimizer.zero_grad(set_to_none=True)
+            loss(scores, labels[rows].to(config.device)).backward()
+            optimizer.step()
+            schedule.step()
 
 
 @torch.no_grad()

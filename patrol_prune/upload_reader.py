@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from patrol_prune.decoders import channel_dim, token_grid
 from patrol_prune.errors import InputError
-from patrol_prune.leaks import Leak, ReaderConfig, guess_rate, map_square
+from patrol_prune.leaks import Leak, ReaderConfig, guess_rate, map_square, minimise
 
 _ACROSS, _DOWN = 3, 4
 """Points of the feature map across each character of a plate, and down the plate."""
@@ -176,22 +176,14 @@ def _train(inputs: Tensor, labels: Tensor, counts: list[int], config: ReaderConf
             nn.Linear(inputs.shape[1], config.width), nn.BatchNorm1d(config.width), nn.ReLU(),
             nn.Dropout(0.3), nn.Linear(config.width, sum(counts)),
         ).to(config.device)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=config.lr, weight_decay=1e-2)
-        size = min(config.batch_size, len(inputs))
-        steps = config.epochs * (len(inputs) // size)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps))
-        for _ in range(config.epochs):
-            order = torch.randperm(len(inputs))
-            for start in range(0, len(inputs) - size + 1, size):
-                rows = order[start : start + size]
-                scores = network(inputs[rows.to(inputs.device)].to(config.device)).split(counts, 1)
-                y = labels[rows].to(config.device)
-                loss = torch.stack([F.cross_entropy(s, y[:, i]) for i, s in enumerate(scores)])
-                optimizer.zero_grad(set_to_none=True)
-                loss.mean().backward()
-                optimizer.step()
-                schedule.step()
+        minimise(lambda scores, y: _mean_loss(scores.split(counts, 1), y), network, inputs, labels,
+                 config, weight_decay=1e-2)
     return network.eval()
+
+
+def _mean_loss(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """Cross-entropy, the mean over the questions."""
+    return torch.stack([F.cross_entropy(s, labels[:, i]) for i, s in enumerate(scores)]).mean()
 
 
 def _check(z: Tensor, truth: Sequence[Sequence[str]], corners: Tensor | None) -> None:
