@@ -95,10 +95,10 @@ def steps(args: Frontier) -> list[Step]:
         thorough += [Step(m, "white", WHITE, optimised=True)]
         thorough += [Step(m, name, (name,)) for name in LEARNED
                      if not (m.defence and name == STRONG)]
+        thorough += [Step(m, "white_strong", (STRONG, "rmle"), optimised=True)]
         if m.name == "dense":  # a ceiling, not a competitor
             continue
         thorough += [Step(m, "long", (STRONG,))]
-        thorough += [Step(m, "white_strong", (STRONG, "rmle"), optimised=True)]
         thorough += [Step(m, "image_prior", ("image_prior",), optimised=True)]
         thorough += [Step(m, name, (name,), fewer=QUERY_FREE_IMAGES)
                      for name in WITHOUT_QUERIES[:1]]
@@ -233,7 +233,8 @@ def base(args: Frontier) -> str:
 
 def made_with(args: Frontier) -> dict[str, Any]:
     """The settings that a row depends on, and the commit that measured it."""
-    free = ("data", "work", "shifted", "workers", "threads", "collect", "only", "earlier")
+    free = ("data", "work", "shifted", "workers", "threads", "collect", "only", "earlier",
+            "record")
     settings = {k: v for k, v in asdict(args).items() if k not in free}
     return {**settings, "commit": os.environ.get("BENCHMARK_COMMIT") or commit()}
 
@@ -343,7 +344,7 @@ def main(args: Frontier) -> None:
     first = earlier_record(args)  # of rows kept from record to record, the oldest tells
     before = {k: v for k, v in (first.get("earlier") or first).items() if k in OF_A_RECORD}
     commits = dict.fromkeys(row["made_with"]["commit"] for row in rows if row["base"] != EARLIER)
-    print(write("frontier", rows, settings=settings, workers_threads=args.threads, earlier=before,
+    print(write(args.record, rows, settings=settings, workers_threads=args.threads, earlier=before,
                 commit=", ".join(commits) or commit(),
                 shifted=args.shifted and args.shifted.name, missing=missing,
                 with_other_settings=odd))

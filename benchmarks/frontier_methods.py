@@ -37,6 +37,7 @@ class Frontier:
         seed: of everything that is drawn.
         collect: write the record of the rows that are done, and name those that are not.
         earlier: a record of an earlier run; of what this one has not measured, its rows are kept.
+        record: the name of the record that is written.
         only: the names of the methods to do, all of them where empty.
     """
 
@@ -63,6 +64,7 @@ class Frontier:
     seed: int = 0
     collect: bool = False
     earlier: Path | None = None
+    record: str = "frontier"
     only: tuple[str, ...] = ()
 
 
@@ -157,14 +159,14 @@ DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
 each pruned model: the defence, its recipe, its strengths."""
 SAME_MODEL = {"avgpool": "layer4"}
 """Splits with nothing to prune behind another: what stands there begins with that one's model."""
-ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-feature_dropout@longer-0.5-layer4",
+ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-patrol@longer-10-layer4",
+                   "with-feature_dropout@longer-0.5-layer4",
                    "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4",
                    "with-patrol@longer-dropout-10-layer4",
                    "with-patrol@longer-spared-dropout-10-layer4",
                    "with-patrol@longer-light-dropout-10-avgpool",
                    "with-patrol@half-longer-10-avgpool",
                    "with-patrol@half-longer-light-dropout-10-avgpool",
-                   "with-patrol@longer-whole-10-layer4",
                    "with-patrol@half-longer-whole-10-avgpool",
                    "with-patrol@half-longer-whole-30-avgpool",
                    "with-patrol@half-longer-whole-light-dropout-10-avgpool")
@@ -182,12 +184,13 @@ MET_BY_OTHERS = ("with-patrol@half-longer-10-avgpool",
                  "with-patrol@half-longer-whole-10-avgpool",
                  "with-patrol@half-longer-whole-30-avgpool",
                  "with-patrol@half-longer-light-dropout-10-avgpool",
-                 "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-layer4")
+                 "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-layer4",
+                 "with-none@longer-0-layer4")
 """What reaches the goal within a point of the dense model, and what drops values, which a white box
-that knows it leaves out: they meet decoders of other families and the white box too."""
+that knows it leaves out, and the control: they meet decoders of other families and the white box too."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
-DEEPER_BEST = "with-patrol@longer-10-layer4"
+DEEPER_BEST = "with-patrol@longer-whole-10-layer4"
 """Of these, what meets every attack."""
 DEEPEST = "with-patrol@longest-10-avgpool"
 """And another, where an attack that fails would look like a defence that holds."""
