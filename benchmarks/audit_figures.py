@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from frontier_methods import DEEPER_BEST
+from frontier_methods import CONTROL, DEEPER_BEST
 from row_names import (
     DEFENCES,
     INSIDE,
@@ -34,35 +34,38 @@ def load(name: str) -> dict[str, Any]:
     return json.loads((RESULTS / f"{name}.json").read_text())
 
 
-def is_deeper_best(row: Row) -> bool:
-    """Whether it is the model of a deeper cut that meets every attack."""
-    return has_key(row, DEEPER_BEST)
-
-
 def thorough(rows: list[Row]) -> dict[str, dict[str, Row]]:
-    """Of each model that met many attacks, the row of each attack.
+    """Of each model that met several attacks, the row of each attack.
 
     Only rows that are known over the images that every attack met, so that attacks which optimise
     every image are compared with the others over the same ones.
     """
     groups: dict[str, dict[str, Row]] = {}
     for row in rows:
-        deeper = is_deeper_best(row)
-        usual = row["split"] == USUAL_SPLIT and not row.get("defence") and row["method"] in METHODS
-        if not (deeper or usual):
+        name = name_in_the_table(row)
+        if name is None:
             continue
         if "first_ssim" not in row:
             if row.get("victim_images", 1_000) > 256:
                 continue
             row = {**row, "first_ssim": row["ssim"], "first_mse": row["mse"],
                    "first_ssim_worst5": row["ssim_worst5"], "first_images": row["victim_images"]}
-        groups.setdefault("deeper" if deeper else row["method"], {})[attack_name(row)] = row
-    return {m: groups[m] for m in METHODS if len(groups.get(m, {})) > 3}
+        groups.setdefault(name, {})[attack_name(row)] = row
+    return {m: groups[m] for m in METHODS if len(groups.get(m, {})) > 1}
 
 
-def strongest(circumstances: str) -> str:
-    """One line per method with its strongest attack, then every attack on every method."""
-    record = load("frontier")
+def name_in_the_table(row: Row) -> str | None:
+    """The model's name in `METHODS`; None for one that is not in the table."""
+    if has_key(row, DEEPER_BEST):
+        return "deeper"
+    if has_key(row, CONTROL):
+        return "control"
+    usual = row["split"] == USUAL_SPLIT and not row.get("defence") and row["method"] in METHODS
+    return row["method"] if usual else None
+
+
+def strongest(record: dict[str, Any], circumstances: str) -> str:
+    """What stands beside what in sentences, then one line per model with its strongest attack."""
     groups = thorough(record["rows"])
     if not groups:
         return "Not measured yet."
@@ -73,46 +76,43 @@ def strongest(circumstances: str) -> str:
         closest = min(attacks, key=lambda name: attacks[name]["first_mse"])
         row = attacks[best]
         head.append({
-            "method": METHODS[method] + " †" * (row.get("base") == "earlier"),
-            "split": row["split"] + PRESSED_MARK * pressed(row),
+            "method": METHODS[method], "split": row["split"],
             "accuracy": f"{100 * row['accuracy']:.1f}%",
             "macs": f"{row['edge_macs'] / 1e6:.2f} M",
             "bytes": f"{row['feature_bytes'] / 1024:.0f} KiB",
-            "ssim": f"{row['first_ssim']:.3f}", "attack": best,
+            "ssim": f"{row['first_ssim']:.3f}", "attack": best + UNFINISHED * improving(row),
             "worst": f"{attacks[worst]['first_ssim_worst5']:.3f}",
             "mse": f"{attacks[closest]['first_mse']:.4f}", "tried": str(len(attacks)),
         })
     first = next(iter(next(iter(groups.values())).values()))
-    columns = {"method": "method", "split": "split after", "accuracy": "accuracy",
+    floor = next(row for row in record["rows"] if row["victim_images"] == first["first_images"])
+    columns = {"method": "trained with", "split": "split after", "accuracy": "accuracy",
                "macs": "edge MACs", "bytes": "uploaded", "ssim": "SSIM under the strongest attack",
                "attack": "which attack", "worst": "worst 5%", "mse": "smallest MSE",
                "tried": "attacks tried"}
     return "\n\n".join(filter(None, [
         verdict(groups),
-        f"{first['dataset']}, over the same {first['first_images']} test images. Floor, the mean "
-        f"image: SSIM {first['floor_ssim']:.3f}, MSE {first['floor_mse']:.4f}. The dense model is "
-        f"over the budget.{earlier_training(groups)}",
+        f"{first['dataset']}, one training seed, over the same {first['first_images']} test "
+        f"images. Floor, the mean image: SSIM {floor['floor_ssim']:.3f}, worst 5% "
+        f"{floor['floor_ssim_worst5']:.3f}, MSE {floor['floor_mse']:.4f}. The dense model is over "
+        "the budget. `worst 5%` and `smallest MSE` are each under the attack that gets furthest "
+        "there.",
         render_table(head, columns).strip(),
-        PRESSED_TEXT * any(pressed(row) for each in groups.values() for row in each.values()),
-        circumstances,
+        STILL * any(UNFINISHED in line["attack"] for line in head), circumstances,
     ]))
 
 
-def earlier_training(groups: dict[str, dict[str, Row]]) -> str:
-    """What † means, where models of two trainings stand side by side."""
-    rows = [row for attacks in groups.values() for row in attacks.values()]
-    here = [row["dense_accuracy"] for row in rows if row.get("dense_accuracy")]
-    before = [row["accuracy"] for row in rows
-              if row["method"] == "dense" and row.get("base") == "earlier"]
-    if not (here and before):
-        return ""
-    return (f" Models with † come from an earlier training of the dense model, to "
-            f"{100 * before[0]:.1f}%; the others from one to {100 * here[0]:.1f}%.")
+UNFINISHED = " *"
+STILL = "\\* had not reached its plateau: a longer attack would see more."
 
 
-def every_attack(circumstances: str) -> str:
-    """SSIM of every attack (rows) on every method (columns)."""
-    record = load("frontier")
+def improving(row: Row) -> bool:
+    """Whether the attack stopped while it still got better."""
+    return row["plateau"] not in (True, None)
+
+
+def every_attack(record: dict[str, Any], circumstances: str) -> str:
+    """SSIM of every attack (rows) on every model (columns)."""
     groups = thorough(record["rows"])
     if not groups:
         return "Not measured yet."
@@ -122,18 +122,18 @@ def every_attack(circumstances: str) -> str:
         line: Row = {"attack": name}
         for method, attacks in groups.items():
             row = attacks.get(name)
-            mark = "" if row is None or row["plateau"] in (True, None) else " *"
-            line[method] = "" if row is None else f"{row['first_ssim']:.3f}{mark}"
+            line[method] = "" if row is None else (
+                f"{row['first_ssim']:.3f}{UNFINISHED * improving(row)}")
         table.append(line)
     table.sort(key=lambda line: -max(float(v.split()[0]) for k, v in line.items()
                                      if k != "attack" and v))
-    columns = {"attack": "SSIM under", **{m: METHODS[m].replace("*", "") for m in groups}}
-    missing = [m for m in record.get("missing", [])
-               if m.startswith(("patrol-layer3-", "taylor-layer3-", "dense-layer3-"))]
+    columns = {"attack": "SSIM under", **{m: f"{METHODS[m].replace('*', '')}, "
+                                          + next(iter(each.values()))["split"]
+                                          for m, each in groups.items()}}
     return "\n\n".join(filter(None, [
         render_table(table, columns).strip(),
-        "\\* had not reached its plateau: a longer attack would see more.",
-        not_measured(missing), circumstances,
+        STILL * any(UNFINISHED in value for line in table for value in line.values()),
+        circumstances,
     ]))
 
 
@@ -145,59 +145,30 @@ def not_measured(missing: list[str]) -> str:
 
 def verdict(groups: dict[str, dict[str, Row]]) -> str:
     """Whether PATROL's advantage stands: beside its own pruned model, and beside Taylor pruning."""
-    ours = "deeper" if "deeper" in groups else "patrol"
-    if not {"taylor", ours} <= groups.keys():
+    if not {"taylor", "deeper"} <= groups.keys():
         return ""
-    lines = at_the_same_cut() if ours == "deeper" else []
-    one, two = ({**next(iter(groups[m].values())), **strongest_of(groups[m])}
-                for m in (ours, "taylor"))
-    counts = [len(groups[m]) for m in (ours, "taylor")]
-    lines.append(
-        f"against Taylor pruning cut after {two['split']}: {beside(one, two)}, each under the "
-        f"strongest of {' and '.join(map(str, counts))} attacks ({one['name']}; {two['name']}); "
-        f"{one['feature_bytes'] / 1024:.3g} KiB uploaded instead of "
-        f"{two['feature_bytes'] / 1024:.3g}."
-    )
-    if "patrol" in groups and ours != "patrol":
-        same = {**next(iter(groups["patrol"].values())), **strongest_of(groups["patrol"])}
-        lines.append(f"cut after {same['split']} itself, as it was trained then, against the "
-                     f"same: {beside(same, two)}.")
-    mark = PRESSED_MARK * pressed(one)
-    cut = f", cut after {one['split']}{mark}," if ours == "deeper" else ""
-    return (f"PATROL{cut} at equal edge MACs:\n\n"
-            + "\n".join(f"- {line}" for line in lines))
+    found = {name: {**next(iter(attacks.values())), **strongest_of(attacks)}
+             for name, attacks in groups.items()}
+    ours = found["deeper"]
+    lines = []
+    if control := found.get("control"):
+        lines.append("against the same pruned model trained on as long without attackers: "
+                     f"{beside(ours, control)}.")
+    taylor = found["taylor"]
+    lines.append(f"against Taylor pruning cut after {taylor['split']}: {beside(ours, taylor)}; "
+                 f"{ours['feature_bytes'] / 1024:.3g} KiB uploaded instead of "
+                 f"{taylor['feature_bytes'] / 1024:.3g}.")
+    if same := found.get("patrol"):
+        lines.append(f"cut after {same['split']} itself, against the same: "
+                     f"{beside(same, taylor)}.")
+    return (f"PATROL, cut after {ours['split']}, at equal edge MACs, each model under the "
+            "strongest of the attacks on it:\n\n" + "\n".join(f"- {line}" for line in lines))
 
 
 def strongest_of(attacks: dict[str, Row]) -> Row:
     """The name and the SSIM of the attack that sees most."""
     name = max(attacks, key=lambda n: attacks[n]["first_ssim"])
     return {"name": name, "ssim": attacks[name]["first_ssim"]}
-
-
-def at_the_same_cut() -> list[str]:
-    """The deeper model beside pruning alone, there and by Taylor's score, under one decoder."""
-    rows = under_one_attack(load("frontier"))
-    ours = next((r for r in rows if is_deeper_best(r)), None)
-    if ours is None:
-        return []
-    plain = next((r for r in rows if r["method"] == "with-none" and r["split"] == ours["split"]
-                  and r.get("recipe") == ours.get("recipe")), None)
-    host = next((r for r in rows if r.get("start") == "taylor-layer4.0"), None)
-    longer = [r for r in load("frontier")["rows"] if is_deeper_best(r) and seen_once(r)
-              and r["attack"] == ours["attack"] and r.get("times_as_long", 1) > 1]
-    ours = max([ours, *longer], key=lambda r: r["ssim"])
-    decoder = "under the MSE + SSIM decoder" + (
-        f", {ours['times_as_long']} times as long on PATROL" if ours in longer else "") + (
-        ", which was still improving there" * (not ours["plateau"]))
-    lines = []
-    if plain is not None:
-        lines.append("against the same pruned model trained on as long without attackers: "
-                     f"{beside(ours, plain)}, {decoder}.")
-    if host is not None:
-        alike = "the same" if host["feature_bytes"] == ours["feature_bytes"] else "a larger"
-        lines.append(f"against Taylor pruning cut after {host['split']}: {beside(ours, host)}, "
-                     f"{decoder}; {alike} upload, fewer epochs.")
-    return lines
 
 
 def beside(ours: Row, other: Row) -> str:

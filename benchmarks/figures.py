@@ -112,10 +112,6 @@ def is_model(row: Row) -> bool:
     return not row.get("defence")
 
 
-def is_thorough(row: Row) -> bool:
-    return is_model(row) or audit_figures.is_deeper_best(row)
-
-
 def frontier() -> str:
     record = load("frontier")
     table = []
@@ -330,9 +326,8 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "budget": ("budget", budget),
     "grocery": ("grocery", grocery),
     "step_cost": ("step_cost", step_cost),
-    "strongest": ("frontier", lambda: audit_figures.strongest(of_frontier(is_thorough))),
-    "every-attack": ("frontier", lambda: audit_figures.every_attack(
-        of_frontier(is_thorough))),
+    "strongest": ("strongest", lambda: audit_figures.strongest(*told("strongest"))),
+    "every-attack": ("strongest", lambda: audit_figures.every_attack(*told("strongest"))),
     "sweep": ("frontier", lambda: audit_figures.sweep(of_frontier(is_swept))),
     "gap": ("frontier", lambda: audit_figures.surrogate_gap(source("frontier"))),
     "depth": ("frontier", lambda: depth_figures.depth(load("frontier"), of_frontier(is_deeper))),

@@ -180,14 +180,17 @@ SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@lon
               "with-patrol@half-longer-whole-light-dropout-10-avgpool")
 """What draws for every upload, and is attacked without its draws too: any number of uploads of a
 picture come to that."""
+CONTROL = "with-none@longer-0-layer4"
+"""The pruned model of the best row there, trained on as long without attackers."""
 MET_BY_OTHERS = ("with-patrol@half-longer-10-avgpool",
                  "with-patrol@half-longer-whole-10-avgpool",
                  "with-patrol@half-longer-whole-30-avgpool",
                  "with-patrol@half-longer-light-dropout-10-avgpool",
                  "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-layer4",
-                 "with-none@longer-0-layer4")
+                 CONTROL)
 """What reaches the goal within a point of the dense model, and what drops values, which a white box
-that knows it leaves out, and the control: they meet decoders of other families and the white box too."""
+that knows it leaves out, and the control: they meet decoders of other families and the white box
+too."""
 DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
 DEEPER_BEST = "with-patrol@longer-whole-10-layer4"

@@ -25,6 +25,7 @@ METHODS = {
     "taylor": "Taylor pruning",
     "patrol": "**PATROL**",
     "patrol-adversarial": "PATROL, adversarial term only",
+    "control": "nothing, cut deeper",
     "deeper": "**PATROL, cut deeper**",
 }
 ATTACKS = {

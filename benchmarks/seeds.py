@@ -16,11 +16,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from frontier_methods import ATTACKED_LONGER, DEEPER_BEST, MET_BY_OTHERS
+from frontier_methods import ATTACKED_LONGER, CONTROL, DEEPER_BEST, MET_BY_OTHERS
 from jsonargparse import auto_cli
 from record import ROOT, commit, write
 
-CONTROL = "with-none@longer-0-layer4"
 STEPS = (f"{CONTROL}-ssim-0",)
 BEHIND_THE_POOLING = (
     "with-none@longer-0-avgpool", "with-patrol@longer-10-avgpool",

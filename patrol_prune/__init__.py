@@ -44,6 +44,7 @@ _WHERE = {
     "PlateReader": "leaks",
     "ReaderConfig": "leaks",
     "SceneReader": "leaks",
+    "UploadReader": "upload_reader",
     "count_macs": "cost",
     "count_params": "cost",
     "edge_macs": "cost",
@@ -176,6 +177,7 @@ if TYPE_CHECKING:
     from patrol_prune.tune import tune
     from patrol_prune.tune_result import TuneResult, TuneTrial
     from patrol_prune.tune_settings import TuneConfig
+    from patrol_prune.upload_reader import UploadReader
     from patrol_prune.vehicle_identities import write_vehicle_reid
     from patrol_prune.vehicle_truth import VehicleTruth, read_vehicle_truth
 

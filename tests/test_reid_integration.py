@@ -227,6 +227,8 @@ def test_what_cannot_be_had_costs_no_finished_run(script: Any, tmp_path: Path, c
         "resnt18": ["--model", "resnt18"],
         "nowhere": ["--weights", str(tmp_path / "nowhere")],
         "cuda:99": ["--device", "cuda:99"],
+        "layer7": ["--at", "layer7"],
+        "budget": ["--edge_macs", "1"],
     }
     for told, arguments in wrong.items():
         assert script["run"].main([*TINY, "--runs", str(tmp_path), "--overwrite", *arguments]) == 2

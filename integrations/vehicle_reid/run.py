@@ -25,11 +25,9 @@ from pictures import everybody
 from rich.console import Console
 from rich.table import Table
 from settings import ReidRun
-from stages import OUTPUTS, PAGE, Work
+from stages import OUTPUTS, PAGE, Work, planned
 
 from patrol_prune.errors import PatrolError
-from patrol_prune.models import build_model, load_weights
-from patrol_prune.reid_model import build_reid_model
 from patrol_prune.rundir import RunDirectory
 from patrol_prune.settings import FREE_KEYS, build, resolve_device
 
@@ -43,30 +41,21 @@ def run(
 
     Raises:
         PatrolError: whatever is wrong with the settings, the pictures or the run's folder. With
-            `overwrite` an earlier run stays where device, pictures, model or weights are not there.
+            `overwrite` an earlier run stays where device, pictures, model, weights or the place of
+            the cut are not there, or the budget cannot be met.
     """
     # tuples as lists, as YAML reads them back
     plain, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, ReidRun(config.data)))
     path = Path(config.runs) / config.name
-    if overwrite:
-        check_inputs(config)
+    people = None
+    if overwrite:  # refuse what cannot be had before an earlier run is thrown away for it
+        resolve_device(config.device)
+        progress("data", "Reading the pictures.")
+        people = everybody(config)
+        planned(config, people)
     with RunDirectory(path, plain, overwrite=overwrite, free_keys=FREE_KEYS,
                       outputs=OUTPUTS, defaults=defaults) as folder:
-        return Work(config, folder, progress).go()
-
-
-def check_inputs(config: ReidRun) -> None:
-    """Refuse what cannot be had before an earlier run is thrown away for it.
-
-    Raises:
-        PatrolError: no such device, pictures, model or weights.
-    """
-    resolve_device(config.device)
-    identities = len(everybody(config).defender.classes)
-    build_reid_model(config.model, identities, image_size=config.image_size)
-    if config.weights is not None:
-        load_weights(build_model(config.model, identities, image_size=config.image_size),
-                     config.weights)
+        return Work(config, folder, progress, people).go()
 
 
 def table(result: dict[str, Any]) -> Table:

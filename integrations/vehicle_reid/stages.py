@@ -45,17 +45,46 @@ def methods(config: ReidRun) -> tuple[str, ...]:
     return (DENSE, TAYLOR, PATROL) if config.compare else (DENSE, PATROL)
 
 
+def model_of(config: ReidRun, people: Everybody) -> nn.Module:
+    """The model before its training; its weights from the file where one is named."""
+    identities = len(people.defender.classes)
+    if config.weights is None:
+        return pp.build_reid_model(config.model, identities, image_size=config.image_size,
+                                   seed=config.seed)
+    model = build_model(config.model, identities, image_size=config.image_size, seed=config.seed)
+    load_weights(model, config.weights)
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(config.seed)
+        return add_bnneck(model, identities)
+
+
+def planned(config: ReidRun, people: Everybody) -> pp.Plan:
+    """Where the model is cut and how far its edge is pruned.
+
+    Raises:
+        PatrolError: no such place, or a budget that cannot be met there.
+    """
+    return pp.plan(
+        model_of(config, people), people.example(), edge_macs=config.edge_macs, at=config.at,
+        boundary="keep", max_pruning_ratio=config.score.max_pruning_ratio,
+        min_channels=config.score.min_channels, round_to=config.score.round_to,
+    )
+
+
 class Work:
     """One comparison; `go` does every stage that is not done yet."""
 
     def __init__(
-        self, config: ReidRun, folder: RunDirectory, progress: Callable[[str, str], None]
+        self, config: ReidRun, folder: RunDirectory, progress: Callable[[str, str], None],
+        people: Everybody | None = None,
     ) -> None:
         self.config, self.folder, self.progress = config, folder, progress
         self.device = resolve_device(config.device)
         self.stage = "data"
-        self.say("Reading the pictures.")
-        self.people: Everybody = everybody(config)
+        if people is None:
+            self.say("Reading the pictures.")
+            people = everybody(config)
+        self.people: Everybody = people
         self._checks: LeakChecks | None = None
 
     def go(self) -> dict[str, Any]:
@@ -109,12 +138,7 @@ class Work:
                            closed=people.closed)
 
     def do_plan(self) -> None:
-        made = pp.plan(
-            self.factory(), self.people.example(), edge_macs=self.config.edge_macs,
-            at=self.config.at, boundary="keep",
-            max_pruning_ratio=self.config.score.max_pruning_ratio,
-            min_channels=self.config.score.min_channels, round_to=self.config.score.round_to,
-        )
+        made = planned(self.config, self.people)
         atomic_write_json(self.folder / "plan.json", made.to_json())
         self.say(made.text)
         dense = made[made.recommended].edge_macs
@@ -126,16 +150,7 @@ class Work:
         return str(self.folder.notes("plan")["at"])
 
     def factory(self) -> nn.Module:
-        config, identities = self.config, len(self.people.defender.classes)
-        if config.weights is None:
-            return pp.build_reid_model(config.model, identities, image_size=config.image_size,
-                                       seed=config.seed)
-        model = build_model(config.model, identities, image_size=config.image_size,
-                            seed=config.seed)
-        load_weights(model, config.weights)
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(config.seed)
-            return add_bnneck(model, identities)
+        return model_of(self.config, self.people)
 
     def load(self, method: str) -> pp.Split:
         return pp.load(self.folder / "checkpoints" / method, self.factory, device=self.device)
