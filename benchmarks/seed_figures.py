@@ -63,8 +63,11 @@ def seeds(record: dict[str, Any], measured: str) -> str:
 
 
 def means(record: dict[str, Any], measured: str) -> str:
-    """The means of `seeds` alone, and whether they reach the goal."""
-    rows = under_the_decoder(record)
+    """The means of `seeds` alone, and whether they reach the goal; of what the decoders of today
+    attacked, where there is such a row.
+    """
+    every = under_the_decoder(record)
+    rows = [row for row in every if not pressed(row)] or every
     places = places_of(rows)
     columns = {"split": "split after", "seed": "training seeds",
                **{key: COLUMNS[key] for key in ("defence", "accuracy", "lost", "ssim", "long",
@@ -83,7 +86,7 @@ def means(record: dict[str, Any], measured: str) -> str:
     legend = (f"Means over the training seeds; {first['victim_images']:,} test images, residual "
               f"decoder (MSE + SSIM); floor: the mean image. {legend_of(rows)}")
     return "\n\n".join([render_table(lines, columns).strip(), legend, "\n".join(texts),
-                        *marks(rows),
+                        *marks(rows), *left_out([row for row in every if row not in rows]),
                         " ".join([measured, *elsewhere(rows)])])
 
 
@@ -95,6 +98,16 @@ def marks(rows: list[Row]) -> list[str]:
     """What the marks mean that stand on some rows."""
     return [*[PRESSED_TEXT] * any(map(pressed, rows)),
             *[AGAINST_PRESSED_TEXT] * any(map(against_pressed, rows))]
+
+
+def left_out(rows: list[Row]) -> list[str]:
+    """That rows which only weaker decoders attacked are not in the table."""
+    if not rows:
+        return []
+    seeds = ", ".join(str(seed) for seed in sorted({row["train_seed"] for row in rows}))
+    splits = " and ".join(dict.fromkeys(row["split"] for row in rows))
+    return [f"Not in this table: training seeds {seeds} after {splits}, which only earlier, weaker "
+            "decoders attacked."]
 
 
 def places_of(rows: list[Row]) -> list[str]:

@@ -127,6 +127,18 @@ def test_what_was_trained_against_weaker_surrogates_is_marked(
     assert "β 10 ‡ against PATROL's fine-tuning, β 10, under" in page
 
 
+def test_means_leave_out_what_only_weaker_decoders_attacked(
+    modules: tuple[ModuleType, ModuleType]
+) -> None:
+    old = {"made_with": {"commit": "28acad8"}}
+    rows = [row("none", 0, 0.44, 0.88), {**row("none", 1, 0.33, 0.88), **old}]
+    page = modules[1].means({"rows": rows}, "here")
+    assert "0.440" in page and "0.330" not in page
+    assert "Not in this table: training seeds 1 after layer4" in page
+    assert "0.330" in modules[1].means({"rows": rows[1:]}, "here")
+    assert "0.330" in modules[1].seeds({"rows": rows}, "here")
+
+
 def test_other_attacks_are_told_beside_the_decoder(
     modules: tuple[ModuleType, ModuleType]
 ) -> None:
