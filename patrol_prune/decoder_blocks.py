@@ -208,13 +208,13 @@ def spreading(map_shape: tuple[int, ...], image_shape: tuple[int, ...], width: i
     """By how much a small map is enlarged, so that a trunk of `width` channels holds more of it.
 
     The smallest power of two `f` with which the trunk's `width * f^2 * h * w` values are as many as
-    the map's or, if that is less, the image's; as long as no side gets longer than half the image's
-    or than 8, and for images of 64 pixels and more than 16, where a trunk costs about as much as
-    the doublings behind it. By 192 mixed channels of 8x8 out of 64x64 photographs a trunk of 16x16
-    had SSIM 0.88 where one of 8x8 had 0.78, for 1.15 times the time of the whole attack.
+    the map's, as long as no side gets longer than half the image's or than 8, and for images of 64
+    pixels and more than 16, where a trunk costs about as much as the doublings behind it. By 192
+    mixed channels of 8x8 out of 64x64 photographs a trunk of 16x16 had SSIM 0.88 where one of 8x8
+    had 0.78, for 1.15 times the time of the whole attack.
     """
     size = map_shape[1:]
-    values = min(math.prod(map_shape), math.prod(image_shape))
+    values = math.prod(map_shape)
     longest = [min(math.ceil(s / 2), max(_SPREAD_SIDE, min(s // 4, 2 * _SPREAD_SIDE)))
                for s in image_shape[1:]]
     factor = 1

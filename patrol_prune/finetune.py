@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from patrol_prune.cost import generators_of, home_of
 from patrol_prune.errors import CheckpointError, InputError
@@ -203,8 +204,26 @@ def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int)
 def _circumstances(trainer: Trainer) -> dict[str, Any]:
     """What else has to be the same for a training to go on, as JSON."""
     objective = trainer.objective
-    return {"batches": trainer.batches,
-            "objective": None if objective is None else objective.settings()}
+    return {
+        "batches": trainer.batches, "teacher": trainer.distiller is not None,
+        "surrogate_batches": trainer.pool is not None, "precision": trainer.precision,
+        "drawing": _drawing(trainer.model),
+        "objective": None if objective is None else objective.settings(),
+    }
+
+
+_TOLD = {"batches": "batches in an epoch", "teacher": "a teacher or none",
+         "surrogate_batches": "surrogate_batches or none", "precision": "precision",
+         "drawing": "dropout or noise in the model"}
+"""What a refusal calls each of `_circumstances`; what a checkpoint lacks is not compared."""
+
+
+def _drawing(model: nn.Module) -> dict[str, dict[str, float]]:
+    """The numbers on which the model's random modules depend: dropout's `p`, a noise's scale."""
+    return {name: {k: float(v) for k, v in vars(module).items()
+                   if isinstance(v, int | float) and not k.startswith("_") and k != "training"}
+            for name, module in model.named_modules() if isinstance(module, _DropoutNd)
+            or any(isinstance(v, torch.Generator) for v in vars(module).values())}
 
 
 def _refuse_earlier(directory: Path) -> None:
@@ -228,9 +247,10 @@ def _resume(trainer: Trainer, result: FinetuneResult, directory: Path) -> None:
     changed = [k for k in mine if mine[k] != theirs.get(k)]
     if "batches" in meta:  # written by this release
         now = _circumstances(trainer)
-        changed += ["batches in an epoch"] * (now["batches"] != meta["batches"])
+        changed += [told for name, told in _TOLD.items() if now[name] != meta.get(name, now[name])]
         old, new = (about["objective"] or {} for about in (meta, now))
-        changed += [f"the objective's {k}" for k in {**old, **new} if old.get(k) != new.get(k)]
+        changed += ["objective"] * (bool(old) != bool(new))
+        changed += [f"the objective's {k}" for k in old if k in new and old[k] != new[k]]
     if changed:
         raise CheckpointError(
             f"The checkpoint {newest} was written with other settings ({', '.join(changed)}). "

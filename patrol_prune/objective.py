@@ -149,13 +149,14 @@ class PatrolObjective:
                 f"{lipschitz_form!r}."
             )
         self.split, self.task_loss = split, task_loss
-        self.alpha, self.beta, self.noise_std = alpha, float(beta), noise_std
+        self.alpha, self.beta, self.noise_std = alpha, float(beta), float(noise_std)
         self.uses_lipschitz = max(alphas) > 0
         self.lipschitz_form, self.lipschitz_reduction = lipschitz_form, lipschitz_reduction
-        self.lipschitz_images, self.adversarial_images = lipschitz_images, adversarial_images
+        self.lipschitz_images = int(lipschitz_images)
+        self.adversarial_images = None if adversarial_images is None else int(adversarial_images)
         self.normalization = normalization or Normalization()
         self.precision = precision
-        self.specs, self.surrogate_lr, self.seed = tuple(surrogates), surrogate_lr, seed
+        self.specs, self.surrogate_lr, self.seed = tuple(surrogates), float(surrogate_lr), seed
         self.surrogate_loss = surrogate_loss
         self.generator = torch.Generator().manual_seed(seed)
         self._looked = False
@@ -186,9 +187,13 @@ class PatrolObjective:
         return tensors
 
     def settings(self) -> dict[str, Any]:
-        """What the terms depend on, as JSON; a training goes on with the same only."""
+        """What the terms depend on, as JSON; a training goes on with the same only. A subclass adds
+        what its own terms depend on.
+        """
         alphas = torch.as_tensor(self.alpha, dtype=torch.double).tolist()
-        return {"alpha": alphas, **{name: getattr(self, name) for name in (
+        pixels = self.normalization
+        pixels_as = {"mean": [float(v) for v in pixels.mean], "std": [float(v) for v in pixels.std]}
+        return {"alpha": alphas, **pixels_as, **{name: getattr(self, name) for name in (
             "beta", "noise_std", "lipschitz_form", "lipschitz_reduction", "lipschitz_images",
             "adversarial_images", "surrogate_loss", "surrogate_lr")}}
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.state import is_initialized as accelerate_is_initialized
+from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -151,10 +153,7 @@ class Trainer:
                 values["features"] = distance
         self._refuse_nonfinite(step, {**values, "total": loss})
         self.optimizer.zero_grad(set_to_none=True)
-        if self.accelerator is None:
-            loss.backward()
-        else:
-            self.accelerator.backward(loss)
+        loss.backward()  # averaged over processes by what `prepare` put around the step
         nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.after_step(step)
@@ -223,17 +222,25 @@ def _together(device: torch.device) -> Accelerator | None:
     """Accelerate's view of several processes that train together; None of one alone.
 
     One alone needs nothing of it, and an `Accelerator` that the caller has made or will make keeps
-    its own settings: they are the same for all of a process.
+    its own settings: they are the same for all of a process. Every step here is a whole one, so
+    that losses are never divided by a number of steps to accumulate.
 
     Raises:
         InputError: the caller's `Accelerator` scales losses or casts by itself.
     """
+    made: dict[str, Any] = {}
     if accelerate_is_initialized():
-        accelerator = Accelerator()
+        if AcceleratorState().num_processes == 1:
+            return None
     elif any(int(os.environ.get(name, 1)) > 1 for name in _PROCESSES):
-        accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="no")
+        made = {"cpu": device.type == "cpu", "mixed_precision": "no"}
     else:
         return None
+    gradients = GradientState()
+    before = dict(gradients.plugin_kwargs)
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1), **made)
+    gradients.plugin_kwargs = before
     if accelerator.num_processes == 1:
         return None
     if accelerator.mixed_precision != "no":

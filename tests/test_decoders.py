@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 
 from patrol_prune.cost import count_macs
-from patrol_prune.decoder_blocks import Fold, UTrunk
+from patrol_prune.decoder_blocks import Fold, UTrunk, spreading
 from patrol_prune.decoders import FAMILIES, FeatureStandardizer, channel_dim, make_decoder
 from patrol_prune.errors import InputError
 
@@ -50,6 +50,16 @@ def test_every_shape_fits(
     assert all(t <= h for t, h in zip(decoder.trunk_size, halves, strict=True))
 
 
+@given(st.integers(1, 600), st.integers(1, 12), st.integers(1, 12), st.integers(16, 96))
+def test_a_grey_image_is_read_through_no_smaller_a_trunk(
+    channels: int, height: int, width: int, side: int
+) -> None:
+    shape = (channels, height, width)
+    assert spreading(shape, (1, side, side), 64) == spreading(shape, (3, side, side), 64)
+    assert spreading((512, 4, 4), (1, 32, 32), 64) == 2
+
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("feature_shape", "trunk"),
@@ -82,8 +92,8 @@ def test_the_trunk_stands_at_the_features_resolution_and_every_value_is_used(
 
 @pytest.mark.parametrize(
     ("shape", "image", "trunk"),
-    [((128, 8, 8), (3, 32, 32), 8),  # the image itself has no more than 64 channels there
-     ((64, 8, 8), (3, 64, 64), 8), ((65, 8, 8), (3, 64, 64), 16), ((512, 8, 8), (1, 64, 64), 8),
+    [((128, 8, 8), (3, 32, 32), 8),  # a larger trunk would cost too much
+     ((64, 8, 8), (3, 64, 64), 8), ((65, 8, 8), (3, 64, 64), 16), ((512, 8, 8), (1, 64, 64), 16),
      ((512, 7, 7), (3, 224, 224), 14), ((2048, 4, 4), (3, 128, 128), 16),
      ((256, 16, 16), (3, 224, 224), 16), ((768, 14, 14), (3, 224, 224), 14)],
 )

@@ -7,7 +7,9 @@ import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import patrol_prune as pp
 from patrol_prune.data import Batches, ImageSet
+from patrol_prune.defences.nopeek import NoPeekObjective
 from patrol_prune.errors import CheckpointError, InputError, TrainingError
 from patrol_prune.finetune import (
     FinetuneConfig,
@@ -224,6 +227,33 @@ def test_resume_refuses_another_objective_or_another_number_of_batches(tmp_path:
     train(64, True, alpha=0.01)
 
 
+def test_resume_refuses_what_changes_the_loss_or_the_upload(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, epochs=1)
+    teacher = _split().model
+
+    def train(p: float, **more: Any) -> None:
+        split = pp.make_defence("feature_dropout", p).apply(_split())
+        objective = more.pop("make", PatrolObjective)(
+            split, F.cross_entropy, **{"noise_std": np.float32(0.1), **more.pop("settings", {})})
+        finetune(split, Batches(_images(), 16), config=config, progress=False,
+                 objective=objective, checkpoint_dir=tmp_path, **more)
+
+    train(0.25, teacher=teacher)
+    train(0.25, teacher=teacher, resume=True)
+    for told, p, more in (
+        ("a teacher or none", 0.25, {}),
+        ("dropout or noise in the model", 0.5, {"teacher": teacher}),
+        ("surrogate_batches or none", 0.25, {"teacher": teacher, "surrogate_batches": _pool()}),
+        ("objective's std", 0.25, {"teacher": teacher, "settings": {
+            "normalization": pp.Normalization((0.5,) * 3, (0.5,) * 3)}}),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            train(p, resume=True, **more)
+    weights = {weight: NoPeekObjective(_split(), F.cross_entropy, weight).settings()
+               for weight in (1.0, 9.0)}
+    assert weights[1.0] != weights[9.0]
+
+
 class _Drops(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(F.dropout(x, 0.3, self.training))
@@ -287,8 +317,10 @@ model = nn.Sequential(nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 2))
 batches = [(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))]
 train = lambda: pp.finetune(model, batches, config=pp.FinetuneConfig(epochs=1), progress=False)
 train()
-assert Accelerator(mixed_precision="bf16", cpu=True).mixed_precision == "bf16"
+mine = Accelerator(mixed_precision="bf16", cpu=True, gradient_accumulation_steps=4)
+assert mine.mixed_precision == "bf16"
 train()
+assert mine.gradient_accumulation_steps == 4
 """
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
                           text=True, check=False)

@@ -131,9 +131,42 @@ def test_few_images_are_mirrored_and_none_of_them_is_held_out() -> None:
         return edge.images, attack.held_out
 
     usual = dataclasses.replace(QUICK, mirror=None)
-    images, held = asked(usual, 40)
+    images, held = asked(usual, 40)  # once, for both
     assert images == 40 and len(held) == 4 and int(held.max()) < 40
     assert torch.equal(held, asked(QUICK, 40)[1]) and asked(QUICK, 40)[0] == 0
+
+
+def test_mirrored_images_are_used_only_where_held_out_ones_are_rebuilt_better_for_it() -> None:
+    """The same upload for a picture and its mirror image, and pictures that nobody mirrors."""
+    def folded(x: Tensor) -> Tensor:
+        return one_convolution(x + x.flip(-1)) + one_convolution(x + x.flip(-1)).flip(-1)
+
+    lopsided = IMAGES[:80] * torch.linspace(1.0, 0.1, 16)
+    for pixels, edge, epochs in ((lopsided, folded, 20), (IMAGES[:80], one_convolution, 4)):
+        config = dataclasses.replace(SMALL, epochs=epochs, max_extensions=1)
+        known = Knowledge(pixels, edge(pixels), edge=edge)
+        tried, yes, no = (
+            InverseNetwork(dataclasses.replace(config, mirror=mirror)).fit(known)
+            for mirror in (None, True, False))
+        first = {name: min(fit.history[:epochs]) for name, fit in (("yes", yes), ("no", no))}
+        best = min(first, key=lambda name: first[name])
+        assert tried.chosen == {"mirrored": best} and yes.chosen is None
+        assert tried.history == (yes if best == "yes" else no).history
+        assert tried.mean_image_loss == yes.mean_image_loss == no.mean_image_loss
+        if edge is folded:
+            assert best == "no"
+
+
+def test_mirrored_features_that_would_be_too_large_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    z = one_convolution(KNOWN)
+    monkeypatch.setattr("patrol_prune.attacks.training_pairs._STORED_BYTES", 8 * z.numel() - 1)
+    found = TrainingPairs(Knowledge(KNOWN, z, edge=one_convolution), torch.device("cpu"),
+                          mirror=True)
+    assert found.asks and len(found) == 512
+    features, pixels = found.batch(torch.tensor([3, 259]))
+    torch.testing.assert_close(features, one_convolution(pixels))
 
 
 def test_many_images_are_not_mirrored_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:

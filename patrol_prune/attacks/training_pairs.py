@@ -13,7 +13,8 @@ from patrol_prune.metrics import check_pixels
 
 SMALLEST_TRAINING_SET = 20
 _RESIDENT_BYTES = 4 << 30
-_CHUNK = 256
+_STORED_BYTES = 2 << 30
+_CHUNK = 64
 
 
 class TrainingPairs:
@@ -76,14 +77,25 @@ class TrainingPairs:
         self.own = len(pixels)
         self.mirrored = mirror and edge is not None
         if self.mirrored and self._z is not None:
-            self._edge = edge
-            asked = [self._ask(part.flip(-1)).cpu() for part in pixels.detach().split(_CHUNK)]
-            self._edge = None
-            self._z = torch.cat([self._z, torch.cat(asked).to(self._z)])
-            numbers += self._z.numel() // 2
+            if 8 * self._z.numel() > _STORED_BYTES:
+                self._edge, self._z = edge, None
+            else:
+                self._z = self._with_mirrored(self._z, edge)
+                numbers += self._z.numel() // 2
         home = device if 4 * numbers <= _RESIDENT_BYTES else torch.device("cpu")
         self._pixels = self._pixels.to(home)
         self._z = None if self._z is None else self._z.to(home)
+
+    def _with_mirrored(self, z: Tensor, edge: EdgeFunction | None) -> Tensor:
+        """`[2N, ...]`: `z`, and behind it what the edge uploads for the mirrored images."""
+        self._edge = edge
+        both = z.new_empty(2 * self.own, *z.shape[1:])
+        both[: self.own] = z
+        for start in range(0, self.own, _CHUNK):
+            part = self._ask(self._pixels[start : start + _CHUNK].flip(-1))
+            both[self.own + start : self.own + start + len(part)] = part.to(both)
+        self._edge = None
+        return both
 
     def __len__(self) -> int:
         return self.own * (1 + self.mirrored)

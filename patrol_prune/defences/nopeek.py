@@ -82,7 +82,11 @@ class NoPeekObjective(PatrolObjective):
 
     def __init__(self, split: Split, task_loss: TaskLoss, weight: float, **settings: Any) -> None:
         super().__init__(split, task_loss, **settings)
-        self.weight = weight
+        self.weight = float(weight)
+
+    def settings(self) -> dict[str, Any]:
+        """See `PatrolObjective.settings`."""
+        return {**super().settings(), "weight": self.weight}
 
     def terms(
         self, x: Tensor, y: Tensor, *, masks: SoftMasks | None = None, beta_scale: float = 1.0
