@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from patrol_prune.cost import generators_of
 from patrol_prune.errors import InputError
@@ -92,8 +92,10 @@ def lipschitz_loss(k: Tensor, alpha: float | Sequence[float] | Tensor) -> Tensor
 
 @contextlib.contextmanager
 def frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """BatchNorm normalises as its mode says, but its running statistics stay as they are."""
-    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    """Norms of batches and instances normalise as their mode says, but their running statistics
+    stay as they are.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, _NormBase)]
     before = [(layer.momentum, layer.num_batches_tracked) for layer in layers]
     for layer in layers:
         layer.momentum = 0.0

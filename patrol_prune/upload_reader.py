@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from patrol_prune.decoders import channel_dim, token_grid
 from patrol_prune.errors import InputError
 from patrol_prune.leaks import Leak, ReaderConfig, guess_rate, map_square, minimise
+from patrol_prune.ridge import DECADES, Standardised, linear_scores
 
 _ACROSS, _DOWN = 3, 4
 """Points of the feature map across each character of a plate, and down the plate."""
@@ -25,19 +26,32 @@ _MARGIN = 0.15
 _POOL = 4
 _VECTOR = 4
 _HIDDEN = 256
+_CHUNK = 512
+_FEWEST, _HELD = 40, 5
+"""Of at least so many features a fifth decides between the two readers."""
+
+Features = Tensor | Iterable[Tensor]
+"""Features of pictures, whole or in parts."""
 
 
 class UploadReader:
-    """Answers questions about a picture from its upload: a small network on the feature.
+    """Answers questions about a picture from its upload: a small network, or ridge regression.
 
-    It reads the feature pooled to at most 4x4 positions (and a class token), and, where the corners
-    of a quadrangle are given (a number plate), the map around there too. Features of up to 2x2
-    positions, vectors and tokens without a grid are read as they are.
+    Both learn from most of the attacker's features, the one that reads the others better learns
+    from all: an answer that hardly shows beside scene and light is found by regression where a
+    network overlooks it. They read the feature pooled to at most 4x4 positions (and a class token),
+    and, where the corners of a quadrangle are given (a number plate), the map around there too.
+    Features of up to 2x2 positions, vectors and tokens without a grid are read as they are.
 
     Args:
         image_shape: `(channels, height, width)` of the pictures; corners are in their pixels.
         config: how it is trained.
+
+    Attributes:
+        chosen: after `fit`, "network" or "linear".
     """
+
+    chosen: str | None = None
 
     def __init__(
         self, image_shape: tuple[int, int, int], config: ReaderConfig | None = None
@@ -45,15 +59,17 @@ class UploadReader:
         self.image_shape = tuple(image_shape)
         self.config = config or ReaderConfig(epochs=40, lr=2e-3, width=_HIDDEN)
         self._answers: tuple[Counter[str], ...] = ()
+        self._cornered = False
         self._network: nn.Module | None = None
 
     def fit(
-        self, z: Tensor, truth: Sequence[Sequence[str]], corners: Tensor | None = None
+        self, z: Features, truth: Sequence[Sequence[str]], corners: Tensor | None = None
     ) -> UploadReader:
         """Train from scratch.
 
         Args:
-            z: features `[N, *feature_shape]` of the attacker's pictures.
+            z: features `[N, *feature_shape]` of the attacker's pictures; or an iterable of such
+                parts, of which only what is read of them is kept.
             truth: the answers for each picture, all of one number: the characters of a plate (a
                 string will do), or one label.
             corners: `[N, 4, 2]`, as in `PlateReader.fit`; where given here, then in `accuracy` too.
@@ -61,42 +77,45 @@ class UploadReader:
         Raises:
             InputError: lengths that do not fit, or a question with one answer only.
         """
-        _check(z, truth, corners)
+        _check(truth, corners)
         self._answers = tuple(Counter(column) for column in zip(*truth, strict=True))
+        self._cornered = corners is not None
         if all(len(counts) < 2 for counts in self._answers):
             raise InputError(
                 "Expected at least two different answers to a question, came one: there is nothing "
                 "to learn. Give pictures that differ."
             )
-        inputs = self._inputs(z, corners)
+        inputs = self._inputs(z, corners, len(truth))
         names = [sorted(counts) for counts in self._answers]
         labels = torch.tensor([[n.index(a) for n, a in zip(names, row, strict=True)]
                                for row in truth])
-        self._network = _train(inputs, labels, [len(n) for n in names], self.config)
+        self.chosen, self._network = _fit(inputs, labels, [len(n) for n in names], self.config)
         return self
 
-    def read(self, z: Tensor, corners: Tensor | None = None) -> list[list[str]]:
-        """The likeliest answers for each picture."""
+    def read(self, z: Features, corners: Tensor | None = None) -> list[list[str]]:
+        """The likeliest answers for each picture; arguments as in `fit`."""
         if self._network is None:
             raise InputError("This UploadReader is not fitted. Call fit on features with known "
                              "truth first.")
+        if (corners is not None) != self._cornered:
+            raise InputError("Expected corners in fit and in reading, or in neither; came them in "
+                             "one of the two.")
         names = [sorted(counts) for counts in self._answers]
-        with torch.no_grad():
-            scores = torch.cat([self._network(part.to(self.config.device)).cpu()
-                                for part in self._inputs(z, corners).split(512)])
+        scores = _scores(self._network, self._inputs(z, corners), self.config)
         best = [part.argmax(1).tolist() for part in scores.split([len(n) for n in names], 1)]
         return [[n[i] for n, i in zip(names, row, strict=True)]
                 for row in zip(*best, strict=True)]
 
     def accuracy(
-        self, z: Tensor, truth: Sequence[Sequence[str]], corners: Tensor | None = None
+        self, z: Features, truth: Sequence[Sequence[str]], corners: Tensor | None = None
     ) -> tuple[Leak, Leak]:
         """Share of single answers, and of pictures of which all are right; arguments as in `fit`.
 
         The chance of the second is that of every answer being guessed, as if they were independent.
         """
-        _check(z, truth, corners)
+        _check(truth, corners)
         read = self.read(z, corners)
+        _check_count(len(read), len(truth))
         if len(truth[0]) != len(self._answers):
             raise InputError(
                 f"Expected {len(self._answers)} answers for each picture as in fit, came "
@@ -110,8 +129,27 @@ class UploadReader:
         return (Leak(single, sum(guesses) / len(guesses), len(right) * len(guesses)),
                 Leak(sum(map(all, right)) / len(right), math.prod(guesses), len(right)))
 
-    def _inputs(self, z: Tensor, corners: Tensor | None) -> Tensor:
-        """`[N, D]`, float32."""
+    def _inputs(
+        self, z: Features, corners: Tensor | None, expected: int | None = None
+    ) -> Tensor:
+        """`[N, D]`, float32, part by part."""
+        found: list[Tensor] = []
+        done = 0
+        for part in z.split(_CHUNK) if isinstance(z, Tensor) else z:
+            if not bool(torch.isfinite(part).all()):
+                raise InputError("Expected finite features, came NaN or infinite values.")
+            own = None if corners is None else corners[done : done + len(part)]
+            done += len(part)
+            if own is not None and len(own) != len(part):
+                raise InputError(f"Expected corners of each picture, came {len(corners or ())} for "
+                                 f"{done} features or more.")
+            found.append(self._read_off(part, own))
+        if expected is not None:
+            _check_count(done, expected)
+        return torch.cat(found)
+
+    def _read_off(self, z: Tensor, corners: Tensor | None) -> Tensor:
+        """What is read of some features, `[N, D]`."""
         grid = as_map(z.float(), self.image_shape)
         if grid is None or math.prod(grid.shape[2:]) <= _VECTOR:
             return z.float().flatten(1)
@@ -151,28 +189,53 @@ def as_map(z: Tensor, image_shape: Sequence[int]) -> Tensor | None:
     return None
 
 
-class _Scaled(nn.Module):
-    """Subtract and multiply by constants: inputs on one scale."""
+def _fit(
+    inputs: Tensor, labels: Tensor, counts: list[int], config: ReaderConfig
+) -> tuple[str, nn.Module]:
+    """The reader that does better on what it has not learnt from, fitted on everything."""
+    if len(inputs) < _FEWEST:
+        return "network", _train(inputs, labels, counts, config)
+    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(config.seed))
+    held, own = order[: len(order) // _HELD], order[len(order) // _HELD :]
 
-    mean: Tensor
-    gain: Tensor
+    def rate(reader: nn.Module) -> float:
+        return _rate(_scores(reader, inputs[held], config), labels[held], counts)
 
-    def __init__(self, inputs: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mean", inputs.mean(0))
-        self.register_buffer("gain", 1 / (inputs.std(0) + 1e-3 * inputs.std() + 1e-12))
+    rates = [rate(reader) for reader in _linear(inputs[own], labels[own], counts, config, DECADES)]
+    best = max(rates)
+    if best > rate(_train(inputs[own], labels[own], counts, config)):
+        decade = DECADES[rates.index(best)]
+        return "linear", next(_linear(inputs, labels, counts, config, [decade]))
+    return "network", _train(inputs, labels, counts, config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[N, D]` to the same."""
-        scaled: Tensor = (x - self.mean) * self.gain
-        return scaled
+
+def _linear(
+    inputs: Tensor, labels: Tensor, counts: list[int], config: ReaderConfig, decades: Sequence[int]
+) -> Iterator[nn.Module]:
+    """Ridge regression of every answer's zeros and ones, one reader for each weight."""
+    targets = torch.cat([F.one_hot(labels[:, i], n) for i, n in enumerate(counts)], 1)
+    for reader in linear_scores(inputs.to(config.device), targets.to(config.device), decades,
+                                seed=config.seed):
+        yield reader.eval()
+
+
+@torch.no_grad()
+def _scores(reader: nn.Module, inputs: Tensor, config: ReaderConfig) -> Tensor:
+    """Of every answer to every question, `[N, sum of counts]`, on the CPU."""
+    return torch.cat([reader(part.to(config.device)).cpu() for part in inputs.split(_CHUNK)])
+
+
+def _rate(scores: Tensor, labels: Tensor, counts: list[int]) -> float:
+    """Share of single answers that are right."""
+    best = torch.stack([part.argmax(1) for part in scores.split(counts, 1)], 1)
+    return float((best == labels).double().mean())
 
 
 def _train(inputs: Tensor, labels: Tensor, counts: list[int], config: ReaderConfig) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(config.seed)
         network = nn.Sequential(
-            _Scaled(inputs), nn.Dropout(0.2),
+            Standardised(inputs), nn.Dropout(0.2),
             nn.Linear(inputs.shape[1], config.width), nn.BatchNorm1d(config.width), nn.ReLU(),
             nn.Dropout(0.3), nn.Linear(config.width, sum(counts)),
         ).to(config.device)
@@ -186,21 +249,24 @@ def _mean_loss(scores: Sequence[Tensor], labels: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(s, labels[:, i]) for i, s in enumerate(scores)]).mean()
 
 
-def _check(z: Tensor, truth: Sequence[Sequence[str]], corners: Tensor | None) -> None:
-    if len(z) != len(truth) or len(z) < 2:
-        raise InputError(
-            f"Expected answers for each of at least two features, came {len(truth)} for {len(z)}. "
-            "Give both in the same order."
-        )
-    if not bool(torch.isfinite(z).all()):
-        raise InputError("Expected finite features, came NaN or infinite values.")
+def _check(truth: Sequence[Sequence[str]], corners: Tensor | None) -> None:
+    if len(truth) < 2:
+        raise InputError(f"Expected answers for at least two features, came {len(truth)}.")
     odd = [row for row in truth if len(row) != len(truth[0]) or not len(row)]
     if odd:
         raise InputError(
             f"Expected {len(truth[0])} answers for each picture as for the first, came {odd[0]!r}."
         )
-    if corners is not None and tuple(corners.shape) != (len(z), 4, 2):
+    if corners is not None and tuple(corners.shape) != (len(truth), 4, 2):
         raise InputError(
-            f"Expected corners [{len(z)}, 4, 2], came {tuple(corners.shape)}. Give x and y of four "
-            "corners for each picture."
+            f"Expected corners [{len(truth)}, 4, 2], came {tuple(corners.shape)}. Give x and y of "
+            "four corners for each picture."
+        )
+
+
+def _check_count(features: int, answers: int) -> None:
+    if features != answers:
+        raise InputError(
+            f"Expected answers for each of the features, came {answers} for {features}. "
+            "Give both in the same order."
         )

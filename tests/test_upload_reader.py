@@ -8,6 +8,7 @@ from torch import Tensor
 
 from patrol_prune.errors import InputError
 from patrol_prune.leaks import ReaderConfig
+from patrol_prune.ridge import linear_scores
 from patrol_prune.upload_reader import UploadReader, as_map
 
 LETTERS = "ABCD"
@@ -37,6 +38,35 @@ def test_what_a_vector_says_of_the_characters_is_read(shape: tuple[int, ...]) ->
     assert single.rate > 0.95 and single.count == 300
     assert single.chance == pytest.approx(0.25, abs=0.1)
     assert whole.rate > 0.85 and whole.count == 100 and whole.chance < 0.05
+
+
+def test_an_answer_that_hardly_shows_is_found_by_regression() -> None:
+    """Beside a strong nuisance of many directions; whole and in parts the same."""
+    g = torch.Generator().manual_seed(0)
+    nuisance, mixing = torch.randn(60, 96, generator=g), 0.05 * torch.randn(12, 96, generator=g)
+    known, asked = texts(400, 0), texts(200, 1)
+    z, other = (torch.randn(len(t), 60, generator=g) @ nuisance + codes(t) @ mixing
+                for t in (known, asked))
+    reader = UploadReader(IMAGE, CONFIG).fit(z, known)
+    assert reader.chosen == "linear" and reader.accuracy(other, asked)[0].rate > 0.95
+    parts = UploadReader(IMAGE, CONFIG).fit(iter(z.split(90)), known)
+    assert parts.read(other.split(70)) == reader.read(other)
+
+
+def test_more_inputs_than_examples_and_fewer_give_the_same_regression() -> None:
+    """The two systems of equations, on inputs that say the same."""
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(30, 20, generator=g).double(), torch.randn(30, 3, generator=g).double()
+    wide = torch.cat([x, x], 1) / 2**0.5
+    for one, two in zip(linear_scores(x, y), linear_scores(wide, y), strict=True):
+        # twice the same inputs share the weight, which doubles their variance
+        assert one(x).shape == two(wide).shape
+    exact = list(linear_scores(x, y, [-12]))[0](x) - y.mean(0)
+    solution = torch.linalg.lstsq(x - x.mean(0), y - y.mean(0)).solution
+    torch.testing.assert_close(exact, (x - x.mean(0)) @ solution, atol=1e-6, rtol=0)
+    few, target = x[:12], y[:12]
+    torch.testing.assert_close(list(linear_scores(few, target, [-12]))[0](few), target,
+                               atol=1e-6, rtol=0)
 
 
 def test_noise_is_read_no_better_than_by_chance() -> None:
@@ -104,5 +134,7 @@ def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(InputError, match="corners"):
         reader.fit(z, texts(10, 0), torch.zeros(10, 2))
     reader.fit(z, texts(10, 0))
+    with pytest.raises(InputError, match="in neither"):
+        reader.read(z, torch.zeros(10, 4, 2))
     with pytest.raises(InputError, match="3 answers"):
         reader.accuracy(z, texts(10, 0, length=2))

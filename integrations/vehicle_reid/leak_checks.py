@@ -76,7 +76,8 @@ class LeakChecks:
                   for attack, (q, g) in embeddings(asked, gallery, known).items()]
         found = {"identification": named}
         if self._own is not None:
-            for kind, row in read_uploads(asked, known).items():
+            for kind, row in read_uploads(asked, known, seed=self.seed,
+                                          device=self.config.device).items():
                 found.setdefault(kind, []).append(row)
             readers = {OWN: self._own}
             unseen = len(self.people.reader)

@@ -317,16 +317,15 @@ class Work:
             some = pixels.float() / 255.0 if pixels.dtype == torch.uint8 else pixels
             return compute_features(seen, some, people.normalization)
 
-        uploads = edge(known.images) if known.truth is not None else None  # who reads plates
-
         def observer(subject: str, name: str, attack: Any, guess: Tensor) -> None:
             theirs = None
-            if name not in OPTIMISING and uploads is not None:
+            if name not in OPTIMISING and known.truth is not None:  # who reads plates
                 with torch.no_grad():
-                    theirs = torch.cat([attack.reconstruct(z).detach().cpu()
-                                        for z in uploads.split(_CHUNK)])
-            seed = config.attackers.seeds[sum(key.split(",")[0] == name for key in rebuilt)]
-            rebuilt[row_name(name, seed, config.attackers.seeds)] = guess, theirs
+                    theirs = torch.cat([attack.reconstruct(edge(part)).detach().cpu()
+                                        for part in known.images.split(_CHUNK)])
+            seeds = config.attackers.seeds
+            seed = attack.config.seed if getattr(attack.config, "seed", None) in seeds else seeds[0]
+            rebuilt[row_name(name, seed, seeds)] = guess, theirs
 
         report = pp.audit(
             split, people.inverter.pixels(), victims.pixels(), attacks=config.attackers.attacks,

@@ -11,14 +11,18 @@ from pictures import Pictures
 from torch import Tensor
 from torch.nn import functional as F
 
+from patrol_prune.leaks import ReaderConfig
 from patrol_prune.upload_reader import UploadReader, as_map
 
 DIRECT = "the upload itself"
-READER = "a network on the attacker's own uploads"
+READERS = {"network": "a network on the attacker's own uploads",
+           "linear": "ridge regression on the attacker's own uploads"}
 _POOL = 4
 _CHUNK = 200
 _KNOWN = 4_000
 """So many of the attacker's pictures are enough to learn what tells vehicles apart."""
+_AXES = 1_024
+"""Of larger summaries, those along which the attacker's own vary most are compared."""
 
 Edge = Callable[[Tensor], Tensor]
 """Pictures on [0, 1] or uint8 to what the device uploads for them, on the CPU."""
@@ -36,22 +40,22 @@ class Owned:
         channels, height, width = self.pictures.images.shape[1:]
         return channels, height, width
 
-    def uploads(self) -> Tensor:
-        """All of them."""
-        return torch.cat(list(self._parts()))
+    def of(self, index: Tensor) -> Owned:
+        """The owner of these pictures alone."""
+        return Owned(self.pictures.subset(index), self.edge)
 
     def summaries(self, count: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """`[N, D]` pooled to at most 4x4 positions, `[N, C]` to one, and the identities; of so
         many pictures, spread evenly, where a number is given.
         """
-        whole = self if count is None or count >= len(self.pictures) else Owned(
-            self.pictures.subset(torch.linspace(0, len(self.pictures) - 1, count).round().long()),
-            self.edge)
-        parts = [pooled(z, self.image_shape) for z in whole._parts()]
+        whole = self if count is None or count >= len(self.pictures) else self.of(
+            torch.linspace(0, len(self.pictures) - 1, count).round().long())
+        parts = [pooled(z, self.image_shape) for z in whole.uploads()]
         large, small = (torch.cat(each) for each in zip(*parts, strict=True))
         return large, small, whole.pictures.identities
 
-    def _parts(self) -> Iterator[Tensor]:
+    def uploads(self) -> Iterator[Tensor]:
+        """All of them, some at a time: whole they may be larger than memory."""
         for part in self.pictures.images.split(_CHUNK):
             yield self.edge(part).float()
 
@@ -92,25 +96,44 @@ def discriminants(x: Tensor, identities: Tensor) -> Callable[[Tensor], Tensor] |
     counts = identities.unique(return_counts=True)[1]
     if len(counts) < 3 or int(counts.max()) < 2:
         return None
+    basis = principal_axes(x, _AXES)
     model = LinearDiscriminantAnalysis(solver="eigen", shrinkage="auto")
-    model.fit(x.double().numpy(), identities.numpy())
-    return lambda z: torch.from_numpy(model.transform(z.double().numpy()))
+    model.fit((x.double() @ basis).numpy(), identities.numpy())
+    return lambda z: torch.from_numpy(model.transform((z.double() @ basis).numpy()))
 
 
-def read_uploads(victims: Owned, known: Owned) -> dict[str, dict[str, Any]]:
-    """Plates, characters and places that a network reads out of uploads alone: a row of each."""
+def principal_axes(x: Tensor, most: int) -> Tensor:
+    """`[D, K]`, orthonormal: all axes, or the `most` along which `x` varies most."""
+    count, width = x.shape
+    if width <= most:
+        return torch.eye(width, dtype=torch.double)
+    centred = x.double() - x.double().mean(0)
+    values, vectors = torch.linalg.eigh(centred @ centred.T if count < width
+                                        else centred.T @ centred)
+    kept = min(most, int((values > 1e-10 * values[-1]).sum()))
+    if count >= width:
+        return vectors[:, -kept:]
+    return centred.T @ (vectors[:, -kept:] / values[-kept:].sqrt())
+
+
+def read_uploads(victims: Owned, known: Owned, *, seed: int, device: str
+                 ) -> dict[str, dict[str, Any]]:
+    """Plates, characters and places that are read out of uploads alone: a row of each."""
     truth, asked = known.pictures.truth, victims.pictures.truth
     assert truth is not None and asked is not None
-    mine, theirs = known.uploads(), victims.uploads()
+    config = ReaderConfig(epochs=40, lr=2e-3, width=256, seed=seed, device=device)
     found = {}
-    reader = UploadReader(known.image_shape)
-    scene = reader.fit(mine, [(s,) for s in truth.scenes])
-    found["scenes"] = scene.accuracy(theirs, [(s,) for s in asked.scenes])[0]
+    scene = UploadReader(known.image_shape, config).fit(
+        known.uploads(), [(s,) for s in truth.scenes])
+    leak = scene.accuracy(victims.uploads(), [(s,) for s in asked.scenes])[0]
+    found["scenes"] = scene, leak
     seen, shown = ((~t.hidden).nonzero().flatten() for t in (truth, asked))
-    if len(shown):
-        plates = UploadReader(known.image_shape).fit(
-            mine[seen], [truth.plates[i] for i in seen.tolist()], truth.boxes[seen])
-        found["characters"], found["plates"] = plates.accuracy(
-            theirs[shown], [asked.plates[i] for i in shown.tolist()], asked.boxes[shown])
-    return {kind: {"attack": DIRECT, "reader": READER, **asdict(leak)}
-            for kind, leak in found.items()}
+    if len(shown) and len(seen) > 1:
+        plates = UploadReader(known.image_shape, config).fit(
+            known.of(seen).uploads(), [truth.plates[i] for i in seen.tolist()], truth.boxes[seen])
+        single, whole = plates.accuracy(
+            victims.of(shown).uploads(), [asked.plates[i] for i in shown.tolist()],
+            asked.boxes[shown])
+        found["characters"], found["plates"] = (plates, single), (plates, whole)
+    return {kind: {"attack": DIRECT, "reader": READERS[str(reader.chosen)], **asdict(leak)}
+            for kind, (reader, leak) in found.items()}

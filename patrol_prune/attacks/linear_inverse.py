@@ -8,7 +8,7 @@ squares finds that map to the last bit, where a trained decoder stops at 30 to 4
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from patrol_prune.attacks.base import FitRecord, Knowledge
 from patrol_prune.attacks.feature_layout import Layout
 from patrol_prune.errors import InputError
 from patrol_prune.metrics import check_pixels, mse
+from patrol_prune.ridge import ridge_solutions
 
 _CHUNK = 128
 _CHUNK_BYTES = 256 << 20
@@ -263,26 +264,4 @@ def _check_finite(values: Tensor) -> None:
             "Expected finite features of the attacker's images, came NaN or infinity. Look at "
             "the edge's weights and at the normalisation of its input."
         )
-
-
-def ridge_solutions(gram: Tensor, cross: Tensor, ridges: Sequence[float]) -> Iterator[Tensor]:
-    """`(gram + ridge I)^-1 cross` for each ridge; the matrix is factorised once if that succeeds.
-
-    Args:
-        gram: symmetric and positive semidefinite `[M, M]`, float64.
-        cross: `[M, K]`.
-        ridges: of at least 0.
-    """
-    tiny = torch.finfo(torch.float64).tiny
-    try:
-        values, vectors = torch.linalg.eigh(gram)
-    except torch.linalg.LinAlgError:  # LAPACK's routine may fail where many eigenvalues are alike
-        for ridge in ridges:
-            eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-            yield torch.linalg.solve(gram + (ridge + tiny) * eye, cross)
-        return
-    values = values.clamp_min(0.0)
-    projected = vectors.T @ cross
-    for ridge in ridges:
-        yield vectors @ (projected / (values + ridge + tiny).unsqueeze(1))
 
