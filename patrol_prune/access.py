@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from patrol_prune.attacks import EdgeFunction
 from patrol_prune.cost import evaluating, generators_of
+from patrol_prune.errors import InputError
 from patrol_prune.pixels import Normalization
 
 _SHADOW_STD = 0.02
@@ -90,18 +91,21 @@ def _dropped(seen: Tensor, total: Tensor, squares: Tensor, draws: int) -> bool |
     return bool(largest.mean() > 0.5 * zero.mean())
 
 
-def edge_function(edge: nn.Module, normalization: Normalization) -> EdgeFunction:
-    """Pixels `[N, C, H, W]` on [0, 1] to what `edge` sends for them, float32, on their device.
+def edge_function(
+    edge: nn.Module, normalization: Normalization, *, wide: bool = False
+) -> EdgeFunction:
+    """Pixels `[N, C, H, W]` on [0, 1] to what `edge` sends for them, on their device.
 
-    `edge(normalization.to_input(pixels))` without autocast, with gradients where they are enabled;
-    the mode is the edge's own (see `lent`).
+    `edge(normalization.to_input(pixels))` without autocast, with gradients where they are enabled,
+    as `real` has it, float32, or float64 where `wide`; the mode is the edge's own (see `lent`).
     """
     device = _device(edge)
 
     def query(pixels: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
-            z: Tensor = edge(normalization.to_input(pixels.to(device)))
-        return z.float().to(pixels.device)
+            z = real(edge(normalization.to_input(pixels.to(device))))
+        z = z.double() if wide else z.float()
+        return z.clone().to(pixels.device)  # some edges send the same buffer each time
 
     return query
 
@@ -153,6 +157,16 @@ class Draws:
         self._generators = [torch.default_generator, *generators_of(module)]
         self._states = [g.get_state().numpy().tobytes() for g in self._generators]
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """What is drawn inside is not missing afterwards."""
+        states = [g.get_state() for g in self._generators]
+        try:
+            yield
+        finally:
+            for generator, state in zip(self._generators, states, strict=True):
+                generator.set_state(state)
+
     def apart(self, *who: object) -> None:
         """From here on the module draws for `who`."""
         for number, (generator, state) in enumerate(
@@ -194,6 +208,28 @@ def fresh_twin(edge: nn.Module, seed: int) -> nn.Module:
                 values = torch.full(parameter.shape, 0.0 if "bias" in name else 1.0)
             parameter.copy_(values)
     return twin.requires_grad_(True).train()
+
+
+def real(z: Tensor) -> Tensor:
+    """An upload as real numbers in one to three dimensions beside the batch.
+
+    Real and imaginary parts become channels, and so do dimensions over three; one number for each
+    picture becomes a vector.
+
+    Raises:
+        InputError: it is no tensor, or has no batch dimension.
+    """
+    if not isinstance(z, Tensor) or z.dim() == 0:
+        came = "a number" if isinstance(z, Tensor) else type(z).__name__
+        raise InputError(
+            f"Expected an edge that sends one tensor [N, ...], came {came}. Wrap it in a module "
+            "that returns the tensor that is uploaded."
+        )
+    if z.dim() == 1:
+        z = z[:, None]
+    if z.is_complex():
+        z = torch.cat([z.real, z.imag], -1 if z.dim() == 3 else 1)
+    return z.flatten(1, z.dim() - 3) if z.dim() > 4 else z
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -27,7 +27,6 @@ from patrol_prune.attacks import (
     check_more_data,
     check_reconstructions,
     check_slopes,
-    draws_differ,
     self_test,
 )
 from patrol_prune.attacks.checks import ATTACK_FAILED, NO_GRADIENT, SEEN_ONCE, SELF_TESTS
@@ -38,13 +37,14 @@ from patrol_prune.audit_scores import check_guess, score, thumbnails
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.jacobian import blocked_outputs
 from patrol_prune.pixels import Normalization
+from patrol_prune.received import OUTLYING_FEATURES, evened, not_outlying, one_at_a_time
 from patrol_prune.warm_start import WarmStarts
 
 logger = logging.getLogger("patrol_prune.audit")
 
 _CHECKED = 128
 _THUMBNAIL_PIXELS = 5_000_000
-_ASKED = 8
+_ASKED = 32
 """Images of each side that tell whether the edge draws."""
 Observer = Callable[[str, str, Attack, Tensor], None]
 """Called with a subject, an attack's name, the attack and its reconstructions `[N, C, H, W]`."""
@@ -116,13 +116,14 @@ class AuditRun:
         self.say(f"Computing what the {subject} sends.")
         torch.set_rng_state(self.begun)
         self.draws = own_draws = Draws(edge)
-        once, some = edge, torch.cat([_spread(self.victim), _spread(self.attackers[0].pixels)])
-        draws = draws_differ(edge_function(edge, self.normalization), some)
+        some = torch.cat([_spread(self.victim), _spread(self.attackers[0].pixels)])
+        once, draws, flags = one_at_a_time(edge, some, self.normalization)
         self.used = self.uploads if draws else 1
-        if draws and self.uploads == 1:
-            self.flag([SEEN_ONCE], subject, None, None)
-        if self.used > 1:
-            edge = Repeated(edge, self.used)
+        flags += [SEEN_ONCE] * (draws and self.uploads == 1)
+        edge = once if self.used == 1 else Repeated(once, self.used)
+        with own_draws.kept():
+            edge, cloud, uneven = evened(edge, cloud, self.attackers[0].pixels, self.normalization)
+        self.flag(flags + uneven, subject, None, None)
         z_victim = compute_features(
             edge, self.victim, self.normalization, batch_size=self.batch_size
         )
@@ -135,7 +136,7 @@ class AuditRun:
         for own in self.attackers:
             if own.data not in whole:
                 own_draws.apart(own.data)
-                whole[own.data] = self.knowledge(own, edge, cloud, z_victim, once, draws)
+                whole[own.data] = self.knowledge(subject, own, edge, cloud, z_victim, once, draws)
                 self.check_edge(whole[own.data], subject)
             known = whole[own.data].first(own.count)
             if subject == "edge" and own is self.attackers[0]:
@@ -177,6 +178,8 @@ class AuditRun:
         start: float,
     ) -> FitRecord | None:
         """Fit one attack, reconstruct, check and record; one that breaks off is flagged."""
+        if factory.box is None:  # the caller's own may change what it gets
+            known, z_victim = known.copied(), z_victim.clone()
         try:
             fit = attack.fit(known)
             guess = attack.reconstruct(z_victim).detach().float().cpu()
@@ -221,19 +224,25 @@ class AuditRun:
         self.last_error = error
 
     def knowledge(
-        self, own: Owned, edge: nn.Module, cloud: nn.Module | None, z_victim: Tensor,
+        self, subject: str, own: Owned, edge: nn.Module, cloud: nn.Module | None, z_victim: Tensor,
         once: nn.Module, draws: bool,
     ) -> Knowledge:
         """What this attacker may have, with all of his images; `once` sends a picture once."""
         query = edge_function(edge, self.normalization)
         fits = z_victim[:1].numel() * 4 * len(own.pixels) <= self.largest_feature_bytes
+        pixels, labels, z = own.pixels, own.labels, None
+        if fits:
+            z = compute_features(edge, pixels, self.normalization, batch_size=self.batch_size)
+            if (near := not_outlying(z)) is not None:
+                self.flag([OUTLYING_FEATURES], subject, None, None)
+                pixels, z = pixels[near], z[near]
+                labels = None if labels is None else labels[near]
         return Knowledge(
-            pixels=own.pixels,
-            z=compute_features(edge, own.pixels, self.normalization, batch_size=self.batch_size)
-            if fits else None,
+            pixels=pixels,
+            z=z,
             edge=query,
             cloud=cloud,
-            labels=own.labels,
+            labels=labels,
             observed=z_victim,
             shadow_edge=lambda seed: fresh_twin(once, seed),
             random_edge=draws,

@@ -122,7 +122,8 @@ def blocked_outputs(
             low, high = torch.minimum(low, value), torch.maximum(high, value)
         alive = alive | (slope.nan_to_num() != 0).any(0)
         asked = asked | ~slope.isnan().any(0)
-        squares, start = squares + z.double().square().sum(), start + len(images)
+        squares = squares + (z - first).double().square().sum()
+        start += len(images)
     scale = float((squares / (start * len(first))).sqrt())
     varying = high - low > 1e-5 * torch.maximum(low.abs(), high.abs()) + 1e-6 * scale
     varying = varying & asked

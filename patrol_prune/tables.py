@@ -137,8 +137,8 @@ def flag_lines(flags: Sequence[Mapping[str, Any]], *, edge: str = "PATROL") -> l
 def merged_flags(
     flags: Sequence[Mapping[str, Any]], *, edge: str = "PATROL"
 ) -> list[dict[str, str]]:
-    """One entry per kind of flag, with everywhere it was raised."""
-    merged: dict[str, dict[str, str]] = {}
+    """One entry for each flag that says something else, with everywhere it was raised."""
+    merged: dict[tuple[str, str], dict[str, str]] = {}
     for flag in flags:
         subject = str(flag.get("subject", ""))
         where = {EDGE: edge, UNDEFENDED: "undefended"}.get(subject, subject)
@@ -147,7 +147,7 @@ def merged_flags(
         if flag.get("attack_seed") is not None:
             where += f", seed {flag['attack_seed']}"
         entry = merged.setdefault(
-            flag["name"],
+            (str(flag["name"]), str(flag["meaning"])),
             {key: str(flag[key]) for key in ("name", "meaning", "advice")} | {"where": ""},
         )
         entry["where"] += ("; " if entry["where"] else "") + where

@@ -66,6 +66,12 @@ class Knowledge:
             )
         return self.edge
 
+    def copied(self) -> Knowledge:
+        """The same with tensors of its own, for who changes them."""
+        own: dict[str, Any] = {name: value.clone() for name, value in vars(self).items()
+                               if isinstance(value, Tensor)}
+        return replace(self, **own)
+
     def first(self, count: int) -> Knowledge:
         """The same with only `count` of the attacker's images (`some_of`)."""
         index = some_of(len(self.pixels), count)

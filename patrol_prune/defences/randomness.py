@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import secrets
 from typing import Any
 
 import torch
@@ -36,6 +37,14 @@ class RandomUpload(nn.Module):
             return self._generator
         seed = int(torch.randint(2**62, (), generator=self._generator))
         return torch.Generator(device).manual_seed(seed)
+
+    def reseed(self, seed: int | None = None) -> None:
+        """Draw from here on by another seed, the system's own entropy where none is given.
+
+        Devices that load one file draw alike, and whoever has the file knows what: call this on
+        each before it sends.
+        """
+        self._generator.manual_seed(secrets.randbits(63) if seed is None else seed)
 
     def get_extra_state(self) -> Tensor:
         """The generator's state, uint8."""
