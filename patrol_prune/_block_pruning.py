@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -64,3 +66,22 @@ def initial_widths(
         if name not in initial and owners and owners[0] in initial:
             found[name] = initial[owners[0]]
     return found
+
+
+def tie_named(
+    table: GroupTable, in_groups: Mapping[nn.Module, int], out_groups: Mapping[nn.Module, int]
+) -> None:
+    """Channel groups the caller names tie channels like those of grouped convolutions; in place."""
+    for name, group in table.groups.items():
+        tie = group.tie
+        for m in group.members:
+            named = in_groups if m.direction == "in" else out_groups
+            if isinstance(m.module, nn.Module):
+                tie = math.lcm(tie, int(named.get(m.module, 1)))
+        if tie == group.tie:
+            continue
+        blocked = group.blocked
+        if group.channels % tie or group.channels // tie < 2:
+            blocked = f"its {group.channels} channels cannot be divided by {tie}"
+            tie = group.tie
+        table.groups[name] = dataclasses.replace(group, tie=tie, blocked=blocked)

@@ -100,10 +100,11 @@ def edge_function(
     as `real` has it, float32, or float64 where `wide`; the mode is the edge's own (see `lent`).
     """
     device = _device(edge)
+    kind = next((p.dtype for p in edge.parameters() if p.is_floating_point()), torch.float32)
 
     def query(pixels: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
-            z = real(edge(normalization.to_input(pixels.to(device))))
+            z = real(edge(normalization.to_input(pixels.to(device)).to(kind)))
         z = z.double() if wide else z.float()
         return z.clone().to(pixels.device)  # some edges send the same buffer each time
 

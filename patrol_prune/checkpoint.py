@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from patrol_prune._tp import replay
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
-from patrol_prune.given import check_factory, check_split
+from patrol_prune.given import built_by, check_split
 from patrol_prune.group_table import build_graph
 from patrol_prune.open_attention import open_as_recorded, opened_attention
 from patrol_prune.pixels import Normalization
@@ -159,7 +159,6 @@ def load(
         CheckpointError: a file is missing, torn or changed, or the factory's model is not the
             one that was saved; `path` names the file.
     """
-    check_factory(model_factory)
     path = Path(path)
     files = _files(path)
     about = json.loads(files[SPLIT])
@@ -167,7 +166,7 @@ def load(
     tensors = read_tensors(files[WEIGHTS], path / WEIGHTS)
     dtype = getattr(torch, about["example"]["dtype"])
     example = torch.zeros(about["example"]["shape"], dtype=dtype)
-    built = model_factory()
+    built = built_by(model_factory)
     units = architecture.get("opened_attention", {})
     _open(built, units if isinstance(units, dict) else dict.fromkeys(units, "heads"), path)
     split = _build(built, about, example, tensors, path)

@@ -18,7 +18,10 @@ from torch import Tensor
 from patrol_prune._search import Floats, Ladder, Search
 from patrol_prune.budget import MacModel
 from patrol_prune.errors import BudgetError, InputError
+from patrol_prune.given import check_count, check_number
 from patrol_prune.groups import ChannelGroup
+
+_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -36,13 +39,13 @@ class Limits:
     round_to: int | None = None
 
     def __post_init__(self) -> None:
-        if self.min_channels < 1 or not 0.0 < self.max_pruning_ratio <= 1.0:
+        check_count(self.min_channels, "min_channels", 1)
+        check_count(self.round_to, "round_to", 1, optional=True)
+        check_number(self.max_pruning_ratio, "max_pruning_ratio")
+        if not 0.0 < self.max_pruning_ratio <= 1.0:
             raise InputError(
-                "Expected min_channels of at least 1 and max_pruning_ratio in (0, 1], came "
-                f"{self.min_channels} and {self.max_pruning_ratio}."
+                f"Expected max_pruning_ratio in (0, 1], came {self.max_pruning_ratio}."
             )
-        if self.round_to is not None and self.round_to < 1:
-            raise InputError(f"Expected round_to of at least 1 or None, came {self.round_to}.")
 
     def floor(self, channels: int) -> int:
         """The fewest channels a group that started with `channels` may keep."""
@@ -183,20 +186,39 @@ def must_stay(group: ChannelGroup, scores: Tensor, limits: Limits) -> Tensor:
     return torch.from_numpy(np.tile(stay, group.tie))
 
 
-def require_reachable(budget: int, floor: int, dense: int) -> None:
-    """Refuse a budget below the smallest edge there is, and say how small that is.
+def require_reachable(
+    budget: int, floor: int, dense: int, *, limits: Limits | None = None,
+    boundary: str = "keep", whole: Mapping[str, str] | None = None,
+) -> None:
+    """Refuse a budget below the smallest edge there is, and say how small that is and what helps.
+
+    Args:
+        budget, floor, dense: edge MACs: asked for, the smallest there is, at present.
+        limits: those that hold; without, all may.
+        boundary: as the pruner has it.
+        whole: group -> why it stays whole, the first few of which are named.
 
     Raises:
         BudgetError: `floor > budget`.
     """
-    if floor > budget:
-        raise BudgetError(
-            f"No choice of channels brings the edge to {budget} MACs: the smallest reachable is "
-            f"{floor} MACs, {floor / dense:.3f} of the present edge. Raise edge_macs, "
-            "choose a shallower split, allow boundary='prune', or loosen min_channels, round_to or "
-            "max_pruning_ratio where they are set.",
-            smallest_edge_macs=floor,
-        )
+    if floor <= budget:
+        return
+    set_ones = limits or Limits(2, 0.5, 2)
+    helps = ["Raise edge_macs", "choose a shallower split",
+             *["allow boundary='prune'"] * (boundary == "keep")]
+    loose = [*["min_channels"] * (set_ones.min_channels > 1),
+             *["round_to"] * ((set_ones.round_to or 1) > 1),
+             *["max_pruning_ratio"] * (set_ones.max_pruning_ratio < 1.0)]
+    if loose:
+        helps.append(f"loosen {' or '.join(loose)}" + " where they are set" * (limits is None))
+    named = "; ".join(f"{name}: {why}" for name, why in list((whole or {}).items())[:_NAMED])
+    more = f" and {len(whole or {}) - _NAMED} more" * (len(whole or {}) > _NAMED)
+    raise BudgetError(
+        f"No choice of channels brings the edge to {budget} MACs: the smallest reachable is "
+        f"{floor} MACs, {floor / dense:.3f} of the present edge. {', '.join(helps[:-1])}, or "
+        f"{helps[-1]}." + f" What stays whole: {named}{more}." * bool(named),
+        smallest_edge_macs=floor,
+    )
 
 
 def _floor_macs(model: MacModel, ladders: list[Ladder]) -> int:

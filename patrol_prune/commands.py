@@ -7,6 +7,7 @@ import logging
 import re
 import sys
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +146,7 @@ def make_parser() -> ArgumentParser:
     """The command line."""
     parser = _Parser(prog="patrol-prune", description=ABOUT)
     parser.add_argument("--verbose", action="store_true", help="tell more while working")
+    parser.add_argument("--version", action="version", version=version("patrol-prune"))
     commands = parser.add_subcommands(required=False, dest="command")
     made = {name: _Parser(usage=usage) for name, usage in USAGE.items()}
     for name, command in made.items():

@@ -127,8 +127,23 @@ def device_of(module: nn.Module, x_default: Tensor | Sequence[Tensor]) -> torch.
 
 
 def home_of(module: nn.Module, device: str | torch.device | None) -> torch.device:
-    """`device`, or, where it is None, the one that the module is on; the CPU without a tensor."""
-    return device_of(module, torch.empty(1, 1)) if device is None else torch.device(device)
+    """`device`, or, where it is None, the one that the module is on; the CPU without a tensor.
+
+    Raises:
+        InputError: no such device.
+    """
+    if device is None:
+        return device_of(module, torch.empty(1, 1))
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, TypeError) as error:
+        told = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"Expected a device of this machine, came {device!r} ({told}). Give 'cpu', 'cuda' "
+            "where there is one, or a torch.device."
+        ) from error
+    return found
 
 
 def generators_of(module: nn.Module) -> list[torch.Generator]:

@@ -76,6 +76,11 @@ class Distiller:
         """`(logit distance, feature distance or None)`; call it after the model ran on `x`."""
         with torch.no_grad():
             target = self.teacher(x).float()
+        if target.shape != logits.shape:
+            raise InputError(
+                f"Expected a teacher with the model's answers {tuple(logits.shape)}, came "
+                f"{tuple(target.shape)}. Give one that knows the same classes."
+            )
         distance = logit_distance(logits, target, self.temperature)
         if self.taps is None:
             return distance, None

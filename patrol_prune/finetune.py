@@ -16,7 +16,7 @@ from patrol_prune.cost import generators_of, home_of
 from patrol_prune.errors import CheckpointError, InputError
 from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
-from patrol_prune.given import check_model, check_rereadable
+from patrol_prune.given import check_kind, check_model, check_objective, check_rereadable
 from patrol_prune.image_pool import ImagePool, TrainBatches
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.split import Split
@@ -95,6 +95,7 @@ def finetune(
             what is to be resumed has other settings.
     """
     config = config or FinetuneConfig()
+    check_kind(config, "config", FinetuneConfig, "Make one: FinetuneConfig(epochs=10).")
     model = split.model if isinstance(split, Split) else split
     check_training(split, train_batches, objective, teacher)
     trainer = Trainer(model, objective, config, teacher, home_of(model, device), len(train_batches))
@@ -127,6 +128,8 @@ def check_training(
                 f"with the model to train ({shared[0]} is the first) and would change with it. "
                 "Give a copy: teacher=copy.deepcopy(model)."
             )
+    if objective is not None:
+        check_objective(objective)
     if objective is not None and objective.split.model is not model:
         raise InputError("The objective watches another model than the one to train; build it "
                          "on the same Split.")
@@ -180,6 +183,7 @@ def drive(
         trainer.close()
         for module, mode in modes:
             module.training = mode
+        trainer.optimizer.zero_grad(set_to_none=True)  # a pruner may score by what it finds there
     return result
 
 

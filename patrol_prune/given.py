@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sized
+import math
+from collections.abc import Callable, Sequence, Sized
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.errors import InputError
+from patrol_prune.errors import InputError, nearest
 
 _HALVES = ("model", "edge", "cloud", "example_inputs")
 
@@ -40,6 +42,23 @@ def check_factory(factory: object) -> None:
             "Expected model_factory as a function without arguments that builds the model as it "
             f"was before pruning, came {type(factory).__name__}. Write lambda: build_model()."
         )
+
+
+def built_by(factory: Callable[[], Any]) -> Any:
+    """What the factory builds.
+
+    Raises:
+        InputError: it is no function without arguments, or builds neither a model nor two halves.
+    """
+    check_factory(factory)
+    built = factory()
+    halves = built if isinstance(built, tuple) else (built,)
+    if len(halves) > 2 or not all(isinstance(half, nn.Module) for half in halves):
+        raise InputError(
+            "Expected model_factory to return a model, or a pair (edge, cloud), came "
+            f"{type(built).__name__}."
+        )
+    return built
 
 
 def check_model(model: object, name: str) -> None:
@@ -92,6 +111,61 @@ def input_and_target(batch: Any) -> tuple[Tensor, Any]:
             f"{came}. Bytes become inputs by Normalization.to_input(pixels.float() / 255)."
         )
     return x, y
+
+
+def check_count(value: object, name: str, least: int, *, optional: bool = False) -> None:
+    """An InputError where it is no whole number of at least `least`, or None where it may be."""
+    if optional and value is None:
+        return
+    whole = isinstance(value, Integral) and not isinstance(value, bool)
+    if not whole or int(value) < least:  # type: ignore[call-overload]
+        raise InputError(
+            f"Expected {name} as a whole number of at least {least}{' or None' * optional}, came "
+            f"{value!r}."
+        )
+
+
+def check_number(value: object, name: str, least: float = 0.0) -> None:
+    """An InputError where it is no finite number of at least `least`."""
+    if not _is_number(value) or not least <= float(value) < math.inf:  # type: ignore[arg-type]
+        raise InputError(f"Expected {name} as a number of at least {least:g}, came {value!r}.")
+
+
+def _is_number(value: object) -> bool:
+    scalar = isinstance(value, Tensor) and value.numel() == 1
+    return scalar or (isinstance(value, Real) and not isinstance(value, bool))
+
+
+def check_among(value: object, name: str, known: Sequence[str]) -> None:
+    """An InputError where it is none of the names."""
+    if value not in known:
+        raise InputError(f"Expected {name} out of {', '.join(known)}, came {value!r}. "
+                         f"{nearest(str(value), known)}")
+
+
+def check_kind(value: object, name: str, kind: type, advice: str) -> None:
+    """An InputError where it is of another type."""
+    if not isinstance(value, kind):
+        raise InputError(
+            f"Expected {name} as a {kind.__name__}, came {type(value).__name__}. {advice}")
+
+
+def check_objective(objective: object) -> None:
+    """An InputError where it is no `PatrolObjective`."""
+    if not all(hasattr(objective, part) for part in ("split", "terms", "beta")):
+        raise InputError(
+            f"Expected objective as a PatrolObjective, came {type(objective).__name__}. Make one: "
+            "PatrolObjective(split, task_loss, beta=10.0)."
+        )
+
+
+def check_task_loss(task_loss: object) -> None:
+    """An InputError where it cannot be called."""
+    if not callable(task_loss) or isinstance(task_loss, type):
+        raise InputError(
+            "Expected task_loss as a function of logits and targets, came "
+            f"{task_loss!r}. Give torch.nn.functional.cross_entropy, say."
+        )
 
 
 def share_outside(pixels: Tensor, slack: float = 0.02) -> float:

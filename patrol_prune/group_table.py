@@ -96,6 +96,7 @@ class GroupTable:
             forward = forward_fn or as_forward_fn(example_inputs)
             _keep_what_joins_the_input(
                 groups, model, example_inputs, CutAtShuffles(forward) if shuffled else forward)
+        _keep_what_shares_its_weight(groups, model)
         _keep_what_lies_beside_the_unseen(groups)
         if not groups:
             raise UnsupportedModelError(
@@ -129,6 +130,28 @@ class GroupTable:
     def inexact(self) -> dict[str, tuple[str, ...]]:
         """Groups where a zero mask only approximates removal -> the layers that cause it."""
         return {g.name: g.inexact for g in self.groups.values() if g.inexact}
+
+
+def _keep_what_shares_its_weight(groups: dict[str, ChannelGroup], model: nn.Module) -> None:
+    """Block the groups of layers whose parameter is another layer's too; in place.
+
+    Each would get a smaller parameter of its own: they would no longer be tied.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), []).append(name)
+    if all(len(names) == 1 for names in owners.values()):
+        return
+    for name, group in groups.items():
+        for member in group.members:
+            if group.blocked is not None or not isinstance(member.module, nn.Module):
+                continue
+            others = [other for parameter in member.module.parameters(recurse=False)
+                      for other in owners.get(id(parameter), ()) if other != member.layer_name]
+            if others:
+                why = f"{member.layer_name!r} shares its weight with {others[0]!r}"
+                group = groups[name] = dataclasses.replace(group, blocked=why)
 
 
 def _keep_what_joins_the_input(

@@ -25,7 +25,9 @@ from torch import Tensor, nn
 
 from patrol_prune._tp import Importance
 from patrol_prune.errors import InputError, nearest
+from patrol_prune.given import check_number, check_objective, input_and_target
 from patrol_prune.masks import SoftMasks
+from patrol_prune.prunable import check_prunable
 from patrol_prune.survivors import SurvivorTracker
 
 if TYPE_CHECKING:
@@ -108,6 +110,11 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         training: bool = False,
         blocks: bool = False,
     ) -> None:
+        check_objective(objective)
+        check_prunable(objective.split.model)
+        for name, weight in (("task_weight", task_weight), ("lip_weight", lip_weight),
+                             ("adv_weight", adv_weight)):
+            check_number(weight, name)
         if normalizer not in (*_NORMALIZERS, "objective"):
             names = [*(n for n in _NORMALIZERS if n), "objective"]
             raise InputError(
@@ -118,12 +125,6 @@ class PatrolImportance(Importance):  # type: ignore[misc]
             raise InputError(
                 f"Expected task_change out of {', '.join(get_args(TaskChange))}, came "
                 f"{task_change!r}."
-            )
-        if min(task_weight, lip_weight, adv_weight) < 0:
-            raise InputError(
-                "Expected weights of at least 0, came "
-                f"task_weight={task_weight}, lip_weight={lip_weight}, adv_weight={adv_weight}. "
-                "The signs of the method are in the formula."
             )
         self.objective = objective
         self.task_weight, self.lip_weight = task_weight, lip_weight
@@ -152,6 +153,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         """The masks the gradients are taken at, over the whole model; made when first needed."""
         if self._masks is None:
             split = self.objective.split
+            split.refresh()  # another pruner may have been at work
             self._masks = SoftMasks(
                 split.model, split.example_inputs, split=split, boundary="prune", scope="model",
                 blocks=self.blocks,
@@ -173,6 +175,12 @@ class PatrolImportance(Importance):  # type: ignore[misc]
             InputError: an empty batch, labels outside the model's classes, or a term that is NaN
                 or infinite.
         """
+        x, y = input_and_target((x, y))
+        if not isinstance(y, Tensor) or min(x.dim(), y.dim()) < 1:
+            raise InputError(
+                "Expected x and y as tensors [B, ...], came targets of type "
+                f"{type(y).__name__}. Give torch.as_tensor(y)."
+            )
         if len(x) == 0 or len(x) != len(y):
             raise InputError(
                 f"Expected one label per input and at least one, came {len(x)} inputs and "

@@ -31,7 +31,7 @@ from patrol_prune.errors import CheckpointError, InputError, UnsupportedModelErr
 from patrol_prune.finetune import check_training, drive
 from patrol_prune.finetune_config import FinetuneConfig
 from patrol_prune.folding import cannot_fold, fold_masks
-from patrol_prune.given import check_split
+from patrol_prune.given import check_kind, check_objective, check_split
 from patrol_prune.image_pool import TrainBatches
 from patrol_prune.mask_importance import MaskImportance
 from patrol_prune.masks import SoftMasks
@@ -201,6 +201,8 @@ def learn_masks(
     edge_macs = check_budget(edge_macs)
     check_structures(structures)
     check_split(split)
+    check_objective(objective)
+    check_kind(config, "config", MaskConfig, "Make one: MaskConfig(epochs=10).")
     check_training(split, train_batches, objective, teacher)
     masks = SoftMasks(split.model, split.example_inputs, split=split, boundary=boundary,
                       blocks=structures != "channels")

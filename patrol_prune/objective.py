@@ -21,8 +21,12 @@ from torch import Tensor
 from patrol_prune.cost import evaluating
 from patrol_prune.errors import InputError
 from patrol_prune.given import (
+    check_among,
+    check_count,
     check_normalization,
+    check_number,
     check_split,
+    check_task_loss,
     input_and_target,
     share_outside,
 )
@@ -34,10 +38,15 @@ from patrol_prune.lipschitz import (
     lipschitz_loss,
 )
 from patrol_prune.pixels import Normalization
-from patrol_prune.precision import autocast
+from patrol_prune.precision import PRECISIONS, autocast
 from patrol_prune.spectral import SpectralBounds
 from patrol_prune.split import Split
-from patrol_prune.surrogate import DEFAULT_SURROGATES, SurrogateEnsemble, SurrogateSpec
+from patrol_prune.surrogate import (
+    DEFAULT_SURROGATES,
+    SurrogateEnsemble,
+    SurrogateSpec,
+    check_specs,
+)
 
 if TYPE_CHECKING:
     from patrol_prune.masks import SoftMasks
@@ -46,6 +55,15 @@ _FEW = 0.05
 """Share of pixels outside of [0, 1] from which on the normalization is taken for a wrong one."""
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
+
+
+def _numbers(alpha: float | Sequence[float]) -> list[float]:
+    """Weights as a list."""
+    try:
+        return [float(v) for v in torch.as_tensor(alpha, dtype=torch.double).flatten()]
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"Expected alpha as a number or one for each edge block, came {alpha!r}.") from error
 
 
 @dataclass
@@ -129,8 +147,16 @@ class PatrolObjective:
         seed: int = 0,
     ) -> None:
         check_split(split)
+        check_task_loss(task_loss)
         check_normalization(normalization)
-        alphas = torch.as_tensor(alpha, dtype=torch.double).flatten().tolist()
+        check_number(beta, "beta")
+        check_count(lipschitz_images, "lipschitz_images", 1)
+        check_count(adversarial_images, "adversarial_images", 2, optional=True)
+        check_among(lipschitz_form, "lipschitz_form", get_args(LipschitzForm))
+        check_among(lipschitz_reduction, "lipschitz_reduction", get_args(Reduction))
+        check_among(precision, "precision", PRECISIONS)
+        check_specs(surrogates, surrogate_lr, surrogate_loss)
+        alphas = _numbers(alpha)
         weights = [*alphas, beta]
         if (not alphas or not all(0 <= w < math.inf for w in weights) or not noise_std > 0
                 or lipschitz_images < 1):
@@ -138,15 +164,6 @@ class PatrolObjective:
                 "Expected finite alpha >= 0, beta >= 0, noise_std > 0 and lipschitz_images >= 1, "
                 f"came alpha={alpha}, beta={beta}, noise_std={noise_std}, "
                 f"lipschitz_images={lipschitz_images}. The signs are the objective's business."
-            )
-        if adversarial_images is not None and adversarial_images < 2:
-            raise InputError(
-                f"Expected adversarial_images of at least 2 or None, came {adversarial_images}."
-            )
-        if lipschitz_form not in get_args(LipschitzForm):
-            raise InputError(
-                f"Expected lipschitz_form out of {', '.join(get_args(LipschitzForm))}, came "
-                f"{lipschitz_form!r}."
             )
         self.split, self.task_loss = split, task_loss
         self.alpha, self.beta, self.noise_std = alpha, float(beta), float(noise_std)
@@ -237,7 +254,7 @@ class PatrolObjective:
         """
         if not self._looked:
             self._looked = True
-            share = share_outside(self.normalization.to_pixels(x, clamp=False))
+            share = share_outside(self.normalization.to_pixels(x, clamp=False).float())
             if share > _FEW:
                 warnings.warn(
                     f"{100 * share:.0f}% of the pixels behind the model's inputs lie outside of "
@@ -245,7 +262,7 @@ class PatrolObjective:
                     "model sees. Give normalization= the mean and std that the inputs were made "
                     "with, of pixels on [0, 1].", stacklevel=2,
                 )
-        return self.normalization.to_pixels(x)
+        return self.normalization.to_pixels(x).float()
 
     def terms(
         self, x: Tensor, y: Tensor, *, masks: SoftMasks | None = None, beta_scale: float = 1.0
@@ -266,7 +283,8 @@ class PatrolObjective:
                     logits = self.split.cloud(z)
                 else:
                     z, logits = masks.split_forward(x)
-            z, logits = z.float(), logits.float()
+            z = z.float()
+            logits = logits.float() if isinstance(logits, Tensor) else logits
             task = self.task_loss(logits, y)
             constants = self._block_lipschitz(x) if self.uses_lipschitz else None
         total = task
@@ -291,6 +309,8 @@ class PatrolObjective:
 
         The model's mode and running statistics are left as they are.
         """
+        check_count(steps, "steps", 1)
+        self.split.refresh()  # a pruner may have been at work
         edge = self.split.edge
         device = next(self.split.model.parameters()).device
         done, error = 0, float("nan")

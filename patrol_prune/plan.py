@@ -19,6 +19,7 @@ from patrol_prune.budget import spelled
 from patrol_prune.choice import Limits
 from patrol_prune.cost import as_single_tensor
 from patrol_prune.errors import InputError, nearest
+from patrol_prune.given import check_kind
 from patrol_prune.group_table import GroupTable, build_graph
 from patrol_prune.latency import LatencyConfig, measure_latency
 from patrol_prune.plan_choice import fastest_enough, preferred, require_possible
@@ -170,6 +171,7 @@ def plan(
     floors = Limits(min_channels=min_channels, max_pruning_ratio=max_pruning_ratio,
                     round_to=round_to)
     limits = limits or PlanLimits()
+    check_kind(limits, "limits", PlanLimits, "Make one: PlanLimits(feature_bytes=20_000).")
     if structures == "blocks" and limits.latency_ms is not None:
         raise InputError(
             "Expected no limit of latency where blocks alone may go: the copies that are timed "

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -12,8 +10,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from patrol_prune._block_pruning import check_scored, initial_widths, prunable_blocks
-from patrol_prune._host_options import host_options
+from patrol_prune._block_pruning import (
+    check_scored,
+    initial_widths,
+    prunable_blocks,
+    tie_named,
+)
+from patrol_prune._host_options import check_pruner, host_options, layers_to_keep
 from patrol_prune._tp import BasePruner, bounded_enumeration, pruning_group
 from patrol_prune.budget import MacModel, budget_as_count, check_budget
 from patrol_prune.choice import Limits, choose_structures, require_reachable, smallest
@@ -56,7 +59,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         min_channels: channels every group keeps at least.
         round_to: kept numbers are multiples of this, or the full width.
         iterative_steps: steps to the budget, equal ones in MACs; scores may be refreshed between.
-        ignored_layers: layers whose groups stay whole.
+        ignored_layers: layers, or parameters of layers, whose groups stay whole.
         reg: decay of `regularize`.
         **kwargs: `BasePruner`'s other arguments.
 
@@ -92,13 +95,9 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         reg: float = 1e-4,
         **kwargs: Any,
     ) -> None:
-        if split.model is not model:
-            raise InputError("Expected a split of this model, came one of another model.")
-        if boundary not in ("keep", "prune"):
-            raise InputError(f"Expected boundary to be 'keep' or 'prune', came {boundary!r}.")
+        check_pruner(model, split, importance, boundary, iterative_steps, reg)
         check_scored(structures, importance)
-        if iterative_steps < 1:
-            raise InputError(f"Expected iterative_steps of at least 1, came {iterative_steps}.")
+        ignored = layers_to_keep(ignored_layers)
         self.limits = Limits(min_channels, max_pruning_ratio, round_to)
         edge_macs = check_budget(edge_macs)
         check_prunable(model)
@@ -118,26 +117,29 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                         global_pruning=True,
                         max_pruning_ratio=max_pruning_ratio,
                         iterative_steps=iterative_steps,
-                        ignored_layers=list(ignored_layers or []),
+                        ignored_layers=list(ignored),
                         round_to=round_to,
                         **{**options, "forward_fn": forward_fn},
                     )
             return self.DG
 
         followed(model, example_inputs, options["forward_fn"], make)
-        self._example_inputs = example_inputs
+        self._example_inputs, self._ignored = example_inputs, {id(layer) for layer in ignored}
         self._graph_options = {n: options.get(n) for n in _GRAPH_OPTIONS}
         self._table = GroupTable.build(
             model, example_inputs, split=split, graph=self.DG, forward_fn=options["forward_fn"]
         )
-        self._tied()
+        tie_named(self._table, self.in_channel_groups, self.out_channel_groups)
         self._costs = MacModel(
             split, self._table, blocks=prunable_blocks(split, structures, self.ignored_layers)
         )
         self.initial = {name: g.channels for name, g in self._table.groups.items()}
         self.dense_edge_macs = self._costs.dense
         self.budget = budget_as_count(edge_macs, self.dense_edge_macs)
-        require_reachable(self.budget, self.smallest_edge_macs(), self.dense_edge_macs)
+        floor = self.smallest_edge_macs()
+        if floor > self.budget:
+            require_reachable(self.budget, floor, self.dense_edge_macs, limits=self.limits,
+                              boundary=boundary, whole=self._kept_whole())
         self.pruning_ratio = 1.0 - self.budget / self.dense_edge_macs
         self.per_step_pruning_ratio = self.iterative_pruning_ratio_scheduler(
             self.pruning_ratio, iterative_steps
@@ -154,7 +156,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 self.model, self._example_inputs, split=self.split, graph=self.DG,
                 forward_fn=self._graph_options["forward_fn"],
             )
-            self._tied()
+            tie_named(self._table, self.in_channel_groups, self.out_channel_groups)
             self.initial = {**initial_widths(before, self._table, self.initial), **self.initial}
             previous = None if self._costs.blocks else self._costs
             blocks = prunable_blocks(self.split, self.structures, self.ignored_layers)
@@ -218,6 +220,12 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         costs = self.costs
         return smallest(costs, groups, limits=self.limits, initial=self.initial,
                         blocks=costs.blocks)
+
+    def _kept_whole(self) -> dict[str, str]:
+        """Edge group -> why it stays whole, the widest first."""
+        groups = sorted(self.table.groups.values(), key=lambda g: -g.channels)
+        return {g.name: reason for g in groups if g.location == "edge"
+                and (reason := self._reason_to_keep(g)) is not None}
 
     def choose(self, budget: int | None = None) -> dict[str, Tensor]:
         """The channels each group would keep for a budget; the final one by default.
@@ -340,14 +348,16 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             keep = torch.zeros(totals[name], dtype=torch.bool)
             keep[idxs] = True
             removed[name] = (~keep).nonzero().flatten()
-        with preserved(self.model), recording(table, removed):
-            for name, idxs in removed.items():
-                if len(idxs):
-                    root = table.groups[name].members[0].module
-                    yield pruning_group(self.DG, root, idxs.tolist())
-        follow_widths(self.model)
-        self.split.refresh()
-        self.split.pruning_history = [*self._earlier, *self.DG.pruning_history()]
+        try:
+            with preserved(self.model), recording(table, removed):
+                for name, idxs in removed.items():
+                    if len(idxs):
+                        root = table.groups[name].members[0].module
+                        yield pruning_group(self.DG, root, idxs.tolist())
+        finally:  # also where the caller leaves the loop
+            follow_widths(self.model)
+            self.split.refresh()
+            self.split.pruning_history = [*self._earlier, *self.DG.pruning_history()]
         removed_blocks = self._remove_blocks(gone)
         self._decay = None
         if after is None or self._costs.constant or self._costs.has_other_positions(self.split):
@@ -373,9 +383,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             return group.blocked
         if group.crossing is not None and self.boundary == "keep":
             return f"it crosses the split ({group.crossing}) and boundary='keep'"
-        ignored = {id(m) for m in self.ignored_layers}
         for member in group.members:
-            if member.direction != "in" and id(member.module) in ignored:
+            if member.direction != "in" and self._is_ignored(member.module):
                 return f"{member.layer_name!r} is in ignored_layers"
             if member.layer_name in self._costs.opaque:
                 return f"the multiply-adds of {member.layer_name!r} are not those of self-attention"
@@ -383,18 +392,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 return f"{member.layer_name!r} has attention heads"
         return None
 
-    def _tied(self) -> None:
-        """Channel groups the caller names tie channels like those of grouped convolutions."""
-        for name, group in self._table.groups.items():
-            tie = group.tie
-            for m in group.members:
-                named = self.in_channel_groups if m.direction == "in" else self.out_channel_groups
-                if isinstance(m.module, nn.Module):
-                    tie = math.lcm(tie, int(named.get(m.module, 1)))
-            if tie == group.tie:
-                continue
-            blocked = group.blocked
-            if group.channels % tie or group.channels // tie < 2:
-                blocked = f"its {group.channels} channels cannot be divided by {tie}"
-                tie = group.tie
-            self._table.groups[name] = dataclasses.replace(group, tie=tie, blocked=blocked)
+    def _is_ignored(self, layer: Any) -> bool:
+        """Whether it, a layer that holds it, or a parameter of its own is among those to keep."""
+        own = layer.parameters(recurse=False) if isinstance(layer, nn.Module) else ()
+        kept = {*self._ignored, *(id(m) for m in self.ignored_layers)}
+        return id(layer) in kept or any(id(p) in kept for p in own)

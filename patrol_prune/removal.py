@@ -41,7 +41,7 @@ def remove_blocks(split: Split, names: Iterable[str]) -> tuple[str, ...]:
         UnsupportedModelError: the model does not run without the block, or computes something
             else than it should.
     """
-    wanted = list(dict.fromkeys(names))
+    wanted = list(dict.fromkeys([names] if isinstance(names, str) else names))
     if not wanted:
         return ()
     known = residual_blocks(split.model, split.example_inputs, split=split)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from patrol_prune.decoders import FeatureStandardizer, channel_dim, make_decoder
 from patrol_prune.errors import InputError, nearest
+from patrol_prune.given import check_among, check_number
 from patrol_prune.metrics import SSIM_SIDE, ssim_values
 from patrol_prune.precision import autocast
 
@@ -209,6 +210,25 @@ class SurrogateEnsemble(nn.Module):
             spec.family, self.feature_shape, self.image_shape,
             width=spec.width, depth=spec.depth, seed=seed,
         )
+
+
+def check_specs(specs: Sequence[SurrogateSpec], lr: float, loss: str) -> None:
+    """Refuse settings of an ensemble that are something else.
+
+    Raises:
+        InputError: no specs, something else among them, a rate that is not positive, an unknown
+            loss.
+    """
+    odd = [spec for spec in specs if not isinstance(spec, SurrogateSpec)]
+    if odd or isinstance(specs, str):
+        raise InputError(
+            f"Expected surrogates as SurrogateSpec(family, width, depth) each, came {specs!r}.")
+    if not specs:
+        raise InputError("Expected at least one surrogate, came none. Leave beta at 0 instead.")
+    check_number(lr, "surrogate_lr")
+    if not lr > 0:
+        raise InputError(f"Expected surrogate_lr > 0, came {lr}.")
+    check_among(loss, "surrogate_loss", SURROGATE_LOSSES)
 
 
 def _chosen_loss(loss: str, image_shape: tuple[int, int, int]) -> str:

@@ -201,6 +201,11 @@ class Trainer:
             return self.objective.terms(x, y, beta_scale=beta_scale)
         with autocast(self.device, self.precision):
             logits = self.model(x)
+        if not isinstance(logits, Tensor):
+            raise InputError(
+                f"Expected a model that returns logits, came a {type(logits).__name__}. Give an "
+                "objective whose task_loss takes that, PatrolObjective(split, task_loss)."
+            )
         logits = logits.float()
         _check_targets(logits, y)
         task = F.cross_entropy(logits, y)
