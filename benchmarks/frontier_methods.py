@@ -195,6 +195,8 @@ DEEPER_EPOCHS = 8
 """Of fine-tuning there, before any defence."""
 DEEPER_BEST = "with-patrol@longer-whole-10-layer4"
 """Of these, what meets every attack."""
+BEST_BEFORE = "with-patrol@longer-10-layer4"
+"""What did in earlier records."""
 DEEPEST = "with-patrol@longest-10-avgpool"
 """And another, where an attack that fails would look like a defence that holds."""
 

@@ -108,8 +108,8 @@ PRESSED_TEXT = (
 )
 AGAINST_PRESSED_MARK = " ‡"
 AGAINST_PRESSED_TEXT = (
-    "‡ trained against surrogates that pressed so: they saw half of the upload or less. Without ‡ "
-    "PATROL's surrogates read all of it, as they do today."
+    "‡ trained against surrogates whose decoders pressed such a small map through half of its "
+    "values or less. Without ‡ PATROL's surrogates read all of it, as they do today."
 )
 DRAWING = ("gaussian_noise", "laplacian_noise", "feature_dropout")
 

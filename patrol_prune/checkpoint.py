@@ -159,6 +159,7 @@ def load(
         CheckpointError: a file is missing, torn or changed, or the factory's model is not the
             one that was saved; `path` names the file.
     """
+    built = built_by(model_factory)
     path = Path(path)
     files = _files(path)
     about = json.loads(files[SPLIT])
@@ -166,7 +167,6 @@ def load(
     tensors = read_tensors(files[WEIGHTS], path / WEIGHTS)
     dtype = getattr(torch, about["example"]["dtype"])
     example = torch.zeros(about["example"]["shape"], dtype=dtype)
-    built = built_by(model_factory)
     units = architecture.get("opened_attention", {})
     _open(built, units if isinstance(units, dict) else dict.fromkeys(units, "heads"), path)
     split = _build(built, about, example, tensors, path)

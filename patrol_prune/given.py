@@ -152,7 +152,7 @@ def check_kind(value: object, name: str, kind: type, advice: str) -> None:
 
 def check_objective(objective: object) -> None:
     """An InputError where it is no `PatrolObjective`."""
-    if not all(hasattr(objective, part) for part in ("split", "terms", "beta")):
+    if not all(hasattr(objective, part) for part in ("split", "terms")):
         raise InputError(
             f"Expected objective as a PatrolObjective, came {type(objective).__name__}. Make one: "
             "PatrolObjective(split, task_loss, beta=10.0)."

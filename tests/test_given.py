@@ -87,6 +87,36 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a generator": (lambda: pp.finetune(split(), iter(batches())), "read again.*list_iterator"),
     "a split as the teacher": (lambda: pp.finetune(split(), batches(), teacher=split()),
                                "Give split.model"),
+    "a factory of nothing": (lambda: pp.load("nowhere", lambda: None), "came NoneType"),
+    "no task loss": (lambda: pp.PatrolObjective(split(), None), "function of logits"),
+    "beta in words": (lambda: pp.PatrolObjective(split(), F.cross_entropy, beta="1"), "beta as a"),
+    "alpha of nothing": (lambda: objective(split(), alpha=None), "alpha as a number"),
+    "a precision of its own": (lambda: objective(split(), precision="fp8"), "precision out of"),
+    "surrogates in words": (lambda: pp.PatrolObjective(split(), F.cross_entropy, surrogates="conv"),
+                            "SurrogateSpec"),
+    "no surrogates": (lambda: pp.PatrolObjective(split(), F.cross_entropy, surrogates=[]),
+                      "at least one surrogate"),
+    "a negative rate": (lambda: objective(split(), surrogate_lr=-1.0), "surrogate_lr"),
+    "an unknown loss inside": (lambda: objective(split(), surrogate_loss="l1"), "surrogate_loss"),
+    "no steps": (lambda: objective(split()).fit_surrogates(batches(), 0), "steps as a whole"),
+    "an importance of a split": (lambda: pp.PatrolImportance(split()), "objective as a Patrol"),
+    "a weight that is no number": (lambda: pp.PatrolImportance(objective(split()),
+                                                               adv_weight=float("nan")),
+                                   "adv_weight as a number"),
+    "targets in a list": (lambda: pp.PatrolImportance(objective(split())).accumulate(
+        images(2), [1, 2]), "as_tensor"),
+    "an importance as objective": (lambda: pp.finetune(
+        split(), batches(), objective=tp.importance.MagnitudeImportance()), "as a PatrolObjective"),
+    "a config as a dict": (lambda: pp.finetune(split(), batches(), config={"epochs": 1}),
+                           "config as a FinetuneConfig"),
+    "no such device": (lambda: pp.finetune(split(), batches(), device="gpu"), "of this machine"),
+    "a teacher of other classes": (lambda: pp.finetune(
+        split(), batches(), teacher=SmallResNet(7, width=4), progress=False,
+        config=pp.FinetuneConfig(epochs=1, distill_weight=0.5)), "the same classes"),
+    "masks without an objective": (lambda: pp.learn_masks(
+        split(), batches(), None, edge_macs=0.5), "as a PatrolObjective"),
+    "limits as a dict": (lambda: pp.plan(SmallResNet(5, width=4), images(1), edge_macs=0.5,
+                                         limits={"feature_bytes": 9}), "limits as a PlanLimits"),
     "batches that end": (lambda: objective(split()).fit_surrogates(iter(batches()), 3),
                          "for 3 steps, came 2"),
 }
@@ -115,6 +145,46 @@ def test_any_model_is_trained_on_any_numbers() -> None:
     before = model.weight.detach().clone()
     pp.finetune(model, words, config=QUICK, progress=False)
     assert not torch.equal(model.weight, before)
+
+
+def test_training_leaves_no_gradients_behind() -> None:
+    """An importance of the host's that reads gradients would score by the last step's."""
+    trained = split()
+    pp.finetune(trained, batches(), objective=objective(trained), config=QUICK, progress=False)
+    assert all(p.grad is None for p in trained.model.parameters())
+
+
+def test_answers_of_any_kind_reach_the_task_loss() -> None:
+    class Answers(SmallResNet):
+        def forward(self, x: Tensor) -> Any:
+            return {"logits": super().forward(x)}
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        cut = pp.Split(Answers(5, width=4), torch.zeros(1, 3, 16, 16), at="layer1")
+    made = pp.PatrolObjective(cut, lambda out, y: F.cross_entropy(out["logits"], y), beta=1.0,
+                              surrogates=SPECS)
+    importance = pp.PatrolImportance(made)
+    importance.accumulate(*batches()[0])
+    assert importance.scores
+    pp.finetune(cut, batches(), objective=made, config=QUICK, progress=False)
+    with pytest.raises(InputError, match="returns logits, came a dict"):
+        pp.finetune(cut, batches(), config=QUICK, progress=False)
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float64])
+def test_weights_of_other_precisions_are_scored_and_audited(kind: torch.dtype) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = SmallResNet(5, width=4).to(kind)
+    cut = pp.Split(model, torch.zeros(1, 3, 16, 16, dtype=kind), at="layer1")
+    made = objective(cut)
+    x, y = images(8).to(kind), torch.arange(8) % 5
+    made.fit_surrogates([(x, y)], 2)
+    importance = pp.PatrolImportance(made)
+    importance.accumulate(x, y)
+    assert importance.scores
+    assert audit(cut).strongest()["ssim"] is not None
 
 
 def test_a_look_before_training_draws_nothing() -> None:

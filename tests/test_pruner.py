@@ -16,9 +16,11 @@ from torch.nn import functional
 from patrol_prune.cost import count_macs
 from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.importance import PatrolImportance
+from patrol_prune.objective import PatrolObjective
 from patrol_prune.pruner import PatrolPruner
 from patrol_prune.regularizer import as_weight
 from patrol_prune.split import Split
+from patrol_prune.surrogate import SurrogateSpec
 
 
 def batch(n: int = 8, size: int = 16) -> tuple[Tensor, Tensor]:
@@ -389,3 +391,102 @@ def test_bad_arguments() -> None:
     with pytest.raises(InputError, match="calibration data"):
         PatrolPruner(model, x, fresh, split=split, edge_macs=0.5).step()
     assert model.conv1.out_channels == 16
+
+
+@pytest.mark.parametrize(("wrong", "told"), [
+    ({"split": None}, "as a Split"),
+    ({"importance": tp.importance.MagnitudeImportance}, "scores groups"),
+    ({"importance": "magnitude"}, "scores groups"),
+    ({"ignored_layers": ["layer1"]}, "get_submodule..layer1"),
+    ({"ignored_layers": "layer1"}, "get_submodule..layer1"),
+    ({"ignored_layers": [3]}, "ignored_layers"),
+    ({"round_to": "8"}, "round_to as a whole number"),
+    ({"round_to": 3.5}, "round_to as a whole number"),
+    ({"min_channels": 1.5}, "min_channels as a whole number"),
+    ({"max_pruning_ratio": None}, "max_pruning_ratio as a number"),
+    ({"iterative_steps": 1.5}, "iterative_steps as a whole number"),
+    ({"reg": -1.0}, "reg as a number"),
+    ({"max_ch_sparsity": 0.5}, "max_pruning_ratio|further arguments"),
+])
+def test_arguments_of_another_kind_are_refused_in_words(wrong: dict[str, object], told: str
+                                                        ) -> None:
+    model, x, split, importance = prepared()
+    arguments = {"importance": importance, "split": split, "edge_macs": 0.5, **wrong}
+    with pytest.raises(InputError, match=told):
+        PatrolPruner(model, x, **arguments)  # type: ignore[arg-type]
+
+
+def test_parameters_and_generators_of_ignored_layers_stay_whole_too() -> None:
+    model, x, split, importance = prepared()
+    kept = (layer for layer in [model.conv1.weight, model.layer1[0].conv1.weight])
+    result = PatrolPruner(model, x, importance, split=split, edge_macs=0.7,
+                          ignored_layers=kept).step()
+    assert model.conv1.out_channels == model.layer1[0].conv1.out_channels == 16
+    assert "ignored_layers" in result.left_whole["layer1.0.conv1"]
+    shuffled = backbone("shufflenet_v2_x0_5")  # its graph is built twice
+    split = Split(shuffled, torch.rand(1, 3, 64, 64), at="stage2")
+    pruner = PatrolPruner(
+        shuffled, split.example_inputs, tp.importance.GroupMagnitudeImportance(), split=split,
+        edge_macs=0.6, ignored_layers=(layer for layer in [shuffled.conv1]))
+    pruner.step()
+    assert shuffled.conv1[0].out_channels == 24
+
+
+class Tied(nn.Module):
+    """Two convolutions with one weight between others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.c, self.d = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 12, 3, padding=1)
+        self.e = nn.Conv2d(12, 4, 3, padding=1)
+        self.c.weight = self.b.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.a, self.b, self.c, self.d):
+            x = layer(x).relu()
+        return self.e(x)
+
+
+def test_layers_that_share_a_weight_stay_tied() -> None:
+    model = Tied()
+    split = Split(model, torch.rand(1, 3, 8, 8), at="d")
+    pruner = PatrolPruner(model, split.example_inputs, tp.importance.GroupMagnitudeImportance(),
+                          split=split, edge_macs=0.8, boundary="prune")
+    result = pruner.step()
+    assert model.b.weight is model.c.weight and model.d.out_channels < 12
+    assert any("shares its weight" in why for why in result.left_whole.values())
+
+
+def test_what_cannot_be_reached_tells_what_stays_and_what_may_still_be_loosened() -> None:
+    model, x, split, importance = prepared()
+    with pytest.raises(BudgetError) as caught:
+        PatrolPruner(model, x, importance, split=split, edge_macs=0.01, boundary="prune",
+                     ignored_layers=[model.conv1])
+    told = str(caught.value)
+    assert "boundary='prune'" not in told and "max_pruning_ratio" not in told
+    assert "What stays whole:" in told and "is in ignored_layers" in told
+
+
+def test_a_loop_that_is_left_early_leaves_a_split_that_fits() -> None:
+    model, x, split, importance = prepared()
+    before = count_macs(split.edge, x).total
+    groups = PatrolPruner(model, x, importance, split=split, edge_macs=0.5).step(interactive=True)
+    next(groups).prune()
+    groups.close()
+    assert count_macs(split.edge, x).total < before
+    assert split.pruning_history and torch.equal(split.cloud(split.edge(x)), model(x))
+
+
+def test_batches_behind_another_pruner_need_no_refresh_by_hand() -> None:
+    model, x, split, _ = prepared()
+    objective = PatrolObjective(split, functional.cross_entropy, beta=1.0,
+                                surrogates=(SurrogateSpec("transposed", 8),))
+    importance = PatrolImportance(objective)
+    importance.accumulate(*batch())
+    tp.pruner.BasePruner(model, x, importance=importance, pruning_ratio=0.5,
+                         ignored_layers=[model.fc]).step()
+    importance.zero_grad()
+    objective.fit_surrogates([batch()], 1)
+    importance.accumulate(*batch())
+    assert importance.scores
