@@ -51,7 +51,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         example_inputs: what it takes.
         importance: a `PatrolImportance`, or any Torch-Pruning importance.
         split: where edge and cloud are; refreshed after every step.
-        edge_macs: a fraction in (0, 1] of the edge as it is now, or a count (also as "9.9M").
+        edge_macs: a fraction in (0, 1] of the edge as it is now, or a count (also as "9.9M"); a
+            split's name, as `plan` takes it, is none.
         boundary: "keep" leaves every group that crosses the split whole, so that the feature and
             the cloud stay as they are; "prune" lets them shrink: the feature narrows and the
             cloud's consumers (and, on a residual stream, its producers) follow.

@@ -561,9 +561,10 @@ class TestDimensionsGo:
         model, x = vit(), torch.randn(1, 3, 32, 32)
         open_attention(model, x, unit="dimensions")
         one, two = (layer.self_attention for layer in model.encoder.layers)
-        two.q.weight = one.q.weight
         masks = pp.SoftMasks(model, x)
         own = [n for n in masks.channels if n.endswith((".q", ".k", ".v"))]
+        two.q.weight = one.q.weight
+        assert not set(own[:1]) & set(pp.SoftMasks(model, x).channels)  # tied, it stays whole
         before = one.q.weight.clone()
         masks.set(own[0], 0.5)
         with pytest.raises(pp.UnsupportedModelError, match="share the weight"):

@@ -31,8 +31,8 @@ def main() -> None:
 
     torch.manual_seed(0)
     model = torchvision.models.get_model(args.model, num_classes=10).eval()
-    example_inputs = torch.randn(1, 3, args.image_size, args.image_size)
-    calibration = [(torch.randn(8, 3, args.image_size, args.image_size),
+    example_inputs = torch.rand(1, 3, args.image_size, args.image_size)
+    calibration = [(torch.rand(8, 3, args.image_size, args.image_size),
                     torch.randint(0, 10, (8,))) for _ in range(3)]
 
     # --- PATROL instead of tp.importance.MagnitudeImportance() ---------------------------------
