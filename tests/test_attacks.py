@@ -52,6 +52,8 @@ def test_a_constant_edge_gives_the_mean_image_and_flags() -> None:
     assert 0.97 * floor < float(mse(VICTIM, guess).mean()) < 1.3 * floor
     assert [f.name for f in check_features(z)] == ["constant_features"]
     assert check_features(KNOWN) == []
+    beside = torch.cat([torch.full((len(KNOWN), 1), 1e7), KNOWN.flatten(1)], 1)
+    assert check_features(beside) == []
     names = [f.name for f in check_reconstructions(VICTIM, guess, KNOWN.mean(0))]
     assert names == ["not_better_than_mean_image", "contrast_collapsed"]
     assert check_reconstructions(VICTIM, 0.9 * VICTIM, KNOWN.mean(0)) == []

@@ -237,6 +237,13 @@ class TestFisher:
         for probes in (2, None):
             with pytest.raises(InputError, match="54 of the 72 outputs"):
                 diagonal_fisher_information(half, x, 1.0, probes=probes)
+
+        def beside(v: torch.Tensor) -> torch.Tensor:  # where large constants stand
+            large = torch.full((len(v), 64), 1e7)
+            return torch.cat([large, v.detach().flatten(1), 1e-3 * v.flatten(1)[:, :9]], 1)
+
+        with pytest.raises(InputError, match="72 of the 81 outputs"):
+            diagonal_fisher_information(beside, x, 1.0)
         with pytest.raises(InputError, match="Without noise there is no such bound"):
             diagonal_fisher_information(edge, x, 0.0)
         with pytest.raises(InputError, match="prior_information above 0"):

@@ -30,7 +30,7 @@ from patrol_prune._report_facts import (
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import InputError
 from patrol_prune.report import RunSummary, console_table, render_table, write_report
-from patrol_prune.tables import attack_table, flag_lines
+from patrol_prune.tables import attack_table, flag_lines, merged_flags
 
 COSTS = ("edge_macs", "edge_params", "feature_bytes", "accuracy")
 
@@ -237,6 +237,15 @@ def test_flags_are_told_once_with_where_they_were_raised(html: str) -> None:
 
 
 @pytest.mark.usefixtures("no_plots")
+def test_flags_of_one_name_that_say_different_things_all_stand() -> None:
+    flags = [{"name": "attack_failed", "meaning": told, "advice": "Mend it.", "subject": "edge",
+              "attack": attack, "attack_seed": 0}
+             for told, attack in (("one", "a"), ("two", "b"), ("one", "c"))]
+    found = merged_flags(flags)
+    assert [(f["meaning"], f["where"]) for f in found] == [
+        ("one", "PATROL, a, seed 0; PATROL, c, seed 0"), ("two", "PATROL, b, seed 0")]
+
+
 def test_no_flag_is_said_too(tmp_path: Path) -> None:
     page = write_report(make_summary(), make_audit(flags=[]), tmp_path).read_text()
     assert "raised no flag" in page
