@@ -249,3 +249,26 @@ def test_bad_input_is_refused() -> None:
         LinearInverse().fit(Knowledge(KNOWN))
     with pytest.raises(InputError, match="not been trained"):
         LinearInverse().reconstruct(KNOWN)
+
+
+def test_pixels_are_found_wherever_the_edge_sent_them() -> None:
+    """Behind a fixed order of all values neighbourhoods say nothing, and the whole says the same.
+    """
+    def edge(x: Tensor) -> Tensor:
+        return convolution(x, channels=16, stride=2).relu()
+
+    def shuffled(x: Tensor) -> Tensor:
+        order = torch.randperm(16 * 8 * 8, generator=torch.Generator().manual_seed(2))
+        return edge(x).flatten(1)[:, order].view(-1, 16, 8, 8)
+
+    known, victim = smooth_images(600, (3, 16, 16), seed=4), smooth_images(40, (3, 16, 16), seed=5)
+    found = {}
+    for name, made in (("plain", edge), ("shuffled", shuffled)):
+        attack = LinearInverse()
+        record = attack.fit(Knowledge(known, z=made(known)))
+        assert record.chosen is not None
+        found[name] = (float(mse(victim, attack.reconstruct(made(victim))).mean()),
+                       record.chosen["inputs"])
+    assert found["shuffled"][1] == "the whole feature"
+    floor = float(mse(victim, known.mean(0).expand_as(victim)).mean())
+    assert found["plain"][0] <= found["shuffled"][0] < 0.1 * floor

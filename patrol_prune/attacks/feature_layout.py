@@ -53,7 +53,6 @@ class Layout:
             kernel: 1 is taken instead where it would give more than 2,304 inputs.
         """
         channels, height, width = image
-        whole = (channels, height, width)
         dim = channel_dim(feature, image) if len(feature) in (2, 3) else 1
         leading, tokens, wide, size = 0, None, feature[dim - 1], feature[-2:]
         if len(feature) == 3 and dim == 3:
@@ -62,13 +61,22 @@ class Layout:
             leading, tokens = token_grid(feature[0], image)
             size = tokens or ()
         if len(size) != 2 or len(feature) not in (2, 3):
-            return cls(whole, (1, 1), (1, 1), 1, False, dim, None, 0, math.prod(feature))
+            return cls.whole(feature, image)
         block = (max(1, round(height / size[0])), max(1, round(width / size[1])))
         grid = (math.ceil(height / block[0]), math.ceil(width / block[1]))
         inputs = wide * math.ceil(size[0] / grid[0]) * math.ceil(size[1] / grid[1])
         kernel = kernel if inputs * kernel**2 <= _LARGEST_PATCH else 1
         width = inputs * kernel**2 + leading * wide
-        return cls(whole, grid, block, kernel, True, dim, tokens, leading, width)
+        return cls((channels, height, image[2]), grid, block, kernel, True, dim, tokens, leading,
+                   width)
+
+    @classmethod
+    def whole(cls, feature: tuple[int, ...], image: tuple[int, ...]) -> Layout:
+        """The layout in which every pixel is predicted from the whole feature, whatever lies where.
+        """
+        channels, height, width = image
+        return cls((channels, height, width), (1, 1), (1, 1), 1, False, 1, None, 0,
+                   math.prod(feature))
 
     @property
     def positions(self) -> int:

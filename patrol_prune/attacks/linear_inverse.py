@@ -7,6 +7,7 @@ squares finds that map to the last bit, where a trained decoder stops at 30 to 4
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ _CHUNK = 128
 _CHUNK_BYTES = 256 << 20
 _BASIS_BYTES = 2 << 30
 _MOST_INPUTS = 4096
+_MOST_WHOLE, _MOST_WEIGHTS = 2048, 1 << 24
 
 
 @dataclass(frozen=True)
@@ -91,9 +93,10 @@ class LinearInverse:
 
     `patch(z)` is the `kernel x kernel` neighbourhood of features at a position, `block(x)` the
     pixels behind that position. Tokens on a grid are read as a map; features that are no map are
-    taken whole. Every input is standardised, so that rescaling a channel changes nothing. The
-    weight `lambda` is the one with the smallest error on held-out images. Where the edge is random,
-    every image enters with a fresh draw.
+    taken whole. So are, in a second try, those of at most 2,048 values, which finds pixels wherever
+    they went; held-out images decide. Every input is standardised, so that rescaling a channel
+    changes nothing. The weight `lambda` is the one with the smallest error on held-out images.
+    Where the edge is random, every image enters with a fresh draw.
 
     Where there are more inputs than examples, only directions that the examples span get a weight:
     the solution is the same in a basis of these, which is far smaller. Of more examples than 4,096,
@@ -127,19 +130,22 @@ class LinearInverse:
         held = max(2, round(self.config.holdout * len(order)))
         self.held_out = order[:held]
         held_out, train = order[: min(held, 500)], order[held:]
-        layout = Layout.of(tuple(self._features(known, order[:1]).shape[1:]),
-                           tuple(known.pixels.shape[1:]), self.config.kernel)
-        train = train[: max(20, self.config.largest_rows // layout.positions)]
-        candidates = self._solve(known, layout, train)
+        shapes = tuple(self._features(known, order[:1]).shape[1:]), tuple(known.pixels.shape[1:])
+        layouts = [Layout.of(*shapes, self.config.kernel)]
+        if layouts[0].is_map and math.prod(shapes[0]) <= _MOST_WHOLE and (
+                math.prod(shapes[0]) * math.prod(shapes[1]) <= _MOST_WEIGHTS):
+            layouts.append(Layout.whole(*shapes))
         z, x = self._features(known, held_out), known.pixels[held_out]
         history = []
         best: tuple[float, _Solution] | None = None
-        for solution in candidates:
-            guess = torch.cat([solution(part.to(self.device)).cpu()
-                               for part in z.split(_chunk(layout))])
-            history.append(float(mse(x, guess).mean()))
-            if best is None or history[-1] < best[0]:
-                best = (history[-1], solution)
+        for layout in layouts:
+            own = train[: max(20, self.config.largest_rows // layout.positions)]
+            for solution in self._solve(known, layout, own):
+                guess = torch.cat([solution(part.to(self.device)).cpu()
+                                   for part in z.split(_chunk(layout))])
+                history.append(float(mse(x, guess).mean()))
+                if best is None or history[-1] < best[0]:
+                    best = (history[-1], solution)
         assert best is not None
         self._solution = best[1]
         mean = known.pixels[train].mean(0)
@@ -148,7 +154,9 @@ class LinearInverse:
         return FitRecord(
             history=tuple(history), train_history=(), initial_loss=floor, mean_image_loss=floor,
             best_epoch=choice, plateau=True, extensions=0, seconds=time.perf_counter() - start,
-            chosen={"ridge_decade": self.config.decades[choice], "kernel": layout.kernel},
+            chosen={"ridge_decade": self.config.decades[choice % len(self.config.decades)],
+                    "kernel": best[1].layout.kernel, "inputs": "a neighbourhood"
+                    if best[1].layout.is_map else "the whole feature"},
         )
 
     @torch.no_grad()
