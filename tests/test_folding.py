@@ -108,13 +108,12 @@ def test_transposed_and_flattened_consumers() -> None:
 
 
 class Shared(nn.Module):
-    """Two layers with one weight, which read two groups."""
+    """Two layers that read two groups, and may get one weight."""
 
     def __init__(self) -> None:
         super().__init__()
         self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(3, 4, 1)
         self.c, self.d = nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
-        self.d.weight = self.c.weight
         self.head = nn.Linear(8, 2)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,8 +129,11 @@ def test_refusals() -> None:
     remove_channels(GroupTable.build(model, x), {"conv1": [0]})
     with pytest.raises(InputError, match="pruned since"):
         fold_masks(masks)
-    shared = SoftMasks(Shared(), x)
+    tied = Shared()
+    shared = SoftMasks(tied, x)
     shared.set("a", [1.0, 0.5, 1.0, 1.0])
+    tied.d.weight = tied.c.weight
+    assert not SoftMasks(tied, x).channels  # tied before, they are not masked at all
     with pytest.raises(UnsupportedModelError, match="share the weight"):
         fold_masks(shared)
 
@@ -162,8 +164,8 @@ def test_a_block_s_mask_is_folded_into_the_end_of_its_branch() -> None:
 def test_a_block_s_mask_that_has_no_place_is_refused() -> None:
     model, x = cifar_resnet(depth=2), torch.randn(2, 3, 16, 16)
     model.layer1[1].bn2 = nn.Sequential(model.layer1[1].bn2, nn.Dropout())
-    model.layer1[0].bn2.weight = model.layer1[0].bn1.weight
     masks = SoftMasks(model, x[:1], blocks=True)
+    model.layer1[0].bn2.weight = model.layer1[0].bn1.weight
     assert cannot_fold(masks) == {
         "layer1.0": "the last layer of its branch shares its weights",
         "layer1.1": "its branch ends in a Dropout",

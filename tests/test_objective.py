@@ -184,7 +184,7 @@ def test_pixels_are_compared_whatever_the_model_eats() -> None:
 
 def test_bad_settings_are_refused() -> None:
     split = _split()
-    with pytest.raises(InputError, match="beta >= 0"):
+    with pytest.raises(InputError, match="beta as a number of at least 0"):
         _objective(split, beta=-1.0)
     with pytest.raises(InputError, match="lipschitz_form out of scale_free, paper, spectral"):
         _objective(split, lipschitz_form="papr")

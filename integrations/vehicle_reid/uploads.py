@@ -116,7 +116,7 @@ def principal_axes(x: Tensor, most: int) -> Tensor:
     return centred.T @ (vectors[:, -kept:] / values[-kept:].sqrt())
 
 
-def read_uploads(victims: Owned, known: Owned, *, seed: int, device: str
+def read_uploads(victims: Owned, known: Owned, *, seed: int = 0, device: str = "cpu"
                  ) -> dict[str, dict[str, Any]]:
     """Plates, characters and places that are read out of uploads alone: a row of each."""
     truth, asked = known.pictures.truth, victims.pictures.truth
