@@ -41,8 +41,9 @@ def thorough(rows: list[Row]) -> dict[str, dict[str, Row]]:
     every image are compared with the others over the same ones.
     """
     groups: dict[str, dict[str, Row]] = {}
+    today = any(has_key(row, DEEPER_BEST) for row in rows)
     for row in rows:
-        name = name_in_the_table(row)
+        name = None if today and has_key(row, BEST_BEFORE) else name_in_the_table(row)
         if name is None:
             continue
         if "first_ssim" not in row:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -46,6 +46,14 @@ def check_pruner(
         )
     check_count(steps, "iterative_steps", 1)
     check_number(reg, "reg")
+
+
+def with_owners(layers: Sequence[nn.Module | nn.Parameter], model: nn.Module) -> set[int]:
+    """The ids of the layers, and of those that hold one of the parameters: pruning makes new ones.
+    """
+    ids = {id(layer) for layer in layers}
+    return ids | {id(m) for m in model.modules() for p in m.parameters(recurse=False)
+                  if id(p) in ids}
 
 
 def layers_to_keep(layers: Iterable[object] | None) -> list[nn.Module | nn.Parameter]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from patrol_prune.attacks import EdgeFunction
 from patrol_prune.cost import evaluating, generators_of
-from patrol_prune.errors import InputError
+from patrol_prune.given import real
 from patrol_prune.pixels import Normalization
 
 _SHADOW_STD = 0.02
@@ -105,8 +105,9 @@ def edge_function(
     def query(pixels: Tensor) -> Tensor:
         with torch.autocast(device.type, enabled=False):
             z = real(edge(normalization.to_input(pixels.to(device)).to(kind)))
-        z = z.double() if wide else z.float()
-        return z.clone().to(pixels.device)  # some edges send the same buffer each time
+        if wide:  # on the CPU: not every accelerator has float64
+            return z.cpu().double().to(pixels.device)
+        return z.float().clone().to(pixels.device)  # some edges send the same buffer each time
 
     return query
 
@@ -209,28 +210,6 @@ def fresh_twin(edge: nn.Module, seed: int) -> nn.Module:
                 values = torch.full(parameter.shape, 0.0 if "bias" in name else 1.0)
             parameter.copy_(values)
     return twin.requires_grad_(True).train()
-
-
-def real(z: Tensor) -> Tensor:
-    """An upload as real numbers in one to three dimensions beside the batch.
-
-    Real and imaginary parts become channels, and so do dimensions over three; one number for each
-    picture becomes a vector.
-
-    Raises:
-        InputError: it is no tensor, or has no batch dimension.
-    """
-    if not isinstance(z, Tensor) or z.dim() == 0:
-        came = "a number" if isinstance(z, Tensor) else type(z).__name__
-        raise InputError(
-            f"Expected an edge that sends one tensor [N, ...], came {came}. Wrap it in a module "
-            "that returns the tensor that is uploaded."
-        )
-    if z.dim() == 1:
-        z = z[:, None]
-    if z.is_complex():
-        z = torch.cat([z.real, z.imag], -1 if z.dim() == 3 else 1)
-    return z.flatten(1, z.dim() - 3) if z.dim() > 4 else z
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -122,7 +122,8 @@ class AuditRun:
         flags += [SEEN_ONCE] * (draws and self.uploads == 1)
         edge = once if self.used == 1 else Repeated(once, self.used)
         with own_draws.kept():
-            edge, cloud, uneven = evened(edge, cloud, self.attackers[0].pixels, self.normalization)
+            edge, cloud, uneven = evened(edge, cloud, self.attackers[0].pixels, self.normalization,
+                                         draws=draws)
         self.flag(flags + uneven, subject, None, None)
         z_victim = compute_features(
             edge, self.victim, self.normalization, batch_size=self.batch_size
@@ -233,7 +234,8 @@ class AuditRun:
         pixels, labels, z = own.pixels, own.labels, None
         if fits:
             z = compute_features(edge, pixels, self.normalization, batch_size=self.batch_size)
-            if (near := not_outlying(z)) is not None:
+            near = not_outlying(z) if bool(torch.isfinite(z).all()) else None
+            if near is not None:
                 self.flag([OUTLYING_FEATURES], subject, None, None)
                 pixels, z = pixels[near], z[near]
                 labels = None if labels is None else labels[near]

@@ -75,7 +75,11 @@ class Distiller:
     def __call__(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """`(logit distance, feature distance or None)`; call it after the model ran on `x`."""
         with torch.no_grad():
-            target = self.teacher(x).float()
+            target = self.teacher(x)
+        if not (isinstance(target, Tensor) and isinstance(logits, Tensor)):
+            raise InputError("Expected a model and a teacher that return logits as tensors, to "
+                             f"distil them, came a {type(target).__name__}.")
+        target = target.float()
         if target.shape != logits.shape:
             raise InputError(
                 f"Expected a teacher with the model's answers {tuple(logits.shape)}, came "

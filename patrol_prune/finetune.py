@@ -35,6 +35,9 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
+Drawing = dict[str, dict[str, float]]
+"""Of the model's random modules, the numbers on which they depend."""
+
 
 @dataclass
 class FinetuneResult:
@@ -157,6 +160,7 @@ def drive(
 ) -> FinetuneResult:
     """Run a trainer's epochs with its checkpoints; arguments and result as in `finetune`."""
     model = trainer.model
+    drawing = _drawing(model)  # as it came: a module may count what it sends
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
     if directory is not None and not resume:
         _refuse_earlier(directory)
@@ -166,7 +170,7 @@ def drive(
     try:
         trainer.open()
         if resume and directory is not None:
-            _resume(trainer, result, directory)
+            _resume(trainer, result, directory, drawing)
         if result.resumed_from == 0:
             trainer.warm_up_surrogates(train_batches)
         for epoch in range(result.resumed_from, trainer.config.epochs):
@@ -178,7 +182,7 @@ def drive(
             result.history.append(record)
             log.info("epoch %d: %s", epoch + 1, record)
             if directory is not None and trainer.is_main:
-                _save(trainer, result, directory, epoch + 1)
+                _save(trainer, result, directory, epoch + 1, drawing)
     finally:
         trainer.close()
         for module, mode in modes:
@@ -187,7 +191,8 @@ def drive(
     return result
 
 
-def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int) -> None:
+def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int,
+          drawing: Drawing) -> None:
     surrogates = None
     if trainer.objective is not None and trainer.objective.beta > 0:
         surrogates = trainer.objective.surrogates
@@ -200,18 +205,18 @@ def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int)
     tensors.update(more)
     tensors.update(pack_draws(trainer.device))
     meta.update(about, epoch=epoch, history=result.history, config=asdict(trainer.config),
-                **_circumstances(trainer))
+                **_circumstances(trainer, drawing))
     directory.mkdir(parents=True, exist_ok=True)
     save_state(directory / f"epoch-{epoch:04d}", tensors, meta)
 
 
-def _circumstances(trainer: Trainer) -> dict[str, Any]:
+def _circumstances(trainer: Trainer, drawing: Drawing) -> dict[str, Any]:
     """What else has to be the same for a training to go on, as JSON."""
     objective = trainer.objective
     return {
         "batches": trainer.batches, "teacher": trainer.distiller is not None,
         "surrogate_batches": trainer.pool is not None, "precision": trainer.precision,
-        "drawing": _drawing(trainer.model),
+        "drawing": drawing,
         "objective": None if objective is None else objective.settings(),
     }
 
@@ -222,7 +227,7 @@ _TOLD = {"batches": "batches in an epoch", "teacher": "a teacher or none",
 """What a refusal calls each of `_circumstances`; what a checkpoint lacks is not compared."""
 
 
-def _drawing(model: nn.Module) -> dict[str, dict[str, float]]:
+def _drawing(model: nn.Module) -> Drawing:
     """The numbers on which the model's random modules depend: dropout's `p`, a noise's scale."""
     return {name: {k: float(v) for k, v in vars(module).items()
                    if isinstance(v, int | float) and not k.startswith("_") and k != "training"}
@@ -241,7 +246,7 @@ def _refuse_earlier(directory: Path) -> None:
         )
 
 
-def _resume(trainer: Trainer, result: FinetuneResult, directory: Path) -> None:
+def _resume(trainer: Trainer, result: FinetuneResult, directory: Path, drawing: Drawing) -> None:
     newest = newest_whole(directory) if directory.is_dir() else None
     if newest is None:
         return
@@ -250,7 +255,7 @@ def _resume(trainer: Trainer, result: FinetuneResult, directory: Path) -> None:
     mine = asdict(trainer.config)
     changed = [k for k in mine if mine[k] != theirs.get(k)]
     if "batches" in meta:  # written by this release
-        now = _circumstances(trainer)
+        now = _circumstances(trainer, drawing)
         changed += [told for name, told in _TOLD.items() if now[name] != meta.get(name, now[name])]
         old, new = (about["objective"] or {} for about in (meta, now))
         changed += ["objective"] * (bool(old) != bool(new))

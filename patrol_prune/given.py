@@ -172,3 +172,25 @@ def share_outside(pixels: Tensor, slack: float = 0.02) -> float:
     """The share of values that lie outside of [-slack, 1 + slack]."""
     with torch.no_grad():
         return float(((pixels < -slack) | (pixels > 1.0 + slack)).float().mean())
+
+
+def real(z: Tensor) -> Tensor:
+    """An upload as real numbers in one to three dimensions beside the batch.
+
+    Real and imaginary parts become channels, and so do dimensions over three; one number for each
+    picture becomes a vector.
+
+    Raises:
+        InputError: it is no tensor, or has no batch dimension.
+    """
+    if not isinstance(z, Tensor) or z.dim() == 0:
+        came = "a number" if isinstance(z, Tensor) else type(z).__name__
+        raise InputError(
+            f"Expected an edge that sends one tensor [N, ...], came {came}. Wrap it in a module "
+            "that returns the tensor that is uploaded."
+        )
+    if z.dim() == 1:
+        z = z[:, None]
+    if z.is_complex():
+        z = torch.cat([z.real, z.imag], -1 if z.dim() == 3 else 1)
+    return z.flatten(1, z.dim() - 3) if z.dim() > 4 else z

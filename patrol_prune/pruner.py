@@ -16,7 +16,7 @@ from patrol_prune._block_pruning import (
     prunable_blocks,
     tie_named,
 )
-from patrol_prune._host_options import check_pruner, host_options, layers_to_keep
+from patrol_prune._host_options import check_pruner, host_options, layers_to_keep, with_owners
 from patrol_prune._tp import BasePruner, bounded_enumeration, pruning_group
 from patrol_prune.budget import MacModel, budget_as_count, check_budget
 from patrol_prune.choice import Limits, choose_structures, require_reachable, smallest
@@ -125,7 +125,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             return self.DG
 
         followed(model, example_inputs, options["forward_fn"], make)
-        self._example_inputs, self._ignored = example_inputs, {id(layer) for layer in ignored}
+        self._example_inputs, self._ignored = example_inputs, with_owners(ignored, model)
         self._graph_options = {n: options.get(n) for n in _GRAPH_OPTIONS}
         self._table = GroupTable.build(
             model, example_inputs, split=split, graph=self.DG, forward_fn=options["forward_fn"]
@@ -395,6 +395,4 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
 
     def _is_ignored(self, layer: Any) -> bool:
         """Whether it, a layer that holds it, or a parameter of its own is among those to keep."""
-        own = layer.parameters(recurse=False) if isinstance(layer, nn.Module) else ()
-        kept = {*self._ignored, *(id(m) for m in self.ignored_layers)}
-        return id(layer) in kept or any(id(p) in kept for p in own)
+        return id(layer) in {*self._ignored, *(id(m) for m in self.ignored_layers)}

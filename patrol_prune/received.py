@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.access import edge_function, real
+from patrol_prune.access import edge_function
 from patrol_prune.attacks import (
     EdgeFunction,
     Flag,
@@ -21,17 +21,19 @@ from patrol_prune.attacks import (
     LinearInverseConfig,
     draws_differ,
 )
+from patrol_prune.attacks.white_box import drops_values
 from patrol_prune.decoders import channel_dim
+from patrol_prune.given import real
 from patrol_prune.pixels import Normalization
 
 _ALIKE = 1e-2
 _ALONE = 4
-_SAMPLE, _NUMBERS = 512, 1 << 25
+_SAMPLE, _LEAST, _NUMBERS = 512, 16, 1 << 24
 _FAR, _ROUNDED, _FAINT = 30.0, 1e4, 0.1
 _FEW_ODD = 0.015
 _HELPS = 0.9
 _PROXY = 1_000
-_OUTLYING, _MOST_OUTLYING = 10.0, 0.2
+_OUTLYING, _USUAL, _MOST_OUTLYING = 10.0, 0.8, 0.15
 _FEWEST = 20
 
 MIXES_IMAGES = Flag(
@@ -56,15 +58,21 @@ OUTLYING_FEATURES = Flag(
 
 
 class Alone(nn.Module):
-    """The edge with one picture in each call."""
+    """The edge with one picture in each call.
 
-    def __init__(self, edge: nn.Module) -> None:
+    Args:
+        edge: asked for each picture by itself.
+        shape: of a picture's feature, where an edge drops the dimension of a batch of one.
+    """
+
+    def __init__(self, edge: nn.Module, shape: tuple[int, ...] = ()) -> None:
         super().__init__()
-        self.edge = edge
+        self.edge, self.shape = edge, shape
 
     def forward(self, x: Tensor) -> Tensor:
         """Model inputs `[N, ...]` to features `[N, ...]`."""
-        return torch.cat([self.edge(part).clone() for part in x.split(1)])
+        parts = [self.edge(part).clone() for part in x.split(1)]
+        return torch.cat([z.reshape(1, *self.shape) if self.shape else z for z in parts])
 
 
 @dataclass(frozen=True)
@@ -75,13 +83,23 @@ class Level:
     gain: Tensor
 
     def __call__(self, z: Tensor) -> Tensor:
-        shift, gain = self.shift.to(z.device), self.gain.to(z.device)
-        return ((z.double() - shift) * gain).float()
+        shift, gain = self._for(z)
+        return ((z.to(shift.dtype) - shift) * gain).float()
 
     def undone(self, z: Tensor) -> Tensor:
         """What was sent."""
-        shift, gain = self.shift.to(z.device), self.gain.to(z.device)
-        return (z.double() / gain + shift).float()
+        shift, gain = self._for(z)
+        return (z.to(shift.dtype) / gain + shift).float()
+
+    @property
+    def scales(self) -> bool:
+        """Whether values are scaled unlike each other."""
+        return bool((self.gain != self.gain.flatten()[0]).any())
+
+    def _for(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Both where `z` is, in the widest arithmetic there."""
+        kind = torch.float32 if z.device.type == "mps" else torch.float64
+        return self.shift.to(z.device, kind), self.gain.to(z.device, kind)
 
 
 class Levelled(nn.Module):
@@ -124,24 +142,31 @@ def one_at_a_time(
         return edge, True, []
     if not mixes_images(query, pixels):
         return edge, False, []
-    edge = Alone(edge)
+    edge = Alone(edge, tuple(query(pixels[:2]).shape[1:]))
     return edge, draws_differ(edge_function(edge, normalization), pixels), [MIXES_IMAGES]
 
 
 @torch.no_grad()
 def mixes_images(edge: EdgeFunction, pixels: Tensor) -> bool:
-    """Whether what a fixed edge sends for a picture depends on the others beside it."""
+    """Whether what a fixed edge sends for a picture depends on the others beside it.
+
+    One that cannot be asked for a single picture is taken as it is.
+    """
     together = edge(pixels)
     spread = float(together.double().std(0).square().mean().sqrt())
     places = torch.linspace(0, len(pixels) - 1, min(_ALONE, len(pixels))).long().tolist()
-    apart = [edge(pixels[i : i + 1])[0] - together[i] for i in places]
+    try:
+        apart = [edge(pixels[i : i + 1]).reshape(together[i].shape) - together[i] for i in places]
+    except (RuntimeError, ValueError):
+        return False
     turned = edge(pixels.flip(0)).flip(0) - together
     far = max(float(d.double().square().mean().sqrt()) for d in (*apart, *turned[places]))
     return far > _ALIKE * spread
 
 
 def evened(
-    edge: nn.Module, cloud: nn.Module | None, pixels: Tensor, normalization: Normalization
+    edge: nn.Module, cloud: nn.Module | None, pixels: Tensor, normalization: Normalization,
+    *, draws: bool = False,
 ) -> tuple[nn.Module, nn.Module | None, list[Flag]]:
     """Both with the feature evened out between them where some values stand far from others; and a
     flag that tells of it.
@@ -151,18 +176,24 @@ def evened(
         cloud: what reads its feature.
         pixels: the attacker's images.
         normalization: of the edge's inputs.
+        draws: whether the edge draws. One that drops values sends zeros where it does: these stay
+            zeros, so that white boxes see them.
     """
     query = edge_function(edge, normalization, wide=True)
-    level = level_of(query, pixels)
-    level = level and worth_it(level, query, pixels)
+    full, shifted = level_of(query, pixels)
+    if draws and full is not None and drops_values(
+            Knowledge(pixels, edge=edge_function(edge, normalization)), pixels.device):
+        full = Level(torch.zeros_like(full.shift), full.gain) if full.scales else None
+        shifted = None
+    level = shifted if full is None else worth_it(full, shifted, query, pixels)
     if level is None:
         return edge, cloud, []
     return Levelled(edge, level), cloud and Restored(cloud, level), [UNEVEN_FEATURE]
 
 
 @torch.no_grad()
-def level_of(edge: EdgeFunction, pixels: Tensor) -> Level | None:
-    """How a sample of features is evened out; None where there is nothing to even out.
+def level_of(edge: EdgeFunction, pixels: Tensor) -> tuple[Level | None, Level | None]:
+    """How a sample of features is evened out, and by shifts alone; None where nothing is to be.
 
     A value whose mean lies 30 times as far from the middle of its channel as the channel varies is
     shifted to it; so is one that is 10,000 times as far from 0, which float32 would round. A value
@@ -190,12 +221,11 @@ def level_of(edge: EdgeFunction, pixels: Tensor) -> Level | None:
     if float(scaled.double().mean()) < _FEW_ODD:
         scaled = torch.zeros_like(scaled)
     if not bool((shifted | scaled).any()):
-        return None
-    shift = torch.where(shifted | scaled | ~varies, mean, 0.0)
-    gain = torch.where(scaled, usual / std.clamp_min(1e-300), 1.0)
+        return None, None
     faint = usual.masked_select(usual > 0)
-    if len(faint) and float(mean.abs().max()) > _ROUNDED * float(faint.median()):
-        gain = gain / float(faint.median())
+    rounded = len(faint) and float(mean.abs().max()) > _ROUNDED * float(faint.median())
+    unit = 1.0 / float(faint.median()) if rounded else 1.0
+    gain = torch.where(scaled, usual / std.clamp_min(1e-300), 1.0) * unit
 
     def back(values: Tensor) -> Tensor:
         if len(shape) == 1:
@@ -203,46 +233,55 @@ def level_of(edge: EdgeFunction, pixels: Tensor) -> Level | None:
         order = z.movedim(channel, 1).shape[2:]
         return values.unflatten(1, order).movedim(0, channel - 1)
 
-    return Level(back(shift), back(gain))
+    full = Level(back(torch.where(shifted | scaled | ~varies, mean, 0.0)), back(gain))
+    if not bool(shifted.any()):
+        return full, None
+    alone = torch.where(shifted | ~varies, mean, 0.0)
+    return full, Level(back(alone), back(torch.full_like(gain, unit)))
 
 
 def _sample(edge: EdgeFunction, pixels: Tensor) -> Tensor:
     """Features of some images, float64 on the CPU, as many as fit."""
-    count = max(32, min(_SAMPLE, _NUMBERS // max(1, edge(pixels[:1])[0].numel())))
-    index = torch.linspace(0, len(pixels) - 1, min(count, len(pixels))).long().unique()
+    index = _spread(edge, pixels, _SAMPLE)
     return torch.cat([edge(part).double().cpu() for part in pixels[index].split(32)])
 
 
+def _spread(edge: EdgeFunction, pixels: Tensor, most: int) -> Tensor:
+    """Indices of so many of the images, of fewer where their features are large."""
+    count = max(_LEAST, min(most, _NUMBERS // max(1, edge(pixels[:32])[0].numel())))
+    return torch.linspace(0, len(pixels) - 1, min(count, len(pixels))).long().unique()
+
+
 @torch.no_grad()
-def worth_it(level: Level, edge: EdgeFunction, pixels: Tensor) -> Level | None:
-    """As much of the level as helps: its gain only where a linear decoder rebuilds held-out images
-    better with it; None where nothing is left.
+def worth_it(
+    full: Level, shifted: Level | None, edge: EdgeFunction, pixels: Tensor
+) -> Level | None:
+    """The full level only where a linear decoder rebuilds held-out images better with it.
 
     Args:
-        level: what `level_of` found.
+        full, shifted: what `level_of` found.
         edge: as there.
         pixels: the attacker's images.
     """
-    shift_alone = Level(level.shift, torch.full_like(level.gain, float(level.gain.median())))
-    shifts = bool(level.shift.any())
-    if bool((level.gain == level.gain.flatten()[0]).all()):
-        return level
-    some = pixels[torch.linspace(0, len(pixels) - 1, min(_PROXY, len(pixels))).long()]
-    if len(some) < 20:
-        return shift_alone if shifts else None
-    z = torch.cat([edge(part).cpu() for part in some.split(64)])
-    near = not_outlying(z)
-    if near is not None:
-        z, some = z[near], some[near]
-    losses = [LinearInverse(LinearInverseConfig()).fit(Knowledge(some, made(z))).best_loss
-              for made in (shift_alone, level)]
-    if losses[1] < _HELPS * losses[0]:
-        return level
-    return shift_alone if shifts else None
+    if not full.scales:
+        return full
+    some = pixels[_spread(edge, pixels, _PROXY)]
+    if len(some) < _FEWEST:
+        return shifted
+    parts = [edge(part).cpu() for part in some.split(64)]
+    losses = []
+    for made in (shifted, full):
+        z = torch.cat([part.float() if made is None else made(part) for part in parts])
+        near = not_outlying(z)
+        known = Knowledge(some, z) if near is None else Knowledge(some[near], z[near])
+        losses.append(LinearInverse(LinearInverseConfig(whole=False)).fit(known).best_loss)
+    return full if losses[1] < _HELPS * losses[0] else shifted
 
 
 def not_outlying(z: Tensor) -> Tensor | None:
-    """Indices of the images whose features are not far out; None where (almost) none are, or many.
+    """Indices of the images whose features are not far out; None where none are, or many.
+
+    Far out is over ten times as far from the middle as four in five are.
 
     Args:
         z: features `[N, ...]` of the attacker's images.
@@ -251,7 +290,10 @@ def not_outlying(z: Tensor) -> Tensor | None:
     middle = some.median(0).values
     away = torch.cat([(part - middle).flatten(1).double().square().mean(1).sqrt()
                       for part in z.split(256)])
-    near = away <= _OUTLYING * away.median()
+    usual = away.quantile(_USUAL)
+    if not usual > 0:
+        return None
+    near = away <= _OUTLYING * usual
     gone = float((~near).double().mean())
     found = near.nonzero().flatten()
     return found if 0 < gone <= _MOST_OUTLYING and len(found) >= _FEWEST else None

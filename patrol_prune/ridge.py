@@ -43,7 +43,9 @@ class Standardised(nn.Module):
     def __init__(self, inputs: Tensor) -> None:
         super().__init__()
         self.register_buffer("mean", inputs.mean(0))
-        self.register_buffer("gain", 1 / (inputs.std(0) + 1e-3 * inputs.std() + 1e-12))
+        std = inputs.std(0)
+        usual = std[std > 0].median() if bool((std > 0).any()) else std.new_zeros(())
+        self.register_buffer("gain", 1 / (std + 1e-3 * usual + 1e-12))
 
     def forward(self, x: Tensor) -> Tensor:
         """`(x - mean) * gain`."""

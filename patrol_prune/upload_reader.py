@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from patrol_prune.decoders import channel_dim, token_grid
 from patrol_prune.errors import InputError
+from patrol_prune.given import real
 from patrol_prune.leaks import Leak, ReaderConfig, guess_rate, map_square, minimise
 from patrol_prune.ridge import DECADES, Standardised, linear_scores
 
@@ -135,14 +136,16 @@ class UploadReader:
         """`[N, D]`, float32, part by part."""
         found: list[Tensor] = []
         done = 0
-        for part in z.split(_CHUNK) if isinstance(z, Tensor) else z:
+        for sent in z.split(_CHUNK) if isinstance(z, Tensor) else z:
+            part = real(sent.detach())
             if not bool(torch.isfinite(part).all()):
                 raise InputError("Expected finite features, came NaN or infinite values.")
             own = None if corners is None else corners[done : done + len(part)]
             done += len(part)
             if own is not None and len(own) != len(part):
-                raise InputError(f"Expected corners of each picture, came {len(corners or ())} for "
-                                 f"{done} features or more.")
+                raise InputError(
+                    "Expected corners of each picture, came "
+                    f"{0 if corners is None else len(corners)} for {done} features or more.")
             found.append(self._read_off(part, own))
         if expected is not None:
             _check_count(done, expected)

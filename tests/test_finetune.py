@@ -254,6 +254,25 @@ def test_resume_refuses_what_changes_the_loss_or_the_upload(tmp_path: Path) -> N
     assert weights[1.0] != weights[9.0]
 
 
+def test_a_module_that_counts_what_it_sends_is_resumed(tmp_path: Path) -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.sent, self.generator = 0, torch.Generator()
+
+        def forward(self, z: torch.Tensor) -> torch.Tensor:
+            self.sent += len(z)
+            return z
+
+    def train(epochs: int) -> None:
+        model = nn.Sequential(_split().model, Counts())
+        finetune(model, Batches(_images(), 16), progress=False, checkpoint_dir=tmp_path,
+                 config=dataclasses.replace(CONFIG, epochs=1, lr=0.05), resume=epochs > 0)
+
+    train(0)
+    train(1)
+
+
 class _Drops(Net):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return super().forward(F.dropout(x, 0.3, self.training))

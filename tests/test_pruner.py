@@ -432,6 +432,21 @@ def test_parameters_and_generators_of_ignored_layers_stay_whole_too() -> None:
     assert shuffled.conv1[0].out_channels == 24
 
 
+def test_a_parameter_to_keep_is_kept_in_every_step() -> None:
+    """The layer before it shrinks first, which gives it a new parameter."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 8, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(8, 4, 1))
+    split = Split(model, torch.rand(1, 3, 8, 8), at="6")
+    pruner = PatrolPruner(model, split.example_inputs, tp.importance.GroupMagnitudeImportance(),
+                          split=split, edge_macs=0.5, iterative_steps=2,
+                          ignored_layers=[model[2].weight])
+    for _ in range(2):
+        pruner.step()
+    assert model[2].out_channels == 32 and model[0].out_channels < 24
+
+
 class Tied(nn.Module):
     """Two convolutions with one weight between others."""
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import patrol_prune as pp
 from patrol_prune.access import edge_function, real
 from patrol_prune.attacks.checks import smooth_images
+from patrol_prune.attacks.white_box import drops_values
 from patrol_prune.errors import InputError
 from patrol_prune.pixels import Normalization
 from patrol_prune.received import (
@@ -66,7 +67,7 @@ def test_nothing_is_evened_out_of_a_usual_feature() -> None:
     ssim, flags = UNDEFENDED
     assert ssim > 0.6 and not flags & {"uneven_feature", "mixes_images", "outlying_features"}
     edge = Edge()
-    assert level_of(edge_function(edge, PLAIN, wide=True), KNOWN) is None
+    assert level_of(edge_function(edge, PLAIN, wide=True), KNOWN) == (None, None)
     assert evened(edge, None, KNOWN, PLAIN) == (edge, None, [])
 
 
@@ -91,13 +92,54 @@ def test_an_edge_is_asked_for_one_picture_at_a_time_where_batches_matter(change)
     assert ssim > 0.85 * UNDEFENDED[0] and "mixes_images" in flags
 
 
-def test_pictures_on_another_scale_are_left_out_of_the_attackers() -> None:
-    def loud(z: Tensor) -> Tensor:
-        odd = (z.flatten(1).sum(1) * 1e4).long() % 40 == 0
-        return torch.where(odd.view(-1, 1, 1, 1), 1e5 * z, z)
+def loud(z: Tensor) -> Tensor:
+    odd = (z.flatten(1).sum(1) * 1e4).long() % 40 == 0
+    return torch.where(odd.view(-1, 1, 1, 1), 1e5 * z, z)
 
+
+def test_pictures_on_another_scale_are_left_out_of_the_attackers() -> None:
     ssim, flags = audit(loud)
     assert ssim > 0.7 * UNDEFENDED[0] and "outlying_features" in flags
+    small = pp.InverseNetworkConfig(width=16, depth=1, epochs=8, batch_size=16, lr=5e-3,
+                                    precision="fp32", max_extensions=0)
+    found = [pp.audit(Cut(Edge(change)), KNOWN, VICTIM, attacks=("inverse_network",), config=small,
+                      examples=0).strongest()["ssim"] for change in (lambda z: z, loud)]
+    assert found[1] > 0.8 * found[0] > 0.3  # mirrored pictures were not looked at beforehand
+
+
+def test_uploads_that_say_something_of_a_few_pictures_alone_are_kept() -> None:
+    z = torch.zeros(200, 6)
+    z[:30] = torch.randn(30, 6, generator=torch.Generator().manual_seed(0))
+    assert not_outlying(z) is None
+    sparse = torch.randn(1_000, 40, generator=torch.Generator().manual_seed(1))
+    assert not_outlying((sparse - 2.7).relu()) is None
+
+
+def test_what_is_dropped_stays_zero() -> None:
+    """A shift would move the zeros, by which a white box sees what was dropped."""
+    class Drops(Edge):
+        def forward(self, x: Tensor) -> Tensor:
+            z = super().forward(x)
+            return nn.functional.dropout(z, 0.5, True)
+
+    for change in (lambda z: z * positions(1e-4), lambda z: z + 30.0 * (positions(0.0) - 0.5)):
+        edge, _, _ = evened(Drops(change), None, KNOWN, PLAIN, draws=True)
+        query = edge_function(edge, PLAIN)
+        assert drops_values(pp.Knowledge(KNOWN, edge=query), torch.device("cpu"))
+
+
+def test_an_edge_without_a_batch_of_one_is_audited_as_it_is() -> None:
+    def strict(z: Tensor) -> Tensor:
+        if len(z) == 1:
+            raise ValueError("Expected more than 1 value per channel")
+        return z
+
+    assert audit(strict)[0] == pytest.approx(UNDEFENDED[0])
+    pooled = audit(lambda z: z.mean((2, 3)))
+    squeezed = audit(lambda z: z.mean((2, 3), keepdim=True).squeeze())
+    assert squeezed[0] == pytest.approx(pooled[0]) and "mixes_images" not in squeezed[1]
+    alone = Alone(Edge(lambda z: z.mean((2, 3)).squeeze()), (12,))
+    assert alone(IMAGES[:3]).shape == (3, 12)
 
 
 def test_images_far_out_are_found_and_neither_many_nor_none_are_left_out() -> None:
@@ -116,10 +158,11 @@ def test_a_gain_is_used_only_where_a_linear_decoder_is_better_for_it() -> None:
     query = edge_function(Edge(), PLAIN, wide=True)
     useless = torch.ones(12, 8, 8, dtype=torch.double)
     useless[:6] = 1e6  # a whole channel: every attack has it on one scale
-    none, shift = torch.zeros_like(useless), torch.ones_like(useless)
-    assert worth_it(Level(none, useless), query, KNOWN) is None
-    left = worth_it(Level(shift, useless), query, KNOWN)
-    assert left is not None and bool((left.gain == left.gain[0, 0, 0]).all())
+    none, one = torch.zeros_like(useless), torch.ones_like(useless)
+    assert worth_it(Level(none, useless), None, query, KNOWN) is None
+    shifted = Level(one, one)
+    assert worth_it(Level(one, useless), shifted, query, KNOWN) is shifted
+    assert worth_it(shifted, shifted, query, KNOWN) is shifted  # scales nothing
 
 
 @settings(max_examples=30, deadline=None)

@@ -69,6 +69,18 @@ def test_more_inputs_than_examples_and_fewer_give_the_same_regression() -> None:
                                atol=1e-6, rtol=0)
 
 
+def test_complex_uploads_constants_and_gradients_change_nothing() -> None:
+    known, asked = texts(300, 0), texts(100, 1)
+    mixing = torch.randn(12, 20, generator=torch.Generator().manual_seed(2))
+    z, other = codes(known) @ mixing, codes(asked) @ mixing
+    plain = UploadReader(IMAGE, CONFIG).fit(z, known).accuracy(other, asked)[0].rate
+    for made in (lambda z: torch.complex(torch.zeros_like(z), z),
+                 lambda z: torch.cat([torch.full((len(z), 1), 1e8), z], 1),
+                 lambda z: z.clone().requires_grad_()):
+        reader = UploadReader(IMAGE, CONFIG).fit(made(z), known)
+        assert reader.accuracy(made(other), asked)[0].rate > plain - 0.05
+
+
 def test_noise_is_read_no_better_than_by_chance() -> None:
     g = torch.Generator().manual_seed(0)
     reader = UploadReader(IMAGE, CONFIG).fit(torch.randn(300, 20, generator=g), texts(300, 0))
@@ -134,6 +146,8 @@ def test_what_cannot_be_read_is_refused() -> None:
     with pytest.raises(InputError, match="corners"):
         reader.fit(z, texts(10, 0), torch.zeros(10, 2))
     reader.fit(z, texts(10, 0))
+    with pytest.raises(InputError, match="corners of each picture, came 10"):
+        UploadReader(IMAGE, CONFIG).fit(torch.randn(12, 6), texts(10, 0), torch.zeros(10, 4, 2))
     with pytest.raises(InputError, match="in neither"):
         reader.read(z, torch.zeros(10, 4, 2))
     with pytest.raises(InputError, match="3 answers"):

@@ -176,7 +176,12 @@ class InverseNetwork:
             runs[mirrored] = run = _Run(self, pairs, train, self.held_out,
                                         generator.clone_state())
             initial = run.held_out_loss()
-            run.segment(config.epochs, config.lr)
+            try:
+                run.segment(config.epochs, config.lr)
+            except TrainingError:
+                if not mirrored or len(trains) == 1:
+                    raise
+                del runs[mirrored]
         mirrored = min(runs, key=lambda name: runs[name].best_loss)
         run = runs[mirrored]
         self.decoder = run.decoder
@@ -195,7 +200,7 @@ class InverseNetwork:
             plateau=run.plateau(floor) and not run.diverged,
             extensions=extensions,
             seconds=time.perf_counter() - start,
-            chosen={"mirrored": "yes" if mirrored else "no"} if len(runs) > 1 else None,
+            chosen={"mirrored": "yes" if mirrored else "no"} if len(trains) > 1 else None,
         )
 
     @torch.no_grad()

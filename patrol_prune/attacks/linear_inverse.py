@@ -40,6 +40,7 @@ class LinearInverseConfig:
         holdout: share of the attacker's images that only chooses the weight.
         largest_rows: positions that enter the normal equations at most; images beyond that are
             left out.
+        whole: also try a small feature whole (see `LinearInverse`).
         seed: of the held-out choice.
     """
 
@@ -47,6 +48,7 @@ class LinearInverseConfig:
     decades: tuple[float, ...] = (-12.0, -9.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0, 0.0)
     holdout: float = 0.1
     largest_rows: int = 300_000
+    whole: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -132,7 +134,7 @@ class LinearInverse:
         held_out, train = order[: min(held, 500)], order[held:]
         shapes = tuple(self._features(known, order[:1]).shape[1:]), tuple(known.pixels.shape[1:])
         layouts = [Layout.of(*shapes, self.config.kernel)]
-        if layouts[0].is_map and math.prod(shapes[0]) <= _MOST_WHOLE and (
+        if self.config.whole and layouts[0].is_map and math.prod(shapes[0]) <= _MOST_WHOLE and (
                 math.prod(shapes[0]) * math.prod(shapes[1]) <= _MOST_WEIGHTS):
             layouts.append(Layout.whole(*shapes))
         z, x = self._features(known, held_out), known.pixels[held_out]

@@ -80,8 +80,10 @@ class TrainingPairs:
             if 8 * self._z.numel() > _STORED_BYTES:
                 self._edge, self._z = edge, None
             else:
-                self._z = self._with_mirrored(self._z, edge)
-                numbers += self._z.numel() // 2
+                both = self._with_mirrored(self._z, edge)
+                self.mirrored = bool(torch.isfinite(both).all())
+                self._z = both if self.mirrored else self._z
+                numbers += self._z.numel() - len(pixels) * self._z[0].numel()
         home = device if 4 * numbers <= _RESIDENT_BYTES else torch.device("cpu")
         self._pixels = self._pixels.to(home)
         self._z = None if self._z is None else self._z.to(home)
@@ -123,8 +125,9 @@ class TrainingPairs:
         return self._z[index.to(self._z.device)].to(self.device), pixels
 
     def features(self) -> Iterator[Tensor]:
-        """Every image's feature once, in chunks on the device; NaN or infinity is refused."""
-        for index in torch.split(torch.arange(len(self)), _CHUNK):
+        """The feature of every image as it is, in chunks on the device; NaN or infinity is refused.
+        """
+        for index in torch.split(torch.arange(self.own), _CHUNK):
             z = self.batch(index)[0]
             if not bool(torch.isfinite(z).all()):
                 raise InputError(
