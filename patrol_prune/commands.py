@@ -27,6 +27,7 @@ from patrol_prune.report import console_table
 from patrol_prune.run_summary import rewrite_report
 from patrol_prune.rundir import CONFIG, make_folder, run_command
 from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig, build
+from patrol_prune.storage import WRITE_ERRORS
 from patrol_prune.vehicles import write_vehicles
 
 OK, BAD_INPUT, INTERRUPTED = 0, 2, 130
@@ -121,8 +122,11 @@ class _Parser(ArgumentParser):  # type: ignore[misc]
 
     def error(self, message: str, ex: Exception | None = None) -> None:  # type: ignore[override]
         """Exit with 2 and one message."""
-        named = re.sub(rf"\b(?:{'|'.join(USAGE)})\.([a-z])", r"--\1", message)
+        command = self.prog.split()[-1]  # a group of settings may be called as a command is
+        prefixes = command if command in USAGE else "|".join(USAGE)
+        named = re.sub(rf"(?<![\w.-])(?:{prefixes})\.([a-z])", r"--\1", message)
         named = re.sub(r'Parser key "(?:--)?([a-z][\w.]*)"', r"--\1", named)
+        named += " Write a list as [a,b]." * ("'tuple'" in named)
         _complain(_dashed(named) + f"\nSee: {self.prog.replace('[options] ', '')} --help")
         raise SystemExit(BAD_INPUT)
 
@@ -190,6 +194,11 @@ def execute(arguments: Sequence[str]) -> int:
         return stop.code if isinstance(stop.code, int) else OK if stop.code is None else BAD_INPUT
     except PatrolError as error:
         _complain(_dashed(str(error)))
+        return BAD_INPUT
+    except WRITE_ERRORS as error:
+        logging.getLogger("patrol_prune").debug("", exc_info=True)
+        _complain(f"{error}. What was finished before is kept; the same command goes on from there "
+                  "once files can be read and written again.")
         return BAD_INPUT
     return OK
 

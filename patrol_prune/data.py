@@ -78,7 +78,8 @@ def find_parts(root: str | Path) -> tuple[Path, Path]:
     """The folders to train on and to test on: `root/train`, and `root/test` or else `root/val`."""
     folder = Path(root)
     if not folder.is_dir():
-        raise InputError(f"Expected a folder of images, came {folder}, which does not exist.")
+        told = "is a file" if folder.exists() else "does not exist"
+        raise InputError(f"Expected a folder of images, came {folder}, which {told}.")
     train = [folder / name for name in TRAIN_NAMES if (folder / name).is_dir()]
     test = [folder / name for name in TEST_NAMES if (folder / name).is_dir()]
     if not train or not test:

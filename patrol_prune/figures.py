@@ -20,10 +20,11 @@ INK, MUTED, LIGHT, PALE = "#1d2733", "#5b6673", "#b4bec9", "#d5dce4"
 ACCENT, WARM, GREY = "#0b6e69", "#b5482a", "#8a94a0"
 _MOST_NAMED_LAYERS = 60
 _MARKS = "os^Dv<>p"
+_FEWEST_COLUMNS = 5  # or titles are cut off
 _TERMS = {
     "accuracy": "Accuracy on held-out pictures (%)",
     "task": "Task loss",
-    "adversarial": "Error of the inner attackers (MSE)",
+    "adversarial": "Loss of the inner attackers",
     "lipschitz": "Lipschitz term",
     "distillation": "Distillation loss",
 }
@@ -64,7 +65,7 @@ def _plain(axes: Axes) -> None:
 
 def pictures(rows: Sequence[tuple[str, np.ndarray, Sequence[str]]]) -> bytes:
     """A strip of pictures, one row per (label, uint8 [K, H, W, 3], K captions)."""
-    columns = max(len(images) for _, images, _ in rows)
+    columns = max(_FEWEST_COLUMNS, *(len(images) for _, images, _ in rows))
     figure = Figure(figsize=(1.25 * columns, 1.55 * len(rows)))
     grid = figure.subplots(len(rows), 1, squeeze=False)
     for axes, (label, images, captions) in zip(grid.flat, rows, strict=True):
@@ -89,11 +90,18 @@ def _side_by_side(images: np.ndarray, columns: int, edge: int = 192, gap: int = 
     return np.asarray(row)
 
 
-def leak(bars: Sequence[tuple[str, float, Sequence[float]]]) -> bytes:
-    """SSIM per subject: (label, the strongest attack's value, every attack's value)."""
+def leak(
+    bars: Sequence[tuple[str, float, Sequence[float]]], *, undefended: bool = True
+) -> bytes:
+    """SSIM per subject: (label, the strongest attack's value, every attack's value).
+
+    Args:
+        bars: in the order undefended, edge, floor.
+        undefended: whether the first of these is there.
+    """
     figure = Figure(figsize=(7.6, 0.42 * len(bars) + 0.62))
     axes = figure.subplots()
-    colours = {0: WARM, 1: ACCENT}
+    colours = {0: WARM, 1: ACCENT} if undefended else {0: ACCENT}
     for i, (_, value, seeds) in enumerate(bars):
         axes.barh(i, value, height=0.62, color=colours.get(i, GREY))
         if len(seeds) > 1:

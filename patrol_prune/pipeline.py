@@ -23,8 +23,7 @@ from patrol_prune.audit_report import AuditReport
 from patrol_prune.cost import count_params, edge_macs, feature_bytes
 from patrol_prune.finetune import accuracy, finetune, recalibrate_batchnorm
 from patrol_prune.importance import PatrolImportance
-from patrol_prune.open_attention import open_attention
-from patrol_prune.plan import Plan, plan, short
+from patrol_prune.plan import Plan, short
 from patrol_prune.preparation import (
     Images,
     dropout_notes,
@@ -32,6 +31,8 @@ from patrol_prune.preparation import (
     held_out_batches,
     incoming_digests,
     incoming_model,
+    open_heads,
+    planned,
     read_images,
     refuse_changed,
     training_batches,
@@ -41,9 +42,8 @@ from patrol_prune.pruner import PatrolPruner
 from patrol_prune.report import RunSummary, write_report
 from patrol_prune.run_objectives import scoring_objective, training_objective
 from patrol_prune.run_summary import SUMMARY, read_summary, summarise
-from patrol_prune.rundir import RunDirectory
+from patrol_prune.rundir import CONFIG, RunDirectory
 from patrol_prune.settings import FREE_KEYS, RunConfig, resolve_device
-from patrol_prune.spectral_rules import read_blocks
 from patrol_prune.split import Split
 from patrol_prune.storage import atomic_write_json, keep_newest
 
@@ -120,9 +120,11 @@ def _opened(
     incoming_model(config, len(images.classes))
     path = Path(config.runs) / config.name
     defaults = RunConfig(config.data, config.edge_macs).to_dict()
+    # What cannot be planned costs no earlier run, and leaves no folder.
+    made = planned(config, images) if overwrite or not (path / CONFIG).is_file() else None
     with RunDirectory(path, config.to_dict(), overwrite=overwrite, free_keys=FREE_KEYS,
                       defaults=defaults) as folder:
-        yield Work(config, folder, images, device, progress, bars)
+        yield Work(config, folder, images, device, progress, bars, made)
 
 
 class Work:
@@ -130,10 +132,10 @@ class Work:
 
     def __init__(
         self, config: RunConfig, folder: RunDirectory, images: Images, device: torch.device,
-        progress: Progress | None, bars: bool,
+        progress: Progress | None, bars: bool, made: Plan | None = None,
     ) -> None:
         self.config, self.folder, self.images, self.device = config, folder, images, device
-        self.progress, self.bars = progress, bars
+        self.progress, self.bars, self.made = progress, bars, made
         self.stage = ""
 
     def go(self) -> RunResult:
@@ -198,22 +200,7 @@ class Work:
 
     def do_plan(self) -> None:
         self.say("Looking for places to cut.")
-        config = self.config
-        model = fresh_model(config, len(self.images.classes))
-        opened = self.open_heads(model)
-        made = plan(
-            model, self.images.example(), edge_macs=config.edge_macs, at=config.at,
-            boundary=config.boundary, max_pruning_ratio=config.score.max_pruning_ratio,
-            min_channels=config.score.min_channels, round_to=config.score.round_to,
-            structures=config.score.structures,
-        )
-        if opened:  # the dense model is cut before its heads are opened
-            Split(self.factory(), self.images.example(), at=made.recommended)
-        if config.privacy.lipschitz_form == "spectral" and (
-            config.privacy.alpha or config.score.lip_weight
-        ):  # an edge that form cannot read is refused before any training
-            chosen = Split(model, self.images.example(), at=made.recommended)
-            read_blocks(chosen.blocks, chosen.example_inputs)
+        made = self.made or planned(self.config, self.images)
         atomic_write_json(self.folder / "plan.json", made.to_json())
         self.say(made.text)
         self.folder.finish("plan", ["plan.json"], at=made.recommended,
@@ -227,11 +214,8 @@ class Work:
         return fresh_model(self.config, len(self.images.classes))
 
     def open_heads(self, model: torch.nn.Module) -> tuple[str, ...]:
-        """Give the attention heads of its own, where they may go; the layers that were replaced."""
-        score = self.config.score
-        if not score.heads:
-            return ()
-        return open_attention(model, self.images.example(), unit=score.head_unit).opened
+        """See `preparation.open_heads`."""
+        return open_heads(self.config, self.images, model)
 
     def load(self, name: str) -> Split:
         return checkpoint.load(self.folder / name, self.factory, device=self.device)

@@ -16,8 +16,11 @@ from patrol_prune.data import Batches, ImageSet, find_parts, load_image_folder
 from patrol_prune.defences import FeatureDropout
 from patrol_prune.errors import InputError, RunDirectoryError
 from patrol_prune.models import SMALL_RESNET, build_model, load_weights
+from patrol_prune.open_attention import open_attention
 from patrol_prune.pixels import Normalization
+from patrol_prune.plan import Plan, plan
 from patrol_prune.settings import PrivacyConfig, RunConfig
+from patrol_prune.spectral_rules import read_blocks
 from patrol_prune.split import Split
 from patrol_prune.storage import sha256_of
 
@@ -153,6 +156,39 @@ def incoming_model(config: RunConfig, classes: int) -> tuple[nn.Module, bool]:
     if config.weights is None:
         return model, True
     return model, bool(load_weights(model, config.weights))
+
+
+def open_heads(config: RunConfig, images: Images, model: nn.Module) -> tuple[str, ...]:
+    """Give the attention heads of its own, where they may go; the layers that were replaced."""
+    score = config.score
+    if not score.heads:
+        return ()
+    return open_attention(model, images.example(), unit=score.head_unit).opened
+
+
+def planned(config: RunConfig, images: Images) -> Plan:
+    """Where the model is cut and how far its edge is pruned.
+
+    Raises:
+        PatrolError: no such place, a budget that cannot be met, an edge that cannot be trained as
+            the settings say.
+    """
+    model = fresh_model(config, len(images.classes))
+    opened = open_heads(config, images, model)
+    made = plan(
+        model, images.example(), edge_macs=config.edge_macs, at=config.at,
+        boundary=config.boundary, max_pruning_ratio=config.score.max_pruning_ratio,
+        min_channels=config.score.min_channels, round_to=config.score.round_to,
+        structures=config.score.structures,
+    )
+    if opened:  # the dense model is cut before its heads are opened
+        Split(fresh_model(config, len(images.classes)), images.example(), at=made.recommended)
+    if config.privacy.lipschitz_form == "spectral" and (
+        config.privacy.alpha or config.score.lip_weight
+    ):  # an edge that form cannot read is refused before any training
+        chosen = Split(model, images.example(), at=made.recommended)
+        read_blocks(chosen.blocks, chosen.example_inputs)
+    return made
 
 
 def incoming_digests(config: RunConfig, images: Images) -> dict[str, str | None]:

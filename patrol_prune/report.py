@@ -213,7 +213,8 @@ def _plots(
          ["" if score is None else f"SSIM {score:.2f}" for score in scores])
         for key, images, scores in strip
     ]
-    plots = {"pictures": figures.pictures(captioned), "leak": figures.leak(_bars(audit))}
+    plots = {"pictures": figures.pictures(captioned), "leak": figures.leak(
+        _bars(audit), undefended=bool(attacks_on(audit.records, UNDEFENDED)))}
     if summary.prune:
         plots["channels"] = figures.channels(summary.prune)
     if summary.history:
@@ -225,9 +226,13 @@ def _spread(audit: Audit) -> dict[str, str]:
     """Lowest to highest SSIM over attacks and seeds, for each subject with several."""
     texts = {}
     for subject in (UNDEFENDED, EDGE):
-        values = [float(record["ssim"]) for record in attacks_on(audit.records, subject)]
+        records = attacks_on(audit.records, subject)
+        values = [float(record["ssim"]) for record in records]
         if len(values) > 1:
-            texts[subject] = f"{min(values):.3f} to {max(values):.3f} over {len(values)} attacks"
+            attacks = len({record["attack"] for record in records})
+            fits = f" ({len(values)} times)" * (len(values) > attacks)
+            over = "one attack" if attacks == 1 else f"{attacks} attacks"
+            texts[subject] = f"{min(values):.3f} to {max(values):.3f} over {over}{fits}"
     return texts
 
 

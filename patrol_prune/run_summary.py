@@ -12,7 +12,7 @@ from pathlib import Path
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import RunDirectoryError
 from patrol_prune.report import RunSummary, write_report
-from patrol_prune.rundir import RunDirectory, place_of, run_command
+from patrol_prune.rundir import CONFIG, RunDirectory, place_of, run_command
 from patrol_prune.settings import RunConfig
 
 SUMMARY = "summary.json"
@@ -63,6 +63,11 @@ def read_summary(directory: str | Path) -> RunSummary:
         values["prune"] = {k: (now, before) for k, (now, before) in values["prune"].items()}
         return RunSummary(**values)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if not (folder / CONFIG).is_file():
+            raise RunDirectoryError(
+                f"Expected a run's folder, came {folder}, which has no {CONFIG}. Give that of a "
+                "finished run, as in runs/photos."
+            ) from error
         raise RunDirectoryError(
             f"Expected a finished run in {folder}, but its {SUMMARY} cannot be read ({error}). "
             f"Let the run finish first: {run_command(folder)}"

@@ -272,7 +272,13 @@ def _refuse_strangers(path: Path, outputs: Iterable[str]) -> None:
 def _lock(path: Path) -> int | None:
     if fcntl is None:
         return None
-    descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        descriptor = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise RunDirectoryError(
+            f"Expected a folder that can be written, came {path} ({error.strerror}). Give the run "
+            "another place, --runs."
+        ) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:

@@ -36,6 +36,9 @@ MANIFEST = "manifest.json"
 TENSORS = "tensors.safetensors"
 META = "meta.json"
 
+WRITE_ERRORS = (OSError, SafetensorError)
+"""What a full or read-only disk raises."""
+
 _ours: set[str] = set()  # names of the temporaries of this process
 
 
@@ -122,7 +125,8 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # what came first is what is told
+            temporary.unlink(missing_ok=True)
         raise
     _fsync(path.parent)
 

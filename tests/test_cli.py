@@ -109,6 +109,26 @@ def test_plan(tmp_path: Path, capsys: Capture) -> None:
     assert made["structures"] == "blocks" and row["blocks"] == ["layer1.0", "layer1.1", "layer2.1"]
 
 
+def test_options_of_a_group_keep_their_name_and_lists_are_explained(capsys: Capture) -> None:
+    call = ["run", "--data", "photos", "--edge-macs", "0.5"]
+    for option in ("--audit.attacks", "--audit.seeds"):
+        assert main([*call, option, "rmle"]) == 2
+        told = capsys.readouterr().err
+        assert option in told and "Write a list as [a,b]" in told
+
+
+def test_a_disk_that_cannot_be_written_is_told_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    def full(config: RunConfig, overwrite: bool) -> None:
+        raise OSError(28, "No space left on device", "runs/a/plan.json")
+
+    monkeypatch.setattr(commands, "_whole_path", full)
+    assert main(["run", "--data", "photos", "--edge-macs", "0.5"]) == 2
+    told = capsys.readouterr().err
+    assert "No space left on device" in told and "is kept" in told and "Traceback" not in told
+
+
 def test_a_printed_configuration_is_read_back(
     tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

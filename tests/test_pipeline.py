@@ -354,7 +354,7 @@ def test_attacked_again_with_other_attacks_and_fewer_images(
 def test_what_is_no_finished_run_is_refused(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="holds no run"):
         audit_again(tmp_path)
-    with pytest.raises(RunDirectoryError, match="Expected a finished run"):
+    with pytest.raises(RunDirectoryError, match="has no config.yaml"):
         rewrite_report(tmp_path)
     stop = KeyboardInterrupt()
 
@@ -366,6 +366,8 @@ def test_what_is_no_finished_run_is_refused(folder: Path, tmp_path: Path) -> Non
         run(tiny(folder, tmp_path), progress=progress)
     with pytest.raises(RunDirectoryError, match="no finished edge"):
         audit_again(tmp_path / "a")
+    with pytest.raises(RunDirectoryError, match="Expected a finished run"):
+        rewrite_report(tmp_path / "a")
 
 
 def test_changed_images_are_noticed(tmp_path: Path, write_folder: Writer) -> None:
@@ -515,6 +517,22 @@ def test_a_directory_that_holds_something_else(folder: Path, tmp_path: Path) -> 
     (tmp_path / "a" / "thesis.tex").write_text("mine")
     with pytest.raises(RunDirectoryError, match=r"thesis\.tex"):
         run(tiny(folder, tmp_path), overwrite=True)
+
+
+@pytest.mark.parametrize("slip", [{"at": "layer9"}, {"edge_macs": "100M"}, {"edge_macs": "10"}])
+def test_what_cannot_be_planned_costs_no_run_and_leaves_none(
+    folder: Path, tmp_path: Path, slip: dict[str, str]
+) -> None:
+    wrong = replace(tiny(folder, tmp_path), **slip)
+    with pytest.raises(PatrolError):
+        run(wrong)
+    assert list(tmp_path.iterdir()) == []  # so that the corrected settings meet no other run
+    (tmp_path / "a").mkdir()
+    for name in ("config.yaml", "summary.json"):
+        (tmp_path / "a" / name).write_text("earlier: run")
+    with pytest.raises(PatrolError):
+        run(wrong, overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["config.yaml", "summary.json"]
 
 
 def test_labels_outside_the_classes_of_the_model(
