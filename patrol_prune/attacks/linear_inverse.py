@@ -26,6 +26,7 @@ _CHUNK_BYTES = 256 << 20
 _BASIS_BYTES = 2 << 30
 _MOST_INPUTS = 4096
 _MOST_WHOLE, _MOST_WEIGHTS = 2048, 1 << 24
+_CLEARLY, _EXACT = 0.95, 1e-6
 
 
 @dataclass(frozen=True)
@@ -138,20 +139,25 @@ class LinearInverse:
                 math.prod(shapes[0]) * math.prod(shapes[1]) <= _MOST_WEIGHTS):
             layouts.append(Layout.whole(*shapes))
         z, x = self._features(known, held_out), known.pixels[held_out]
-        history = []
+        mean = known.pixels[train].mean(0)
+        floor = float(mse(x, mean.expand_as(x)).mean())
+        history: list[float] = []
         best: tuple[float, _Solution] | None = None
         for layout in layouts:
+            # The second has to be clearly better on what may be few held-out images.
+            below = math.inf if best is None else _CLEARLY * best[0]
+            if below < _EXACT * floor:
+                break
             own = train[: max(20, self.config.largest_rows // layout.positions)]
             for solution in self._solve(known, layout, own):
                 guess = torch.cat([solution(part.to(self.device)).cpu()
                                    for part in z.split(_chunk(layout))])
                 history.append(float(mse(x, guess).mean()))
-                if best is None or history[-1] < best[0]:
-                    best = (history[-1], solution)
+                if history[-1] < below:
+                    below = history[-1]
+                    best = (below, solution)
         assert best is not None
         self._solution = best[1]
-        mean = known.pixels[train].mean(0)
-        floor = float(mse(x, mean.expand_as(x)).mean())
         choice = history.index(best[0])
         return FitRecord(
             history=tuple(history), train_history=(), initial_loss=floor, mean_image_loss=floor,
