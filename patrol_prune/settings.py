@@ -229,7 +229,7 @@ class RunConfig:
     """
 
     data: str
-    edge_macs: str
+    edge_macs: str | int | float
     model: str = "resnet18"
     weights: str | None = None
     image_size: int = 128
@@ -256,6 +256,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if not self.data:
             raise InputError("Expected a folder of images, came none. Give --data FOLDER.")
+        # As text, so that a number in a file and on the command line are the same settings.
+        object.__setattr__(self, "edge_macs", str(self.edge_macs))
         if not str(self.edge_macs).strip():
             raise InputError("Expected a budget, came none. Give --edge-macs, as in 9.9M.")
         check_seed(self.seed, "seed")

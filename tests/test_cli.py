@@ -109,6 +109,20 @@ def test_plan(tmp_path: Path, capsys: Capture) -> None:
     assert made["structures"] == "blocks" and row["blocks"] == ["layer1.0", "layer1.1", "layer2.1"]
 
 
+@pytest.mark.parametrize(("written", "read"), [("0.5", "0.5"), ("9900000", "9900000"),
+                                               ("'9.9M'", "9.9M")])
+def test_a_budget_in_a_file_may_be_a_number(
+    written: str, read: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "c.yaml"
+    file.write_text(f"data: photos\nedge_macs: {written}\n")
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(commands, "_whole_path", lambda config, overwrite: seen.append(config))
+    assert main(["run", "--config", str(file)]) == 0
+    assert main(["run", "--data", "photos", "--edge-macs", read]) == 0
+    assert seen[0] == seen[1] and seen[0].edge_macs == read
+
+
 def test_options_of_a_group_keep_their_name_and_lists_are_explained(capsys: Capture) -> None:
     call = ["run", "--data", "photos", "--edge-macs", "0.5"]
     for option in ("--audit.attacks", "--audit.seeds"):

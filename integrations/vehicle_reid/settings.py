@@ -128,7 +128,7 @@ class ReidRun:
     weights: str | None = None
     image_size: int = 64
     at: str = "layer4"
-    edge_macs: str = "0.5"
+    edge_macs: str | int | float = "0.5"
     name: str = "reid"
     runs: str = "runs"
     device: str = "cpu"
