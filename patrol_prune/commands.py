@@ -124,7 +124,7 @@ class _Parser(ArgumentParser):  # type: ignore[misc]
         """Exit with 2 and one message."""
         command = self.prog.split()[-1]  # a group of settings may be called as a command is
         prefixes = command if command in USAGE else "|".join(USAGE)
-        named = re.sub(rf"(?<![\w.-])(?:{prefixes})\.([a-z])", r"--\1", message)
+        named = re.sub(rf"(?<!value: )(?<![\w./\\'-])(?:{prefixes})\.([a-z])", r"--\1", message)
         named = re.sub(r'Parser key "(?:--)?([a-z][\w.]*)"', r"--\1", named)
         named += " Write a list as [a,b]." * ("'tuple'" in named)
         _complain(_dashed(named) + f"\nSee: {self.prog.replace('[options] ', '')} --help")
@@ -197,8 +197,9 @@ def execute(arguments: Sequence[str]) -> int:
         return BAD_INPUT
     except WRITE_ERRORS as error:
         logging.getLogger("patrol_prune").debug("", exc_info=True)
-        _complain(f"{error}. What was finished before is kept; the same command goes on from there "
-                  "once files can be read and written again.")
+        resumed = any(name in arguments for name in ("run", "tune", "demo"))
+        _complain(f"{error}." + resumed * (" What was finished before is kept; the same command "
+                                           "goes on from there once files can be written again."))
         return BAD_INPUT
     return OK
 

@@ -205,7 +205,7 @@ def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int,
     tensors.update(more)
     tensors.update(pack_draws(trainer.device))
     meta.update(about, epoch=epoch, history=result.history, config=asdict(trainer.config),
-                **_circumstances(trainer, drawing))
+                **_circumstances(trainer, _steady(drawing, trainer.model)))
     directory.mkdir(parents=True, exist_ok=True)
     save_state(directory / f"epoch-{epoch:04d}", tensors, meta)
 
@@ -221,9 +221,15 @@ def _circumstances(trainer: Trainer, drawing: Drawing) -> dict[str, Any]:
     }
 
 
+def _steady(drawing: Drawing, model: nn.Module) -> Drawing:
+    """Those of the numbers that training has left as they were: others count what happens."""
+    now = _drawing(model)
+    return {name: {k: v for k, v in values.items() if now.get(name, {}).get(k) == v}
+            for name, values in drawing.items()}
+
+
 _TOLD = {"batches": "batches in an epoch", "teacher": "a teacher or none",
-         "surrogate_batches": "surrogate_batches or none", "precision": "precision",
-         "drawing": "dropout or noise in the model"}
+         "surrogate_batches": "surrogate_batches or none", "precision": "precision"}
 """What a refusal calls each of `_circumstances`; what a checkpoint lacks is not compared."""
 
 
@@ -257,6 +263,9 @@ def _resume(trainer: Trainer, result: FinetuneResult, directory: Path, drawing: 
     if "batches" in meta:  # written by this release
         now = _circumstances(trainer, drawing)
         changed += [told for name, told in _TOLD.items() if now[name] != meta.get(name, now[name])]
+        changed += ["dropout or noise in the model"] * any(
+            now["drawing"].get(name, {}).get(k, v) != v
+            for name, values in meta.get("drawing", {}).items() for k, v in values.items())
         old, new = (about["objective"] or {} for about in (meta, now))
         changed += ["objective"] * (bool(old) != bool(new))
         changed += [f"the objective's {k}" for k in old if k in new and old[k] != new[k]]

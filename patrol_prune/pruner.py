@@ -51,8 +51,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         example_inputs: what it takes.
         importance: a `PatrolImportance`, or any Torch-Pruning importance.
         split: where edge and cloud are; refreshed after every step.
-        edge_macs: a fraction in (0, 1] of the edge as it is now, or a count (also as "9.9M"); a
-            split's name, as `plan` takes it, is none.
+        edge_macs: a fraction in (0, 1] of the edge as it is now, or a count (also as "9.9M").
         boundary: "keep" leaves every group that crosses the split whole, so that the feature and
             the cloud stay as they are; "prune" lets them shrink: the feature narrows and the
             cloud's consumers (and, on a residual stream, its producers) follow.
@@ -132,7 +131,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         )
         tie_named(self._table, self.in_channel_groups, self.out_channel_groups)
         self._costs = MacModel(
-            split, self._table, blocks=prunable_blocks(split, structures, self.ignored_layers)
+            split, self._table, blocks=prunable_blocks(split, structures, self._to_keep())
         )
         self.initial = {name: g.channels for name, g in self._table.groups.items()}
         self.dense_edge_macs = self._costs.dense
@@ -160,7 +159,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             tie_named(self._table, self.in_channel_groups, self.out_channel_groups)
             self.initial = {**initial_widths(before, self._table, self.initial), **self.initial}
             previous = None if self._costs.blocks else self._costs
-            blocks = prunable_blocks(self.split, self.structures, self.ignored_layers)
+            blocks = prunable_blocks(self.split, self.structures, self._to_keep())
             self._costs = MacModel(self.split, self._table, previous=previous, blocks=blocks)
             self._decay = None
         return self._table
@@ -396,3 +395,6 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
     def _is_ignored(self, layer: Any) -> bool:
         """Whether it, a layer that holds it, or a parameter of its own is among those to keep."""
         return id(layer) in {*self._ignored, *(id(m) for m in self.ignored_layers)}
+
+    def _to_keep(self) -> list[nn.Module]:
+        return [m for m in self.model.modules() if self._is_ignored(m)]

@@ -28,7 +28,7 @@ from patrol_prune.pixels import Normalization
 
 _ALIKE = 1e-2
 _ALONE = 4
-_SAMPLE, _LEAST, _NUMBERS = 512, 16, 1 << 24
+_SAMPLE, _LEAST, _NUMBERS = 512, 32, 1 << 24
 _FAR, _ROUNDED, _FAINT = 30.0, 1e4, 0.1
 _FEW_ODD = 0.015
 _HELPS = 0.9
@@ -58,21 +58,29 @@ OUTLYING_FEATURES = Flag(
 
 
 class Alone(nn.Module):
-    """The edge with one picture in each call.
+    """The edge with one picture in each call; a batch's dimension that it drops then comes back."""
 
-    Args:
-        edge: asked for each picture by itself.
-        shape: of a picture's feature, where an edge drops the dimension of a batch of one.
-    """
-
-    def __init__(self, edge: nn.Module, shape: tuple[int, ...] = ()) -> None:
+    def __init__(self, edge: nn.Module) -> None:
         super().__init__()
-        self.edge, self.shape = edge, shape
+        self.edge = edge
 
     def forward(self, x: Tensor) -> Tensor:
         """Model inputs `[N, ...]` to features `[N, ...]`."""
         parts = [self.edge(part).clone() for part in x.split(1)]
-        return torch.cat([z.reshape(1, *self.shape) if self.shape else z for z in parts])
+        return torch.cat([z if z.dim() and len(z) == 1 else z[None] for z in parts])
+
+
+class Paired(nn.Module):
+    """An edge that cannot be asked for a single picture: it is asked for that twice."""
+
+    def __init__(self, edge: nn.Module) -> None:
+        super().__init__()
+        self.edge = edge
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Model inputs `[N, ...]` to features `[N, ...]`."""
+        z: Tensor = self.edge(x if len(x) > 1 else torch.cat([x, x]))
+        return z[: len(x)]
 
 
 @dataclass(frozen=True)
@@ -140,25 +148,30 @@ def one_at_a_time(
     query = edge_function(edge, normalization)
     if draws_differ(query, pixels):
         return edge, True, []
+    if not _takes_one(query, pixels):
+        return Paired(edge), False, []
     if not mixes_images(query, pixels):
         return edge, False, []
-    edge = Alone(edge, tuple(query(pixels[:2]).shape[1:]))
+    edge = Alone(edge)
     return edge, draws_differ(edge_function(edge, normalization), pixels), [MIXES_IMAGES]
 
 
 @torch.no_grad()
-def mixes_images(edge: EdgeFunction, pixels: Tensor) -> bool:
-    """Whether what a fixed edge sends for a picture depends on the others beside it.
+def _takes_one(edge: EdgeFunction, pixels: Tensor) -> bool:
+    """Whether a single picture may be asked for, and gives a feature like those of others."""
+    try:
+        return edge(pixels[:1]).shape[1:] == edge(pixels[:2]).shape[1:]
+    except (RuntimeError, ValueError):
+        return False
 
-    One that cannot be asked for a single picture is taken as it is.
-    """
+
+@torch.no_grad()
+def mixes_images(edge: EdgeFunction, pixels: Tensor) -> bool:
+    """Whether what a fixed edge sends for a picture depends on the others beside it."""
     together = edge(pixels)
     spread = float(together.double().std(0).square().mean().sqrt())
     places = torch.linspace(0, len(pixels) - 1, min(_ALONE, len(pixels))).long().tolist()
-    try:
-        apart = [edge(pixels[i : i + 1]).reshape(together[i].shape) - together[i] for i in places]
-    except (RuntimeError, ValueError):
-        return False
+    apart = [edge(pixels[i : i + 1])[0] - together[i] for i in places]
     turned = edge(pixels.flip(0)).flip(0) - together
     far = max(float(d.double().square().mean().sqrt()) for d in (*apart, *turned[places]))
     return far > _ALIKE * spread
@@ -188,7 +201,8 @@ def evened(
     level = shifted if full is None else worth_it(full, shifted, query, pixels)
     if level is None:
         return edge, cloud, []
-    return Levelled(edge, level), cloud and Restored(cloud, level), [UNEVEN_FEATURE]
+    cloud = None if cloud is None else Restored(cloud, level)
+    return Levelled(edge, level), cloud, [UNEVEN_FEATURE]
 
 
 @torch.no_grad()
@@ -269,10 +283,12 @@ def worth_it(
     if len(some) < _FEWEST:
         return shifted
     parts = [edge(part).cpu() for part in some.split(64)]
-    losses = []
+    near: Tensor | None = None
+    losses: list[float] = []
     for made in (shifted, full):
         z = torch.cat([part.float() if made is None else made(part) for part in parts])
-        near = not_outlying(z)
+        if not losses:  # both are judged by the same images
+            near = not_outlying(z)
         known = Knowledge(some, z) if near is None else Knowledge(some[near], z[near])
         losses.append(LinearInverse(LinearInverseConfig(whole=False)).fit(known).best_loss)
     return full if losses[1] < _HELPS * losses[0] else shifted

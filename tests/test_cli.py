@@ -131,6 +131,13 @@ def test_options_of_a_group_keep_their_name_and_lists_are_explained(capsys: Capt
         assert option in told and "Write a list as [a,b]" in told
 
 
+def test_names_of_files_are_left_as_they_are(capsys: Capture) -> None:
+    assert main(["run", "--config", "w/missing/run.yaml"]) == 2
+    assert "w/missing/run.yaml" in capsys.readouterr().err
+    assert main(["run", "--data", "a", "--edge-macs", "0.5", "--seed", "run.py"]) == 2
+    assert "run.py" in capsys.readouterr().err
+
+
 def test_a_disk_that_cannot_be_written_is_told_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -264,12 +264,13 @@ def test_a_module_that_counts_what_it_sends_is_resumed(tmp_path: Path) -> None:
             self.sent += len(z)
             return z
 
-    def train(resume: bool) -> int:
-        model = nn.Sequential(_split().model, Counts())
+    def train(resume: bool, model: nn.Module | None = None) -> int:
+        model = model or nn.Sequential(_split().model, Counts())
         return finetune(model, Batches(_images(), 16), progress=False, checkpoint_dir=tmp_path,
                         config=dataclasses.replace(CONFIG, epochs=1), resume=resume).resumed_from
 
-    assert (train(False), train(True)) == (0, 1)
+    same = nn.Sequential(_split().model, Counts())
+    assert (train(False, same), train(True), train(True, same)) == (0, 1, 1)
 
 
 class _Drops(Net):

@@ -447,6 +447,20 @@ def test_a_parameter_to_keep_is_kept_in_every_step() -> None:
     assert model[2].out_channels == 32 and model[0].out_channels < 24
 
 
+@pytest.mark.parametrize("as_parameter", [False, True])
+def test_what_is_to_be_kept_keeps_its_block(as_parameter: bool) -> None:
+    model = cifar_resnet(width=16, depth=2)
+    x = torch.rand(1, 3, 16, 16)
+    split = Split(model, x, at="layer2")
+    importance = PatrolImportance(PatrolObjective(split, functional.cross_entropy), blocks=True)
+    importance.accumulate(*batch())
+    kept = [block.conv1 for layer in (model.layer1, model.layer2) for block in layer]
+    result = PatrolPruner(
+        model, x, importance, split=split, edge_macs=0.85, structures="both",
+        ignored_layers=[conv.weight for conv in kept] if as_parameter else kept).step()
+    assert result.removed_blocks == ()
+
+
 class Tied(nn.Module):
     """Two convolutions with one weight between others."""
 

@@ -86,6 +86,7 @@ def test_what_stands_far_from_its_channel_is_evened_out(change) -> None:  # type
     lambda z: z + 9 * torch.randn(z.shape, generator=torch.Generator().manual_seed(0)),
     lambda z: z + z.roll(1, 0) + z.roll(2, 0),
     lambda z: z if len(z) == 1 else z.mean((1, 2, 3), keepdim=True).expand_as(z),
+    lambda z: torch.complex(z, z + z.roll(1, 0)),
 ])
 def test_an_edge_is_asked_for_one_picture_at_a_time_where_batches_matter(change) -> None:  # type: ignore[no-untyped-def]
     ssim, flags = audit(change)
@@ -135,11 +136,16 @@ def test_an_edge_without_a_batch_of_one_is_audited_as_it_is() -> None:
         return z
 
     assert audit(strict)[0] == pytest.approx(UNDEFENDED[0])
+    one_more = pp.audit(Cut(Edge(strict)), KNOWN[:129], VICTIM[:1], attacks=("linear_inverse",),
+                        examples=0)
+    assert one_more.strongest()["ssim"] > 0.5
     pooled = audit(lambda z: z.mean((2, 3)))
     squeezed = audit(lambda z: z.mean((2, 3), keepdim=True).squeeze())
     assert squeezed[0] == pytest.approx(pooled[0]) and "mixes_images" not in squeezed[1]
-    alone = Alone(Edge(lambda z: z.mean((2, 3)).squeeze()), (12,))
-    assert alone(IMAGES[:3]).shape == (3, 12)
+    squeezed = pp.audit(Cut(Edge(lambda z: z.mean((2, 3)).squeeze())), KNOWN[:129], VICTIM[:1],
+                        attacks=("linear_inverse",), examples=0)
+    assert {r["victim_images"] for r in squeezed.records} == {1}
+    assert Alone(Edge(lambda z: z.mean((2, 3)).squeeze()))(IMAGES[:3]).shape == (3, 12)
 
 
 def test_images_far_out_are_found_and_neither_many_nor_none_are_left_out() -> None:
