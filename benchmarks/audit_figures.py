@@ -91,7 +91,7 @@ def strongest(record: dict[str, Any], circumstances: str) -> str:
     floor = next(row for each in groups.values() for row in each.values()
                  if row.get("victim_images") == first["first_images"])
     worst_floor = floor.get("floor_ssim_worst5")
-    columns = {"method": "trained with", "split": "split after", "accuracy": "accuracy",
+    columns = {"method": "model", "split": "split after", "accuracy": "accuracy",
                "macs": "edge MACs", "bytes": "uploaded", "ssim": "SSIM under the strongest attack",
                "attack": "which attack", "worst": "worst 5%", "mse": "smallest MSE",
                "tried": "attacks tried"}

@@ -25,7 +25,7 @@ METHODS = {
     "taylor": "Taylor pruning",
     "patrol": "**PATROL**",
     "patrol-adversarial": "PATROL, adversarial term only",
-    "control": "nothing, cut deeper",
+    "control": "trained on without attackers, cut deeper",
     "deeper": "**PATROL, cut deeper**",
 }
 ATTACKS = {

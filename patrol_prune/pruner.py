@@ -136,10 +136,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         self.initial = {name: g.channels for name, g in self._table.groups.items()}
         self.dense_edge_macs = self._costs.dense
         self.budget = budget_as_count(edge_macs, self.dense_edge_macs)
-        floor = self.smallest_edge_macs()
-        if floor > self.budget:
-            require_reachable(self.budget, floor, self.dense_edge_macs, limits=self.limits,
-                              boundary=boundary, whole=self._kept_whole())
+        require_reachable(self.budget, self.smallest_edge_macs(), self.dense_edge_macs,
+                          limits=self.limits, boundary=boundary, whole=self._kept_whole())
         self.pruning_ratio = 1.0 - self.budget / self.dense_edge_macs
         self.per_step_pruning_ratio = self.iterative_pruning_ratio_scheduler(
             self.pruning_ratio, iterative_steps
@@ -393,7 +391,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         return None
 
     def _is_ignored(self, layer: Any) -> bool:
-        """Whether it, a layer that holds it, or a parameter of its own is among those to keep."""
+        """Whether it, or a parameter of its own, is among what the caller keeps."""
         return id(layer) in {*self._ignored, *(id(m) for m in self.ignored_layers)}
 
     def _to_keep(self) -> list[nn.Module]:

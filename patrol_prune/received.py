@@ -215,7 +215,7 @@ def level_of(edge: EdgeFunction, pixels: Tensor) -> tuple[Level | None, Level | 
     scaled to it. Only where that are many may they be scaled: in every feature a few hardly vary.
 
     Args:
-        edge: as it is attacked, in the precision in which it sends.
+        edge: as it is attacked, in float64.
         pixels: the attacker's images.
     """
     z = _sample(edge, pixels)
@@ -255,9 +255,9 @@ def level_of(edge: EdgeFunction, pixels: Tensor) -> tuple[Level | None, Level | 
 
 
 def _sample(edge: EdgeFunction, pixels: Tensor) -> Tensor:
-    """Features of some images, float64 on the CPU, as many as fit."""
+    """Features of some images, as many as fit."""
     index = _spread(edge, pixels, _SAMPLE)
-    return torch.cat([edge(part).double().cpu() for part in pixels[index].split(32)])
+    return torch.cat([edge(part) for part in pixels[index].split(32)])
 
 
 def _spread(edge: EdgeFunction, pixels: Tensor, most: int) -> Tensor:
@@ -282,7 +282,7 @@ def worth_it(
     some = pixels[_spread(edge, pixels, _PROXY)]
     if len(some) < _FEWEST:
         return shifted
-    parts = [edge(part).cpu() for part in some.split(64)]
+    parts = [edge(part) for part in some.split(64)]
     near: Tensor | None = None
     losses: list[float] = []
     for made in (shifted, full):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -11,7 +11,6 @@ from pictures import Pictures
 from torch import Tensor
 from torch.nn import functional as F
 
-from patrol_prune.leaks import ReaderConfig
 from patrol_prune.upload_reader import UploadReader, as_map
 
 DIRECT = "the upload itself"
@@ -121,7 +120,7 @@ def read_uploads(victims: Owned, known: Owned, *, seed: int = 0, device: str = "
     """Plates, characters and places that are read out of uploads alone: a row of each."""
     truth, asked = known.pictures.truth, victims.pictures.truth
     assert truth is not None and asked is not None
-    config = ReaderConfig(epochs=40, lr=2e-3, width=256, seed=seed, device=device)
+    config = replace(UploadReader(known.image_shape).config, seed=seed, device=device)
     found = {}
     scene = UploadReader(known.image_shape, config).fit(
         known.uploads(), [(s,) for s in truth.scenes])

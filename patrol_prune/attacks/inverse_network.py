@@ -167,8 +167,9 @@ class InverseNetwork:
         trains = {True: torch.cat([own, own + pairs.own])} if pairs.mirrored else {}
         if not pairs.mirrored or config.mirror is None:
             trains[False] = own
-        self._build(pairs.feature_shape, pairs.image_shape)
-        self._parts()[0].fit(pairs.features())
+        dim = channel_dim(pairs.feature_shape, pairs.image_shape)
+        self.standardizer = FeatureStandardizer(pairs.feature_shape, dim=dim).to(self.device)
+        self.standardizer.fit(pairs.features())
         floor = self._mean_image_loss(pairs, own, self.held_out)
         initial, runs = math.inf, dict[bool, _Run]()
         for mirrored, train in trains.items():
@@ -237,11 +238,6 @@ class InverseNetwork:
         with autocast(self.device, precision):
             pixels: Tensor = decoder(z)
         return pixels.float()
-
-    def _build(self, feature_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> None:
-        dim = channel_dim(feature_shape, image_shape)
-        self.standardizer = FeatureStandardizer(feature_shape, dim=dim).to(self.device)
-        self._new_decoder(feature_shape, image_shape)
 
     def _new_decoder(self, feature_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> None:
         config = self.config
