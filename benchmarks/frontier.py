@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -233,8 +234,8 @@ def base(args: Frontier) -> str:
 
 def made_with(args: Frontier) -> dict[str, Any]:
     """The settings that a row depends on, and the commit that measured it."""
-    free = ("data", "work", "shifted", "workers", "threads", "collect", "only", "earlier",
-            "record")
+    free = ("data", "work", "models", "shifted", "workers", "threads", "collect", "only",
+            "earlier", "record")
     settings = {k: v for k, v in asdict(args).items() if k not in free}
     return {**settings, "commit": os.environ.get("BENCHMARK_COMMIT") or commit()}
 
@@ -321,14 +322,42 @@ def kind_of(args: Frontier, row: dict[str, Any]) -> tuple[Any, ...]:
             bool(row.get("silenced")))
 
 
+def take_over(args: Frontier) -> None:
+    """Bring finished models and rows into the working directory, each whole or not at all.
+
+    Nothing is taken where the directory has a dense model of its own that is another one: what was
+    made from two dense models is not compared.
+    """
+    if args.models is None:
+        return
+    if not (args.models / "baseline").is_dir():
+        raise SystemExit(f"{args.models}: no finished models; expected a folder with baseline/, "
+                         "models/ and rows/")
+    own = args.work / "baseline" / "manifest.json"
+    theirs = args.models / "baseline" / "manifest.json"
+    if own.exists() and own.read_bytes() != theirs.read_bytes():
+        raise SystemExit(f"{args.work} has a dense model of its own; give another --work")
+    finished = [source for name in ("models", "rows") for source in args.models.glob(f"{name}/*")]
+    for source in [*finished, args.models / "baseline"]:
+        target = args.work / source.relative_to(args.models)
+        if target.exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = target.with_name(f"{target.name}.{os.getpid()}")
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, temporary)
+        temporary.replace(target)
+
+
 def main(args: Frontier) -> None:
     args = replace(args, work=args.work.expanduser(), data=args.data.expanduser(),
+                   models=args.models and args.models.expanduser(),
                    shifted=args.shifted and args.shifted.expanduser())
     if os.environ.get("FRONTIER_WORKER"):
         torch.set_num_threads(args.threads)
         work(args)
         return
     args.work.mkdir(parents=True, exist_ok=True)
+    take_over(args)
     codes: list[int] = []
     if not args.collect:
         dense_model(args, Data(args))

@@ -15,6 +15,8 @@ class Frontier:
     Attributes:
         data: ImageFolder tree with train/ and test/.
         work: where stages are kept between runs.
+        models: finished models and rows of an earlier run, such as `benchmarks/models`, taken
+            over where `work` has none of its own.
         shifted: ImageFolder tree of other images, for an attacker with the wrong ones; its
             train/ part is read. Without it that row is left out.
         train_images: of the defender.
@@ -43,6 +45,7 @@ class Frontier:
 
     data: Path
     work: Path = Path("runs/frontier")
+    models: Path | None = None
     shifted: Path | None = None
     train_images: int = 40_000
     attacker_images: int = 10_000
