@@ -8,14 +8,16 @@ graph reads them for itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
-from patrol_prune._trace import Traced, attribute_of, trace
-from patrol_prune.errors import InputError, nearest
+from patrol_prune._trace import Traced, attribute_of, run_on, trace
+from patrol_prune.cost import draws_restored, evaluating
+from patrol_prune.errors import InputError, UnsupportedModelError, nearest
 
 # Normalisations whose weights may have several dimensions and still mix no features.
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -270,3 +272,30 @@ class CutGraph:
         name = self.names[node][0] if self.names[node] else "the input"
         tensor = self.facts[node].tensor
         return f"{name} {list(tensor.shape) if tensor is not None else '(no tensor)'}"
+
+
+Parts = Sequence[tuple[nn.Module, CutGraph | None]]
+"""Modules one behind the other, each with its cuts, or None where it cannot be traced."""
+
+
+def parts_of(module: nn.Module, x: Tensor) -> Parts:
+    """The module and its cuts; an `nn.Sequential` that cannot be traced as a whole, part by part.
+
+    Args:
+        module: in the mode in which it is; left as found.
+        x: one sample `[1, ...]` on the module's device.
+    """
+    parts: list[tuple[nn.Module, CutGraph | None]] = []
+    with draws_restored(module):
+        try:
+            return [(module, CutGraph(module, x))]
+        except UnsupportedModelError:
+            if type(module) is not nn.Sequential:
+                return [(module, None)]
+        for part in module:
+            parts += parts_of(part, x)
+            with evaluating(part), torch.no_grad():
+                x = run_on(part, x.clone())
+            if not isinstance(x, Tensor):
+                return [(module, None)]
+    return parts

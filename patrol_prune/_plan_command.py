@@ -96,6 +96,9 @@ def show(options: dict[str, Any], out: Callable[[str], None]) -> None:
     )
     config = LatencyConfig(batch=options["batch"], threads=options["threads"])
     timed = options["latency"] or limits.latency_ms is not None
+    if not timed and (options["batch"] != 1 or options["threads"] is not None):
+        raise InputError("Came --batch or --threads, which say how to time the edge, without "
+                         "--latency or --max-latency-ms. Add one of them.")
     model = build_model(options["model"], classes, image_size=size)
     image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(0))
     if options["heads"]:

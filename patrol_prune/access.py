@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune.attacks import EdgeFunction
-from patrol_prune.cost import evaluating, generators_of
+from patrol_prune.cost import draws_restored, evaluating, generators_of
 from patrol_prune.given import real
 from patrol_prune.pixels import Normalization
 
@@ -133,9 +133,7 @@ def lent(*modules: nn.Module) -> Iterator[None]:
     """
     held = nn.ModuleList(modules)
     flags = [(p, p.requires_grad) for p in held.parameters()]
-    generators = generators_of(held)
-    states = [g.get_state() for g in generators]
-    with evaluating(held):
+    with evaluating(held), draws_restored(held):
         try:
             for parameter, _ in flags:
                 parameter.requires_grad_(False)
@@ -143,8 +141,6 @@ def lent(*modules: nn.Module) -> Iterator[None]:
         finally:
             for parameter, flag in flags:
                 parameter.requires_grad_(flag)
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
 
 
 class Draws:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -163,6 +164,7 @@ class EntropyBound:
         images: N, how many images the covariance was estimated from.
         dimensions: k, values of `z` per image.
         groups: how many groups were told apart.
+        smallest_group: images of the smallest of them.
         pixel_values: d, values of `x` per image.
         entropy: `h(x)` in nats as given, or None.
         levels: grey levels of the pixels, where `entropy` is of dithered pixels; or None.
@@ -174,14 +176,15 @@ class EntropyBound:
     images: int
     dimensions: int
     groups: int
+    smallest_group: int
     pixel_values: int
     entropy: float | None
     levels: int | None
 
     @property
     def rank_deficient(self) -> bool:
-        """Whether there were too few images to see every direction of `z` vary."""
-        return self.images - self.groups < self.dimensions
+        """Whether a group has too few images to see every direction of `z` vary within it."""
+        return self.smallest_group - 1 < self.dimensions
 
     @property
     def mse_factor(self) -> float:
@@ -225,8 +228,9 @@ def conditional_entropy_bound(
     A covariance from N images **under-estimates** I on average, badly where N is not many times
     `k`: at most N - 1 directions vary. `shrinkage` mixes the covariance with its own diagonal,
     which can only raise I: 1 uses the variances alone (the default: looser, and hardly biased,
-    by about `k / (2 N)` nats), 0 the sample covariance, "auto" the share of least expected
-    squared error (Schafer and Strimmer 2005).
+    by about `k / (2 N)` nats; with G groups by about `G k / (2 N)`, much where they are small), 0
+    the sample covariance, "auto" the share of least expected squared error (Schafer and Strimmer
+    2005), which is all of the diagonal for fewer than 10 images of a group.
 
     Args:
         z: features `[N, ...]` of images drawn from the victim's distribution, without noise.
@@ -244,9 +248,8 @@ def conditional_entropy_bound(
     _check_sigma(sigma)
     if levels is not None and levels < 2:
         raise InputError(f"Expected at least 2 grey levels (256 for 8 bits), came {levels}.")
-    if entropy is not None and not math.isfinite(entropy):
-        raise InputError(f"Expected entropy as finite nats or None, came {entropy}.")
     flat = _check_features(z, pixel_values, shrinkage)
+    _check_entropy(entropy, pixel_values, levels)
     labels = _check_groups(groups, len(flat), flat.device)
     information = diagonal = used = 0.0
     names, counts = torch.unique(labels, return_counts=True)
@@ -258,7 +261,7 @@ def conditional_entropy_bound(
         diagonal += share * (gaussian_information(part, sigma, 1.0) - math.log(share))
         used += share * rho
     return EntropyBound(information, diagonal, used, len(flat), flat.shape[1], len(names),
-                        pixel_values, entropy, levels)
+                        int(counts.min()), pixel_values, entropy, levels)
 
 
 def capped_information(power: float, sigma: float, dimensions: int) -> float:
@@ -268,6 +271,9 @@ def capped_information(power: float, sigma: float, dimensions: int) -> float:
     `||z - c||^2 <= k P` for a fixed `c` before the noise, it holds for whatever images come.
     """
     _check_sigma(sigma)
+    if not (0 <= power < math.inf and dimensions >= 1):
+        raise InputError("Expected a mean squared value from 0 upwards and at least 1 dimension, "
+                         f"came power={power}, dimensions={dimensions}.")
     return 0.5 * dimensions * math.log1p(power / sigma**2)
 
 
@@ -277,16 +283,41 @@ def dithered_entropy(bits: float, pixel_values: int, levels: int = 256) -> float
     `h = d (bits log 2 - log(levels - 1))`, with `u` uniform over one grey level. Pixels on a grid
     have no density (`h(x)` is minus infinity); dithered they have. The bits per value of a
     compressor or a likelihood model are an upper limit of the entropy, never a lower one.
+
+    Raises:
+        InputError: more bits than the grey levels can carry, or fewer than none.
     """
+    if levels < 2 or pixel_values < 1:
+        raise InputError("Expected at least 2 grey levels (256 for 8 bits) and 1 pixel value, came "
+                         f"levels={levels}, pixel_values={pixel_values}.")
+    if not 0 <= bits <= math.log2(levels):
+        raise InputError(f"Expected bits per value from 0 to {math.log2(levels):.4g}, what "
+                         f"{levels} grey levels carry, came {bits}. Give the entropy of one value, "
+                         "not of the image.")
     return pixel_values * (bits * math.log(2.0) - math.log(levels - 1))
 
 
 def _check_sigma(sigma: float) -> None:
-    if not 0.0 < sigma < math.inf:
+    if not isinstance(sigma, Real) or not 0.0 < sigma < math.inf:
         raise InputError(
             f"Expected sigma, the standard deviation of the noise on z, above 0, came {sigma}. "
             "Without noise there is no such bound; jacobian_effective_rank is a diagnostic."
         )
+
+
+def _check_entropy(entropy: float | None, pixel_values: int, levels: int | None) -> None:
+    """Refuse an entropy that no image on [0, 1], dithered or not, can have."""
+    if entropy is None:
+        return
+    most = 0.0 if levels is None else pixel_values * math.log(levels / (levels - 1))
+    if math.isfinite(entropy) and entropy <= most + 1e-9 * pixel_values:
+        return
+    raise InputError(
+        f"Expected entropy as h(x) in nats of an image on [0, 1], finite and at most {most:.6g} "
+        f"({'uniform' if levels is None else 'uniform, dithered'} pixels), came {entropy}. Of "
+        "pixels on a grid of grey levels give dithered_entropy(bits, pixel_values, levels=) and "
+        "the same levels=."
+    )
 
 
 def _check_slope(edge: Callable[[Tensor], Tensor], pixels: Tensor, dfil: Tensor) -> None:
@@ -314,9 +345,10 @@ def _check_slope(edge: Callable[[Tensor], Tensor], pixels: Tensor, dfil: Tensor)
 
 
 def _check_features(z: Tensor, pixel_values: int, shrinkage: float | Literal["auto"]) -> Tensor:
-    if z.dim() < 2 or len(z) < 2 or z[0].numel() == 0:
+    if not isinstance(z, Tensor) or z.dim() < 2 or len(z) < 2 or z[0].numel() == 0:
+        came = tuple(z.shape) if isinstance(z, Tensor) else type(z).__name__
         raise InputError(
-            f"Expected features [N, ...] of at least 2 images, came {tuple(z.shape)}. "
+            f"Expected features [N, ...] of at least 2 images, came {came}. "
             "A spread needs several images."
         )
     if pixel_values < 1:
@@ -335,6 +367,8 @@ def _check_features(z: Tensor, pixel_values: int, shrinkage: float | Literal["au
 def _check_groups(groups: Tensor | None, images: int, device: torch.device) -> Tensor:
     if groups is None:
         return torch.zeros(images, dtype=torch.long, device=device)
+    if not isinstance(groups, Tensor):
+        groups = torch.as_tensor(groups)
     if groups.shape != (images,) or groups.is_floating_point():
         raise InputError(
             f"Expected one integer group for each of the {images} images, came "

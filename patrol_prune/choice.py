@@ -180,7 +180,7 @@ def must_stay(group: ChannelGroup, scores: Tensor, limits: Limits) -> Tensor:
     units = group.channels // group.tie
     unit_scores = scores.detach().double().cpu().numpy().reshape(group.tie, units).sum(axis=0)
     protected = _protected_units(group, unit_scores, limits)
-    fewest = _allowed(group, int(protected.sum()), limits, group.channels)[-1]
+    fewest = allowed(group, int(protected.sum()), limits, group.channels)[-1]
     stay = np.zeros(units, bool)
     stay[np.lexsort((-unit_scores, ~protected))[:fewest]] = True
     return torch.from_numpy(np.tile(stay, group.tie))
@@ -249,8 +249,8 @@ def _ladder(
     unit_scores = values.reshape(group.tie, units).sum(axis=0)
     protected = _protected_units(group, unit_scores, limits)
     order = np.lexsort((np.arange(units), unit_scores, protected))
-    allowed = _allowed(group, int(protected.sum()), limits, initial or group.channels)
-    removed = units - np.array(allowed, np.int64)
+    can_stay = allowed(group, int(protected.sum()), limits, initial or group.channels)
+    removed = units - np.array(can_stay, np.int64)
     channels = (order[:, None] + np.arange(group.tie) * units).reshape(-1)
     local, where = np.unique(model.segments(name)[channels], return_inverse=True)
     lost = np.zeros((len(channels) + 1, len(local)), np.int64)
@@ -278,7 +278,7 @@ def _protected_units(
     return protected
 
 
-def _allowed(group: ChannelGroup, protected: int, limits: Limits, initial: int) -> list[int]:
+def allowed(group: ChannelGroup, protected: int, limits: Limits, initial: int) -> list[int]:
     """Numbers of units a group may keep, from all of them downwards."""
     units, tie, step = group.channels // group.tie, group.tie, limits.round_to or 1
     fewest = max(limits.floor(initial), protected * tie, group.fewest_units * tie)

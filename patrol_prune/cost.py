@@ -53,8 +53,8 @@ def count_macs(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> 
     Convolutions cost `prod(weight.shape) * prod(output spatial)`, matrix products
     `prod(output.shape) * contracted`; attention is its projections and its two products. The
     module runs once in evaluation mode, with gradients enabled and without PyTorch's fused
-    attention (both would hide work from the counter). Mode, buffers, gradients and hooks are
-    left as they were, also after an exception.
+    attention (both would hide work from the counter). Mode, buffers, gradients, hooks and the
+    state of its own generators are left as they were, also after an exception.
 
     Args:
         module: any module that takes one tensor.
@@ -69,7 +69,8 @@ def count_macs(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> 
         3456
     """
     x = as_single_tensor(example_inputs)[:1].to(device_of(module, x_default=example_inputs))
-    with evaluating(module), hooks_restored(module), torch.enable_grad(), no_fused_attention():
+    with (evaluating(module), hooks_restored(module), draws_restored(module),
+          torch.enable_grad(), no_fused_attention()):
         counter = FlopCountAnalysis(module, (x,)).clear_op_handles().set_op_handle(**_HANDLES)
         counter.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
         counter.tracer_warnings("none")
@@ -150,6 +151,17 @@ def generators_of(module: nn.Module) -> list[torch.Generator]:
     """The random generators that its submodules hold as attributes."""
     return [g for m in module.modules() for g in vars(m).values()
             if isinstance(g, torch.Generator)]
+
+
+@contextmanager
+def draws_restored(module: nn.Module) -> Iterator[None]:
+    """Generators that its submodules hold stand afterwards where they stood before."""
+    states = [(generator, generator.get_state()) for generator in generators_of(module)]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 @contextmanager

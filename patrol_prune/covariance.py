@@ -10,6 +10,8 @@ from torch import Tensor
 from patrol_prune.symmetric import positive_eigenvalues
 
 _CHUNK_VALUES = 1 << 24
+_FEWEST_IMAGES = 10
+"""For an estimate of how much the entries of their covariance vary."""
 
 
 def gaussian_information(z: Tensor, sigma: float, shrinkage: float) -> float:
@@ -61,10 +63,10 @@ def shrinkage_intensity(z: Tensor) -> float:
 
     `sum_{i!=j} Var(s_ij) / sum_{i!=j} s_ij^2` over the entries of the sample covariance of
     `z [N, k]` (Schafer and Strimmer 2005, target D). An estimate: the Gram matrix of the smaller
-    side is all it needs.
+    side is all it needs. All of the diagonal for fewer than 10 images.
     """
     n = len(z)
-    if n < 2 or z.shape[1] < 2:
+    if n < _FEWEST_IMAGES or z.shape[1] < 2:  # the variance of s_ij cannot be told; 0 for n = 2
         return 1.0
     ones = torch.ones(z.shape[1], dtype=torch.float64, device=z.device)
     whole = float(gram(z, ones).square().sum()) / n**2

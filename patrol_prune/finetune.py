@@ -121,6 +121,10 @@ def check_training(
     model = split.model if isinstance(split, Split) else split
     check_model(model, "split")
     check_rereadable(train_batches, "train_batches")
+    for name, buffer in model.named_buffers():
+        if buffer.is_floating_point() and bool(buffer.isnan().any()):
+            raise InputError(f"Expected buffers without NaN, came {name} with some. A defence has "
+                             "to be applied with calibration=, or a saved state loaded.")
     if teacher is not None:
         check_model(teacher, "teacher")
         own = {id(p) for p in model.parameters()}

@@ -27,8 +27,10 @@ def fold_masks(masks: SoftMasks) -> None:
 
     Where a group crosses the split (`boundary="prune"`), the cloud's consumers take the mask. The
     feature itself is then uploaded without it: its channels differ from the masked ones by one
-    constant factor each. That neither hides nor shows anything, because an attacker who
-    standardises every channel first, as ours and the surrogates do, divides that factor out.
+    constant factor each. From an upload without noise that takes nothing away, because an attacker
+    who standardises every channel first, as ours and the surrogates do, divides that factor out.
+    But a channel with the mask 0, which was hidden, is uploaded until it is removed, and behind
+    an edge with noise or rounding a channel whose mask was below 1 stands out of it more.
 
     Args:
         masks: of the model in its present shape, not attached.

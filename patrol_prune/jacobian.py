@@ -29,8 +29,9 @@ def checked_edge(edge: Callable[[Tensor], Tensor], pixels: Tensor) -> int:
             f"Expected floating point images [N, C, H, W], came {pixels.dtype} of shape "
             f"{tuple(pixels.shape)}. Give at least one image on [0, 1]."
         )
+    pair = pixels[:2] if len(pixels) > 1 else torch.cat([pixels, 1.0 - pixels])
     with torch.no_grad():
-        first, again, alone = edge(pixels[:2]), edge(pixels[:2]), edge(pixels[:1])
+        first, again, alone = edge(pair), edge(pair), edge(pair[:1])
     if _differ(first, again):
         raise InputError(
             "Expected an edge without noise, came one whose outputs differ between two calls. "
@@ -249,14 +250,20 @@ def _squared_singular_values(
     """
     d = image.numel()
     x, z = differentiable(edge, image.expand(min(_COPIES, outputs), *image.shape))
-    total = torch.zeros(d, d, dtype=torch.float64, device=x.device)
+    narrow = d < outputs
+    total = torch.zeros(d * narrow, d * narrow, dtype=torch.float64, device=x.device)
     kept = []
     for start in range(0, outputs, len(x)):
         index = torch.arange(start, min(start + len(x), outputs), device=z.device)
         v = torch.zeros_like(z)
         v[torch.arange(len(index), device=z.device), index] = 1.0
         rows = pull_back(z, x, v)[: len(index)].double()
-        if d < outputs:
+        if not bool(torch.isfinite(rows).all()):
+            raise InputError(
+                "Expected an edge with a finite slope at every image, came NaN or infinity. Look "
+                "for a root, a norm or a logarithm at 0 in the edge."
+            )
+        if narrow:
             total += rows.T @ rows
         else:
             kept.append(rows)

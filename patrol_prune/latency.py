@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Measurement, Timer
 
-from patrol_prune.cost import as_single_tensor, device_of, evaluating
+from patrol_prune.cost import as_single_tensor, device_of, draws_restored, evaluating
 from patrol_prune.errors import InputError
 
 _FEWEST = 9
@@ -97,7 +97,7 @@ def measure_latency(
     x = as_single_tensor(example_inputs)[:1]
     x = x.detach().to(device_of(module, x)).repeat(config.batch, *[1] * (x.dim() - 1))
     threads = config.threads or torch.get_num_threads()
-    with evaluating(module), torch.no_grad():
+    with evaluating(module), draws_restored(module), torch.no_grad():
         timer = Timer("module(x)", globals={"module": module, "x": x}, num_threads=threads)
         measured = timer.blocked_autorange(min_run_time=config.min_run_time)
         passes, times = measured.number_per_run, list(measured.times)

@@ -17,6 +17,7 @@ LipschitzForm = Literal["scale_free", "paper", "spectral"]
 SampledForm = Literal["paper", "scale_free"]
 Reduction = Literal["max", "mean"]
 TINY = 1e-12
+NEXT_TO_NOTHING = 1e-3
 
 
 def block_lipschitz(
@@ -34,7 +35,9 @@ def block_lipschitz(
         paper:       k_i = sup_x ||D_i|| / ||D_{i-1}||
         scale_free:  k_i = sup_x (||D_i|| / ||h_i||) / (||D_{i-1}|| / ||h_{i-1}||)
 
-    The norm is Euclidean over everything but the batch, `D_0 = delta`. The paper's `k_N` halves
+    The norm is Euclidean over everything but the batch, `D_0 = delta`. An image whose `h_i` has
+    less than a thousandth of the batch's usual norm has no size to be relative to, and does not
+    count in the scale-free form. The paper's `k_N` halves
     when the last layer is scaled by one half and the next one by two, though nothing leaks less;
     the scale-free form does not move. Per image, the paper's ratios multiply to the ratio of the
     whole chain.
@@ -75,6 +78,10 @@ def block_lipschitz(
         noisy = block(noisy)
         after = _size(noisy - clean, clean, form)
         ratio = after / before.clamp_min(TINY)
+        if form == "scale_free":
+            sized = _has_size(clean)
+            ratio = torch.where(sized, ratio, 0.0) * (
+                1.0 if reduction == "max" else len(sized) / sized.sum().clamp_min(1))
         constants.append(ratio.max() if reduction == "max" else ratio.mean())
         before = after
     return torch.stack(constants)
@@ -123,6 +130,12 @@ def _same_draws(block: nn.Module, device: torch.device) -> Callable[[], None]:
             torch.cuda.set_rng_state(on_gpu, device)
 
     return draw_again
+
+
+def _has_size(h: Tensor) -> Tensor:
+    """Whether each image's `h` is not next to nothing beside the batch's. Shape `[B]`, bool."""
+    norms = torch.linalg.vector_norm(h.detach().flatten(1), dim=1)
+    return norms > NEXT_TO_NOTHING * norms.square().mean().sqrt()
 
 
 def _size(difference: Tensor, reference: Tensor, form: SampledForm) -> Tensor:

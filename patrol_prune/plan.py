@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from patrol_prune.budget import spelled
 from patrol_prune.choice import Limits
 from patrol_prune.cost import as_single_tensor
 from patrol_prune.errors import InputError, nearest
-from patrol_prune.given import check_kind
+from patrol_prune.given import check_kind, check_number
 from patrol_prune.group_table import GroupTable, build_graph
 from patrol_prune.latency import LatencyConfig, measure_latency
 from patrol_prune.plan_choice import fastest_enough, preferred, require_possible
@@ -75,7 +76,10 @@ class Plan:
             row.effect,
         ]
         if row.prune_to < min(self.budget_edge_macs, row.edge_macs):
-            lines.append(f"For the other limits, prune to {short(row.prune_to)} MACs there.")
+            lines.append(
+                f"For the other limits, prune to {short(row.prune_to)} MACs there, and look again "
+                "at what is left: which channels the scores take decides over parameters and bytes."
+            )
         if row.left_whole:
             first = next(iter(row.left_whole))
             lines.append(f"Left whole: {listed(tuple(row.left_whole))}. {first!r} because "
@@ -166,6 +170,7 @@ def plan(
     if boundary not in BOUNDARIES:
         raise InputError(f'Expected boundary "keep" or "prune", came {boundary!r}.')
     check_structures(structures)
+    check_number(max_channel_ratio, "max_channel_ratio")
     if not 0.0 < max_channel_ratio < 1.0:
         raise InputError(f"Expected max_channel_ratio in (0, 1), came {max_channel_ratio}.")
     floors = Limits(min_channels=min_channels, max_pruning_ratio=max_pruning_ratio,
@@ -242,7 +247,8 @@ def parse_budget(
                 f"point), a fraction in (0, 1], or the name of a split, came {value!r}. "
                 f"{nearest(value, named)}"
             )
-    if isinstance(value, bool) or not value > 0 or value == float("inf"):
+    if (isinstance(value, bool) or not isinstance(value, Real) or not value > 0
+            or value == float("inf")):
         raise InputError(f"Expected a positive number of edge MACs, came {edge_macs!r}.")
     if isinstance(value, float) and value <= 1.0:
         if at is None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from patrol_prune._block_pruning import prunable_blocks
 from patrol_prune.budget import MacModel
-from patrol_prune.choice import Limits, smallest
+from patrol_prune.choice import Limits, allowed, smallest
 from patrol_prune.edge_sizes import EdgeSizes
 from patrol_prune.group_table import GroupTable
 from patrol_prune.groups import ChannelGroup
@@ -179,12 +179,15 @@ def listed(names: tuple[str, ...], most: int = 4) -> str:
 def _uniform(
     groups: list[ChannelGroup], percent: int, floors: Limits
 ) -> dict[str, int | Tensor]:
-    """What is kept when this share of every group goes, spread evenly, down to the floors."""
+    """What is kept when this share of every group goes, spread evenly, or as much of it as the
+    floors and the rounding allow.
+    """
     kept: dict[str, int | Tensor] = {}
     for group in groups:
         units = group.channels // group.tie
-        most = units - -(-floors.floor(group.channels) // group.tie)
-        count = units - min(most, units * percent // 100)
+        wanted = units - units * percent // 100
+        can_stay = allowed(group, 0, floors, group.channels)
+        count = min((u for u in can_stay if u >= wanted), default=units)
         kept[group.name] = group.units(torch.arange(count) * units // count)
     return kept
 

@@ -232,7 +232,7 @@ def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:
         return []
     told = [f"The edge was trained and attacked with {100 * p:g}% of its upload dropped at random, "
             "anew for every upload. The saved split does not hold that: on the device, run "
-            f'pp.make_defence("feature_dropout", {p}, seed=secrets.randbits(60))'
+            f'pp.make_defence("feature_dropout", {p}, seed=secrets.randbits(256))'
             ".apply(pp.load(...)), with a seed that nobody knows."]
     each = "one upload" if uploads == 1 else f"{uploads} uploads"
     told.append(f"The attackers had {each} of every picture.")

@@ -129,8 +129,8 @@ class PrivacyConfig:
             )
         if not 0.0 <= self.dropout < 1.0 or (self.dropout and self.alpha):
             raise InputError(
-                "Expected privacy.dropout in [0, 1), and privacy.alpha=0 beside it (the Lipschitz "
-                f"terms look at an edge that draws nothing), came {self.dropout} and {self.alpha}."
+                "Expected privacy.dropout in [0, 1), and privacy.alpha=0 beside it (a run does not "
+                f"train both), came {self.dropout} and {self.alpha}."
             )
         if self.lipschitz_form not in get_args(LipschitzForm):
             raise InputError(

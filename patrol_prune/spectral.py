@@ -17,6 +17,9 @@ from patrol_prune.spectral_rules import BlockSteps, LinearMap, Rule, read_blocks
 
 TINY = 1e-20
 WARM_UP = 15
+_MOST_ROUNDS = 100
+_STILL = 1e-6
+"""The norm of a fixed map has converged where a round of iterations adds no more than this."""
 
 
 class PowerIteration:
@@ -160,14 +163,24 @@ class SpectralBounds:
         if not isinstance(effect, LinearMap):
             return effect
         start = torch.randn(effect.shape, generator=generator).to(like)
-        operator = PowerIteration(effect.apply, start)
         if effect.trainable:
+            operator = PowerIteration(effect.apply, start)
             self._operators.append(operator)
             return lambda k: operator.sigma() * k
+        fixed = _converged(PowerIteration(effect.apply, start.abs()))
+        return lambda k: fixed * k
+
+
+def _converged(operator: PowerIteration) -> float:
+    """The norm of a map that stays as it is: an average, a resizing."""
+    sigma = 0.0
+    for _ in range(_MOST_ROUNDS):
         for _ in range(WARM_UP):
             operator.iterate()
-        fixed = float(operator.sigma())
-        return lambda k: fixed * k
+        before, sigma = sigma, float(operator.sigma())
+        if sigma - before <= _STILL * sigma:
+            break
+    return sigma
 
 
 def _identity(blocks: Sequence[nn.Module]) -> list[Any]:

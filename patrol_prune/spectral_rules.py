@@ -105,7 +105,7 @@ class _Reader:
         if node.op == "call_module":
             found = self._layer(self.block.get_submodule(str(node.target)), sources[0])
         elif node.target in _SUMS:
-            found = None if node.kwargs else lambda *inputs: sum(inputs[1:], inputs[0])
+            found = None if node.kwargs else self._summed(node, sources)
         elif node.target in _PRODUCTS and len(sources) == 1:
             found = self._scaled(node, sources[0])
         elif node.target in _JOINS:
@@ -154,6 +154,10 @@ class _Reader:
                for leaf in tree_leaves((node.args, node.kwargs))):
             return None
         target = node.target
+        if target is operator.getitem and not _picks_each_once(
+            fx.node.map_arg(node.args[1], lambda n: self.values[n])
+        ):
+            return None
         if target in _LINEAR_FUNCTIONS:
             return LinearMap(self._call(node, source), self._shape(source), trainable=False)
         if target in (F.max_pool1d, F.max_pool2d, F.max_pool3d):
@@ -181,17 +185,26 @@ class _Reader:
 
         return apply
 
+    def _spread(self, node: fx.Node, source: fx.Node) -> float:
+        """By how much broadcasting lengthens a source: each of its values stands there as often."""
+        return math.sqrt(self.values[node].numel() / max(1, self.values[source].numel()))
+
+    def _summed(self, node: fx.Node, sources: tuple[fx.Node, ...]) -> Rule:
+        spreads = [self._spread(node, source) for source in sources]
+        return lambda *inputs: sum(s * k for s, k in zip(spreads, inputs, strict=True))
+
     def _scaled(self, node: fx.Node, source: fx.Node) -> Rule | None:
         """`c * x`, or `x / c` for a number `c`; `c` is a number or a tensor of the block's own."""
-        other = next((a for a in node.args if a is not source), None)
         divides = node.target in _QUOTIENTS
-        if divides and node.args[0] is not source:
+        if node.kwargs or len(node.args) != 2 or (divides and node.args[0] is not source):
             return None
-        if isinstance(other, (int, float)):
-            return _times(abs(1.0 / other if divides else other))
+        other = next((a for a in node.args if a is not source), None)
+        spread = self._spread(node, source)
+        if isinstance(other, (int, float)) and not (divides and other == 0):
+            return _times(abs(1.0 / other if divides else other) * spread)
         if isinstance(other, fx.Node) and other.op == "get_attr" and not divides:
             path = str(other.target)
-            return lambda k: attribute_of(self.block, path).abs().max() * k
+            return lambda k: attribute_of(self.block, path).abs().max() * spread * k
         return None
 
 
@@ -220,6 +233,13 @@ def max_pool_gain(kernel: Any, stride: Any, dilation: Any, dims: int) -> float:
 
 def _each(value: Any, dims: int) -> tuple[int, ...]:
     return tuple(value) if isinstance(value, (tuple, list)) else (int(value),) * dims
+
+
+def _picks_each_once(index: Any) -> bool:
+    """Whether an index takes no value twice, as a list or a tensor of places may."""
+    places = index if isinstance(index, tuple) else (index,)
+    return all(place is None or place is Ellipsis or isinstance(place, (int, slice))
+               for place in places)
 
 
 def _times(gain: float) -> Rule:

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from patrol_prune._cuts import Cut, CutGraph
+from patrol_prune._cuts import Cut, CutGraph, Parts, parts_of
 from patrol_prune._trace import Likeness, attribute_of, likeness, run_on
 from patrol_prune.cost import (
     as_single_tensor,
     count_macs,
     counted_positions,
     device_of,
+    draws_restored,
     evaluating,
     feature_bytes,
 )
-from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ class Split:
         """A split whose two halves are given, for models that cannot be traced.
 
         `model` is then a module with the attributes `edge` and `cloud`; `blocks` has more than
-        one entry only if the edge can be traced.
+        one entry only if the edge can be traced, or is an `nn.Sequential`: then part by part.
 
         Raises:
             InputError: the halves do not fit each other or `example_inputs`, or the edge returns
@@ -186,7 +187,7 @@ class Split:
         self.cloud_layers = graph.layers(cut.position, graph.end)
         self.edge = self._adopt(getattr(self, "edge", None), graph, None, cut, "Edge")
         self.cloud = self._adopt(getattr(self, "cloud", None), graph, cut, None, "Cloud")
-        self.blocks = self._chain(graph, cut)
+        self.blocks = self._chain([(self.edge, graph)], cut)
         self._likeness = graph.likeness
 
     def _has_other_widths_only(self) -> bool:
@@ -195,7 +196,7 @@ class Split:
             return False
         x = _sample(self.model, self._inputs)
         plain = {name: self.edge_layers[name] for name in self.positions or ()}
-        with evaluating(self.model), torch.no_grad():
+        with evaluating(self.model), draws_restored(self.model), torch.no_grad():
             try:
                 with counted_positions(plain) as positions:
                     z = run_on(self.edge, x)
@@ -211,7 +212,7 @@ class Split:
 
     def _refresh_composed(self, model: _Composed) -> None:
         x = _sample(model, self._inputs)
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), draws_restored(model), torch.no_grad():
             z = run_on(model.edge, x.clone())
             _check_feature(z, x)
             before = z._version
@@ -224,19 +225,19 @@ class Split:
             self.cloud = _OnCopy(model.cloud)
         self.edge_layers = _childless("edge", model.edge)
         self.cloud_layers = _childless("cloud", model.cloud)
-        try:
-            self.blocks = self._chain(CutGraph(model.edge, x), None)
-        except UnsupportedModelError:
-            self.blocks = (model.edge,)
+        self.blocks = self._chain(parts_of(model.edge, x), None)
 
-    def _chain(self, graph: CutGraph, stop: Cut | None) -> tuple[nn.Module, ...]:
-        ends = graph.chain(graph.end if stop is None else stop.position)
-        if not ends:
-            return (self.edge,)
-        bounds: list[Cut | None] = [None, *ends, stop]
-        old = self.blocks if len(self.blocks) == len(bounds) - 1 else (None,) * (len(bounds) - 1)
-        pairs = zip(old, bounds, bounds[1:], strict=False)
-        return tuple(self._adopt(block, graph, a, b, "Block") for block, a, b in pairs)
+    def _chain(self, parts: Parts, stop: Cut | None) -> tuple[nn.Module, ...]:
+        """The blocks of an edge's parts; one that has no graph, or no end inside, is a block."""
+        pieces: list[tuple[nn.Module, CutGraph | None, Cut | None, Cut | None]] = []
+        for part, graph in parts:
+            end = None if graph is None else graph.end if stop is None else stop.position
+            ends = [] if graph is None or end is None else graph.chain(end)
+            bounds: list[Cut | None] = [None, *ends, stop]
+            pieces += [(part, graph if ends else None, a, b) for a, b in pairwise(bounds)]
+        old = self.blocks if len(self.blocks) == len(pieces) else (None,) * len(pieces)
+        return tuple(part if graph is None else self._adopt(block, graph, a, b, "Block")
+                     for block, (part, graph, a, b) in zip(old, pieces, strict=True))
 
     def _adopt(
         self, old: nn.Module | None, graph: CutGraph, start: Cut | None, stop: Cut | None, name: str

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import logging
 import shutil
 import time
@@ -78,8 +79,11 @@ def tune(
     make_folder(folder)
     with SharedStudy(config.name, config.storage, folder, config.seed) as study:
         places = [asdict(candidate) for candidate in space.candidates]
+        weights = _digest(config.weights)
         study.join(
-            {**config.to_dict(), "images": images.digest, "places": places}, FREE_IN_A_TUNE
+            {**config.to_dict(), "images": images.digest, "places": places,
+             "weights_digest": weights}, FREE_IN_A_TUNE,
+            {**TuneConfig(config.data, config.edge_macs).to_dict(), "weights_digest": weights},
         )
         _keep_settings(config, folder)
         _Search(config, folder, space, study, progress, bars).go()
@@ -226,6 +230,11 @@ def _lighten(folder: Path) -> None:
     """Drop a trial's weights: its records and page stay, a chosen point is trained anew."""
     for name in _HEAVY:
         shutil.rmtree(folder / name, ignore_errors=True)
+
+
+def _digest(weights: str | None) -> str | None:
+    """What tells the file of weights from another, wherever it lies."""
+    return None if weights is None else hashlib.sha256(Path(weights).read_bytes()).hexdigest()
 
 
 def _shown(config: TuneConfig) -> dict[str, Any]:

@@ -12,8 +12,9 @@ from patrol_prune.preparation import normalization_kind
 from patrol_prune.settings import RunConfig
 
 AUTO = "auto"
-FREE_IN_A_TUNE = ("trials", "timeout", "storage", "data", "device", "runs", "name")
-"""May differ between the workers of one study, and when it is resumed; the images are compared."""
+FREE_IN_A_TUNE = ("trials", "timeout", "storage", "data", "weights", "device", "runs", "name")
+"""May differ between the workers of one study, and when it is resumed; what images and weights hold
+is compared."""
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class TuneConfig(RunConfig):
             )
         if self.privacy.dropout and max(alphas) > 0:
             raise InputError(
-                "Expected alpha_choices of 0 alone beside privacy.dropout (Lipschitz terms look at "
-                f"an edge that draws nothing), came {alphas}. Give --alpha_choices '[0.0]'."
+                "Expected alpha_choices of 0 alone beside privacy.dropout (a run does not train "
+                f"both), came {alphas}. Give --alpha_choices '[0.0]'."
             )
 
     def _check_limits(self) -> None:

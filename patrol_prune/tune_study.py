@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,6 +33,7 @@ logger = logging.getLogger(__name__)
 FOUND, ERROR, WORKER, SETTINGS = "found", "error", "worker", "settings"
 HEARTBEAT_SECONDS, SILENCE_SECONDS = 30, 150
 _NAMELESS_SECONDS = 60
+_SECRET = re.compile("pass|pwd|secret|token|key", re.IGNORECASE)
 Attempt = Callable[[Any], TuneTrial]
 """Takes an `optuna.Trial` to ask for values, and returns what was found there."""
 
@@ -141,8 +143,10 @@ class SharedStudy:
         finally:
             logs.set_verbosity(before)
 
-    def join(self, settings: Mapping[str, Any], free_keys: Iterable[str]) -> None:
-        """Begin the study with these settings, or compare them with those it began with.
+    def join(self, settings: Mapping[str, Any], free_keys: Iterable[str],
+             defaults: Mapping[str, Any] | None = None) -> None:
+        """Begin the study with these settings, or compare them with those it began with; a study
+        of an earlier release has the `defaults` of what that did not know.
 
         Raises:
             RunDirectoryError: they differ; each is named.
@@ -153,6 +157,7 @@ class SharedStudy:
         if old is None:
             self._study.set_user_attr(SETTINGS, new)
             return
+        old = {k: v for k, v in flatten(defaults or {}).items() if k in new} | old
         different = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if different:
             lines = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in different)
@@ -275,8 +280,12 @@ def _is_finished(trial: optuna.trial.FrozenTrial) -> bool:
 
 
 def masked(url: str) -> str:
-    """A database's URL with its password left out."""
+    """A database's URL with passwords left out, also those among its options."""
     scheme, mark, rest = url.partition("://")
-    account, at, host = rest.rpartition("@")
-    user, colon, _ = account.partition(":")
-    return f"{scheme}{mark}{user}{':***' if colon else ''}{at}{host}" if at else url
+    rest = re.sub(r"^([^:/?]*):.*?@(?=[^@/?]*([/?]|$))", r"\1:***@", rest)
+    where, question, options = rest.partition("?")
+    shown = "&".join(
+        f"{name}{equals}{'***' if _SECRET.search(name) and value else value}"
+        for name, equals, value in (option.partition("=") for option in options.split("&"))
+    )
+    return f"{scheme}{mark}{where}{question}{shown}"

@@ -23,6 +23,8 @@ from patrol_prune.jacobian import blocked_outputs, jacobian_effective_rank
 
 seeds = st.integers(0, 10_000)
 LOG_2_PI_E = math.log(2 * math.pi * math.e)
+UNIT = 1e-3
+"""Of a Gaussian pixel's spread in pixels on [0, 1]; the bounds do not depend on it."""
 
 
 def gen(seed: int) -> torch.Generator:
@@ -68,10 +70,10 @@ class TestLinearGaussianEdge:
         optimal = float(posterior_covariance(a, s, sigma).trace()) / d
         for shrinkage in (0.0, 0.4, 1.0):
             bound = conditional_entropy_bound(
-                z, sigma, d, shrinkage=shrinkage, entropy=gaussian_entropy(s)
+                z, sigma, d, shrinkage=shrinkage, entropy=gaussian_entropy(s) + d * math.log(UNIT)
             )
             assert bound.mse_bound is not None
-            assert bound.mse_bound <= optimal * (1 + 1e-9)
+            assert bound.mse_bound <= UNIT**2 * optimal * (1 + 1e-9)
 
     @given(d=st.integers(1, 6), sigma=st.floats(0.05, 5))
     def test_entropy_bound_is_the_optimal_error_for_white_pixels(
@@ -79,10 +81,10 @@ class TestLinearGaussianEdge:
     ) -> None:
         s = torch.eye(d, dtype=torch.float64)
         bound = conditional_entropy_bound(
-            with_covariance(s), sigma, d, entropy=0.5 * d * LOG_2_PI_E
+            with_covariance(s), sigma, d, entropy=d * (0.5 * LOG_2_PI_E + math.log(UNIT))
         )
-        assert bound.mse_bound == pytest.approx(sigma**2 / (1 + sigma**2), rel=1e-9)
-        assert bound.mse_factor == pytest.approx(bound.mse_bound, rel=1e-9)
+        assert bound.mse_factor == pytest.approx(sigma**2 / (1 + sigma**2), rel=1e-9)
+        assert bound.mse_bound == pytest.approx(UNIT**2 * bound.mse_factor, rel=1e-9)
 
     @given(d=st.integers(1, 6), sigma=st.floats(0.05, 5), seed=seeds)
     def test_entropy_bound_is_tight_where_the_posterior_is_white(
@@ -93,9 +95,10 @@ class TestLinearGaussianEdge:
         precision = sigma**2 * (torch.eye(d, dtype=s.dtype) / error - torch.linalg.inv(s))
         a = torch.linalg.cholesky(precision).T
         bound = conditional_entropy_bound(
-            with_covariance(s) @ a.T, sigma, d, shrinkage=0.0, entropy=gaussian_entropy(s)
+            with_covariance(s) @ a.T, sigma, d, shrinkage=0.0,
+            entropy=gaussian_entropy(s) + d * math.log(UNIT),
         )
-        assert bound.mse_bound == pytest.approx(error, rel=1e-6)
+        assert bound.mse_bound == pytest.approx(UNIT**2 * error, rel=1e-6)
 
     @given(d=st.integers(1, 6), more=st.integers(0, 4), sigma=st.floats(0.05, 5), seed=seeds)
     def test_fisher_bound_holds_for_the_unbiased_attacker(
@@ -292,7 +295,7 @@ class TestEntropy:
         assert not conditional_entropy_bound(normal(61, k), sigma, k).rank_deficient
 
     def test_shrinkage_matches_a_loop_over_entries(self) -> None:
-        for n, k in ((7, 4), (4, 7)):
+        for n, k in ((12, 6), (11, 15)):
             z = normal(n, k, seed=n) @ normal(k, k, seed=k)
             c = z - z.mean(0)
             variance = square = 0.0
@@ -314,8 +317,8 @@ class TestEntropy:
         other = conditional_entropy_bound(turned, 5.0, 8, shrinkage=0.0)
         assert other.information == pytest.approx(plain.information)
         assert plain.mse_bound is None
-        small = conditional_entropy_bound(z, 0.5, 8, entropy=-4.0).mse_bound
-        large = conditional_entropy_bound(z, 0.5, 8, entropy=-4.0 + 8 * math.log(3)).mse_bound
+        small = conditional_entropy_bound(z, 0.5, 8, entropy=-40.0).mse_bound
+        large = conditional_entropy_bound(z, 0.5, 8, entropy=-40.0 + 8 * math.log(3)).mse_bound
         assert small is not None and large == pytest.approx(9 * small)
 
     def test_groups_tighten_the_bound_and_stay_above_the_truth(self) -> None:
@@ -358,7 +361,7 @@ class TestEntropy:
             (dict(shrinkage=1.5), "shrinkage on"),
             (dict(groups=torch.tensor([0, 0, 0, 1, 1, 2])), "a group of 1"),
             (dict(groups=torch.zeros(5, dtype=torch.long)), "one integer group"),
-            (dict(entropy=math.nan), "finite nats"),
+            (dict(entropy=math.nan), "finite and at most"),
             (dict(entropy=0.0, levels=1), "2 grey levels"),
         ]
         for arguments, message in cases:
@@ -371,7 +374,53 @@ class TestEntropy:
             conditional_entropy_bound(z, 0.0, 3)
 
 
+class TestFewImagesAndGroups:
+    def test_every_group_needs_its_own_images(self) -> None:
+        z = normal(200, 150)
+        groups = torch.arange(200) % 2
+        assert conditional_entropy_bound(z, 0.1, 150, groups=groups).rank_deficient
+        assert not conditional_entropy_bound(normal(400, 150), 0.1, 150).rank_deficient
+
+    def test_two_images_of_a_group_say_nothing_of_a_covariance(self) -> None:
+        z, groups = normal(200, 50), torch.arange(200) // 2
+        auto = conditional_entropy_bound(z, 0.1, 50, groups=groups, shrinkage="auto")
+        assert auto.shrinkage == pytest.approx(1.0)
+        assert auto.information == pytest.approx(auto.diagonal_information)
+        assert auto.smallest_group == 2
+
+    def test_an_entropy_that_no_image_has_is_refused(self) -> None:
+        z, d = normal(20, 4), 3072
+        for entropy, levels in ((d * 2.65 * math.log(2), None), (1e6, None), (math.nan, None),
+                                (d * 0.01, 256)):
+            with pytest.raises(InputError, match="dithered_entropy"):
+                conditional_entropy_bound(z, 0.1, d, entropy=entropy, levels=levels)
+        uniform = dithered_entropy(8.0, d)
+        assert conditional_entropy_bound(z, 0.1, d, entropy=uniform, levels=256).mse_bound
+        for bits, levels in ((20.0, 256), (math.nan, 256), (1.0, 1), (-1.0, 256)):
+            with pytest.raises(InputError):
+                dithered_entropy(bits, d, levels)
+        for arguments in ((-1.0, 0.1, 4), (1.0, 0.5, -10)):
+            with pytest.raises(InputError):
+                capped_information(*arguments)
+
+
 class TestEffectiveRank:
+    def test_many_pixels_cost_no_square_of_them(self) -> None:
+        """A square matrix of all pixels would take 19 GB."""
+        weight = normal(10, 3 * 128 * 128).float()
+        pixels = torch.rand(1, 3, 128, 128)
+        found = jacobian_effective_rank(lambda x: x.flatten(1) @ weight.T, pixels)
+        assert found.effective_rank is not None and 9.9 < float(found.effective_rank) <= 10.001
+
+    def test_slopes_that_are_no_number_are_refused(self) -> None:
+        with pytest.raises(InputError, match="finite slope"):
+            jacobian_effective_rank(lambda x: x.flatten(1).sqrt(), torch.zeros(1, 1, 2, 2))
+
+    def test_one_image_shows_an_edge_that_mixes_them(self) -> None:
+        edge = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)).train()
+        with pytest.raises(InputError, match="evaluation mode"):
+            jacobian_effective_rank(edge, torch.rand(1, 1, 4, 4))
+
     @given(d=st.integers(1, 9), k=st.integers(1, 9), seed=seeds)
     def test_matches_the_singular_values(self, d: int, k: int, seed: int) -> None:
         a = normal(k, d, seed=seed)

@@ -60,6 +60,7 @@ def test_no_command_shows_the_help(capsys: Capture) -> None:
         (["plan", "--edge-macs", "1M", "--plot", "no/such/plan.png"], "a folder that exists"),
         (["plan", "--edge-macs", "1M", "--max-latency-ms", "0"], "positive limit of latency_ms"),
         (["plan", "--edge-macs", "1M", "--latency", "--threads", "0"], "at least 1 thread"),
+        (["plan", "--edge-macs", "1M", "--threads", "3"], "without --latency"),
         (["tune", "--data", "x"], "--edge-macs"),
         (["tune", "--data", "x", "--edge-macs", "1M", "--trails", "3"], "--trails"),
         (["tune", "--data", "x", "--edge-macs", "1M", "--trials", "0"], "at least one trial"),

@@ -112,3 +112,16 @@ def test_frozen_statistics_leave_the_running_ones() -> None:
     assert torch.equal(norm.running_mean, torch.zeros(5)) and norm.momentum == 0.1
     norm(torch.randn(8, 5) + 4.0)
     assert norm.running_mean is not None and float(norm.running_mean.min()) > 0.1
+
+
+@pytest.mark.parametrize("reduction", ["max", "mean"])
+def test_an_image_whose_feature_is_nothing_has_no_relative_constant(reduction: str) -> None:
+    """Left in, its relative change is a division by nothing."""
+    block = nn.ReLU()
+    x = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
+    x[0] = -1.0
+    delta = torch.full_like(x, 0.1)
+    delta[0] = 1.5
+    found = block_lipschitz([block], x, delta, form="scale_free", reduction=reduction)
+    others = block_lipschitz([block], x[1:], delta[1:], form="scale_free", reduction=reduction)
+    assert float(found) == pytest.approx(float(others))

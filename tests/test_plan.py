@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -396,3 +397,34 @@ def test_blocks_alone_are_recommended_by_the_macs_that_have_to_go(model: nn.Modu
         plan(model, X, edge_macs="conv1", at="layer3", structures="blocks")
     with pytest.raises(InputError, match="structures"):
         plan(model, X, edge_macs="layer1", structures="block")
+
+
+@pytest.mark.parametrize("round_to", [2, 3, 4])
+def test_a_row_counts_what_the_rounding_allows(model: nn.Module, round_to: int) -> None:
+    """`pruned` is what is left of a copy that loses the same share, rounded up."""
+    row = plan(model, X, edge_macs="layer1", at="layer3", round_to=round_to)["layer3"]
+    assert row.pruned is not None and row.channel_ratio
+    twin = copy.deepcopy(model)
+    split = Split(twin, X, at="layer3")
+    table = GroupTable.build(twin, X, split=split)
+    gone = {}
+    for name, group in table.groups.items():
+        if group.location == "edge" and group.blocked is None and group.crossing is None:
+            wanted = group.channels - int(group.channels * row.channel_ratio)
+            kept = min(group.channels, -(-wanted // round_to) * round_to)
+            gone[name] = list(range(kept, group.channels))
+    remove_channels(table, gone)
+    split.refresh()
+    assert row.pruned.edge_macs == count_macs(split.edge, X).total <= row.prune_to
+    assert row.pruned.edge_params == count_params(split.edge)
+
+
+@pytest.mark.parametrize("arguments", [
+    {"edge_macs": None}, {"edge_macs": "layer1", "max_channel_ratio": "a"}])
+def test_no_number_is_refused_in_words(model: nn.Module, arguments: dict[str, Any]) -> None:
+    with pytest.raises(InputError):
+        plan(model, X, **arguments)
+
+
+def test_numpys_numbers_are_limits() -> None:
+    assert PlanLimits(feature_bytes=np.int64(1000)).feature_bytes == 1000

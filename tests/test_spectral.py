@@ -9,7 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torchvision
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import patrol_prune as pp
@@ -278,3 +278,64 @@ def test_a_powers_vector_keeps_its_length() -> None:
         power.iterate()
         assert float(torch.linalg.vector_norm(power.vector)) == pytest.approx(1.0, rel=1e-5)
     assert float(power.sigma()) == pytest.approx(5.0)
+
+
+class Recalibrated(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.mean((2, 3), keepdim=True)
+
+
+class Widened(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 64, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+@pytest.mark.parametrize("block, x, grows", [
+    (Recalibrated(), torch.zeros(1, 2, 8, 8), 2.0), (Widened(), torch.zeros(1, 1, 4, 4), 8.0)])
+def test_what_broadcasts_grows(block: nn.Module, x: Tensor, grows: float) -> None:
+    """A constant image reaches the true constant, and the bound is not below it."""
+    one = torch.ones_like(x)
+    with torch.no_grad():
+        reached = float((block(one) - block(x)).norm() / one.norm())
+    assert reached == pytest.approx(grows)
+    assert float(SpectralBounds([block], x)()) >= grows - 1e-4
+
+
+class Repeating(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, [0, 0, 0, 0]]
+
+
+class Floored(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.div(x, 2.0, rounding_mode="floor")
+
+
+class Endless(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x / 0
+
+
+class Named(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.div(input=x, other=2.0)
+
+
+@pytest.mark.parametrize("block", [Repeating(), Floored(), Endless(), Named()])
+def test_what_has_no_such_constant_is_refused(block: nn.Module) -> None:
+    with pytest.raises(UnsupportedModelError, match="knows no Lipschitz constant"):
+        SpectralBounds([block], torch.zeros(1, 2, 4, 4))
+
+
+@pytest.mark.parametrize("layer", [
+    nn.AvgPool2d(3, 1, 1), nn.AvgPool2d(3, 2, 1), nn.Upsample(scale_factor=2, mode="bilinear")])
+def test_fixed_maps_have_their_whole_norm(layer: nn.Module) -> None:
+    x = torch.zeros(1, 1, 16, 16)
+    with torch.no_grad():
+        matrix = torch.stack([layer(e.view(x.shape)).flatten() for e in torch.eye(x.numel())], 1)
+    norm = float(torch.linalg.matrix_norm(matrix.double(), 2))
+    assert float(SpectralBounds([layer], x)()) == pytest.approx(norm, rel=2e-4)

@@ -21,8 +21,8 @@ from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import plan
 from patrol_prune.settings import AuditConfig, RunConfig, ScoreConfig
-from patrol_prune.tune import tune
-from patrol_prune.tune_settings import TuneConfig
+from patrol_prune.tune import _digest, tune
+from patrol_prune.tune_settings import FREE_IN_A_TUNE, TuneConfig
 from patrol_prune.tune_space import Candidate, Space, search_space
 
 module = sys.modules["patrol_prune.tune"]
@@ -152,6 +152,13 @@ def test_other_settings_or_images_are_refused(
     other = write_folder(tmp_path / "other", parts=("train", "val"), count=19)
     with pytest.raises(RunDirectoryError, match="images: "):
         tune(tiny(other, tmp_path))
+    folders = [tmp_path / "one", tmp_path / "two", tmp_path / "three"]
+    for place, weights in zip(folders, (b"a", b"a", b"b"), strict=True):
+        place.mkdir()
+        (place / "w.safetensors").write_bytes(weights)
+    same, moved, other_weights = (_digest(str(place / "w.safetensors")) for place in folders)
+    assert same == moved != other_weights and _digest(None) is None
+    assert "weights" in FREE_IN_A_TUNE
     (tmp_path / "tune" / "config.yaml").touch()
     with pytest.raises(InputError, match="holds a run"):
         tune(tiny(folder, tmp_path))

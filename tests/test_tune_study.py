@@ -62,6 +62,16 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
             study.join({"a": 1, "trials": 5, "b": {"c": [2]}}, ("trials",))
 
 
+def test_a_study_of_an_earlier_release_has_the_defaults_of_what_it_did_not_know(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path) as study:
+        study.join({"a": 1}, ())
+        study.join({"a": 1, "new": {"b": 2}}, (), {"new": {"b": 2}, "a": 7})
+        with pytest.raises(RunDirectoryError, match="2 there, 3 now"):
+            study.join({"a": 1, "new": {"b": 3}}, (), {"new": {"b": 2}})
+
+
 def test_the_same_seed_tries_the_same_values(tmp_path: Path) -> None:
     betas = []
     for name in ("one", "two"):
@@ -221,7 +231,10 @@ def test_a_database_that_is_not_there(tmp_path: Path) -> None:
     ("url", "shown"),
     [
         ("postgresql://me:p@ss@host/db", "postgresql://me:***@host/db"),
+        ("postgresql://me:p?ss@host/db?a=b@c", "postgresql://me:***@host/db?a=b@c"),
         ("postgresql://me@host/db", "postgresql://me@host/db"),
+        ("postgresql://host/db?user=me&password=secret&x=1",
+         "postgresql://host/db?user=me&password=***&x=1"),
         ("sqlite:///study.db", "sqlite:///study.db"),
         ("shared/journal.log", "shared/journal.log"),
     ],

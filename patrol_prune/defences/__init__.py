@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import fields
+from numbers import Real
 from typing import Any
 
 from patrol_prune.defences.base import Adversary, Defence
@@ -43,16 +44,22 @@ def make_defence(name: str, strength: float | None = None, **settings: Any) -> D
     Raises:
         InputError: an unknown name, a setting that it does not have, a value out of range.
     """
-    if name not in DEFENCES:
+    if not isinstance(name, str) or name not in DEFENCES:
         raise InputError(
             f"Expected a defence out of {', '.join(DEFENCES)}, came {name!r}. "
-            f"{nearest(name, DEFENCES)}"
+            f"{nearest(str(name), DEFENCES)}"
         )
     kind = DEFENCES[name]
     types = {field.name: field.type for field in fields(kind)}
     if strength is not None:
         if not kind.swept:
             raise InputError(f"The defence {name!r} has no strength; leave it out.")
+        if isinstance(strength, bool) or not isinstance(strength, Real):
+            raise InputError(f"Expected the strength as a number ({kind.swept} of {name!r}), came "
+                             f"{strength!r}.")
+        if kind.swept in settings:
+            raise InputError(f"Came {kind.swept} of {name!r} twice: {strength} as its strength and "
+                             f"{settings[kind.swept]!r} by name. Give one of them.")
         whole = types[kind.swept] in ("int", int) and float(strength).is_integer()
         settings = {**settings, kind.swept: int(strength) if whole else strength}
     unknown = sorted(settings.keys() - types.keys())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -129,14 +130,21 @@ class Adversary:
 
 def check_at_least(value: float, least: float, name: str, defence: str) -> None:
     """An InputError where `value` is under `least` or no number."""
-    if not value >= least or value == float("inf"):
+    if not isinstance(value, Real) or not value >= least or value == float("inf"):
         raise InputError(f"{defence}: expected {name} of at least {least:g}, came {value}.")
 
 
 def check_share(value: float, name: str, defence: str) -> None:
     """An InputError where `value` is outside [0, 1)."""
-    if not 0 <= value < 1:
-        raise InputError(f"{defence}: expected {name} in [0, 1), came {value}.")
+    if not isinstance(value, Real) or not 0 <= value < 1:
+        raise InputError(f"{defence}: expected {name} in [0, 1), came {value!r}.")
+
+
+def sent_dtype(z: Tensor) -> torch.dtype:
+    """In which type what stands behind an edge, which computes in float32, hands `z` on: that of a
+    model in half precision, so that its cloud can read it, and float32 under autocast.
+    """
+    return torch.float32 if torch.is_autocast_enabled(z.device.type) else z.dtype
 
 
 def image_shape(split: Split) -> tuple[int, int, int]:
@@ -158,7 +166,15 @@ def calibration_features(split: Split, calibration: Tensor) -> Tensor:
         raise InputError(f"Expected calibration as model inputs [N, ...] with N >= 1, came {came}.")
     device = device_of(split.edge, calibration)
     with evaluating(split.edge), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        z = torch.cat([split.edge(x.to(device)).float() for x in calibration.split(_BATCH)])
+        try:
+            z = torch.cat([split.edge(x.to(device)).float() for x in calibration.split(_BATCH)])
+        except (RuntimeError, ValueError) as error:
+            raise InputError(
+                f"Expected calibration as inputs that the edge can run on, came "
+                f"{calibration.dtype} of shape {tuple(calibration.shape)}: "
+                f"{str(error).splitlines()[0]}. Give normalised images of the size and type the "
+                "model takes."
+            ) from error
     if not torch.isfinite(z).all():
         raise InputError("The edge's features of the calibration inputs hold NaN or infinite "
                          "values. Check the inputs and the edge's weights.")

@@ -80,7 +80,9 @@ class Bottleneck(Defence):
         is_map = len(shape) == 3 and dim == 1
         down = _pointwise(narrow, -narrow @ mean, is_map=is_map)
         up = _pointwise(directions, mean, is_map=is_map)
-        return wrapped(split, down, up)
+        kind = next((p.dtype for p in split.edge.parameters() if p.is_floating_point()),
+                    torch.float32)
+        return wrapped(split, down.to(kind), up.to(kind))
 
     def objective(
         self,

@@ -34,10 +34,9 @@ class Combined(Defence):
     objective and sees the upload as all of them leave it.
 
     Attributes:
-        parts: at least one defence; at most one of them has an objective of its own, without a
-            Lipschitz term beside one that draws (it would measure the draws). One that counts its
-            bytes in its own way (quantisation, DISCO) stands last behind the edge, one that prunes
-            (CEM's baseline) first of all.
+        parts: at least one defence; at most one of them has an objective of its own. One that
+            counts its bytes in its own way (quantisation, DISCO) stands last behind the edge, one
+            that prunes (CEM's baseline) first of all.
     """
 
     name: ClassVar[str] = "combined"
@@ -58,12 +57,6 @@ class Combined(Defence):
             raise InputError(
                 "Combined: expected at most one defence with an objective of its own, came "
                 f"{' and '.join(part.name for part in training)}. Keep one of them."
-            )
-        drawing = [part.name for part in parts if isinstance(part, (FeatureDropout, GaussianNoise))]
-        if drawing and any(getattr(part, "alpha", 0.0) for part in training):
-            raise InputError(
-                f"Combined: expected alpha=0 beside {drawing[0]}, came {training[0].name} with "
-                "alpha > 0: its Lipschitz term would measure the draws. Set alpha=0."
             )
         if any(isinstance(part, CemPatrol) for part in parts[1:]):
             raise InputError("Combined: expected cem_patrol first, which prunes the edge that the "

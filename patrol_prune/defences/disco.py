@@ -18,8 +18,10 @@ from patrol_prune.defences.base import (
     check_at_least,
     check_share,
     image_shape,
+    sent_dtype,
     wrapped,
 )
+from patrol_prune.given import check_count
 from patrol_prune.objective import PatrolObjective, TaskLoss
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
@@ -64,7 +66,8 @@ class ChannelDropper(nn.Module):
         """`[N, C]`, 1 for a kept channel and 0 for a dropped one, with the soft gradient."""
         values = z.movedim(self.dim, 1).flatten(2) if z.dim() > 2 else z[:, :, None]
         spread = (values.square().mean(2) + 1e-12).sqrt()
-        scores = self.scorer(torch.cat([values.mean(2), spread], 1)).float()
+        read = torch.cat([values.mean(2), spread], 1).to(next(self.scorer.parameters()).dtype)
+        scores = self.scorer(read).float()
         ranked = scores.detach().sort(1, descending=True)
         hard = torch.zeros_like(scores).scatter(1, ranked.indices[:, : self.kept], 1.0)
         if self.kept == scores.shape[1]:
@@ -74,11 +77,11 @@ class ChannelDropper(nn.Module):
         return hard + soft - soft.detach()
 
     def forward(self, z: Tensor) -> Tensor:
-        """Features `[N, ...]` to those with whole channels zeroed, float32."""
-        z = z.float()
+        """Features `[N, ...]` to those with whole channels zeroed, of their type (`sent_dtype`)."""
+        kind, z = sent_dtype(z), z.float()
         shape = [1] * z.dim()
         shape[0], shape[self.dim] = z.shape[0], z.shape[self.dim]
-        return z * self.mask(z).view(shape)
+        return (z * self.mask(z).view(shape)).to(kind)
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Disco(Defence):
     def __post_init__(self) -> None:
         check_share(self.ratio, "ratio", "Disco")
         check_at_least(self.beta, 0.0, "beta", "Disco")
-        check_at_least(self.width, 1, "width", "Disco")
+        check_count(self.width, "width", 1)
         check_at_least(self.temperature, 1e-6, "temperature", "Disco")
 
     def apply(self, split: Split, *, calibration: Tensor | None = None) -> Split:
@@ -138,8 +141,11 @@ class Disco(Defence):
     def upload_bytes(self, feature_shape: Sequence[int]) -> int:
         """The kept channels as float32, and one bit per channel that says which they are.
 
-        Channels are the last dimension of tokens and vectors, else the first.
+        Channels are the last dimension of tokens and vectors, and of a map whose first two
+        dimensions alone are equal, `[H, H, C]`; else the first.
         """
-        channels = feature_shape[0] if len(feature_shape) == 3 else feature_shape[-1]
+        shape = tuple(feature_shape)
+        first = len(shape) == 3 and not shape[0] == shape[1] != shape[2]
+        channels = shape[0] if first else shape[-1]
         values = math.prod(feature_shape) // channels * kept_channels(channels, self.ratio)
         return 4 * values + math.ceil(channels / 8)

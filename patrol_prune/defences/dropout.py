@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patrol_prune.defences.base import Defence, check_share, wrapped
+from patrol_prune.defences.base import Defence, check_share, sent_dtype, wrapped
 from patrol_prune.defences.randomness import RandomUpload
 from patrol_prune.split import Split
 
@@ -16,7 +16,8 @@ from patrol_prune.split import Split
 class Dropper(RandomUpload):
     """`z' = z * b / (1 - p)`, with `b` 0 with probability `p`, else 1, drawn per value.
 
-    In training mode the `spared` share of a batch, evenly spread over it, passes whole.
+    In training mode the `spared` share of a batch, evenly spread over it, passes whole: the first
+    of it among its first `1 / (2 spared)` images.
     """
 
     def __init__(self, p: float, seed: int, spared: float = 0.0) -> None:
@@ -24,8 +25,11 @@ class Dropper(RandomUpload):
         self.p, self.spared = p, spared
 
     def forward(self, z: Tensor) -> Tensor:
-        """Features `[N, ...]` to thinned ones, float32."""
-        z = z.float()
+        """Features `[N, ...]` to thinned ones, of their type (`sent_dtype`)."""
+        kind = sent_dtype(z)
+        return self._thinned(z.float()).to(kind)
+
+    def _thinned(self, z: Tensor) -> Tensor:
         if self.silent:
             return z
         draw = torch.rand(z.shape, generator=self.generator(z.device), device=z.device)
@@ -33,7 +37,7 @@ class Dropper(RandomUpload):
         if not (self.training and self.spared):
             return thinned
         places = torch.arange(len(z) + 1, device=z.device, dtype=torch.float64)
-        whole = (places * self.spared).floor().diff() > 0
+        whole = (places * self.spared + 0.5).floor().diff() > 0
         return torch.where(whole.view(-1, *[1] * (z.dim() - 1)), z, thinned)
 
 

@@ -8,7 +8,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from patrol_prune.defences.base import Defence, calibration_features, check_at_least, wrapped
+from patrol_prune.defences.base import (
+    Defence,
+    calibration_features,
+    check_at_least,
+    sent_dtype,
+    wrapped,
+)
 from patrol_prune.defences.randomness import RandomUpload
 from patrol_prune.split import Split
 
@@ -32,17 +38,19 @@ class Noise(RandomUpload):
         self.register_buffer("sigma", torch.tensor(float("nan")))
 
     def forward(self, z: Tensor) -> Tensor:
-        """Features `[N, ...]` to noisy ones, float32."""
-        z = z.float()
-        if self.silent:
-            return z
-        generator = self.generator(z.device)
+        """Features `[N, ...]` to noisy ones, of their type (`sent_dtype`)."""
+        kind = sent_dtype(z)
+        return (z if self.silent else z.float() + self._drawn(z)).to(kind)
+
+    def _drawn(self, z: Tensor) -> Tensor:
+        """Noise for features like `z`, float32."""
+        generator, sigma = self.generator(z.device), self.sigma.float()
         if self.kind == "gaussian":
-            return z + self.sigma * torch.randn(z.shape, generator=generator, device=z.device)
+            return sigma * torch.randn(z.shape, generator=generator, device=z.device)
         # The difference of two exponentials is Laplacian, of variance 2.
         first, second = (torch.empty(z.shape, device=z.device).exponential_(generator=generator)
                          for _ in range(2))
-        return z + self.sigma * 0.5**0.5 * (first - second)
+        return sigma * 0.5**0.5 * (first - second)
 
 
 def root_mean_square(z: Tensor) -> Tensor:

@@ -93,6 +93,8 @@ class NoPeekObjective(PatrolObjective):
     ) -> PenalisedTerms:
         """See `PatrolObjective.terms`."""
         terms = super().terms(x, y, masks=masks, beta_scale=beta_scale)
+        if len(x) < 2:  # a last batch of one image: no distances
+            return PenalisedTerms(**vars(terms), penalty=terms.total.detach() * 0.0)
         penalty = distance_correlation(self.normalization.to_pixels(x), terms.z)
         total = terms.total + self.weight * penalty
         return PenalisedTerms(**{**vars(terms), "total": total}, penalty=penalty)

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune.decoders import channel_dim
-from patrol_prune.defences.base import Defence, calibration_features, image_shape, wrapped
+from patrol_prune.defences.base import (
+    Defence,
+    calibration_features,
+    image_shape,
+    sent_dtype,
+    wrapped,
+)
 from patrol_prune.errors import InputError
 from patrol_prune.split import Split
 
@@ -45,10 +51,13 @@ class Quantiser(nn.Module):
     def calibrate(self, z: Tensor) -> None:
         """Take each channel's range from features `[N, ...]`; zero is always inside it.
 
-        A channel that is zero throughout takes the widest range of all.
+        A channel that is zero throughout takes the widest range of all. One bit says zero or not:
+        of a channel with both signs it keeps the side that reaches further.
         """
         values = z.movedim(self.dim, 0).flatten(1)
         low, high = values.amin(1).clamp(max=0.0), values.amax(1).clamp(min=0.0)
+        if self.levels == 1:
+            low, high = low.where(-low > high, 0.0), high.where(high >= -low, 0.0)
         span = high - low
         widest = span.max().clamp(min=torch.finfo(span.dtype).tiny ** 0.5)
         self.scale.copy_(torch.where(span > 0, span, widest) / self.levels)
@@ -56,10 +65,10 @@ class Quantiser(nn.Module):
         self.zero_point.copy_(zero)
 
     def forward(self, z: Tensor) -> Tensor:
-        """Features `[N, ...]` to those that the cloud reads, float32."""
+        """Features `[N, ...]` to those that the cloud reads, of their type (`sent_dtype`)."""
         return torch.fake_quantize_per_channel_affine(
-            z.float(), self.scale, self.zero_point, self.dim, 0, self.levels
-        )
+            z.float(), self.scale.float(), self.zero_point, self.dim, 0, self.levels
+        ).to(sent_dtype(z))
 
 
 @dataclass(frozen=True)
