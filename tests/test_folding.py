@@ -36,7 +36,9 @@ def close(a: Tensor, b: Tensor) -> bool:
 NETWORKS = ["cifar", "mobilenet_v2", "mobilenet_v3_small", "densenet121", "regnet_y_400mf"]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name == "densenet121" else name
+    for name in NETWORKS])
 def test_masked_is_folded_is_pruned(name: str) -> None:
     """Residual, depthwise, squeeze-and-excite, concatenation, grouped convolutions."""
     model = cifar_resnet(depth=2) if name == "cifar" else backbone(name)

@@ -189,6 +189,7 @@ def test_recomputed_features_of_a_fixed_edge_give_what_stored_ones_give() -> Non
     torch.testing.assert_close(asked.reconstruct(z), stored.reconstruct(z), atol=1e-2, rtol=0)
 
 
+@pytest.mark.slow
 def test_fresh_draws_reconstruct_better_than_one_fixed_draw() -> None:
     edge, few = NoisyEdge(2.0), KNOWN[:40]
     config = dataclasses.replace(SMALL, width=32, epochs=60, patience=60, max_extensions=0)

@@ -136,7 +136,8 @@ class Dies(Batches):
     dies_in = 0
 
 
-@pytest.mark.parametrize(("epoch", "structures"), [(1, "both"), (3, "channels")])
+@pytest.mark.parametrize(("epoch", "structures"), [
+    pytest.param(1, "both", marks=pytest.mark.slow), (3, "channels")])
 def test_a_resumed_run_ends_with_the_same_bits(
     tmp_path: Path, epoch: int, structures: str
 ) -> None:

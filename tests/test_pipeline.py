@@ -100,7 +100,8 @@ def test_floor_and_ceiling_stand_beside_the_edge(finished: RunResult) -> None:
     assert set(finished.audit.examples) == {"originals", "floor", "edge", "undefended"}
 
 
-@pytest.mark.parametrize("unit", ["heads", "dimensions"])
+@pytest.mark.parametrize("unit", [
+    "heads", pytest.param("dimensions", marks=pytest.mark.slow)])
 def test_a_vision_transformer_loses_heads(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
 ) -> None:
@@ -154,7 +155,8 @@ def test_other_settings_are_refused_by_name(finished: RunResult, folder: Path) -
     assert "seed: 0 there, 5 now" in str(error.value)
 
 
-@pytest.mark.parametrize(("stage", "call"), [("model", 2), ("finetune", 3), ("audit", 2)])
+@pytest.mark.parametrize(("stage", "call"), [
+    pytest.param("model", 2, marks=pytest.mark.slow), ("finetune", 3), ("audit", 2)])
 def test_interrupted_and_resumed_gives_the_same(
     finished: RunResult, folder: Path, tmp_path: Path, stage: str, call: int,
     monkeypatch: pytest.MonkeyPatch,

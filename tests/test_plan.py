@@ -386,6 +386,7 @@ def test_blocks_make_the_smallest_edge_smaller(model: nn.Module, keep: Plan) -> 
     assert keep["layer3"].blocks == ()
 
 
+@pytest.mark.slow
 def test_blocks_alone_are_recommended_by_the_macs_that_have_to_go(model: nn.Module) -> None:
     made = plan(model, X, edge_macs="layer2.0", structures="blocks")
     row = made[made.recommended]

@@ -282,6 +282,7 @@ def test_without_another_shadow_the_answer_is_the_reconstruction_itself() -> Non
     assert torch.equal(far, attack.reconstruct(1e6 * torch.ones_like(OBSERVED)))
 
 
+@pytest.mark.slow
 def test_shadows_that_know_little_go_less_far_from_the_mean_image() -> None:
     # Untrained deep shadows: what is learnt on one transfers badly to another.
     def deep(seed: int) -> nn.Module:

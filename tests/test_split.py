@@ -78,7 +78,11 @@ def resnet() -> tuple[nn.Module, Tensor]:
     return build("resnet18")
 
 
-@pytest.mark.parametrize("name", MODELS)
+SLOW = ("vgg11_bn", "swin_t")
+
+
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name in SLOW else name for name in MODELS])
 def test_halves_and_blocks_compose_bit_for_bit_and_cost_what_is_said(name: str) -> None:
     size, kwargs, count = MODELS[name]
     model, x = build(name, size, **kwargs)
@@ -106,7 +110,9 @@ def test_halves_and_blocks_compose_bit_for_bit_and_cost_what_is_said(name: str) 
         assert point.feature_bytes == z[0].numel() * 4
 
 
-@pytest.mark.parametrize("name", WITHOUT_DROPOUT)
+@pytest.mark.parametrize("name", [
+    pytest.param(name, marks=pytest.mark.slow) if name == "densenet121" else name
+    for name in WITHOUT_DROPOUT])
 def test_training_mode_composes_too(name: str) -> None:
     model, x = build(name)
     points = split_points(model, x)

@@ -86,7 +86,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     return pretends
 
 
-@pytest.mark.parametrize("unit", ["heads", "dimensions"])
+@pytest.mark.parametrize("unit", [
+    "heads", pytest.param("dimensions", marks=pytest.mark.slow)])
 def test_heads_may_go_where_they_may_in_a_run(unit: str) -> None:
     """What can be reached is what the plan of the opened model says; MLPs alone reach less."""
     torch.manual_seed(0)
@@ -216,6 +217,7 @@ def test_limits_that_nothing_meets_exit_with_2(
     assert "front.png" in told.out and (tmp_path / "tune" / "tune.json").is_file()
 
 
+@pytest.mark.slow
 def test_for_real(folder: Path, tmp_path: Path) -> None:
     """Two trials through the whole pipeline, then the chosen point trained by `run`."""
     told: list[tuple[str, str]] = []
