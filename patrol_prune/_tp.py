@@ -167,16 +167,16 @@ def traced(
         )
 
 
-def output_channels(module: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, Member]]:
-    """Which root layer's channels reach a module's output tensor, and where.
+def output_channels(module: nn.Module, x: Any, widest: int) -> list[tuple[nn.Module, Member]]:
+    """Which root layer's channels reach a module's output tensor, of `widest` values, and where.
 
     Returns:
         one pair per group that reaches the output: its root layer, and a member "output" whose
         `idxs` number the output's channels and whose `root_idxs` number the root layer's.
     """
-    graph = traced(module, example_inputs, output_transform=_new_tensor)
+    graph = traced(module, x, output_transform=_new_tensor)
     found = []
-    with bounded_enumeration(module):
+    with bounded_enumeration(module, widest):
         for raw in graph.get_all_groups(ignored_layers=[]):
             for item in raw.items:
                 if item.dep.target.type == graph.ops.OPTYPE.OUTPUT:
@@ -193,7 +193,7 @@ def _new_tensor(output: Any) -> Any:
 
 
 @contextmanager
-def bounded_enumeration(model: nn.Module) -> Iterator[None]:
+def bounded_enumeration(model: nn.Module, widest: int = 1) -> Iterator[None]:
     """Inside, enumerating the model's groups is fast and refuses to explode.
 
     Torch-Pruning refreshes every index mapping for every group, although nothing has changed in
@@ -207,7 +207,7 @@ def bounded_enumeration(model: nn.Module) -> Iterator[None]:
     flatten = _index_mapping._FlattenIndexMapping
     add_dep, refresh, spread = Group.add_dep, _index_mapping.update_index_mapping, flatten.__call__
     start, fresh, calls = time.thread_time(), set(), count()
-    longest = _SLACK * max((max(p.shape, default=1) for p in model.parameters()), default=1)
+    longest = max(widest, 1, *(_SLACK * max(p.shape, default=1) for p in model.parameters()))
 
     def check(length: int, total: int, where: str) -> None:
         slow = not next(calls) % _PER_CLOCK and time.thread_time() - start > _MAX_SECONDS

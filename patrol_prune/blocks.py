@@ -33,6 +33,7 @@ from patrol_prune._residuals import (
 )
 from patrol_prune._trace import Call
 from patrol_prune.cost import as_single_tensor, count_macs, device_of
+from patrol_prune.given import check_model
 
 if TYPE_CHECKING:
     from patrol_prune.split import Split
@@ -111,6 +112,7 @@ def residual_blocks(
         InputError: the model cannot run on `example_inputs`.
         UnsupportedModelError: the model cannot be traced.
     """
+    check_model(model, "model")
     x = as_single_tensor(example_inputs)[:1].detach().to(device_of(model, example_inputs))
     graph = CutGraph(model, x)
     cut = None if split is None else graph.find(split.at)
@@ -310,8 +312,13 @@ def _scaled_layer(graph: CutGraph, residual: Residual) -> tuple[str | None, str 
     """(the layer whose output the mask scales, None), or (None, why there is none)."""
     once = called_once(graph)
     node: fx.Node | None = residual.value
+    last = None  # one without weights, as dropout, passes the mask on to the layer before it
     while node is not None and node in residual.region:
         if node.op == "call_module" and str(node.target) in once:
-            return str(node.target), None
+            if next(graph.attribute(node).parameters(), None) is not None:
+                return str(node.target), None
+            last = last or str(node.target)
         node = scaled_argument(graph, node)
+    if last is not None:
+        return last, None
     return None, "its branch's value is computed by an operator inside a forward, not by a layer"

@@ -9,7 +9,8 @@
 
 `load` builds the dense model from the caller's factory, prunes it and removes blocks in the order
 in which that was done, checks every tensor's shape against the file, and only then fills in the
-weights. Where no history was recorded, the layers take the sizes in the file.
+weights. Where no history was recorded, or none that leads there, the layers take the sizes in the
+file.
 """
 
 from __future__ import annotations
@@ -28,12 +29,20 @@ from torch import Tensor, nn
 
 from patrol_prune._tp import replay
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
-from patrol_prune.given import built_by, check_split
+from patrol_prune.given import built_by, check_factory, check_split
 from patrol_prune.group_table import build_graph
 from patrol_prune.open_attention import open_as_recorded, opened_attention
 from patrol_prune.pixels import Normalization
-from patrol_prune.prunable import WIDTHS, follow_widths, preserved
+from patrol_prune.prunable import follow_widths, preserved
 from patrol_prune.removal import remove_blocks
+from patrol_prune.saved_sizes import (
+    cast,
+    fits,
+    layer_sizes,
+    live_tensors,
+    resize,
+    unusual_strides,
+)
 from patrol_prune.split import Split
 from patrol_prune.storage import (
     atomic_directory,
@@ -123,8 +132,8 @@ def save(
         ],
         "opened_attention": opened_attention(split.model),
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
-        "layers": _sizes(split.model),
-        "strides": _unusual_strides(split.model),
+        "layers": layer_sizes(split.model),
+        "strides": unusual_strides(split.model),
     }
     example = _example(split)
     about = {
@@ -159,22 +168,17 @@ def load(
         CheckpointError: a file is missing, torn or changed, or the factory's model is not the
             one that was saved; `path` names the file.
     """
-    built = built_by(model_factory)
+    check_factory(model_factory)
     path = Path(path)
     files = _files(path)
     about = json.loads(files[SPLIT])
     architecture = json.loads(files[ARCHITECTURE])
     tensors = read_tensors(files[WEIGHTS], path / WEIGHTS)
-    dtype = getattr(torch, about["example"]["dtype"])
-    example = torch.zeros(about["example"]["shape"], dtype=dtype)
-    units = architecture.get("opened_attention", {})
-    _open(built, units if isinstance(units, dict) else dict.fromkeys(units, "heads"), path)
-    split = _build(built, about, example, tensors, path)
     removed = [(str(name), int(at)) for name, at in architecture.get("removed_blocks", [])]
-    if architecture["pruning_history"] or removed:
-        _replay(split, architecture["pruning_history"], removed, path)
-    if not architecture["pruning_history"]:
-        _resize(split.model, architecture["layers"], tensors)
+    split = _pruned(
+        lambda: _built(model_factory, about, architecture, tensors, path), architecture, removed,
+        tensors, path,
+    )
     _fill(split.model, tensors, architecture["strides"], path / WEIGHTS)
     split.refresh()
     split.pruning_history = architecture["pruning_history"]
@@ -227,16 +231,6 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
 
 
-def _unusual_strides(model: nn.Module) -> dict[str, list[int]]:
-    """Strides of the tensors that do not lie row by row (channels last); kernels follow them."""
-    state = {k: v for k, v in model.state_dict().items() if v.layout == torch.strided}
-    return {
-        name: list(tensor.stride()) for name, tensor in state.items()
-        if tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
-        and 0 not in tensor.stride()
-    }
-
-
 def _example(split: Split) -> Tensor:
     example = split.example_inputs
     return example if isinstance(example, Tensor) else example[0]
@@ -244,6 +238,45 @@ def _example(split: Split) -> Tensor:
 
 def _is_pair(split: Split) -> bool:
     return split.edge is getattr(split.model, "edge", None)
+
+
+def _built(
+    factory: ModelFactory, about: dict[str, Any], architecture: dict[str, Any],
+    tensors: dict[str, Tensor], path: Path,
+) -> Split:
+    """The factory's model, cut, with the attention opened that the saved one had."""
+    built = built_by(factory)
+    dtype = getattr(torch, about["example"]["dtype"])
+    example = torch.zeros(about["example"]["shape"], dtype=dtype)
+    units = architecture.get("opened_attention", {})
+    _open(built, units if isinstance(units, dict) else dict.fromkeys(units, "heads"), path)
+    return _build(built, about, example, tensors, path)
+
+
+def _pruned(
+    make: Callable[[], Split], architecture: dict[str, Any], removed: list[tuple[str, int]],
+    tensors: dict[str, Tensor], path: Path,
+) -> Split:
+    """The dense split brought to the saved shapes: as the history tells it, or by the sizes alone
+    where that does not lead there, because another pruner took part that nobody recorded.
+    """
+    history: History = architecture["pruning_history"]
+    failure: CheckpointError | None = None
+    if history:
+        split = make()
+        try:
+            _replay(split, history, removed, path)
+        except CheckpointError as error:
+            failure = error
+        if failure is None and fits(split.model, tensors):
+            return split
+    split = make()
+    if removed:
+        _replay(split, [], [(name, 0) for name, _ in removed], path)
+    resize(split.model, architecture["layers"], tensors)
+    if failure is not None and not fits(split.model, tensors):
+        raise failure
+    return split
 
 
 def _build(
@@ -256,14 +289,14 @@ def _build(
     try:
         if isinstance(built, tuple):
             for prefix, half in zip(("edge.", "cloud."), built, strict=True):
-                _cast(half, tensors, prefix)
+                cast(half, tensors, prefix)
             return Split.from_modules(*built, example)
         if about["two_modules"]:
             raise InputError(
                 "The split was made from two modules: expected a factory that returns the pair "
                 f"(edge, cloud), came {type(built).__name__}."
             )
-        _cast(built, tensors)
+        cast(built, tensors)
         return Split(built, example, at=about["at"])
     except PatrolError as error:
         raise CheckpointError(
@@ -328,42 +361,6 @@ def _stages(removed: list[tuple[str, int]], steps: int) -> list[tuple[int, list[
     return [(at, [name for name, when in removed if when == at]) for at in places]
 
 
-def _sizes(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
-    """Every layer's widths, by the names of its attributes."""
-    found: dict[str, dict[str, int | list[int]]] = {}
-    for name, module in model.named_modules():
-        values = {key: vars(module)[key] for key in WIDTHS if key in vars(module)}
-        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        found[name] = {k: v for k, v in plain.items() if isinstance(v, (int, list))}
-    return {name: sizes for name, sizes in found.items() if sizes}
-
-
-def _resize(
-    model: nn.Module, layers: dict[str, dict[str, Any]], tensors: dict[str, Tensor]
-) -> None:
-    """Give layers the recorded widths, and their tensors room for what is in the file."""
-    modules = dict(model.named_modules())
-    for name in layers.keys() & modules.keys():
-        for key, value in layers[name].items():
-            if key in vars(modules[name]):
-                setattr(modules[name], key, tuple(value) if isinstance(value, list) else value)
-    new: dict[int, Tensor] = {}
-    for name, old in _live(model).items():
-        tensor = tensors.get(name)
-        if tensor is None or tensor.shape == old.shape or tensor.dim() != old.dim():
-            continue
-        if any(there > here for there, here in zip(tensor.shape, old.shape, strict=True)):
-            continue  # pruning makes nothing wider: it is another model, as `_fill` says
-        if id(old) not in new:
-            room = torch.empty_like(tensor)
-            new[id(old)] = nn.Parameter(room, old.requires_grad) if isinstance(
-                old, nn.Parameter) else room
-        owner, _, leaf = name.rpartition(".")
-        setattr(modules[owner], leaf, new[id(old)])
-    if new:
-        logger.info("%d tensors took the sizes in the file; no history was recorded.", len(new))
-
-
 def _fill(
     model: nn.Module, tensors: dict[str, Tensor], strides: dict[str, list[int]], path: Path
 ) -> None:
@@ -378,22 +375,9 @@ def _fill(
                 "Give the factory of the very model that was saved.",
                 path=str(path),
             )
-    live = _live(model)
+    live = live_tensors(model)
     for name, stride in strides.items():
         tensor = tensors[name]
         live[name].data = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
     own.update(tensors)  # keeps the layers' versions, which some of them ask for
     model.load_state_dict(own)
-
-
-def _live(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters(remove_duplicate=False)),
-            **dict(model.named_buffers(remove_duplicate=False))}
-
-
-def _cast(model: nn.Module, tensors: dict[str, Tensor], prefix: str = "") -> None:
-    """Give every parameter and buffer the dtype it has in the file."""
-    for name, value in _live(model).items():
-        tensor = tensors.get(prefix + name)
-        if tensor is not None and tensor.dtype != value.dtype:
-            value.data = value.data.to(tensor.dtype)

@@ -31,14 +31,19 @@ def feature_distance(features: Tensor, target: Tensor) -> Tensor:
 
 
 class _Tap:
-    """Forward pre-hook: keeps what its layer was last given."""
+    """Forward pre-hook of a model's linear layers: keeps what the last that ran was given."""
 
-    def __init__(self, layer: nn.Module) -> None:
-        self.layer = layer
+    def __init__(self, model: nn.Module) -> None:
+        self.layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
         self.seen: Tensor | None = None
+        if not self.layers:
+            raise InputError(
+                f"Expected a model with a linear layer to compare features before, came "
+                f"{type(model).__name__} with none. Set feature_weight to 0."
+            )
 
-    def __call__(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        self.seen = args[0]
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.seen = args[0] if args else kwargs["input"]
 
 
 class Distiller:
@@ -50,7 +55,7 @@ class Distiller:
         model: the one that learns.
         teacher: the dense model.
         temperature: of the softened answers.
-        features: compare the inputs of the last linear layers too.
+        features: compare the inputs of the last linear layers that run too.
 
     Raises:
         InputError: with `features`, a model or a teacher without a linear layer, or layers that
@@ -64,13 +69,7 @@ class Distiller:
         self.taps: tuple[_Tap, _Tap] | None = None
         self._handles: list[Any] = []
         if features:
-            own, theirs = _last_linear(model), _last_linear(teacher)
-            if own.in_features != theirs.in_features:
-                raise InputError(
-                    f"Expected last layers that read as many features, came {own.in_features} and "
-                    f"the teacher's {theirs.in_features}. Set feature_weight to 0."
-                )
-            self.taps = _Tap(own), _Tap(theirs)
+            self.taps = _Tap(model), _Tap(teacher)
 
     def __call__(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """`(logit distance, feature distance or None)`; call it after the model ran on `x`."""
@@ -89,12 +88,18 @@ class Distiller:
         if self.taps is None:
             return distance, None
         own, theirs = (tap.seen for tap in self.taps)
-        assert own is not None and theirs is not None
+        if own is None or theirs is None or own.shape != theirs.shape:
+            came = [None if seen is None else tuple(seen.shape) for seen in (own, theirs)]
+            raise InputError(
+                f"Expected last linear layers that read as many features, came {came[0]} and the "
+                f"teacher's {came[1]}. Set feature_weight to 0."
+            )
         return distance, feature_distance(own.float(), theirs.float())
 
     def attach(self) -> None:
         """Put the hooks on both models."""
-        self._handles = [tap.layer.register_forward_pre_hook(tap) for tap in self.taps or ()]
+        self._handles = [layer.register_forward_pre_hook(tap, with_kwargs=True)
+                         for tap in self.taps or () for layer in tap.layers]
 
     def close(self) -> None:
         """Take the hooks off both models, and let go of what they saw."""
@@ -102,13 +107,3 @@ class Distiller:
             handle.remove()
         for tap in self.taps or ():
             tap.seen = None
-
-
-def _last_linear(model: nn.Module) -> nn.Linear:
-    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-    if not layers:
-        raise InputError(
-            f"Expected a model with a linear layer to compare features before, came "
-            f"{type(model).__name__} with none. Set feature_weight to 0."
-        )
-    return layers[-1]

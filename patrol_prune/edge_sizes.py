@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from patrol_prune.budget import Ints, MacModel
 from patrol_prune.cost import count_params
 from patrol_prune.groups import CONV
-from patrol_prune.transmitted import feature_width, transmitted_channels
+from patrol_prune.transmitted import channel_axis, transmitted_channels
 
 if TYPE_CHECKING:
     from patrol_prune.split import Split
@@ -86,8 +86,9 @@ class EdgeSizes:
         shape, table = tuple(split.feature_shape), self._costs.table
         pruned = [n for n, g in table.groups.items() if g.blocked is None]
         found = np.zeros(len(self._costs.sizes), np.int64)
-        each = math.prod(shape) // feature_width(shape)
-        for group, _, roots in transmitted_channels(split, table, pruned):
+        parts = transmitted_channels(split, table, pruned)
+        each = math.prod(shape) // shape[channel_axis(split, parts)] if parts else 0
+        for group, _, roots in parts:
             found += each * self._costs.held(group.name, roots)
         return found
 

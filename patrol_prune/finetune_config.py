@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from patrol_prune.errors import InputError
+from patrol_prune.given import check_count, check_number
 from patrol_prune.precision import PRECISIONS
+
+_COUNTS = ("epochs", "inner_steps", "surrogate_warmup_steps", "renew_every", "seed")
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,11 @@ class FinetuneConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        for each in fields(FinetuneConfig):
+            if each.name in _COUNTS:
+                check_count(getattr(self, each.name), each.name, 0)
+            elif each.name != "precision":
+                check_number(getattr(self, each.name), each.name)
         positive = {"lr": self.lr, "clip_norm": self.clip_norm,
                     "distill_temperature": self.distill_temperature}
         bad = [name for name, value in positive.items() if not value > 0]

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from patrol_prune.attention_heads import HeadLinear
 from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.given import check_kind
 from patrol_prune.groups import CONV, Member
 from patrol_prune.masks import SoftMasks
+
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def fold_masks(masks: SoftMasks) -> None:
@@ -41,6 +44,7 @@ def fold_masks(masks: SoftMasks) -> None:
             over channels whose masks differ, or a block's mask is not 1 and its branch ends in a
             layer that cannot take it (`cannot_fold`).
     """
+    check_kind(masks, "masks", SoftMasks, "Give SoftMasks, of learned masks their .masks.")
     if masks.is_attached:
         raise InputError("Expected masks that are not attached: they would act twice. Leave "
                          "`with masks.attached()` first.")
@@ -100,7 +104,7 @@ def cannot_fold(masks: SoftMasks) -> dict[str, str]:
     for name in masks.blocks:
         layer = masks.scaled_layer(name)
         affine = isinstance(layer, (CONV, nn.Linear)) or (
-            isinstance(layer, nn.modules.batchnorm._BatchNorm) and layer.affine)
+            isinstance(layer, _NORMS) and layer.weight is not None)
         if not affine:
             found[name] = f"its branch ends in a {type(layer).__name__}"
         elif any(owners[id(p)] > 1 for p in layer.parameters(recurse=False)):

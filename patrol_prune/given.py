@@ -159,6 +159,24 @@ def check_objective(objective: object) -> None:
         )
 
 
+def check_targets(logits: Tensor, y: object) -> None:
+    """An InputError where cross-entropy over `logits [B, K]` cannot take the labels `y`."""
+    if logits.dim() != 2 or not isinstance(y, Tensor) or y.is_floating_point():
+        return
+    if y.dtype != torch.long or y.dim() != 1:
+        raise InputError(
+            f"Expected labels as int64 of shape [{len(logits)}], came {y.dtype} of shape "
+            f"{tuple(y.shape)}. Give y.long(), and y.squeeze(1) where there is a dimension of 1."
+        )
+    least, most = (int(y.min()), int(y.max())) if y.numel() else (0, 0)
+    if most >= logits.shape[1] or (least < 0 and bool(((y < 0) & (y != -100)).any())):
+        raise InputError(
+            f"Labels must lie in 0..{logits.shape[1] - 1}, as the model has {logits.shape[1]} "
+            f"outputs; came {most if most >= logits.shape[1] else least}. Give the model as many "
+            "outputs as there are classes."
+        )
+
+
 def check_task_loss(task_loss: object) -> None:
     """An InputError where it cannot be called."""
     if not callable(task_loss) or isinstance(task_loss, type):

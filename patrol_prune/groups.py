@@ -156,11 +156,26 @@ def blocked_by(members: list[Member], is_output: bool, tie: int) -> str | None:
             return f"{m.layer_name!r} is an LSTM"
         if isinstance(m.module, nn.MultiheadAttention) and (why := _uncut(m, channels // tie)):
             return f"{m.layer_name!r} is a MultiheadAttention {why}"
+        if m.direction == "parameter" and (why := _elsewhere(m, channels)):
+            return f"{m.layer_name!r} is a parameter {why}"
         if _groups_of(m) > 1 and not _is_whole(m, channels):
             return f"{m.layer_name!r} puts a part of these channels into groups"
+        if (isinstance(m.module, CONV) and m.module.transposed
+                and m.direction != "through" and m.module.groups > 1):
+            return f"{m.layer_name!r} is a transposed convolution in groups"
         depthwise = isinstance(m.module, CONV) and m.direction == "through"
         if depthwise and m.module.in_channels != m.module.out_channels:
             return f"{m.layer_name!r} merges channels depthwise"
+    return None
+
+
+def _elsewhere(member: Member, channels: int) -> str | None:
+    """Why a bare parameter's channels may lie along another of its dimensions."""
+    if len(member.idxs) == channels != member.width:
+        return f"with {member.width} numbers where it would have to have {channels}"
+    shape = tuple(member.module.shape)
+    if len(shape) == 4 and sum(size == member.width for size in shape) > 1:
+        return f"of shape {shape}, in which nobody can tell the channels"
     return None
 
 

@@ -31,7 +31,13 @@ from patrol_prune.errors import CheckpointError, InputError, UnsupportedModelErr
 from patrol_prune.finetune import check_training, drive
 from patrol_prune.finetune_config import FinetuneConfig
 from patrol_prune.folding import cannot_fold, fold_masks
-from patrol_prune.given import check_kind, check_objective, check_split
+from patrol_prune.given import (
+    check_count,
+    check_kind,
+    check_number,
+    check_objective,
+    check_split,
+)
 from patrol_prune.image_pool import TrainBatches
 from patrol_prune.mask_importance import MaskImportance
 from patrol_prune.masks import SoftMasks
@@ -74,13 +80,15 @@ class MaskConfig(FinetuneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         positive = {"mask_lr": self.mask_lr, "gamma": self.gamma, "gain": self.gain}
+        for name in (*positive, "schedule_share"):
+            check_number(getattr(self, name), name)
         bad = [name for name, value in positive.items() if not value > 0]
         bad += [] if 0 < self.schedule_share <= 1 else ["schedule_share"]
-        bad += [] if self.refresh >= 1 else ["refresh"]
+        check_count(self.refresh, "refresh", 1)
         if bad:
             raise InputError(
                 f"MaskConfig: out of range: {', '.join(bad)}. mask_lr, gamma and gain are "
-                "positive, schedule_share lies in (0, 1], refresh is at least 1."
+                "positive, schedule_share lies in (0, 1]."
             )
         Limits(self.min_channels, self.max_pruning_ratio)
 
@@ -215,9 +223,13 @@ def learn_masks(
     groups = () if structures == "blocks" else tuple(_channels(masks))
     if not groups and not learned:
         raise UnsupportedModelError(
-            f"None of the edge's {STRUCTURES[structures]} can carry a mask. Choose a deeper split "
-            "point, boundary='prune' or other structures."
+            f"None of the edge's {STRUCTURES[structures]} can carry a learned mask"
+            f"{_why_none(masks, left_out)}. Choose a deeper split point"
+            f"{', boundary=' + repr('prune') if boundary == 'keep' else ''} or prune by scores."
         )
+    if left_out:
+        logger.warning("%d removable blocks have no mask and stay: %s", len(left_out),
+                       "; ".join(f"{name}, as {why}" for name, why in left_out.items()))
     shrinker = Shrinker(costs, groups, config.limits, budget)
     trainer = _MaskTrainer(masks, shrinker, objective, config, teacher,
                            home_of(split.model, device), len(train_batches))
@@ -372,3 +384,10 @@ def _channels(masks: SoftMasks) -> dict[str, Tensor]:
     """Group name -> `[C]` mask on the CPU, of the groups whose masks can be folded."""
     return {n: m.detach().cpu().clone() for n, m in masks.channels.items()
             if n not in masks.normalised}
+
+
+def _why_none(masks: SoftMasks, left_out: dict[str, str]) -> str:
+    """What keeps groups and blocks from carrying a mask, where it is known."""
+    told = [f"a layer normalises over the channels of {name}" for name in masks.normalised]
+    told += [f"of block {name}, {why}" for name, why in left_out.items()]
+    return f" ({'; '.join(told[:2])})" if told else ""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from patrol_prune._tp import Importance
 from patrol_prune.errors import InputError
+from patrol_prune.given import check_kind
 from patrol_prune.masks import SoftMasks
 from patrol_prune.survivors import SurvivorTracker
 
@@ -33,6 +34,7 @@ class MaskImportance(Importance):  # type: ignore[misc]
     """
 
     def __init__(self, masks: SoftMasks) -> None:
+        check_kind(masks, "masks", SoftMasks, "Give SoftMasks, of learned masks their .masks.")
         self.scores: dict[str, Tensor] = {
             name: mask.detach().abs().clone()
             for name, mask in masks.channels.items()

@@ -41,9 +41,10 @@ from patrol_prune.attention_heads import HeadLinear
 from patrol_prune.blocks import ResidualBlock, residual_blocks
 from patrol_prune.channel_norms import channel_norm
 from patrol_prune.errors import InputError, nearest
+from patrol_prune.given import check_model
 from patrol_prune.group_table import GroupTable
 from patrol_prune.groups import CHANNEL_NORMS, CONV, ChannelGroup, Member
-from patrol_prune.transmitted import feature_width, transmitted_channels
+from patrol_prune.transmitted import channel_axis, transmitted_channels
 
 if TYPE_CHECKING:
     from patrol_prune.split import Split
@@ -98,6 +99,7 @@ class SoftMasks:
     ) -> None:
         _one_of("boundary", boundary, BOUNDARIES)
         _one_of("scope", scope, ("edge", "model"))
+        check_model(model, "model")
         self.model, self.split, self.boundary = model, split, boundary
         self.table = table or GroupTable.build(model, example_inputs, split=split)
         device = _device_of(model)
@@ -191,10 +193,15 @@ class SoftMasks:
         """Set the masks of these channels and blocks to 0: what the model does without them."""
         for name in blocks:
             if name not in self.blocks:
-                why = self.unmaskable.get(name) or nearest(name, self.blocks)
+                why = self.unmaskable.get(name) or nearest(name, self.blocks) or (
+                    "these masks are of channels alone; make them with SoftMasks(blocks=True)")
                 raise InputError(f"Expected a masked block, came {name!r}: {why}")
             self.blocks[name].data.zero_()
         for name, idxs in channels.items():
+            width = self.channels[name].numel() if name in self.channels else None
+            wrong = [int(i) for i in idxs if width is not None and not -width <= int(i) < width]
+            if wrong:
+                raise InputError(f"Expected channels of {name!r} below {width}, came {wrong[0]}.")
             values = self.channels[name].detach().clone() if name in self.channels else 1.0
             if isinstance(values, Tensor):
                 values[torch.as_tensor(idxs, dtype=torch.long, device=values.device)] = 0.0
@@ -357,8 +364,8 @@ class SoftMasks:
         if not parts:
             return None
         shape = tuple(self.split.feature_shape)
-        width = feature_width(shape)
-        return self._gather(parts, width), {1: -1, 2: -1}.get(len(shape), -len(shape))
+        axis = channel_axis(self.split, parts)
+        return self._gather(parts, shape[axis]), axis - len(shape)
 
 
 def _channels_of_input(module: nn.Module) -> int:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from patrol_prune.cost import evaluating
 from patrol_prune.errors import InputError
@@ -26,6 +27,7 @@ from patrol_prune.given import (
     check_normalization,
     check_number,
     check_split,
+    check_targets,
     check_task_loss,
     input_and_target,
     share_outside,
@@ -285,6 +287,8 @@ class PatrolObjective:
                     z, logits = masks.split_forward(x)
             z = z.float()
             logits = logits.float() if isinstance(logits, Tensor) else logits
+            if self.task_loss is F.cross_entropy and isinstance(logits, Tensor):
+                check_targets(logits, y)
             task = self.task_loss(logits, y)
             constants = self._block_lipschitz(x) if self.uses_lipschitz else None
         total = task

@@ -22,11 +22,12 @@ _APART = re.compile(
     r"(Relu|Hardtanh|Hardswish|Hardsigmoid|Silu|Gelu|Sigmoid|LogSigmoid|Tanh|Elu|LeakyRelu|"
     r"PreluKernel|Softplus|Softshrink|Mish|Exp|Log|Sqrt|Rsqrt|Pow|Abs|Neg|Clamp|ClampMin|ClampMax|"
     r"Add|Sub|Rsub|Mul|Div|Addcmul|Clone|ToCopy|Alias|AsStrided|T|Unsqueeze|Squeeze|Expand|"
-    r"NativeDropout|Split|SplitWithSizes|Cat|(Max|Avg|AdaptiveAvg|AdaptiveMax)Pool[12]D\w*|"
+    r"NativeDropout|Cat|(Max|Avg|AdaptiveAvg|AdaptiveMax)Pool[12]D\w*|"
     r"Upsample\w*|(ConstantPad|ReflectionPad|ReplicationPad)\w*)Backward\d*"
 )
 """Operators of autograd that leave channels apart, and those that Torch-Pruning has a rule for. One
-that moves dimensions is not among them: behind it nobody knows where the channels are."""
+that moves dimensions is not among them: behind it nobody knows where the channels are. Nor is one
+that parts channels: where the halves meet again, Torch-Pruning ties the wrong ones."""
 _OF_LAYERS = re.compile(
     r"(NativeLayerNorm|NativeGroupNorm|\w*BatchNorm|Convolution|Mm|Addmm)Backward\d*"
 )

@@ -15,15 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from patrol_prune.given import check_kind, check_model
+from patrol_prune.lineage import Kept, ancestors, earlier, taken_out
 
 if TYPE_CHECKING:
     from patrol_prune.group_table import GroupTable
 
 logger = logging.getLogger(__name__)
-
-Kept = dict[int, Tensor]
-_ancestors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 @contextmanager
@@ -38,8 +37,8 @@ def recording(table: GroupTable, channels: Mapping[str, Tensor]) -> Iterator[Non
             continue
         kept = _kept(old, new, removed.get(name, []))
         if kept is not None:
-            earlier = [(ref, _compose(first, kept)) for ref, first in _ancestors.get(old, [])]
-            _ancestors[new] = [(weakref.ref(old), kept), *earlier]
+            before_it = [(ref, _compose(first, kept)) for ref, first in earlier(old)]
+            ancestors[new] = [(weakref.ref(old), kept), *before_it]
 
 
 def follow(tensor: Tensor, kept: Kept) -> Tensor:
@@ -66,6 +65,8 @@ def rebuild_optimizer(
     Returns:
         An optimiser of the same class. The old one is left as it was.
     """
+    check_model(model, "model")
+    check_kind(optimizer, "optimizer", torch.optim.Optimizer, "Give the one made before pruning.")
     successors: dict[int, tuple[nn.Parameter, Kept]] = {}
     unknown: list[str] = []
     held = {id(p): p for group in optimizer.param_groups for p in group["params"]}
@@ -74,19 +75,20 @@ def rebuild_optimizer(
         if id(parameter) in held:
             successors[id(parameter)] = (parameter, {})
             continue
-        for reference, kept in _ancestors.get(parameter, []):
+        origins = earlier(parameter)
+        for reference, kept in origins:
             old = reference()
             if old is not None and id(old) in held:
                 successors[id(old)] = (parameter, kept)
                 break
         else:
-            unknown.append(name)
+            unknown += [name] * (not origins)  # else it replaces one that was not held either
     groups = []
     for group in optimizer.param_groups:
         settings = {k: v for k, v in group.items() if k != "params"}
         alive = [successors[id(p)][0] for p in group["params"] if id(p) in successors]
         groups.append({**settings, "params": alive})
-    lost = sum(len(group["params"]) for group in optimizer.param_groups) - len(successors)
+    lost = [p for key, p in held.items() if key not in successors and p not in taken_out]
     if lost and unknown:
         logger.warning("momentum of %d parameters starts anew, their origin is not known: %s",
                        len(unknown), ", ".join(unknown[:5]))

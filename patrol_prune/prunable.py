@@ -122,6 +122,38 @@ def preserved(model: nn.Module, *, trainable: bool = False) -> Iterator[None]:
             p.requires_grad_(flags.get(name, p.requires_grad))
 
 
+@contextmanager
+def whole_or_not_at_all(split: Any) -> Iterator[None]:
+    """Where pruning fails inside, the split's model comes back as it was, and the split with it.
+
+    Raises:
+        UnsupportedModelError: in the place of whatever error came.
+    """
+    modules = [(m, dict(m._parameters), dict(m._buffers), {
+        name: value for name, value in vars(m).items() if isinstance(value, (int, tuple, list))
+    }) for m in split.model.modules()]
+    tensors = [(t, t.data, t.grad)
+               for t in (*split.model.parameters(), *split.model.buffers())]
+    history = split.pruning_history
+    try:
+        yield
+    except Exception as error:
+        for module, parameters, buffers, plain in modules:
+            module._parameters.update(parameters)
+            module._buffers.update(buffers)
+            vars(module).update(plain)
+        for tensor, data, grad in tensors:
+            tensor.data, tensor.grad = data, grad
+        split.refresh()
+        split.pruning_history = history
+        raise UnsupportedModelError(
+            f"The model is as it was before: without these channels it does not run ({error}). "
+            "Torch-Pruning does not see what ties them to others; leave the layers out with "
+            "ignored_layers=, or say which dimension of a parameter of its own holds channels "
+            "with unwrapped_parameters=. Make a new pruner."
+        ) from error
+
+
 def follow_widths(model: nn.Module) -> None:
     """Where a forward reads a width that Torch-Pruning leaves as it was, set it.
 

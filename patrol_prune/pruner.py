@@ -26,7 +26,7 @@ from patrol_prune.following import followed
 from patrol_prune.group_table import GroupTable, rebuilt_graph
 from patrol_prune.groups import ChannelGroup
 from patrol_prune.origins import recording
-from patrol_prune.prunable import check_prunable, follow_widths, preserved
+from patrol_prune.prunable import check_prunable, follow_widths, preserved, whole_or_not_at_all
 from patrol_prune.prune_result import PruneResult, weight_shapes
 from patrol_prune.regularizer import ChannelDecay
 from patrol_prune.removal import remove_blocks
@@ -346,16 +346,17 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             keep = torch.zeros(totals[name], dtype=torch.bool)
             keep[idxs] = True
             removed[name] = (~keep).nonzero().flatten()
-        try:
-            with preserved(self.model), recording(table, removed):
-                for name, idxs in removed.items():
-                    if len(idxs):
-                        root = table.groups[name].members[0].module
-                        yield pruning_group(self.DG, root, idxs.tolist())
-        finally:  # also where the caller leaves the loop
-            follow_widths(self.model)
-            self.split.refresh()
-            self.split.pruning_history = [*self._earlier, *self.DG.pruning_history()]
+        with whole_or_not_at_all(self.split):
+            try:
+                with preserved(self.model), recording(table, removed):
+                    for name, idxs in removed.items():
+                        if len(idxs):
+                            root = table.groups[name].members[0].module
+                            yield pruning_group(self.DG, root, idxs.tolist())
+            finally:  # also where the caller leaves the loop
+                follow_widths(self.model)
+                self.split.refresh()
+                self.split.pruning_history = [*self._earlier, *self.DG.pruning_history()]
         removed_blocks = self._remove_blocks(gone)
         self._decay = None
         if after is None or self._costs.constant or self._costs.has_other_positions(self.split):

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from patrol_prune.blocks import ResidualBlock, residual_blocks
 from patrol_prune.cost import evaluating
 from patrol_prune.errors import InputError, UnsupportedModelError, nearest
+from patrol_prune.given import check_split
+from patrol_prune.lineage import take_out
 
 if TYPE_CHECKING:
     from patrol_prune.split import Split
@@ -41,6 +43,7 @@ def remove_blocks(split: Split, names: Iterable[str]) -> tuple[str, ...]:
         UnsupportedModelError: the model does not run without the block, or computes something
             else than it should.
     """
+    check_split(split)
     wanted = list(dict.fromkeys([names] if isinstance(names, str) else names))
     if not wanted:
         return ()
@@ -58,6 +61,8 @@ def remove_blocks(split: Split, names: Iterable[str]) -> tuple[str, ...]:
         _put(split.model, before)
         split.refresh()
         raise
+    live = {id(parameter) for parameter in split.model.parameters()}
+    take_out(p for module in before.values() for p in module.parameters() if id(p) not in live)
     at = len(split.pruning_history)
     split.removed_blocks = [*split.removed_blocks, *((name, at) for name in gone)]
     logger.info("removed %d blocks: %s", len(gone), ", ".join(gone))

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from patrol_prune.budget import Ints, MacModel
 from patrol_prune.choice import Limits, choose_structures, must_stay, require_reachable, smallest
+from patrol_prune.errors import BudgetError
 from patrol_prune.groups import ChannelGroup
 
 Values = dict[str, Tensor]
@@ -38,6 +39,8 @@ BLOCK = "block:"
 _ALIVE = 1e-2
 _LARGEST_CHANGE = 0.7
 _HALVINGS = 12
+_NEAR = 0.97
+"""Of the budget: a projection that uses so much of it is taken as it comes."""
 
 
 def block_key(name: str) -> str:
@@ -186,8 +189,21 @@ class Shrinker:
         A block's mask counts r-fold, as it took r times as long to come down. The channels inside
         a block that goes keep theirs.
         """
-        channels, blocks = _parted(values)
+        blocks = _parted(values)[1]
         worth = {n: self.pace[block_key(n)] * float(v) for n, v in blocks.items()}
+        found = self._projected(values, worth)
+        if self.macs(found) >= _NEAR * self.budget:
+            return found
+        # A whole block went for a small excess, and what came back in its room were zeros.
+        try:
+            other = self._projected(values, {n: w for n, w in worth.items() if w == 0})
+        except BudgetError:
+            return found
+        return max(found, other, key=self.macs)
+
+    def _projected(self, values: Mapping[str, Tensor], worth: Mapping[str, float]) -> Values:
+        """`project`, with these blocks alone to go."""
+        channels = _parted(values)[0]
         kept, gone = choose_structures(
             self.costs, channels, worth, self.budget, limits=self.limits
         )

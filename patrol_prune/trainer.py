@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from patrol_prune.distillation import Distiller
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
-from patrol_prune.given import input_and_target
+from patrol_prune.given import check_targets, input_and_target
 from patrol_prune.image_pool import ImagePool, TrainBatches, start_epoch
 from patrol_prune.lipschitz import frozen_statistics
 from patrol_prune.objective import ObjectiveTerms, PatrolObjective
@@ -207,7 +207,7 @@ class Trainer:
                 "objective whose task_loss takes that, PatrolObjective(split, task_loss)."
             )
         logits = logits.float()
-        _check_targets(logits, y)
+        check_targets(logits, y)
         task = F.cross_entropy(logits, y)
         return ObjectiveTerms(task, None, None, task, None, logits, logits)
 
@@ -266,11 +266,3 @@ def _agreed(config: FinetuneConfig, objective: PatrolObjective | None) -> str:
             f"{objective.precision if objective else None!r} in the objective. Leave one at 'auto'."
         )
     return said.pop() if said else "auto"
-
-
-def _check_targets(logits: Tensor, y: Tensor) -> None:
-    if logits.dim() == 2 and not y.is_floating_point() and int(y.max()) >= logits.shape[1]:
-        raise InputError(
-            f"Labels must lie in 0..{logits.shape[1] - 1}, as the model has {logits.shape[1]} "
-            f"outputs; came {int(y.max())}. Give the model as many outputs as there are classes."
-        )

@@ -88,8 +88,8 @@ def prune(args: argparse.Namespace, name: str, at: str) -> None:
         pp.save(split, path, normalization=normalization)
         loaded = pp.load(path, build)
         assert torch.equal(loaded.model(x), model(x)), "load differs from save"
-    print(f"  halves, budget and file checked; task loss {done.history[-1]['task']:.3f}; "
-          f"{time.perf_counter() - began:.0f} s")
+    trained = f"task loss {done.history[-1]['task']:.3f}; " if done.history else ""
+    print(f"  halves, budget and file checked; {trained}{time.perf_counter() - began:.0f} s")
 
 
 def main() -> None:

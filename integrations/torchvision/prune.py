@@ -106,7 +106,8 @@ def main() -> None:
         split, batches, objective=objective, teacher=teacher, progress=False,
         config=pp.FinetuneConfig(epochs=args.epochs, lr=0.01, surrogate_warmup_steps=0),
     )  # fmt: skip
-    print(f"fine-tuned: task loss {done.history[-1]['task']:.3f}")
+    if done.history:
+        print(f"fine-tuned: task loss {done.history[-1]['task']:.3f}")
 
     # save and load
     model.eval()

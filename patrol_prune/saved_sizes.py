@@ -1,0 +1,81 @@
+"""The widths of a pruned model's layers, as a file records them and a fresh model takes them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from patrol_prune.prunable import WIDTHS
+
+logger = logging.getLogger(__name__)
+
+
+def layer_sizes(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
+    """Every layer's widths, by the names of its attributes."""
+    found: dict[str, dict[str, int | list[int]]] = {}
+    for name, module in model.named_modules():
+        values = {key: vars(module)[key] for key in WIDTHS if key in vars(module)}
+        plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        found[name] = {k: v for k, v in plain.items() if isinstance(v, (int, list))}
+    return {name: sizes for name, sizes in found.items() if sizes}
+
+
+def resize(
+    model: nn.Module, layers: Mapping[str, Mapping[str, Any]], tensors: Mapping[str, Tensor]
+) -> None:
+    """Give layers the recorded widths, and their tensors room for what is in the file."""
+    modules = dict(model.named_modules())
+    for name in layers.keys() & modules.keys():
+        for key, value in layers[name].items():
+            if key in vars(modules[name]):
+                setattr(modules[name], key, tuple(value) if isinstance(value, list) else value)
+    new: dict[int, Tensor] = {}
+    for name, old in live_tensors(model).items():
+        tensor = tensors.get(name)
+        if tensor is None or tensor.shape == old.shape or tensor.dim() != old.dim():
+            continue
+        if any(there > here for there, here in zip(tensor.shape, old.shape, strict=True)):
+            continue  # pruning makes nothing wider: it is another model
+        if id(old) not in new:
+            room = torch.empty_like(tensor)
+            new[id(old)] = nn.Parameter(room, old.requires_grad) if isinstance(
+                old, nn.Parameter) else room
+        owner, _, leaf = name.rpartition(".")
+        setattr(modules[owner], leaf, new[id(old)])
+    if new:
+        logger.info("%d tensors took the sizes in the file.", len(new))
+
+
+def fits(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
+    """Whether the model's state has the names and shapes of these tensors."""
+    own = model.state_dict()
+    return own.keys() == tensors.keys() and all(
+        own[name].shape == tensor.shape for name, tensor in tensors.items())
+
+
+def live_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Every parameter and buffer by each of its names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)),
+            **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def unusual_strides(model: nn.Module) -> dict[str, list[int]]:
+    """Strides of the tensors that do not lie row by row (channels last); kernels follow them."""
+    state = {k: v for k, v in model.state_dict().items() if v.layout == torch.strided}
+    return {
+        name: list(tensor.stride()) for name, tensor in state.items()
+        if tensor.stride() != torch.empty(tensor.shape, device="meta").stride()
+        and 0 not in tensor.stride()
+    }
+
+
+def cast(model: nn.Module, tensors: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Give every parameter and buffer the dtype it has in the file."""
+    for name, value in live_tensors(model).items():
+        tensor = tensors.get(prefix + name)
+        if tensor is not None and tensor.dtype != value.dtype:
+            value.data = value.data.to(tensor.dtype)
