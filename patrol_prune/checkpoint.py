@@ -26,8 +26,11 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from patrol_prune._tp import replay
+from patrol_prune._trace import run_on
+from patrol_prune.cost import draws_restored, evaluating
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
 from patrol_prune.given import built_by, check_factory, check_split
 from patrol_prune.group_table import build_graph
@@ -271,12 +274,26 @@ def _pruned(
         if failure is None and fits(split.model, tensors):
             return split
     split = make()
+    answers = _answers(split)
     if removed:
         _replay(split, [], [(name, 0) for name, _ in removed], path)
     resize(split.model, architecture["layers"], tensors)
     if failure is not None and not fits(split.model, tensors):
         raise failure
+    if fits(split.model, tensors) and _answers(split) != answers:  # no pruning changes these
+        raise CheckpointError(
+            f"The factory's model gives answers of shape {answers}, the one in {path} "
+            f"{_answers(split)}. Give the factory of the very model that was saved.",
+            path=str(path / WEIGHTS),
+        )
     return split
+
+
+def _answers(split: Split) -> list[tuple[int, ...]]:
+    """The shapes of what the model gives for one input."""
+    with evaluating(split.model), draws_restored(split.model), torch.no_grad():
+        given = tree_leaves(run_on(split.model, split.example_inputs[:1].clone()))
+    return [tuple(value.shape) for value in given if isinstance(value, Tensor)]
 
 
 def _build(

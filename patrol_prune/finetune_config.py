@@ -54,10 +54,11 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         for each in fields(FinetuneConfig):
+            name, value = f"{type(self).__name__}.{each.name}", getattr(self, each.name)
             if each.name in _COUNTS:
-                check_count(getattr(self, each.name), each.name, 0)
+                check_count(value, name, 0)
             elif each.name != "precision":
-                check_number(getattr(self, each.name), each.name)
+                check_number(value, name)
         positive = {"lr": self.lr, "clip_norm": self.clip_norm,
                     "distill_temperature": self.distill_temperature}
         bad = [name for name, value in positive.items() if not value > 0]

@@ -81,10 +81,10 @@ class MaskConfig(FinetuneConfig):
         super().__post_init__()
         positive = {"mask_lr": self.mask_lr, "gamma": self.gamma, "gain": self.gain}
         for name in (*positive, "schedule_share"):
-            check_number(getattr(self, name), name)
+            check_number(getattr(self, name), f"MaskConfig.{name}")
         bad = [name for name, value in positive.items() if not value > 0]
         bad += [] if 0 < self.schedule_share <= 1 else ["schedule_share"]
-        check_count(self.refresh, "refresh", 1)
+        check_count(self.refresh, "MaskConfig.refresh", 1)
         if bad:
             raise InputError(
                 f"MaskConfig: out of range: {', '.join(bad)}. mask_lr, gamma and gain are "

@@ -50,8 +50,13 @@ def test_features_are_what_the_last_layers_read() -> None:
 
 
 def test_other_widths_and_models_without_a_linear_layer_are_refused() -> None:
-    with pytest.raises(InputError, match="read as many features, came 5 and the teacher's 6"):
-        Distiller(_net(5), _net(6), 4.0, features=True)
+    model, other = _net(5), _net(6)
+    distiller = Distiller(model, other, 4.0, features=True)
+    distiller.attach()
+    x = torch.randn(2, 4)
+    with pytest.raises(InputError, match=r"came \(2, 5\) and the teacher's \(2, 6\)"):
+        distiller(x, model(x))
+    distiller.close()
     with pytest.raises(InputError, match="with none"):
         Distiller(nn.Conv2d(3, 3, 1), _net(5), 4.0, features=True)
     assert not _net(5)[2]._forward_pre_hooks

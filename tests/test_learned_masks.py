@@ -190,11 +190,11 @@ def test_blocks_are_learned_and_harden_exactly(structures: str) -> None:
 
 def test_a_block_that_cannot_take_its_mask_has_none() -> None:
     split = fresh(depth=2)
-    split.model.layer1[1].bn2 = nn.Sequential(split.model.layer1[1].bn2, nn.Dropout(0.0))
+    split.model.layer1[1].bn2 = nn.Sequential(split.model.layer1[1].bn2, nn.Tanh())
     split.refresh()
     config = dataclasses.replace(CONFIG, epochs=1)
     learned = learn(split, config, edge_macs=0.5, structures="both")
-    assert learned.left_out == {"layer1.1": "its branch ends in a Dropout"}
+    assert learned.left_out == {"layer1.1": "its branch ends in a Tanh"}
     assert set(learned.blocks) == {"layer1.0", "layer2.1"}
     assert float(learned.masks.blocks["layer1.1"]) == 1.0
     with pytest.raises(InputError, match="structures"):
