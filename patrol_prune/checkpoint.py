@@ -32,7 +32,7 @@ from patrol_prune._tp import replay
 from patrol_prune._trace import run_on
 from patrol_prune.cost import draws_restored, evaluating
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
-from patrol_prune.given import built_by, check_factory, check_split
+from patrol_prune.given import built_by, check_split
 from patrol_prune.group_table import build_graph
 from patrol_prune.open_attention import open_as_recorded, opened_attention
 from patrol_prune.pixels import Normalization
@@ -171,7 +171,7 @@ def load(
         CheckpointError: a file is missing, torn or changed, or the factory's model is not the
             one that was saved; `path` names the file.
     """
-    check_factory(model_factory)
+    built = [built_by(model_factory)]
     path = Path(path)
     files = _files(path)
     about = json.loads(files[SPLIT])
@@ -179,8 +179,9 @@ def load(
     tensors = read_tensors(files[WEIGHTS], path / WEIGHTS)
     removed = [(str(name), int(at)) for name, at in architecture.get("removed_blocks", [])]
     split = _pruned(
-        lambda: _built(model_factory, about, architecture, tensors, path), architecture, removed,
-        tensors, path,
+        lambda: _built(built.pop() if built else built_by(model_factory), about, architecture,
+                       tensors, path),
+        architecture, removed, tensors, path,
     )
     _fill(split.model, tensors, architecture["strides"], path / WEIGHTS)
     split.refresh()
@@ -244,11 +245,10 @@ def _is_pair(split: Split) -> bool:
 
 
 def _built(
-    factory: ModelFactory, about: dict[str, Any], architecture: dict[str, Any],
-    tensors: dict[str, Tensor], path: Path,
+    built: nn.Module | tuple[nn.Module, nn.Module], about: dict[str, Any],
+    architecture: dict[str, Any], tensors: dict[str, Tensor], path: Path,
 ) -> Split:
     """The factory's model, cut, with the attention opened that the saved one had."""
-    built = built_by(factory)
     dtype = getattr(torch, about["example"]["dtype"])
     example = torch.zeros(about["example"]["shape"], dtype=dtype)
     units = architecture.get("opened_attention", {})
