@@ -50,7 +50,7 @@ BACKBONES = [
     pytest.param("mobilenet_v3_small", 32, "features.8", 4, marks=pytest.mark.slow),
     pytest.param("efficientnet_b0", 32, "features.4", 4, marks=pytest.mark.slow),
     ("regnet_y_400mf", 32, "trunk_output.block2", 2),
-    ("convnext_tiny", 32, "features.3", 6),
+    pytest.param("convnext_tiny", 32, "features.3", 6, marks=pytest.mark.slow),
     (vit, 32, "encoder.layers.encoder_layer_1", 4),
 ]
 

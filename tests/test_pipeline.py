@@ -321,6 +321,7 @@ def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) ->
     assert rewrite_report(copied).read_bytes() == page
 
 
+@pytest.mark.slow
 def test_a_renamed_run_goes_by_its_new_name(
     finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

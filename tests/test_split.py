@@ -78,7 +78,7 @@ def resnet() -> tuple[nn.Module, Tensor]:
     return build("resnet18")
 
 
-SLOW = ("vgg11_bn", "swin_t")
+SLOW = ("vgg11_bn", "swin_t", "efficientnet_b0", "densenet121")
 
 
 @pytest.mark.parametrize("name", [
