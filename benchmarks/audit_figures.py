@@ -114,17 +114,19 @@ def strongest(record: dict[str, Any], circumstances: str) -> str:
 def earlier_training(groups: dict[str, dict[str, Row]]) -> str:
     """What † means, where models of two trainings stand side by side."""
     rows = [row for attacks in groups.values() for row in attacks.values()]
-    here = [row["dense_accuracy"] for row in rows if row.get("dense_accuracy")]
-    before = [row["accuracy"] for row in rows
-              if row["method"] == "dense" and row.get("base") == "earlier"]
+    here = [row["dense_accuracy"] for row in rows
+            if row.get("dense_accuracy") and row.get("base") != "earlier"]
+    before = [row.get("dense_accuracy") or row["accuracy"] for row in rows
+              if row.get("base") == "earlier"
+              and (row["method"] == "dense" or row.get("dense_accuracy"))]
     if not (here and before):
         return ""
     return (f" Models with † come from an earlier training of the dense model, to "
             f"{100 * before[0]:.1f}%; the others from one to {100 * here[0]:.1f}%.")
 
 
-BEFORE = ("White boxes and the linear attack were weaker when this was measured than they are now, "
-          "and may show more today.")
+BEFORE = (f"White boxes and the linear attack were weaker when the rows with{PRESSED_MARK} were "
+          "measured than they are now, and may show more today.")
 
 
 UNFINISHED = " *"
@@ -180,12 +182,15 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
         lines.append("against the same pruned model trained on as long without attackers: "
                      f"{beside(ours, control)}.")
     taylor = found["taylor"]
-    lines.append(f"against Taylor pruning cut after {taylor['split']}: {beside(ours, taylor)}; "
-                 f"{ours['feature_bytes'] / 1024:.3g} KiB uploaded instead of "
-                 f"{taylor['feature_bytes'] / 1024:.3g}.")
+    cut = f"Taylor pruning cut after {taylor['split']}"
+    if ours.get("base") == taylor.get("base"):
+        lines.append(f"against {cut}: {beside(ours, taylor)}; "
+                     f"{ours['feature_bytes'] / 1024:.3g} KiB uploaded instead of "
+                     f"{taylor['feature_bytes'] / 1024:.3g}.")
+    else:
+        lines.append(f"not beside {cut}: attackers have become stronger between the two.")
     if same := found.get("patrol"):
-        lines.append(f"cut after {same['split']} itself, against the same: "
-                     f"{beside(same, taylor)}.")
+        lines.append(f"cut after {same['split']} itself, against {cut}: {beside(same, taylor)}.")
     mark = PRESSED_MARK * pressed(ours)
     return (f"PATROL, cut after {ours['split']}{mark}, at equal edge MACs, each model under the "
             "strongest of the attacks on it:\n\n" + "\n".join(f"- {line}" for line in lines))

@@ -101,11 +101,21 @@ def of_frontier(rows: Callable[[Row], bool]) -> str:
 
 
 def of_every_attack() -> tuple[dict[str, Any], str]:
-    """The record of the models that met every attack, the frontier's where there is none of it."""
-    if (RESULTS / "strongest.json").exists():
-        return told("strongest")
-    return load("frontier"), of_frontier(
-        lambda row: audit_figures.name_in_the_table(row) is not None)
+    """The record of the models that met every attack: the frontier's rows, in which models that
+    `strongest.json` holds are replaced by what that says of them.
+    """
+    named = audit_figures.name_in_the_table
+    record = load("frontier")
+    if not (RESULTS / "strongest.json").exists():
+        return record, of_frontier(lambda row: named(row) is not None)
+    newest, told_of_it = told("strongest")
+    there = {named(row) for row in newest["rows"]}
+    kept = [{**row, "base": "earlier"} for row in record["rows"]
+            if named(row) is not None and named(row) not in there]
+    before = circumstances(record)
+    if kept:
+        told_of_it += f" Rows with †: {before[0].lower()}{before[1:]}"
+    return {**newest, "rows": [*newest["rows"], *kept]}, told_of_it
 
 
 def is_swept(row: Row) -> bool:

@@ -47,7 +47,8 @@ def test_the_strongest_attack_on_each_model_is_the_one_compared(figures: ModuleT
     assert "against Taylor pruning cut after layer3: **SSIM 0.250 instead of 0.800 (0.31 times)" \
            in text
     assert "8 KiB uploaded instead of 16" in text
-    assert "cut after layer3 itself, against the same: **SSIM 0.600 instead of 0.800" in text
+    assert "cut after layer3 itself, against Taylor pruning cut after layer3: **SSIM 0.600 " \
+           "instead of 0.800" in text
     ours = next(line for line in text.splitlines() if "PATROL, cut deeper" in line)
     assert "3 times as long *" in ours and "| 0.250 |" in ours and ours.endswith("| 2 |")
     assert "Floor, the mean image: SSIM 0.200" in text, "over the images that all attacks met"
@@ -70,3 +71,33 @@ def test_a_model_under_one_attack_alone_is_left_out(figures: ModuleType) -> None
     text = figures.strongest({"rows": [*ROWS[:2], ROWS[2]]}, "here")
     assert "Taylor pruning" in text and "PATROL" not in text
     assert figures.strongest({"rows": ROWS[2:3]}, "here") == "Not measured yet."
+
+
+def test_rows_of_weaker_attackers_are_not_set_beside_those_of_today(figures: ModuleType) -> None:
+    rows = [{**r, "base": "earlier" if r["split"] == "layer4" else "today",
+             "dense_accuracy": 0.842 if r["split"] == "layer4" else 0.85} for r in ROWS]
+    text = figures.strongest({"rows": rows}, "measured here")
+    assert "trained on as long without attackers: **SSIM 0.250" in text
+    assert "not beside Taylor pruning cut after layer3" in text and "instead of 16" not in text
+    assert "earlier training of the dense model, to 84.2%; the others from one to 85.0%" in text
+
+
+def test_models_of_the_newest_record_replace_the_frontiers(
+    import_benchmark: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    made = import_benchmark("figures")
+    about = {"date": "2026-01-01", "command": "python x --y"}
+    records = {"frontier": {**about, "rows": ROWS},
+               "strongest": {**about, "date": "2026-02-02",
+                             "rows": [row("taylor", "rmle", 0.9, victims=256)]}}
+    monkeypatch.setattr(made, "load", records.__getitem__)
+    monkeypatch.setattr(made, "RESULTS", tmp_path)
+    assert len(made.of_every_attack()[0]["rows"]) == len(ROWS)
+    (tmp_path / "strongest.json").touch()
+    record, told = made.of_every_attack()
+    taylor = [r for r in record["rows"] if r["method"] == "taylor"]
+    assert [r["first_ssim"] for r in taylor] == [0.9] and "base" not in taylor[0]
+    others = [r for r in record["rows"] if r["method"] != "taylor"]
+    assert {r["method"] for r in others} == {"patrol", "with-none", "with-patrol"}
+    assert all(r["base"] == "earlier" for r in others)
+    assert told.index("2026-02-02") < told.index("Rows with †: measured 2026-01-01")
