@@ -338,7 +338,7 @@ def take_over(args: Frontier) -> None:
     if own.exists() and own.read_bytes() != theirs.read_bytes():
         raise SystemExit(f"{args.work} has a dense model of its own; give another --work")
     finished = [source for name in ("models", "rows") for source in args.models.glob(f"{name}/*")]
-    for source in [*finished, args.models / "baseline"]:
+    for source in [args.models / "baseline", *finished]:  # first what says whose they are
         target = args.work / source.relative_to(args.models)
         if target.exists():
             continue

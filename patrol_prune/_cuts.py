@@ -274,12 +274,14 @@ class CutGraph:
         return f"{name} {list(tensor.shape) if tensor is not None else '(no tensor)'}"
 
 
+DEFENDED = ("features", "upload")
+"""The children of an edge with a defence behind it."""
 Parts = Sequence[tuple[nn.Module, CutGraph | None]]
 """Modules one behind the other, each with its cuts, or None where it cannot be traced."""
 
 
 def parts_of(module: nn.Module, x: Tensor) -> Parts:
-    """The module and its cuts; an `nn.Sequential` that cannot be traced as a whole, part by part.
+    """The module and its cuts; an edge with a defence that cannot be traced, part by part.
 
     Args:
         module: in the mode in which it is; left as found.
@@ -290,9 +292,9 @@ def parts_of(module: nn.Module, x: Tensor) -> Parts:
         try:
             return [(module, CutGraph(module, x))]
         except UnsupportedModelError:
-            if type(module) is not nn.Sequential:
+            if tuple(name for name, _ in module.named_children()) != DEFENDED:
                 return [(module, None)]
-        for part in module:
+        for part in module.children():
             parts += parts_of(part, x)
             with evaluating(part), torch.no_grad():
                 x = run_on(part, x.clone())

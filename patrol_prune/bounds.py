@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from numbers import Real
 from typing import Literal
 
 import torch
@@ -24,6 +23,7 @@ from torch import Tensor
 
 from patrol_prune.covariance import gaussian_information, shrinkage_intensity
 from patrol_prune.errors import InputError
+from patrol_prune.given import is_number
 from patrol_prune.jacobian import (
     blocked_outputs,
     checked_edge,
@@ -298,7 +298,7 @@ def dithered_entropy(bits: float, pixel_values: int, levels: int = 256) -> float
 
 
 def _check_sigma(sigma: float) -> None:
-    if not isinstance(sigma, Real) or not 0.0 < sigma < math.inf:
+    if not is_number(sigma) or not 0.0 < float(sigma) < math.inf:
         raise InputError(
             f"Expected sigma, the standard deviation of the noise on z, above 0, came {sigma}. "
             "Without noise there is no such bound; jacobian_effective_rank is a diagnostic."

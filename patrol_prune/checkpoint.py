@@ -26,11 +26,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from patrol_prune._tp import replay
-from patrol_prune._trace import run_on
-from patrol_prune.cost import draws_restored, evaluating
 from patrol_prune.errors import CheckpointError, InputError, PatrolError, UnsupportedModelError
 from patrol_prune.given import built_by, check_split
 from patrol_prune.group_table import build_graph
@@ -40,10 +37,12 @@ from patrol_prune.prunable import follow_widths, preserved
 from patrol_prune.removal import remove_blocks
 from patrol_prune.saved_sizes import (
     cast,
+    first_answers,
     fits,
     layer_sizes,
     live_tensors,
     resize,
+    same_answers,
     unusual_strides,
 )
 from patrol_prune.split import Split
@@ -137,6 +136,7 @@ def save(
         "shapes": {name: list(tensor.shape) for name, tensor in tensors.items()},
         "layers": layer_sizes(split.model),
         "strides": unusual_strides(split.model),
+        "answers": first_answers(split),
     }
     example = _example(split)
     about = {
@@ -274,26 +274,21 @@ def _pruned(
         if failure is None and fits(split.model, tensors):
             return split
     split = make()
-    answers = _answers(split)
     if removed:
         _replay(split, [], [(name, 0) for name, _ in removed], path)
     resize(split.model, architecture["layers"], tensors)
-    if failure is not None and not fits(split.model, tensors):
-        raise failure
-    if fits(split.model, tensors) and _answers(split) != answers:  # no pruning changes these
-        raise CheckpointError(
-            f"The factory's model gives answers of shape {answers}, the one in {path} "
-            f"{_answers(split)}. Give the factory of the very model that was saved.",
-            path=str(path / WEIGHTS),
-        )
+    if history:
+        same = fits(split.model, tensors)
+        if same:
+            _fill(split.model, tensors, architecture["strides"], path / WEIGHTS)
+            same = same_answers(split, architecture.get("answers"))
+        if not same:  # another model of the kind, or nobody can tell
+            raise failure or CheckpointError(
+                f"The factory's model, pruned as {path / ARCHITECTURE} says, is not the one that "
+                "was saved. Give the factory of the very model that was saved, before any pruning.",
+                path=str(path / ARCHITECTURE),
+            )
     return split
-
-
-def _answers(split: Split) -> list[tuple[int, ...]]:
-    """The shapes of what the model gives for one input."""
-    with evaluating(split.model), draws_restored(split.model), torch.no_grad():
-        given = tree_leaves(run_on(split.model, split.example_inputs[:1].clone()))
-    return [tuple(value.shape) for value in given if isinstance(value, Tensor)]
 
 
 def _build(

@@ -30,12 +30,18 @@ def feature_distance(features: Tensor, target: Tensor) -> Tensor:
     return (features - target).square().sum() / target.square().sum().clamp_min(1e-12)
 
 
+_LAST_LAYERS = 3
+"""An auxiliary head may run behind the classifier, in training alone."""
+
+
 class _Tap:
-    """Forward pre-hook of a model's linear layers: keeps what the last that ran was given."""
+    """Forward pre-hook of a model's linear layers: keeps what the last few that ran were given."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
-        self.seen: Tensor | None = None
+        self.names: dict[nn.Module, str] = {
+            m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        self.layers = list(self.names)
+        self.seen: dict[str, Tensor] = {}
         if not self.layers:
             raise InputError(
                 f"Expected a model with a linear layer to compare features before, came "
@@ -43,7 +49,11 @@ class _Tap:
             )
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.seen = args[0] if args else kwargs["input"]
+        name = self.names[module]
+        self.seen.pop(name, None)
+        self.seen[name] = args[0] if args else kwargs["input"]
+        if len(self.seen) > _LAST_LAYERS:
+            del self.seen[next(iter(self.seen))]
 
 
 class Distiller:
@@ -87,7 +97,9 @@ class Distiller:
         distance = logit_distance(logits, target, self.temperature)
         if self.taps is None:
             return distance, None
-        own, theirs = (tap.seen for tap in self.taps)
+        mine, dense = (tap.seen for tap in self.taps)
+        same = next((name for name in reversed(mine) if name in dense), None)
+        own, theirs = (None, None) if same is None else (mine[same], dense[same])
         if own is None or theirs is None or own.shape != theirs.shape:
             came = [None if seen is None else tuple(seen.shape) for seen in (own, theirs)]
             raise InputError(
@@ -106,4 +118,4 @@ class Distiller:
         for handle in self._handles:
             handle.remove()
         for tap in self.taps or ():
-            tap.seen = None
+            tap.seen = {}

@@ -127,11 +127,12 @@ def check_count(value: object, name: str, least: int, *, optional: bool = False)
 
 def check_number(value: object, name: str, least: float = 0.0) -> None:
     """An InputError where it is no finite number of at least `least`."""
-    if not _is_number(value) or not least <= float(value) < math.inf:  # type: ignore[arg-type]
+    if not is_number(value) or not least <= float(value) < math.inf:  # type: ignore[arg-type]
         raise InputError(f"Expected {name} as a number of at least {least:g}, came {value!r}.")
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether it is a real number, or a tensor of one."""
     scalar = isinstance(value, Tensor) and value.numel() == 1
     return scalar or (isinstance(value, Real) and not isinstance(value, bool))
 
@@ -163,7 +164,7 @@ def check_targets(logits: Tensor, y: object) -> None:
     """An InputError where cross-entropy over `logits [B, K]` cannot take the labels `y`."""
     if logits.dim() != 2 or not isinstance(y, Tensor) or y.is_floating_point():
         return
-    if y.dtype != torch.long or y.dim() != 1:
+    if y.dtype not in (torch.long, torch.uint8) or y.dim() != 1:
         raise InputError(
             f"Expected labels as int64 of shape [{len(logits)}], came {y.dtype} of shape "
             f"{tuple(y.shape)}. Give y.long(), and y.squeeze(1) where there is a dimension of 1."

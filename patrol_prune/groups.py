@@ -174,7 +174,8 @@ def _elsewhere(member: Member, channels: int) -> str | None:
     if len(member.idxs) == channels != member.width:
         return f"with {member.width} numbers where it would have to have {channels}"
     shape = tuple(member.module.shape)
-    if len(shape) == 4 and sum(size == member.width for size in shape) > 1:
+    mapped = len(shape) == 4 or (len(shape) == 3 and shape[0] != 1)  # not [1, L, C] of tokens
+    if mapped and sum(size == member.width for size in shape) > 1:
         return f"of shape {shape}, in which nobody can tell the channels"
     return None
 

@@ -37,7 +37,7 @@ def block_lipschitz(
 
     The norm is Euclidean over everything but the batch, `D_0 = delta`. An image whose `h_i` has
     less than a thousandth of the batch's usual norm has no size to be relative to, and does not
-    count in the scale-free form. The paper's `k_N` halves
+    count in the scale-free form, neither before nor behind a block. The paper's `k_N` halves
     when the last layer is scaled by one half and the next one by two, though nothing leaks less;
     the scale-free form does not move. Per image, the paper's ratios multiply to the ratio of the
     whole chain.
@@ -69,7 +69,7 @@ def block_lipschitz(
             f"{tuple(delta.shape)}."
         )
     clean, noisy = x, x + delta
-    before = _size(noisy - clean, clean, form)
+    before, was_sized = _size(noisy - clean, clean, form), _has_size(clean)
     constants = []
     for block in blocks:
         draw_again = _same_draws(block, x.device)
@@ -79,7 +79,7 @@ def block_lipschitz(
         after = _size(noisy - clean, clean, form)
         ratio = after / before.clamp_min(TINY)
         if form == "scale_free":
-            sized = _has_size(clean)
+            sized, was_sized = _has_size(clean) & was_sized, _has_size(clean)
             ratio = torch.where(sized, ratio, 0.0) * (
                 1.0 if reduction == "max" else len(sized) / sized.sum().clamp_min(1))
         constants.append(ratio.max() if reduction == "max" else ratio.mean())

@@ -75,14 +75,13 @@ def rebuild_optimizer(
         if id(parameter) in held:
             successors[id(parameter)] = (parameter, {})
             continue
-        origins = earlier(parameter)
-        for reference, kept in origins:
+        for reference, kept in earlier(parameter):
             old = reference()
             if old is not None and id(old) in held:
                 successors[id(old)] = (parameter, kept)
                 break
         else:
-            unknown += [name] * (not origins)  # else it replaces one that was not held either
+            unknown.append(name)
     groups = []
     for group in optimizer.param_groups:
         settings = {k: v for k, v in group.items() if k != "params"}

@@ -146,6 +146,8 @@ def whole_or_not_at_all(split: Any) -> Iterator[None]:
             tensor.data, tensor.grad = data, grad
         split.refresh()
         split.pruning_history = history
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+            raise
         raise UnsupportedModelError(
             f"The model is as it was before: without these channels it does not run ({error}). "
             "Torch-Pruning does not see what ties them to others; leave the layers out with "

@@ -357,7 +357,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 follow_widths(self.model)
                 self.split.refresh()
                 self.split.pruning_history = [*self._earlier, *self.DG.pruning_history()]
-        removed_blocks = self._remove_blocks(gone)
+            removed_blocks = self._remove_blocks(gone)
         self._decay = None
         if after is None or self._costs.constant or self._costs.has_other_positions(self.split):
             after = count_macs(self.split.edge, self.split.example_inputs).total

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
+from patrol_prune._trace import run_on
+from patrol_prune.cost import draws_restored, evaluating
+from patrol_prune.errors import PatrolError
 from patrol_prune.prunable import WIDTHS
 
+if TYPE_CHECKING:
+    from patrol_prune.split import Split
+
 logger = logging.getLogger(__name__)
+_ANSWERS = 16
 
 
 def layer_sizes(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
@@ -55,6 +63,35 @@ def fits(model: nn.Module, tensors: Mapping[str, Tensor]) -> bool:
     own = model.state_dict()
     return own.keys() == tensors.keys() and all(
         own[name].shape == tensor.shape for name, tensor in tensors.items())
+
+
+def first_answers(split: Split) -> list[float] | None:
+    """Some of the model's answers to one drawn input, which tell it from others of its shapes.
+
+    None where it has no finite ones.
+    """
+    x = split.example_inputs[:1]
+    if x.is_floating_point():
+        x = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)
+    try:
+        with evaluating(split.model), draws_restored(split.model), torch.no_grad():
+            leaves = tree_leaves(run_on(split.model, x))
+    except PatrolError:
+        return None
+    values = [v.detach().flatten().double().cpu() for v in leaves
+              if isinstance(v, Tensor) and v.is_floating_point()]
+    flat = torch.cat(values) if values else torch.empty(0)
+    some = flat[:: max(1, len(flat) // _ANSWERS)][:_ANSWERS]
+    return some.tolist() if len(some) and bool(some.isfinite().all()) else None
+
+
+def same_answers(split: Split, recorded: Sequence[float] | None) -> bool:
+    """Whether the model gives the answers that were recorded; False where none were."""
+    now = first_answers(split)
+    if now is None or recorded is None or len(now) != len(recorded):
+        return False
+    told, here = torch.tensor(recorded), torch.tensor(now)
+    return bool((told - here).abs().max() <= 1e-3 * told.abs().max() + 1e-6)
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:

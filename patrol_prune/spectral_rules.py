@@ -239,6 +239,7 @@ def _picks_each_once(index: Any) -> bool:
     """Whether an index takes no value twice, as a list or a tensor of places may."""
     places = index if isinstance(index, tuple) else (index,)
     return all(place is None or place is Ellipsis or isinstance(place, (int, slice))
+               or (isinstance(place, Tensor) and place.dtype == torch.bool)
                for place in places)
 
 

@@ -135,7 +135,7 @@ class Split:
         """A split whose two halves are given, for models that cannot be traced.
 
         `model` is then a module with the attributes `edge` and `cloud`; `blocks` has more than
-        one entry only if the edge can be traced, or is an `nn.Sequential`: then part by part.
+        one entry only if the edge can be traced, but for a defence behind it.
 
         Raises:
             InputError: the halves do not fit each other or `example_inputs`, or the edge returns

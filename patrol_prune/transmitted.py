@@ -71,12 +71,13 @@ def channel_axis(split: Split, parts: Sequence[Part]) -> int:
     """
     shape, covered = tuple(split.feature_shape), _covered(parts)
     usual = len(shape) - 1 if len(shape) == 2 else 0
-    able = [a for a, size in enumerate(shape)
-            if size == covered or (a == usual and size > covered)]
+    able = [a for a, size in enumerate(shape) if size >= covered]
     if len(able) == 1:
         return able[0]
     seen = _probed(split, parts)
     found = [a for a in able if seen.get(a, 0) == max(seen.values(), default=0) > 0]
+    if len(found) != 1 and shape[usual] == covered and shape.count(covered) == 1:
+        return usual
     if len(found) != 1:
         raise UnsupportedModelError(
             f"Nobody can tell which axis of the transmitted feature {shape} holds its channels. "

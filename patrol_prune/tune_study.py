@@ -157,6 +157,7 @@ class SharedStudy:
         if old is None:
             self._study.set_user_attr(SETTINGS, new)
             return
+        old = {k: v for k, v in old.items() if k not in free}
         old = {k: v for k, v in flatten(defaults or {}).items() if k in new} | old
         different = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if different:
@@ -282,10 +283,8 @@ def _is_finished(trial: optuna.trial.FrozenTrial) -> bool:
 def masked(url: str) -> str:
     """A database's URL with passwords left out, also those among its options."""
     scheme, mark, rest = url.partition("://")
-    rest = re.sub(r"^([^:/?]*):.*?@(?=[^@/?]*([/?]|$))", r"\1:***@", rest)
+    rest = re.sub(r"^([^:/?]*):[^/]*?@(?=[^@/?]*([/?]|$))", r"\1:***@", rest)
     where, question, options = rest.partition("?")
-    shown = "&".join(
-        f"{name}{equals}{'***' if _SECRET.search(name) and value else value}"
-        for name, equals, value in (option.partition("=") for option in options.split("&"))
-    )
+    shown = re.sub(r"([^&;=]*)=([^&;]+)", lambda option: (
+        f"{option[1]}=***" if _SECRET.search(option[0]) else option[0]), options)
     return f"{scheme}{mark}{where}{question}{shown}"

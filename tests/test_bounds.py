@@ -388,6 +388,11 @@ class TestFewImagesAndGroups:
         assert auto.information == pytest.approx(auto.diagonal_information)
         assert auto.smallest_group == 2
 
+    def test_a_sigma_may_be_a_tensor(self) -> None:
+        z = normal(20, 4)
+        one, other = (conditional_entropy_bound(z, sigma, 3) for sigma in (0.1, torch.tensor(0.1)))
+        assert float(other.information) == pytest.approx(float(one.information), rel=1e-5)
+
     def test_an_entropy_that_no_image_has_is_refused(self) -> None:
         z, d = normal(20, 4), 3072
         for entropy, levels in ((d * 2.65 * math.log(2), None), (1e6, None), (math.nan, None),

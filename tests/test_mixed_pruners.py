@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 import patrol_prune as pp
 from patrol_prune.cost import count_macs
+from patrol_prune.defences.dropout import Dropper
 from patrol_prune.errors import InputError, PatrolError, UnsupportedModelError
 
 X = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
@@ -246,3 +247,110 @@ def test_a_flattened_feature_is_wider_than_any_layer() -> None:
     with masks.attached(), torch.no_grad():
         z = split.edge(X).view(2, 8, 16, 16)
     assert float(z[:, 3].abs().max()) == 0.0 and float(z[:, 4].abs().max()) > 0.0
+
+
+class Scaled(Chain):
+    """Its forward uses a number that no file holds."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(nn.Conv2d(3, width, 3, padding=1), width, F.relu)
+        self.scale = width**-0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x)
+
+
+def test_a_wider_model_with_other_answers_is_refused(tmp_path: Path) -> None:
+    model = Scaled(16).eval()
+    split = pp.Split(model, X, at="c")
+    pp.PatrolPruner(model, X, Random(), split=split, edge_macs=0.7).step()
+    pp.save(split, tmp_path / "a")
+    assert torch.equal(pp.load(tmp_path / "a", lambda: Scaled(16).eval()).model(X), model(X))
+    with pytest.raises(PatrolError, match="Give the factory of the very model"):
+        pp.load(tmp_path / "a", lambda: Scaled(64).eval())
+
+
+def test_an_output_that_another_pruner_narrowed_is_loaded(tmp_path: Path) -> None:
+    model = chain(width=16)
+    tp.pruner.BasePruner(model, X, importance=Random(), pruning_ratio=0.3).step()
+    with torch.no_grad():
+        model.f = nn.Linear(model.f.in_features, 4)
+    split = pp.Split(model, X, at="c")
+    pp.save(split, tmp_path / "a")
+    loaded = pp.load(tmp_path / "a", lambda: chain(width=16))
+    assert torch.equal(loaded.model(X), model(X))
+
+
+def test_an_edge_of_ones_own_that_cannot_be_traced_is_one_block() -> None:
+    edge = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(inplace=True),
+                         nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(inplace=True), Dropper(0.1, 0))
+    cloud = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+    split = pp.Split.from_modules(edge, cloud, X)
+    assert split.blocks == (edge,)
+    objective = pp.PatrolObjective(split, F.cross_entropy, alpha=1.0, beta=0.0)
+    objective.terms(X, torch.tensor([0, 1])).total.backward()
+    assert edge[0].weight.grad is not None
+
+
+def test_a_block_that_cannot_go_leaves_the_channels_too(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = chain(width=16)
+    split = pp.Split(model, X, at="c")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    pruner = pp.PatrolPruner(model, X, Random(), split=split, edge_macs=0.5)
+
+    def refused(self: pp.PatrolPruner, names: tuple[str, ...]) -> tuple[str, ...]:
+        assert self.model.a.out_channels < 16, "channels go first"
+        raise UnsupportedModelError("the block's layer is read elsewhere")
+
+    monkeypatch.setattr(pp.PatrolPruner, "_remove_blocks", refused)
+    with pytest.raises(UnsupportedModelError, match="read elsewhere"):
+        pruner.step()
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    assert not list(split.pruning_history) and model(X).shape == (2, 5)
+
+
+def test_masks_of_a_part_of_the_channels_lie_on_channels() -> None:
+    class Partly(nn.Module):
+        """Half of what crosses stays whole: `[N, 12, 32]`."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv1d(3, 8, 3, padding=1), nn.Conv1d(3, 4, 3, padding=1)
+            self.c, self.f = nn.Conv1d(12, 8, 3, padding=1), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            z = F.relu(torch.cat([self.a(x), self.b(x).flip(1)], 1))
+            return self.f(F.relu(self.c(z)).mean(2))
+
+    torch.manual_seed(0)
+    model, x = Partly().eval(), torch.randn(2, 3, 32)
+    split = pp.Split(model, x, at="relu")
+    plain = split.edge(x)
+    masks = pp.SoftMasks(model, x, split=split, boundary="prune")
+    if "a" not in masks.channels:
+        pytest.skip("the whole concatenation stays")
+    masks.zero({"a": [0, 1]})
+    with masks.attached(), torch.no_grad():
+        z = split.edge(x)
+    assert float(z[:, :2].abs().max()) == 0.0 and torch.equal(z[:, 2:], plain[:, 2:])
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (16, 16, 1), (16, 1, 16)])
+def test_a_parameter_without_a_batch_dimension_stays_whole(shape: tuple[int, ...]) -> None:
+    class Gained(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.g = nn.Conv2d(3, 16, 3, padding=1), nn.Parameter(torch.rand(shape))
+            self.b, self.c = nn.Conv2d(16, 12, 3, padding=1), nn.Conv2d(12, 8, 3, padding=1)
+            self.f = nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.b(F.relu(self.a(x) * self.g)))
+            return self.f(F.relu(self.c(x)).mean((2, 3)))
+
+    model = Gained().eval()
+    split = pp.Split(model, X, at="c")
+    result = pp.PatrolPruner(model, X, Random(), split=split, edge_macs=0.6).step()
+    assert model.g.shape == shape and "nobody can tell" in result.left_whole["a"]

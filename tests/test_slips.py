@@ -86,6 +86,22 @@ def test_no_parameter_is_added_that_the_old_optimiser_left_out(channels_first: b
     assert {name for name in names.values() if name.startswith("c.")} <= now
 
 
+def test_what_another_pruner_left_first_is_trained_on() -> None:
+    """Nobody recorded where its parameters came from; ours came from those."""
+    model, split = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    table = pp.SoftMasks(model, X, split=split).table
+    table.raw["one.layers.0"].prune([0, 1])
+    split.refresh()
+    table = pp.SoftMasks(model, X, split=split).table
+    gone = {"one.layers.0": torch.tensor([1]), "two.layers.0": torch.tensor([0])}
+    with recording(table, gone):
+        remove_channels(table, gone)
+    fresh = pp.rebuild_optimizer(optimizer, model)
+    now = {id(p) for group in fresh.param_groups for p in group["params"]}
+    assert now == {id(p) for p in model.parameters()}
+
+
 class HeadFirst(nn.Module):
     """The head is registered before layers that run earlier, and one that never does."""
 
@@ -109,6 +125,23 @@ def test_features_are_compared_at_the_last_linear_layer_that_runs() -> None:
     assert features is not None and float(features) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_an_auxiliary_head_behind_the_classifier_is_not_compared() -> None:
+    class Auxiliary(HeadFirst):
+        def forward(self, x: Tensor) -> Tensor:
+            answers = super().forward(x)
+            if self.training:
+                self.unused(x.flatten(1)[:, :3])
+            return answers
+
+    torch.manual_seed(0)
+    model, teacher = Auxiliary().train(), Auxiliary().eval()
+    teacher.load_state_dict(model.state_dict())
+    distiller = Distiller(model, teacher, 1.0, features=True)
+    distiller.attach()
+    assert float(distiller(X, model(X))[1]) == 0.0  # type: ignore[arg-type]
+    distiller.close()
+
+
 @pytest.mark.parametrize("y", [torch.tensor([0, 1, 2, -1]), Y.int(), Y[:, None],
                                torch.tensor([0, 1, 2, 5])])
 @pytest.mark.parametrize("objective", [False, True])
@@ -122,8 +155,9 @@ def test_labels_that_cross_entropy_cannot_take(y: Tensor, objective: bool) -> No
 
 def test_labels_that_are_passed_over_are_none() -> None:
     _, split = net()
-    pp.finetune(split, [(X, torch.tensor([0, 1, -100, 2]))], progress=False,
-                config=pp.FinetuneConfig(epochs=1, precision="fp32"))
+    for y in (torch.tensor([0, 1, -100, 2]), Y.to(torch.uint8)):
+        pp.finetune(split, [(X, y)], progress=False,
+                    config=pp.FinetuneConfig(epochs=1, precision="fp32"))
 
 
 @pytest.mark.parametrize("settings", [{"epochs": 1.5}, {"lr": "0.1"}, {"inner_steps": 1.5},

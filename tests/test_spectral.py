@@ -311,6 +311,19 @@ class Repeating(nn.Module):
         return x[:, [0, 0, 0, 0]]
 
 
+class Picked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.tensor([True, False]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x[:, self.kept]
+
+
+def test_a_mask_of_booleans_takes_each_value_once() -> None:
+    assert float(SpectralBounds([Picked()], torch.zeros(1, 2, 4, 4))()) == 1.0
+
+
 class Floored(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.div(x, 2.0, rounding_mode="floor")

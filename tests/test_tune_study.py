@@ -66,10 +66,11 @@ def test_a_study_of_an_earlier_release_has_the_defaults_of_what_it_did_not_know(
     tmp_path: Path,
 ) -> None:
     with opened(tmp_path) as study:
-        study.join({"a": 1}, ())
-        study.join({"a": 1, "new": {"b": 2}}, (), {"new": {"b": 2}, "a": 7})
+        study.join({"a": 1, "was_compared": 3}, ())
+        study.join({"a": 1, "was_compared": 4}, ("was_compared",))
+        study.join({"a": 1, "new": {"b": 2}}, ("was_compared",), {"new": {"b": 2}, "a": 7})
         with pytest.raises(RunDirectoryError, match="2 there, 3 now"):
-            study.join({"a": 1, "new": {"b": 3}}, (), {"new": {"b": 2}})
+            study.join({"a": 1, "new": {"b": 3}}, ("was_compared",), {"new": {"b": 2}})
 
 
 def test_the_same_seed_tries_the_same_values(tmp_path: Path) -> None:
@@ -233,6 +234,10 @@ def test_a_database_that_is_not_there(tmp_path: Path) -> None:
         ("postgresql://me:p@ss@host/db", "postgresql://me:***@host/db"),
         ("postgresql://me:p?ss@host/db?a=b@c", "postgresql://me:***@host/db?a=b@c"),
         ("postgresql://me@host/db", "postgresql://me@host/db"),
+        ("postgresql://host:5432/db?options=a@b", "postgresql://host:5432/db?options=a@b"),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dsecret",
+         "mssql+pyodbc:///?odbc_connect=***"),
+        ("mysql://host/db?x=1;password=zz", "mysql://host/db?x=1;password=***"),
         ("postgresql://host/db?user=me&password=secret&x=1",
          "postgresql://host/db?user=me&password=***&x=1"),
         ("sqlite:///study.db", "sqlite:///study.db"),

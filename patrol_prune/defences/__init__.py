@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from numbers import Real
 from typing import Any
 
 from patrol_prune.defences.base import Adversary, Defence
@@ -23,6 +22,7 @@ from patrol_prune.defences.quantisation import Quantisation
 from patrol_prune.defences.randomness import RandomUpload
 from patrol_prune.defences.trained import AdversarialOnly, Patrol, Trained
 from patrol_prune.errors import InputError, nearest
+from patrol_prune.given import is_number
 
 DEFENCES: dict[str, type[Defence]] = {
     defence.name: defence
@@ -54,7 +54,7 @@ def make_defence(name: str, strength: float | None = None, **settings: Any) -> D
     if strength is not None:
         if not kind.swept:
             raise InputError(f"The defence {name!r} has no strength; leave it out.")
-        if isinstance(strength, bool) or not isinstance(strength, Real):
+        if not is_number(strength):
             raise InputError(f"Expected the strength as a number ({kind.swept} of {name!r}), came "
                              f"{strength!r}.")
         if kind.swept in settings:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from patrol_prune.cost import device_of, evaluating, feature_bytes
 from patrol_prune.errors import InputError
+from patrol_prune.given import is_number
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.objective import PatrolObjective, TaskLoss
 from patrol_prune.pixels import Normalization
@@ -130,13 +130,13 @@ class Adversary:
 
 def check_at_least(value: float, least: float, name: str, defence: str) -> None:
     """An InputError where `value` is under `least` or no number."""
-    if not isinstance(value, Real) or not value >= least or value == float("inf"):
+    if not is_number(value) or not value >= least or value == float("inf"):
         raise InputError(f"{defence}: expected {name} of at least {least:g}, came {value}.")
 
 
 def check_share(value: float, name: str, defence: str) -> None:
     """An InputError where `value` is outside [0, 1)."""
-    if not isinstance(value, Real) or not 0 <= value < 1:
+    if not is_number(value) or not 0 <= value < 1:
         raise InputError(f"{defence}: expected {name} in [0, 1), came {value!r}.")
 
 
