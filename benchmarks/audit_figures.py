@@ -178,9 +178,12 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
              for name, attacks in groups.items()}
     ours = found["deeper"]
     lines = []
+    apart = "attackers have become stronger between the two."
     if control := found.get("control"):
-        lines.append("against the same pruned model trained on as long without attackers: "
-                     f"{beside(ours, control)}.")
+        same_model = "the same pruned model trained on as long without attackers"
+        lines.append(f"against {same_model}: {beside(ours, control)}."
+                     if ours.get("base") == control.get("base")
+                     else f"not beside {same_model}: {apart}")
     taylor = found["taylor"]
     cut = f"Taylor pruning cut after {taylor['split']}"
     if ours.get("base") == taylor.get("base"):
@@ -188,7 +191,7 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
                      f"{ours['feature_bytes'] / 1024:.3g} KiB uploaded instead of "
                      f"{taylor['feature_bytes'] / 1024:.3g}.")
     else:
-        lines.append(f"not beside {cut}: attackers have become stronger between the two.")
+        lines.append(f"not beside {cut}: {apart}")
     if same := found.get("patrol"):
         lines.append(f"cut after {same['split']} itself, against {cut}: {beside(same, taylor)}.")
     mark = PRESSED_MARK * pressed(ours)
