@@ -93,8 +93,9 @@ def _covered(parts: Sequence[Part]) -> int:
 def _probed(split: Split, parts: Sequence[Part]) -> dict[int, int]:
     """Axis -> in how many of some trials a changed channel shows there at its own numbers most."""
     group, idxs, roots = max(parts, key=lambda part: len(part[1]))
-    makers = {id(m.module): m for m in group.members
-              if m.direction == "out" and isinstance(m.module, (CONV, nn.Linear))}
+    edge = {id(m) for m in split.edge.modules()}
+    makers = {id(m.module): m for m in group.members if m.direction == "out"
+              and isinstance(m.module, (CONV, nn.Linear)) and id(m.module) in edge}
     order: list[Member] = []
     change: list[tuple[Member, int, float]] = []
 

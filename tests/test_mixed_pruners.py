@@ -354,3 +354,23 @@ def test_a_parameter_without_a_batch_dimension_stays_whole(shape: tuple[int, ...
     split = pp.Split(model, X, at="c")
     result = pp.PatrolPruner(model, X, Random(), split=split, edge_macs=0.6).step()
     assert model.g.shape == shape and "nobody can tell" in result.left_whole["a"]
+
+
+def test_looking_for_the_channels_leaves_no_hook_on_the_cloud() -> None:
+    """A residual stream runs on behind the split, and the cloud's layers make its channels too."""
+    class Stream(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+            self.c, self.f = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.relu(self.a(x))
+            x = F.relu(x + self.b(x))
+            return self.f(F.relu(x + self.c(x)).mean((2, 3)))
+
+    model, x = Stream().eval(), X[..., :8, :8]
+    split = pp.Split(model, x, at="relu_1")
+    masks = pp.SoftMasks(model, x, split=split, boundary="prune")
+    assert any(g.crossing == "coupled" for g in masks.table.groups.values())
+    assert not any(m._forward_hooks for m in model.modules())
