@@ -345,6 +345,7 @@ class TestHeadsGo:
             assert attention.q.out_features == attention.num_heads * 4
         assert model(x).isfinite().all()
 
+    @pytest.mark.slow
     def test_torch_pruning_s_own_pruner_takes_whole_heads(self) -> None:
         """With its convention for channels that go together, and nothing else of ours imported."""
         script = """

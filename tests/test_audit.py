@@ -527,6 +527,7 @@ def test_a_warm_start_is_chosen_by_the_error_on_images_that_were_held_out() -> N
     assert warm.of(0) is three and warm.of(1) is two and warm.of(7) is two
 
 
+@pytest.mark.slow
 def test_draws_are_set_apart_for_each_attack() -> None:
     """What an attack scores on a random edge does not depend on which others there are."""
     def scores(*attacks: str, edge: nn.Module) -> dict[str, float]:

@@ -136,6 +136,7 @@ def test_few_images_are_mirrored_and_none_of_them_is_held_out() -> None:
     assert torch.equal(held, asked(QUICK, 40)[1]) and asked(QUICK, 40)[0] == 0
 
 
+@pytest.mark.slow
 def test_mirrored_images_are_used_only_where_held_out_ones_are_rebuilt_better_for_it() -> None:
     """The same upload for a picture and its mirror image, and pictures that nobody mirrors."""
     def folded(x: Tensor) -> Tensor:

@@ -240,6 +240,7 @@ def test_a_harmed_stage_and_all_after_it_are_done_again(
     assert again.audit.per_image == finished.audit.per_image
 
 
+@pytest.mark.slow
 def test_epoch_checkpoints_of_another_upstream_model_are_not_gone_on_from(
     finished: RunResult, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,6 +339,7 @@ def test_a_renamed_run_goes_by_its_new_name(
     assert read_summary(copied) == again.summary
 
 
+@pytest.mark.slow
 def test_attacked_again_with_other_attacks_and_fewer_images(
     finished: RunResult, tmp_path: Path
 ) -> None:
@@ -572,6 +574,7 @@ def test_an_edge_without_a_spectral_bound_is_refused_before_training(
     assert not (tmp_path / "a" / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_the_model_is_trained_between_two_pruning_steps(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -368,6 +368,7 @@ def test_limits_that_are_none(bad: Any) -> None:
             PlanLimits(**{name: bad})
 
 
+@pytest.mark.slow
 def test_blocks_make_the_smallest_edge_smaller(model: nn.Module, keep: Plan) -> None:
     """Against the edge that really lost every block, and every group down to its floor."""
     both = plan(model, X, edge_macs="layer1", structures="both")

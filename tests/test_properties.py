@@ -337,7 +337,7 @@ def check_many(count: int) -> None:
 
 
 def test_random_networks() -> None:
-    check_many(40)
+    check_many(25)
 
 
 def test_a_concatenation_inside_another_before_a_flattening() -> None:

@@ -253,6 +253,7 @@ def test_same_seed_same_result_and_everything_is_left_as_found() -> None:
     CLOUD.eval()
 
 
+@pytest.mark.slow
 def test_all_reconstructions_are_tried_on_held_out_images_and_shadows_are_averaged() -> None:
     rmle = RMLEConfig(losses=("mse",), lambda_tv=(1e-2,), steps=30, tuning_images=2, refine=False)
     config = dataclasses.replace(SMALL, epochs=2, shadows=2, rmle=rmle, moment_epochs=1,

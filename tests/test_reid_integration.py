@@ -214,6 +214,7 @@ def test_labels_have_a_digest_beside_that_of_the_pictures(script: Any, tmp_path:
     assert after.labels_digest != before.labels_digest
 
 
+@pytest.mark.slow
 def test_what_cannot_be_had_costs_no_finished_run(script: Any, tmp_path: Path, capsys: Any) -> None:
     """`--overwrite` with a slip in it: the earlier run stays as it is."""
     run = tmp_path / "tiny"
