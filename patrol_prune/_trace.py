@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
-from patrol_prune.cost import evaluating, no_fused_attention
+from patrol_prune.cost import draws_restored, evaluating, no_fused_attention
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.prunable import WIDTHS
 
@@ -90,7 +90,8 @@ def trace(model: nn.Module, x: Tensor) -> Traced:
         UnsupportedModelError: the model cannot be traced, or the trace computes something else.
     """
     tracer = _Tracer()
-    with evaluating(model), torch.inference_mode(False), torch.no_grad(), no_fused_attention():
+    with (evaluating(model), draws_restored(model), torch.inference_mode(False), torch.no_grad(),
+          no_fused_attention()):
         expected = run_on(model, x.clone())
         own = set(model.__dict__) | set(model._buffers)
         try:
@@ -122,7 +123,7 @@ def likeness(model: nn.Module) -> Likeness | None:
     be traced.
     """
     own = set(model.__dict__) | set(model._buffers)
-    with evaluating(model), torch.no_grad(), no_fused_attention():
+    with evaluating(model), draws_restored(model), torch.no_grad(), no_fused_attention():
         try:
             alike = _likeness(model, _trace_graph(_Tracer(), model))
         except UnsupportedModelError:

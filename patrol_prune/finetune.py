@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from patrol_prune.cost import generators_of, home_of
+from patrol_prune.cost import home_of
 from patrol_prune.errors import CheckpointError, InputError
 from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
@@ -145,13 +145,9 @@ def check_training(
             f"The objective watches the upload after {objective.split.at!r}, but the split is cut "
             f"after {split.at!r}. Build it on the same Split."
         )
-    drawing = generators_of(model)
-    states = [g.get_state() for g in drawing]
     for cut in {id(s): s for s in (split, objective and objective.split)}.values():
         if isinstance(cut, Split):
             cut.refresh()
-    for generator, state in zip(drawing, states, strict=True):
-        generator.set_state(state)  # a look is no upload
 
 
 def drive(

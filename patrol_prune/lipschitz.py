@@ -69,7 +69,7 @@ def block_lipschitz(
             f"{tuple(delta.shape)}."
         )
     clean, noisy = x, x + delta
-    before, was_sized = _size(noisy - clean, clean, form), _has_size(clean)
+    before, sized_before = _size(noisy - clean, clean, form), _has_size(clean)
     constants = []
     for block in blocks:
         draw_again = _same_draws(block, x.device)
@@ -79,7 +79,8 @@ def block_lipschitz(
         after = _size(noisy - clean, clean, form)
         ratio = after / before.clamp_min(TINY)
         if form == "scale_free":
-            sized, was_sized = _has_size(clean) & was_sized, _has_size(clean)
+            sized_after = _has_size(clean)
+            sized, sized_before = sized_before & sized_after, sized_after
             ratio = torch.where(sized, ratio, 0.0) * (
                 1.0 if reduction == "max" else len(sized) / sized.sum().clamp_min(1))
         constants.append(ratio.max() if reduction == "max" else ratio.mean())

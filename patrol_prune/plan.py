@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from numbers import Real
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +19,7 @@ from patrol_prune.budget import spelled
 from patrol_prune.choice import Limits
 from patrol_prune.cost import as_single_tensor
 from patrol_prune.errors import InputError, nearest
-from patrol_prune.given import check_kind, check_number
+from patrol_prune.given import check_kind, check_number, is_number
 from patrol_prune.group_table import GroupTable, build_graph
 from patrol_prune.latency import LatencyConfig, measure_latency
 from patrol_prune.plan_choice import fastest_enough, preferred, require_possible
@@ -247,8 +246,7 @@ def parse_budget(
                 f"point), a fraction in (0, 1], or the name of a split, came {value!r}. "
                 f"{nearest(value, named)}"
             )
-    if (isinstance(value, bool) or not isinstance(value, Real) or not value > 0
-            or value == float("inf")):
+    if not is_number(value) or not 0 < value < float("inf"):
         raise InputError(f"Expected a positive number of edge MACs, came {edge_macs!r}.")
     if isinstance(value, float) and value <= 1.0:
         if at is None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from numbers import Real
 
 from patrol_prune.errors import InputError
+from patrol_prune.given import is_number
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,7 @@ class PlanLimits:
             value = getattr(self, each.name)
             if value is None:
                 continue
-            number = isinstance(value, Real) and not isinstance(value, bool)
-            if not number or not 0 < value < math.inf:
+            if not is_number(value) or not 0 < value < math.inf:
                 raise InputError(
                     f"Expected a positive limit of {each.name}, or None, came {value!r}."
                 )

@@ -127,29 +127,30 @@ def whole_or_not_at_all(split: Any) -> Iterator[None]:
     """Where pruning fails inside, the split's model comes back as it was, and the split with it.
 
     Raises:
-        UnsupportedModelError: in the place of whatever error came.
+        UnsupportedModelError: in the place of whatever error came, running out of memory aside.
     """
-    modules = [(m, dict(m._parameters), dict(m._buffers), {
+    tables = ("_parameters", "_buffers", "_modules")
+    modules = [(m, {name: dict(getattr(m, name)) for name in tables}, {
         name: value for name, value in vars(m).items() if isinstance(value, (int, tuple, list))
     }) for m in split.model.modules()]
     tensors = [(t, t.data, t.grad)
                for t in (*split.model.parameters(), *split.model.buffers())]
-    history = split.pruning_history
+    history, removed = split.pruning_history, split.removed_blocks
     try:
         yield
     except Exception as error:
-        for module, parameters, buffers, plain in modules:
-            module._parameters.update(parameters)
-            module._buffers.update(buffers)
+        for module, held, plain in modules:
+            for name, entries in held.items():
+                getattr(module, name).update(entries)
             vars(module).update(plain)
         for tensor, data, grad in tensors:
             tensor.data, tensor.grad = data, grad
         split.refresh()
-        split.pruning_history = history
+        split.pruning_history, split.removed_blocks = history, removed
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             raise
         raise UnsupportedModelError(
-            f"The model is as it was before: without these channels it does not run ({error}). "
+            f"The model is as it was before: without what was to go it does not run ({error}). "
             "Torch-Pruning does not see what ties them to others; leave the layers out with "
             "ignored_layers=, or say which dimension of a parameter of its own holds channels "
             "with unwrapped_parameters=. Make a new pruner."
