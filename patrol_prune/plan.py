@@ -26,7 +26,7 @@ from patrol_prune.plan_choice import fastest_enough, preferred, require_possible
 from patrol_prune.plan_limits import PlanLimits
 from patrol_prune.plan_rows import PlanRow, Wanted, is_tail, listed, make_row, short
 from patrol_prune.pruned_edges import PrunedEdge, PrunedEdges
-from patrol_prune.split import Split, SplitPoint, split_points
+from patrol_prune.split import SplitPoint, split_at_each, split_points
 
 __all__ = ["Plan", "PlanLimits", "PlanRow", "parse_budget", "plan", "short"]
 
@@ -216,8 +216,8 @@ def _rows(
 ) -> list[PlanRow]:
     graph = build_graph(model, example_inputs)
     rows = []
-    for point in points:
-        split = Split(model, example_inputs, at=point.name)
+    splits = split_at_each(model, example_inputs, [point.name for point in points])
+    for point, split in zip(points, splits, strict=True):
         table = GroupTable.build(model, example_inputs, split=split, graph=graph)
         latency = None
         if config is not None:

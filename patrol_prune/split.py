@@ -6,7 +6,7 @@ that a single floating-point tensor crosses; everything that the cloud needs is 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
@@ -16,7 +16,8 @@ from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
 from patrol_prune._cuts import Cut, CutGraph, Parts, parts_of
-from patrol_prune._trace import Likeness, attribute_of, likeness, run_on
+from patrol_prune._halves import Composed, Follow, OnCopy
+from patrol_prune._trace import Likeness, likeness, run_on
 from patrol_prune.cost import (
     as_single_tensor,
     count_macs,
@@ -76,6 +77,22 @@ def split_points(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) ->
         )
         for cut, macs in zip(graph.cuts, _edge_macs(graph, example_inputs), strict=True)
     ]
+
+
+def split_at_each(
+    model: nn.Module, example_inputs: Tensor | Sequence[Tensor], places: Sequence[str]
+) -> Iterator[Split]:
+    """A `Split` at each of the places, one after the other; the model is traced once for all.
+
+    Raises:
+        InputError, UnsupportedModelError: as `Split`.
+    """
+    graph = CutGraph(model, _sample(model, example_inputs))
+    for at in places:
+        split = Split.__new__(Split)
+        split._start(model, example_inputs, at)
+        split._take(graph)
+        yield split
 
 
 class Split:
@@ -142,7 +159,7 @@ class Split:
                 anything but one floating-point tensor `[N, ...]`.
         """
         split = cls.__new__(cls)
-        split._start(_Composed(edge, cloud), example_inputs, "edge")
+        split._start(Composed(edge, cloud), example_inputs, "edge")
         split.refresh()
         return split
 
@@ -174,10 +191,12 @@ class Split:
         if self._likeness is not None and self._has_other_widths_only():
             return
         self._likeness = None
-        if isinstance(self.model, _Composed):
+        if isinstance(self.model, Composed):
             self._refresh_composed(self.model)
             return
-        graph = CutGraph(self.model, _sample(self.model, self._inputs))
+        self._take(CutGraph(self.model, _sample(self.model, self._inputs)))
+
+    def _take(self, graph: CutGraph) -> None:
         cut = graph.find(self.at)
         for handle in self._handles:
             handle.remove()
@@ -210,7 +229,7 @@ class Split:
             half.training = self.model.training
         return True
 
-    def _refresh_composed(self, model: _Composed) -> None:
+    def _refresh_composed(self, model: Composed) -> None:
         x = _sample(model, self._inputs)
         with evaluating(model), draws_restored(model), torch.no_grad():
             z = run_on(model.edge, x.clone())
@@ -221,8 +240,8 @@ class Split:
         self.edge = model.edge
         if z._version == before:
             self.cloud = model.cloud
-        elif not isinstance(getattr(self, "cloud", None), _OnCopy):
-            self.cloud = _OnCopy(model.cloud)
+        elif not isinstance(getattr(self, "cloud", None), OnCopy):
+            self.cloud = OnCopy(model.cloud)
         self.edge_layers = _childless("edge", model.edge)
         self.cloud_layers = _childless("cloud", model.cloud)
         self.blocks = self._chain(parts_of(model.edge, x), None)
@@ -249,7 +268,7 @@ class Split:
                 old.__dict__[table] = piece.__dict__[table]
             old.graph = piece.graph
             piece = old
-        follow = _Follow(graph.model, piece.graph, graph.constants)
+        follow = Follow(graph.model, piece.graph, graph.constants)
         if follow.seen or follow.constants:
             self._handles.append(piece.register_forward_pre_hook(follow))
         return piece
@@ -260,7 +279,7 @@ class Split:
         return f"Split({type(self.model).__name__}, at={self.at!r}, feature {shape})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if isinstance(self.model, _Composed):
+        if isinstance(self.model, Composed):
             made: tuple[Any, ...] = Split.from_modules, (
                 self.model.edge, self.model.cloud, self._inputs
             )
@@ -269,73 +288,6 @@ class Split:
         history = {"pruning_history": list(self.pruning_history),
                    "removed_blocks": list(self.removed_blocks)}
         return *made, history
-
-
-class _Composed(nn.Module):
-    """Two halves handed over by the user, as one model."""
-
-    def __init__(self, edge: nn.Module, cloud: nn.Module) -> None:
-        super().__init__()
-        if not (isinstance(edge, nn.Module) and isinstance(cloud, nn.Module)):
-            raise InputError(
-                "Expected edge and cloud as two nn.Modules, came "
-                f"{type(edge).__name__} and {type(cloud).__name__}."
-            )
-        self.edge, self.cloud = edge, cloud
-
-    def forward(self, x: Tensor) -> Any:
-        return self.cloud(self.edge(x))
-
-
-class _OnCopy(nn.Module):
-    """Runs a module that would write into its input on a copy of it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, z: Tensor) -> Any:
-        return self.module(z.clone())
-
-
-class _Follow:
-    """Forward pre-hook: a half reads again the parameters that were replaced in the model.
-
-    Layers are shared and need none of this; parameters that the graph reads directly (a layer
-    scale, a class token) are references, which pruning leaves stale. A copied or pickled half
-    stands alone and follows no model.
-    """
-
-    def __init__(
-        self, model: nn.Module | None, graph: fx.Graph | None, constants: dict[str, Tensor]
-    ) -> None:
-        self.model = model
-        nodes = () if graph is None else graph.nodes
-        paths = {str(node.target) for node in nodes if node.op == "get_attr"}
-        self.constants = sorted(paths & set(constants))
-        self.seen: dict[str, Any] = {}
-        if model is not None:
-            self.seen = {p: attribute_of(model, p) for p in sorted(paths - set(constants))}
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        for path, seen in self.seen.items():
-            assert self.model is not None
-            current = attribute_of(self.model, path)
-            if current is not seen:
-                _assign(module, path, current)
-                self.seen[path] = current
-        for path in self.constants:
-            constant = attribute_of(module, path)
-            if constant.device != args[0].device:
-                _assign(module, path, constant.to(args[0].device))
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Follow, (None, None, {})
-
-
-def _assign(module: nn.Module, path: str, value: Any) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(module.get_submodule(parent), name, value)
 
 
 def _sample(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torchvision.models import VisionTransformer, get_model
 import patrol_prune.split as splits
 from patrol_prune.cost import count_macs, count_params, edge_macs
 from patrol_prune.errors import InputError, UnsupportedModelError
-from patrol_prune.split import Split, SplitPoint, split_points
+from patrol_prune.split import Split, SplitPoint, split_at_each, split_points
 
 # model -> (image size, keyword arguments, about how many split points to try)
 MODELS: dict[str, tuple[int, dict[str, object], int]] = {
@@ -90,8 +90,9 @@ def test_halves_and_blocks_compose_bit_for_bit_and_cost_what_is_said(name: str) 
     with torch.no_grad():
         expected, untouched = model(x.clone()), x.clone()
     assert expected.std() > 0
-    for i, point in enumerate(spread(points, count)):
-        split = Split(model, x, point.name)
+    chosen = spread(points, count)
+    halves = split_at_each(model, x, [point.name for point in chosen])
+    for i, (point, split) in enumerate(zip(chosen, halves, strict=True)):
         if i % 4 == 1:  # two independent counters
             assert point.edge_macs == edge_macs(split) > 0, point.name
         with torch.no_grad():
@@ -108,6 +109,33 @@ def test_halves_and_blocks_compose_bit_for_bit_and_cost_what_is_said(name: str) 
         assert tuple(z.shape[1:]) == point.feature_shape == split.feature_shape
         assert point.edge_params == count_params(split.edge)
         assert point.feature_bytes == z[0].numel() * 4
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_splits_of_one_trace_are_those_of_their_own(name: str) -> None:
+    size, kwargs, _ = MODELS[name]
+    model, x = build(name, size, **kwargs)
+    points = spread(split_points(model, x), 4)
+    together = list(split_at_each(model, x, [point.aliases[-1] if point.aliases else point.name
+                                             for point in points]))
+    alone = [Split(model, x, point.name) for point in points]
+    for shared, own in zip(together, alone, strict=True):
+        assert shared.at == own.at and shared.positions == own.positions
+        assert (shared.edge_layers, shared.cloud_layers) == (own.edge_layers, own.cloud_layers)
+        parts = [shared.edge, shared.cloud, *shared.blocks]
+        assert [part.code for part in parts] == [
+            part.code for part in (own.edge, own.cloud, *own.blocks)]
+    if name == "vit":  # a parameter that no layer holds, replaced in the model
+        model.class_token = nn.Parameter(torch.randn_like(model.class_token))
+    else:
+        pruned = model.layer1[0].conv1
+        pruned.weight = nn.Parameter(torch.randn_like(pruned.weight))
+    with torch.no_grad():
+        expected = model(x)
+        for split in together:
+            assert torch.equal(split.cloud(split.edge(x)), expected)
+    with pytest.raises(InputError, match="There is no split point 'layer9'"):
+        next(split_at_each(model, x, ["layer9"]))
 
 
 @pytest.mark.parametrize("name", [
