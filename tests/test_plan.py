@@ -13,6 +13,7 @@ import torchvision
 from pruning_helpers import ThreeLayers
 from torch import nn
 
+from patrol_prune import _cuts
 from patrol_prune.budget import MacModel
 from patrol_prune.cost import count_macs, count_params, feature_bytes
 from patrol_prune.edge_sizes import EdgeSizes
@@ -220,6 +221,16 @@ def test_a_budget_above_the_dense_edge(model: nn.Module) -> None:
         plan(model, X, edge_macs="100G")
     with pytest.raises(InputError, match="boundary"):
         plan(model, X, edge_macs="layer1", boundary="cut")
+
+
+def test_the_model_is_traced_once_for_all_places(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    traced = []
+    trace = _cuts.trace
+    monkeypatch.setattr(_cuts, "trace", lambda *args: traced.append(1) or trace(*args))
+    assert len(plan(model, X, edge_macs="layer1").rows) > 2
+    assert len(traced) == 2  # to list the places, and to cut at them
 
 
 def test_every_place_can_be_shown(model: nn.Module) -> None:
