@@ -380,7 +380,8 @@ print([a.num_heads for a in layers])
 
 
 class TestKept:
-    @pytest.mark.parametrize("unit", UNITS)
+    @pytest.mark.parametrize("unit", [
+        "heads", pytest.param("dimensions", marks=pytest.mark.slow)])
     def test_load_gives_the_same_bits(self, case: Case, unit: str, tmp_path: Path) -> None:
         make, x, at, _ = case
         model = make()

@@ -118,10 +118,13 @@ class TestEveryDefence:
     def test_registry(self) -> None:
         assert {name: type(d) for name, d in ALL.items() if name != "combined"} == DEFENCES
 
-    @EVERY
+    @pytest.mark.parametrize("name", [
+        name if name in ("feature_dropout", "disco", "nopeek", "combined") else
+        pytest.param(name, marks=pytest.mark.slow) for name in ALL])
     def test_training_changes_the_edge_and_resumes_to_the_same_bits(
-        self, defence: Defence, tmp_path: Path
+        self, name: str, tmp_path: Path
     ) -> None:
+        defence = ALL[name]
         whole = defence.apply(split(), calibration=inputs())
         before = copy.deepcopy(whole.model.state_dict())
         global_state = torch.get_rng_state()

@@ -324,6 +324,7 @@ def test_one_precision_holds_for_all_of_a_training(own: str, other: str) -> None
                  config=dataclasses.replace(CONFIG, precision="fp32"))
 
 
+@pytest.mark.slow
 def test_the_callers_own_accelerator_keeps_its_settings() -> None:
     """Accelerate's settings are those of the process: whoever comes first sets them for all."""
     code = """

@@ -100,8 +100,8 @@ def test_floor_and_ceiling_stand_beside_the_edge(finished: RunResult) -> None:
     assert set(finished.audit.examples) == {"originals", "floor", "edge", "undefended"}
 
 
-@pytest.mark.parametrize("unit", [
-    "heads", pytest.param("dimensions", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["heads", "dimensions"])
 def test_a_vision_transformer_loses_heads(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
 ) -> None:
@@ -156,7 +156,8 @@ def test_other_settings_are_refused_by_name(finished: RunResult, folder: Path) -
 
 
 @pytest.mark.parametrize(("stage", "call"), [
-    pytest.param("model", 2, marks=pytest.mark.slow), ("finetune", 3), ("audit", 2)])
+    pytest.param("model", 2, marks=pytest.mark.slow), ("finetune", 3),
+    pytest.param("audit", 2, marks=pytest.mark.slow)])
 def test_interrupted_and_resumed_gives_the_same(
     finished: RunResult, folder: Path, tmp_path: Path, stage: str, call: int,
     monkeypatch: pytest.MonkeyPatch,
@@ -188,6 +189,7 @@ def test_interrupted_and_resumed_gives_the_same(
     assert result.summary.pruned == finished.summary.pruned
 
 
+@pytest.mark.slow
 def test_dropout_on_the_upload_is_trained_measured_and_attacked(
     finished: RunResult, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -208,7 +208,8 @@ def test_the_other_edge_gives_features_of_any_shape(shape: tuple[int, ...]) -> N
 # --- the attack ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["shadow_same", "shadow_other", "match"])
+@pytest.mark.parametrize("mode", ["shadow_same", *(
+    pytest.param(mode, marks=pytest.mark.slow) for mode in ("shadow_other", "match"))])
 def test_a_shallow_edge_is_inverted_without_a_query(mode: str) -> None:
     attack = QueryFree(dataclasses.replace(SMALL, mode=mode))
     assert isinstance(attack, Attack)
@@ -221,6 +222,7 @@ def test_a_shallow_edge_is_inverted_without_a_query(mode: str) -> None:
     assert len(record.history) == len(record.train_history) == SMALL.epochs
 
 
+@pytest.mark.slow
 def test_an_untrained_shadow_gives_less_away_and_its_loss_does_not_fall() -> None:
     trained, untrained = QueryFree(SMALL), QueryFree(dataclasses.replace(SMALL, lr=0.0))
     trained.fit(known())

@@ -78,7 +78,7 @@ def resnet() -> tuple[nn.Module, Tensor]:
     return build("resnet18")
 
 
-SLOW = ("vgg11_bn", "swin_t", "efficientnet_b0", "densenet121")
+SLOW = ("vgg11_bn", "swin_t", "efficientnet_b0", "densenet121", "convnext_tiny")
 
 
 @pytest.mark.parametrize("name", [

@@ -86,8 +86,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Pretended:
     return pretends
 
 
-@pytest.mark.parametrize("unit", [
-    "heads", pytest.param("dimensions", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["heads", "dimensions"])
 def test_heads_may_go_where_they_may_in_a_run(unit: str) -> None:
     """What can be reached is what the plan of the opened model says; MLPs alone reach less."""
     torch.manual_seed(0)
