@@ -31,6 +31,7 @@ ATTACKS = {
     "mean_image": "answering with the mean image",
 }
 _WHITE = ("rmle", "image_prior")
+_LESS_SHOWS_MORE = ("mse", "gmsd")
 _AVERAGED = ("ssim", "ssim_worst5", "psnr", "mse", "gmsd", "rank1", "chance1")
 
 
@@ -122,6 +123,18 @@ def strongest(records: Iterable[Mapping[str, Any]], subject: str) -> dict[str, A
     return found[0] if found else None
 
 
+def furthest(records: Iterable[Mapping[str, Any]], subject: str, key: str) -> float | None:
+    """What the attack came to that gets furthest in one measure; None where nothing was measured.
+
+    One that saw most by SSIM may be another than the one that came nearest in MSE.
+    """
+    values = [float(r[key]) for r in attacks_on(records, subject) if r.get(key) is not None]
+    known = [value for value in values if not math.isnan(value)]
+    if not known:
+        return None
+    return min(known) if key in _LESS_SHOWS_MORE else max(known)
+
+
 def floor_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Any] | None:
     """The record of the average picture, which needs no upload; the first where there are more."""
     found = [dict(r) for r in records if r.get("subject") == FLOOR]
@@ -203,10 +216,10 @@ def headline(summary: RunSummary, audit: Audit) -> str:
         who = f"the strongest of the {tried} attacks tried, {edge['attack']},"
     if ceiling is None:
         text = f"From what the device uploads, {who} rebuilds pictures to {seen}"
-    elif floor is not None and ceiling["ssim"] - floor["ssim"] < AT_THE_FLOOR:
+    elif floor is not None and max(ceiling["ssim"], edge["ssim"]) - floor["ssim"] < AT_THE_FLOOR:
         text = (
-            f"Cut this deep, even the undefended upload lets the attack tried rebuild pictures to "
-            f"no more than a likeness (SSIM) of {ceiling['ssim']:.2f}; after pruning it is "
+            f"Cut this deep, even from the undefended upload {who} rebuilds pictures to no more "
+            f"than a likeness (SSIM) of {ceiling['ssim']:.2f}; after pruning it is "
             f"{edge['ssim']:.2f}"
         )
     elif ceiling["ssim"] - edge["ssim"] < 0.01:
@@ -221,7 +234,16 @@ def headline(summary: RunSummary, audit: Audit) -> str:
         )
     if floor is not None:
         text += f"; guessing the average picture gives {floor['ssim']:.2f}"
+    if is_below_the_floor(audit):
+        text += (". An attack that does worse than a guess has failed: this figure does not say "
+                 "that the upload hides anything")
     return text + "."
+
+
+def is_below_the_floor(audit: Audit) -> bool:
+    """Whether what was seen of the edge is clearly less than the average picture shows."""
+    edge, floor = strongest(audit.records, EDGE), floor_of(audit.records)
+    return None not in (edge, floor) and edge["ssim"] < floor["ssim"] - AT_THE_FLOOR  # type: ignore[index]
 
 
 def story(summary: RunSummary, audit: Audit) -> list[tuple[str, str]]:
@@ -233,7 +255,8 @@ def story(summary: RunSummary, audit: Audit) -> list[tuple[str, str]]:
         f"and uploads the result."
     )
     if total:
-        cut += f" {total - kept:,} of the {total:,} channels on the device were removed."
+        cut += (f" {total - kept:,} of the {total:,} channels on the device that may go were "
+                "removed.")
     blocks = summary.removed_blocks
     if blocks:
         cut += (
@@ -260,6 +283,7 @@ def story(summary: RunSummary, audit: Audit) -> list[tuple[str, str]]:
         ceiling is not None
         and floor is not None
         and ceiling["ssim"] - floor["ssim"] >= AT_THE_FLOOR
+        and not is_below_the_floor(audit)
     ):
         span = ceiling["ssim"] - floor["ssim"]
         left = min(1.0, max(0.0, (edge["ssim"] - floor["ssim"]) / span))
@@ -302,8 +326,15 @@ def limits(summary: RunSummary, audit: Audit) -> list[str]:
         f"Only these attacks were tried: {', '.join(names)}, with {seeds} seed"
         f"{'' if seeds == 1 else 's'}. A stronger or longer attack may see more.",
     ]
+    broken = sorted({str(flag["attack"]) for flag in audit.flags
+                     if flag["name"] == "attack_failed" and flag.get("subject", EDGE) == EDGE
+                     and flag.get("attack") not in (None, *names)})
+    if broken:
+        texts.append(f"Tried, but broken off without a result: {', '.join(broken)}.")
     if not any(r.get("box") == "white" or r["attack"] in _WHITE for r in edge):
-        texts.append("No white-box attack, one that knows the device's weights, was tried.")
+        texts.append("No white-box attack, one that knows the device's weights, gave a result."
+                     if set(broken) & set(_WHITE) else
+                     "No white-box attack, one that knows the device's weights, was tried.")
     images = sorted({int(r["attacker_images"]) for r in edge
                      if r.get("attacker_images") and r.get("attacker_data") != "shifted"})
     if images:
@@ -325,7 +356,10 @@ def limits(summary: RunSummary, audit: Audit) -> list[str]:
 
 
 def comparison(summary: RunSummary, audit: Audit) -> list[dict[str, Any]]:
-    """The table's rows: key, label, and the raw values `undefended`, `edge` and `floor`."""
+    """The table's rows: key, label, and the raw values `undefended`, `edge` and `floor`.
+
+    What is seen is, row by row, that of the attack that gets furthest there.
+    """
     rows: list[dict[str, Any]] = []
     for key, label in (
         ("edge_macs", "Multiply-adds (MACs) on the device"),
@@ -337,18 +371,18 @@ def comparison(summary: RunSummary, audit: Audit) -> list[dict[str, Any]]:
             {"key": key, "label": label, UNDEFENDED: summary.dense[key],
              EDGE: summary.pruned[key], FLOOR: None}
         )
-    best = {name: strongest(audit.records, name) or {} for name in (UNDEFENDED, EDGE)}
-    best[FLOOR] = floor_of(audit.records) or {}
+    floor = floor_of(audit.records) or {}
     for key, label in (
         ("ssim", "SSIM of the strongest attack (lower hides more)"),
-        ("ssim_worst5", "SSIM on the 5% of pictures it rebuilds best"),
+        ("ssim_worst5", "SSIM on the 5% of pictures that are rebuilt best"),
         ("psnr", "PSNR in dB (lower hides more)"),
         ("mse", "MSE on [0, 1] pixels (higher hides more)"),
         ("gmsd", "Perceptual distance, GMSD (higher hides more)"),
         ("rank1", "Pictures told from all others by what is rebuilt (lower hides more)"),
         ("chance1", "The same by guessing"),
     ):
-        row = {"key": key, "label": label, **{name: r.get(key) for name, r in best.items()}}
-        if any(row[name] is not None for name in best):
+        row = {"key": key, "label": label, FLOOR: floor.get(key),
+               **{name: furthest(audit.records, name, key) for name in (UNDEFENDED, EDGE)}}
+        if any(row[name] is not None for name in (UNDEFENDED, EDGE, FLOOR)):
             rows.append(row)
     return rows

@@ -83,7 +83,7 @@ def factories(
     if not named or len(named) != len(attacks):
         raise InputError(
             f"Expected one or more attacks of different names, came {[_name(a) for a in attacks]}."
-            " Give a mapping from names to attacks."
+            " Name each once; several of one kind take a mapping from names to attacks."
         )
     for name in settings:
         if name not in named and name not in ATTACKS:

@@ -19,7 +19,7 @@ from patrol_prune.errors import InputError
 INK, MUTED, LIGHT, PALE = "#1d2733", "#5b6673", "#b4bec9", "#d5dce4"
 ACCENT, WARM, GREY = "#0b6e69", "#b5482a", "#8a94a0"
 _MOST_NAMED_LAYERS = 60
-_MARKS = "os^Dv<>p"
+_MARKS = "os^Dv<>pPXh*d8"
 _FEWEST_COLUMNS = 5  # or titles are cut off
 _TERMS = {
     "accuracy": "Accuracy on held-out pictures (%)",
@@ -194,7 +194,7 @@ def front(
     """Accuracy against SSIM: (number, split, SSIM, accuracy, whether every limit is met).
 
     Args:
-        trials: of a search.
+        trials: of a search; an SSIM as they are ranked by.
         numbers: those on the front, which are joined and named.
         floor: the least accuracy that is allowed.
         guess: SSIM of the average picture, which no defence needs to get below.

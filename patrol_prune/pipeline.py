@@ -82,6 +82,7 @@ def run(
     overwrite: bool = False,
     progress: Progress | None = None,
     bars: bool = False,
+    notes: Sequence[str] = (),
 ) -> RunResult:
     """The whole path, resumed where an earlier call with the same settings stopped.
 
@@ -90,12 +91,14 @@ def run(
         overwrite: start anew if the directory holds another run.
         progress: called with each stage and what happens in it.
         bars: show progress bars while training.
+        notes: what the page has to say besides, a sentence each.
 
     Raises:
         PatrolError: whatever is wrong with the settings, the images, the model or the directory,
             as a sentence; as far as possible before any training.
     """
     with _opened(config, overwrite, progress, bars) as work:
+        work.notes = tuple(notes)
         return work.go()
 
 
@@ -104,16 +107,18 @@ def train_dense(
 ) -> Path:
     """The stages of `run` up to the dense model, and no further: the path of its weights.
 
-    Runs with other settings after that stage may share them as their `weights`. Raises as `run`.
+    Runs with other settings after that stage may share them as their `weights`. Images and weights
+    may lie elsewhere when it goes on, if they hold the same. Raises as `run`.
     """
-    with _opened(config, False, progress, bars) as work:
+    with _opened(config, False, progress, bars, free=("data", "weights")) as work:
         work.do(STAGES[: STAGES.index("model") + 1])
         return work.folder / DENSE / checkpoint.WEIGHTS
 
 
 @contextlib.contextmanager
 def _opened(
-    config: RunConfig, overwrite: bool, progress: Progress | None, bars: bool
+    config: RunConfig, overwrite: bool, progress: Progress | None, bars: bool,
+    free: tuple[str, ...] = (),
 ) -> Iterator[Work]:
     device = resolve_device(config.device)
     images = read_images(config)
@@ -122,8 +127,8 @@ def _opened(
     defaults = RunConfig(config.data, config.edge_macs).to_dict()
     # What cannot be planned costs no earlier run, and leaves no folder.
     made = planned(config, images) if overwrite or not (path / CONFIG).is_file() else None
-    with RunDirectory(path, config.to_dict(), overwrite=overwrite, free_keys=FREE_KEYS,
-                      defaults=defaults) as folder:
+    with RunDirectory(path, config.to_dict(), overwrite=overwrite, defaults=defaults,
+                      free_keys=(*FREE_KEYS, *free)) as folder:
         yield Work(config, folder, images, device, progress, bars, made)
 
 
@@ -137,6 +142,7 @@ class Work:
         self.config, self.folder, self.images, self.device = config, folder, images, device
         self.progress, self.bars, self.made = progress, bars, made
         self.stage = ""
+        self.notes: tuple[str, ...] = ()
 
     def go(self) -> RunResult:
         """Every stage that is not done yet."""
@@ -359,7 +365,8 @@ class Work:
 
     def do_report(self) -> None:
         config = self.config
-        notes = [*self.images.notes, *dropout_notes(config.privacy, config.audit.uploads)]
+        dropout = dropout_notes(config.privacy, config.audit.uploads)
+        notes = [*self.notes, *self.images.notes, *dropout]
         summary = summarise(config, self.folder, at=self.at, device=str(self.device), notes=notes)
         atomic_write_json(self.folder / SUMMARY, asdict(summary))
         page = write_report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ from patrol_prune.errors import RunDirectoryError
 from patrol_prune.pipeline import DENSE, Progress, RunResult, Work
 from patrol_prune.preparation import read_images, refuse_changed
 from patrol_prune.rundir import CONFIG, RunDirectory, place_of, read_config, run_command
-from patrol_prune.settings import RunConfig, resolve_device
+from patrol_prune.settings import AuditConfig, RunConfig, resolve_device
 
 
 def audit_again(
@@ -70,6 +71,17 @@ def audit_again(
                 f"it again, and everything after it: {resume}"
             )
         work = Work(chosen, folder, images, where, progress, False)
+        if who != own:
+            work.notes = (f"The edge was attacked again: {_command(path, who)}",)
         # The dense model was saved: the file that its weights came from is not read again.
         refuse_changed(replace(chosen, weights=None), images, folder.notes("data"), path)
         return work.attack_again()
+
+
+def _command(path: Path, who: AuditConfig) -> str:
+    """What to type to have the same attackers once more."""
+    told = ["patrol-prune", "audit", str(path), "--attacks", *who.attacks,
+            "--seeds", *map(str, who.seeds), "--uploads", str(who.uploads)]
+    if who.attacker_images:
+        told += ["--attacker-images", *map(str, who.attacker_images)]
+    return shlex.join(told) + " --check-attacks" * who.check_attacks

@@ -1,7 +1,7 @@
 """Records to tables, figures and one page that a person understands in a minute.
 
-The page is a single file: its pictures are inside, it links to nothing and runs no script. Every
-number on it stands in a `<data value=…>` element with the record's full precision, and again in
+The page is a single file: its pictures are inside, it links to nothing and runs no script. Numbers
+in its tables stand in `<data value=…>` elements with the record's full precision, and again in
 `report.json` beside it.
 """
 

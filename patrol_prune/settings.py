@@ -178,10 +178,9 @@ class AuditConfig:
                     f"There is no attack {name!r}. Known: {', '.join(ATTACKS)}. "
                     f"{nearest(name, ATTACKS)}"
                 )
-        if not self.attacks or not self.seeds or len(set(self.seeds)) < len(self.seeds):
-            raise InputError(
-                f"Expected an attack and different seeds, came {self.attacks} and {self.seeds}."
-            )
+        for name, values in (("attacks", self.attacks), ("seeds", self.seeds)):
+            if not values or len(set(values)) < len(values):
+                raise InputError(f"Expected one or more different audit.{name}, came {values}.")
         for seed in self.seeds:
             check_seed(seed, "audit.seeds")
         check_uploads(self.uploads, "audit.uploads")

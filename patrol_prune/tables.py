@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from patrol_prune._report_facts import (
     EDGE,
@@ -76,7 +77,7 @@ def render_table(
 
 def console_table(summary: RunSummary, audit: Audit) -> Table:
     """The page's main table for a terminal."""
-    table = Table(title=f"{summary.name}: {summary.model} cut after {summary.split}")
+    table = Table(title=Text(f"{summary.name}: {summary.model} cut after {summary.split}"))
     table.add_column("")
     for heading in HEADINGS.values():
         table.add_column(heading, justify="right")

@@ -11,6 +11,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -18,15 +19,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from patrol_prune._report_facts import floor_of
-from patrol_prune.errors import InputError
+from patrol_prune.errors import InputError, PatrolError
 from patrol_prune.pipeline import Progress, RunResult, run, train_dense
 from patrol_prune.plan import short
 from patrol_prune.preparation import incoming_model, read_images
 from patrol_prune.rundir import CONFIG, make_folder
 from patrol_prune.settings import resolve_device
 from patrol_prune.tune_report import write_results
-from patrol_prune.tune_result import Limits, TuneResult, TuneTrial
+from patrol_prune.tune_result import CAUTION, Limits, TuneResult, TuneTrial
 from patrol_prune.tune_settings import (
     FREE_IN_A_TUNE,
     Point,
@@ -103,6 +106,7 @@ class _Search:
         self.config, self.folder, self.space, self.study = config, folder, space, study
         self.progress, self.bars = progress, bars
         self.last_told = ""
+        self.failed_before = frozenset(study.failures())
 
     def say(self, stage: str, sentence: str) -> None:
         logger.info("%s: %s", stage, sentence)
@@ -131,12 +135,17 @@ class _Search:
             self.study.work(functools.partial(self.attempt, dense), config.trials)
 
     def stop_if_hopeless(self) -> None:
-        failures = self.study.failures()
-        if len(failures) >= GIVE_UP_AFTER and not self.study.trials():
+        """An InputError where only failures came since this worker began, or since a success."""
+        last = max((trial.number for trial in self.study.trials()), default=-1)
+        failures = {number: reason for number, reason in self.study.failures().items()
+                    if number not in self.failed_before and number > last}
+        if len(failures) >= GIVE_UP_AFTER:
             number, reason = sorted(failures.items())[-1]
             raise InputError(
-                f"The first {len(failures)} trials all failed; the search stops here. Trial "
-                f"{number}: {reason}"
+                f"The last {len(failures)} trials all failed; the search stops here. Trial "
+                f"{number}: {reason} Mend that and start the search again: it goes on. Failed "
+                f"trials count, so that --trials is to be raised by {len(failures)} to make up "
+                "for them."
             )
 
     def dense(self) -> Path:
@@ -162,7 +171,11 @@ class _Search:
         folder = self.folder / TRIALS / f"{trial.number:04d}"
         try:
             with _flags_untold():
-                result = run(trial_config(self.config, point, dense, folder), overwrite=True)
+                result = run(trial_config(self.config, point, dense, folder), overwrite=True,
+                             notes=(CAUTION,))
+        except (PatrolError, torch.OutOfMemoryError) as error:
+            self.say("trial", f"{trial.number} failed: {error}")
+            raise
         finally:
             _lighten(folder)
         found = self.found(trial.number, point, result, time.monotonic() - begun)
@@ -194,16 +207,20 @@ class _Search:
         floor = config.min_accuracy
         if config.max_accuracy_drop is not None:
             floor = max(0.0, dense - config.max_accuracy_drop)
+        accuracy, ssim = float(summary.pruned["accuracy"]), float(strongest["ssim"])
+        if not (math.isfinite(accuracy) and math.isfinite(ssim)):
+            raise InputError(f"Trial {number} came to accuracy {accuracy} and SSIM {ssim}, which "
+                             "nothing can be ranked by.")
         return TuneTrial(
             number=number, split=point.split, edge_macs_asked=point.edge_macs, beta=point.beta,
-            alpha=point.alpha, accuracy=float(summary.pruned["accuracy"]),
-            ssim=float(strongest["ssim"]), attack=str(strongest["attack"]),
+            alpha=point.alpha, accuracy=accuracy, ssim=ssim, attack=str(strongest["attack"]),
             edge_macs=int(summary.pruned["edge_macs"]),
             feature_bytes=int(summary.pruned["feature_bytes"]), dense_accuracy=float(dense),
             limits=Limits(self.space.budget_edge_macs, floor, config.max_feature_bytes),
             floor_ssim=None if guess is None else float(guess["ssim"]),
             flags=tuple(dict.fromkeys(
                 flag["name"] for flag in result.audit.flags if flag.get("subject") == "edge"
+                and flag.get("attack") in (None, strongest["attack"])
             )),
             seconds=round(seconds, 1),
         )
@@ -244,5 +261,4 @@ def _shown(config: TuneConfig) -> dict[str, Any]:
 
 def _keep_settings(config: TuneConfig, folder: Path) -> None:
     """As a file that `--config` reads; a database's password stays out of it."""
-    if not (folder / SETTINGS).exists():
-        replace(config, storage=_shown(config)["storage"]).to_yaml(folder / SETTINGS)
+    replace(config, storage=_shown(config)["storage"]).to_yaml(folder / SETTINGS)

@@ -35,7 +35,7 @@ def write_results(config: TuneConfig, result: TuneResult, dense: Path) -> TuneRe
         files["plot"] = folder / "front.png"
         floors, guess = {t.limits.accuracy for t in result.trials}, result.trials[-1].floor_ssim
         atomic_write_bytes(files["plot"], figures.front(
-            [(t.number, t.split, t.ssim, t.accuracy, t.feasible) for t in result.trials],
+            [(t.number, t.split, t.likeness, t.accuracy, t.feasible) for t in result.trials],
             [t.number for t in front], guess=guess,
             floor=floors.pop() if len(floors) == 1 else None,
         ))

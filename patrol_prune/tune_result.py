@@ -16,6 +16,8 @@ CAUTION = (
     "what an attacker sees. A full attack sees more. Train the point you choose, and audit it, in "
     "full."
 )
+LEARNT_NOTHING = frozenset({"loss_did_not_fall", "no_gradient"})
+"""Flags of an attack whose score is no measure of anything."""
 _VERSION = 1
 _LIMITS = {
     "accuracy": ("accuracy", "at least", "{:.1%}"),
@@ -72,7 +74,7 @@ class TuneTrial:
         dense_accuracy: of the model before pruning.
         limits: what held for this trial.
         floor_ssim: of the average picture, which needs no upload.
-        flags: names of what the audit warned of, as that the attack was still improving.
+        flags: names of what the audit warned of in that attack, as that it was still improving.
         seconds: it took.
     """
 
@@ -98,6 +100,15 @@ class TuneTrial:
         return self.limits.excess(asdict(self))
 
     @property
+    def likeness(self) -> float:
+        """What a trial is ranked by, the less the better: `ssim`, but no less than the average
+        picture's, which anyone has; 1 where the attack learnt nothing and its figure says nothing.
+        """
+        if set(self.flags) & LEARNT_NOTHING:
+            return 1.0
+        return max(self.ssim, self.ssim if self.floor_ssim is None else self.floor_ssim)
+
+    @property
     def feasible(self) -> bool:
         """Whether every limit is met."""
         return max(self.excess.values()) <= 0
@@ -112,15 +123,15 @@ class TuneTrial:
 def pareto_front(trials: Iterable[TuneTrial]) -> tuple[TuneTrial, ...]:
     """The feasible trials that none of them beats, the most accurate first.
 
-    One beats another if it is at least as accurate, its SSIM is no higher, and one of the two is
-    better. Equal ones do not beat each other.
+    One beats another if it is at least as accurate, its `likeness` is no higher, and one of the two
+    is better. Equal ones do not beat each other.
     """
     front: list[TuneTrial] = []
     for trial in sorted((t for t in trials if t.feasible),
-                        key=lambda t: (-t.accuracy, t.ssim, t.number)):
+                        key=lambda t: (-t.accuracy, t.likeness, t.number)):
         last = front[-1] if front else None
-        if last is None or trial.ssim < last.ssim or (
-            (trial.accuracy, trial.ssim) == (last.accuracy, last.ssim)
+        if last is None or trial.likeness < last.likeness or (
+            (trial.accuracy, trial.likeness) == (last.accuracy, last.likeness)
         ):
             front.append(trial)
     return tuple(front)
@@ -173,7 +184,8 @@ class TuneResult:
             "front": [trial.number for trial in self.front],
             "why_empty": self.why_empty,
             "trials": [
-                {**asdict(trial), "feasible": trial.feasible, "excess": trial.excess}
+                {**asdict(trial), "likeness": trial.likeness, "feasible": trial.feasible,
+                 "excess": trial.excess}
                 for trial in self.trials
             ],
             "failures": [{"number": n, "reason": reason} for n, reason in self.failures.items()],

@@ -22,7 +22,8 @@ class TuneConfig(RunConfig):
     """A search over beta, alpha, the split and the share of the budget that is used.
 
     The settings of a run say what is tuned, and how the chosen point is trained in full; `at`, if
-    given, is the only split tried, and `privacy.alpha` and `privacy.beta` are searched.
+    given without `splits`, is the only split tried, and `privacy.alpha` and `privacy.beta` are
+    searched.
 
     Attributes:
         name: of the study, and of its folder.
@@ -132,9 +133,11 @@ class TuneConfig(RunConfig):
                     f"There is no attack {name!r}. Known: {', '.join(ATTACKS)}. "
                     f"{nearest(name, ATTACKS)}"
                 )
-        if not self.trial_attacks or self.trial_victims < 2:
+        if not self.trial_attacks or self.trial_victims < 2 or (
+            len(set(self.trial_attacks)) < len(self.trial_attacks)
+        ):
             raise InputError(
-                "Expected an attack to rank by and at least 2 victims, came "
+                "Expected an attack to rank by, each once, and at least 2 victims, came "
                 f"{self.trial_attacks} and {self.trial_victims}."
             )
         if self.trial_epochs < 0 or self.trial_attack_epochs < 1:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 FOUND, ERROR, WORKER, SETTINGS = "found", "error", "worker", "settings"
 HEARTBEAT_SECONDS, SILENCE_SECONDS = 30, 150
 _NAMELESS_SECONDS = 60
+_JOURNAL_BEGINS = b'{"op_code":'
 _SECRET = re.compile("pass|pwd|secret|token|key", re.IGNORECASE)
 Attempt = Callable[[Any], TuneTrial]
 """Takes an `optuna.Trial` to ask for values, and returns what was found there."""
@@ -76,6 +77,8 @@ class SharedStudy:
         self._seed = seed
         url = storage is not None and "://" in storage
         journal = Path(storage) if storage and not url else folder / "journal.log"
+        if not url:
+            _check_journal(journal)
         self.worker = Worker(journal.parent / f"{journal.stem}.workers")
         self._heartbeat = url
         try:
@@ -99,9 +102,17 @@ class SharedStudy:
         from optuna.storages import JournalStorage
         from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 
-        file.parent.mkdir(parents=True, exist_ok=True)
         # Not the default lock, a link: it is never given up where its relative target dangles.
-        return JournalStorage(JournalFileBackend(str(file), JournalFileOpenLock(str(file))))
+        lock = JournalFileOpenLock(str(file))
+        lock.acquire()
+        try:
+            _drop_torn_line(file)
+        finally:
+            lock.release()
+        try:
+            return JournalStorage(JournalFileBackend(str(file), lock))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _no_journal(file) from error
 
     def _database(self, url: str, tries: int = 3) -> Any:
         """Several workers may make the tables of a new database at the same moment."""
@@ -241,7 +252,7 @@ class SharedStudy:
                 for name, excess in found.excess.items():
                     trial.set_constraint(name, excess)
             trial.set_user_attr(FOUND, asdict(found))
-            return found.accuracy, found.ssim
+            return found.accuracy, found.likeness
 
         try:
             with self._quiet():
@@ -269,6 +280,40 @@ class SharedStudy:
         )
 
 
+def _check_journal(file: Path) -> None:
+    """An InputError where no journal can be: before anything is written beside it."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            return
+        with file.open("rb") as lines:
+            first = lines.readline()
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise _no_journal(file) from error
+    if first and not first.startswith(_JOURNAL_BEGINS[:len(first)]):
+        raise _no_journal(file)
+
+
+def _no_journal(file: Path) -> InputError:
+    return InputError(
+        "Expected storage as a database's URL, or as a file that is Optuna's journal or is not "
+        f"there yet, came {file}. Give another path."
+    )
+
+
+def _drop_torn_line(file: Path) -> None:
+    """Cut what a writer that was killed, or a full disk, left of a last line; hold the lock."""
+    if not file.exists():
+        return
+    with file.open("rb+") as journal:
+        content = journal.read()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            logger.warning("The last line of %s was cut off while it was written and is dropped.",
+                           file)
+            journal.truncate(whole)
+
+
 def _constraints(trial: optuna.trial.FrozenTrial) -> list[float]:
     return list(TuneTrial.from_dict(trial.user_attrs[FOUND]).excess.values())
 
@@ -283,7 +328,7 @@ def _is_finished(trial: optuna.trial.FrozenTrial) -> bool:
 def masked(url: str) -> str:
     """A database's URL with passwords left out, also those among its options."""
     scheme, mark, rest = url.partition("://")
-    rest = re.sub(r"^([^:/?]*):[^/]*?@(?=[^@/?]*([/?]|$))", r"\1:***@", rest)
+    rest = re.sub(r"^([^:/?]*):.*@", r"\1:***@", rest)  # a password may hold anything
     where, question, options = rest.partition("?")
     shown = re.sub(r"([^&;=]*)=([^&;]+)", lambda option: (
         f"{option[1]}=***" if _SECRET.search(option[0]) else option[0]), options)

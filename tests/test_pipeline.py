@@ -315,6 +315,8 @@ def test_an_audit_that_does_not_end_leaves_the_earlier_one(
 def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) -> None:
     copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
     again = audit_again(copied, seeds=(3, 4))
+    assert any(f"audit {copied} --attacks" in note and "--seeds 3 4" in note
+               for note in again.summary.notes)
     seeds = [r["attack_seed"] for r in again.audit.records if r["subject"] == "edge"]
     assert seeds == [3, 4]
     assert again.summary.pruned == finished.summary.pruned

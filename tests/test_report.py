@@ -201,7 +201,8 @@ def test_all_numbers_are_the_records(html: str) -> None:
         assert shown == pytest.approx(float(value) * share, rel=0.006, abs=rounding)
     records = [value for kind, value, _ in data if kind == "record"]
     assert records == [
-        str(value) for entry in make_audit().records for value in entry.values()
+        "" if value is None else str(value)
+        for entry in make_audit().records for value in entry.values()
     ]
 
 
@@ -358,10 +359,43 @@ def test_a_cut_that_leaks_nothing_to_begin_with_is_said_to() -> None:
     audit = make_audit()
     floor = next(r["ssim"] for r in audit.records if r["subject"] == "floor")
     for record in audit.records:
-        if record["subject"] == "undefended":
+        if record["subject"] != "floor":
             record["ssim"] = floor + 0.01
     text = headline(make_summary(), audit)
-    assert "even the undefended upload" in text and "hides nothing" not in text
+    assert "even from the undefended upload" in text and "hides nothing" not in text
+    for record in audit.records:  # pruning made it worse
+        if record["subject"] == "edge":
+            record["ssim"] = 0.8
+    assert "no worse than" in headline(make_summary(), audit)
+
+
+def test_an_attack_below_the_average_picture_is_not_called_a_defence() -> None:
+    audit = make_audit(records=[
+        record("edge", 0, 0.02), record("undefended", 0, 0.8),
+        record("floor", None, 0.25, attack="mean_image")])
+    assert "has failed" in headline(make_summary(), audit)
+    told = " ".join(text for _, text in story(make_summary(), audit))
+    assert "is left" not in told
+    assert "has failed" not in headline(make_summary(), make_audit())
+    assert "is left" in " ".join(text for _, text in story(make_summary(), make_audit()))
+
+
+def test_each_row_is_of_the_attack_that_gets_furthest_in_it() -> None:
+    audit = make_audit(records=[
+        record("edge", 0, 0.30, mse=0.050, rank1=0.10, psnr=13.0),
+        record("edge", 0, 0.29, mse=0.012, rank1=0.95, psnr=19.0, attack="linear_inverse"),
+        record("floor", None, 0.25, attack="mean_image")])
+    rows = {row["key"]: row["edge"] for row in comparison(make_summary(), audit)}
+    assert (rows["ssim"], rows["mse"], rows["rank1"], rows["psnr"]) == (0.30, 0.012, 0.95, 19.0)
+
+
+def test_an_attack_that_broke_off_was_tried() -> None:
+    audit = make_audit()
+    audit.flags.append({"name": "attack_failed", "meaning": "", "advice": "", "subject": "edge",
+                        "attack": "rmle", "attack_seed": 0})
+    told = " ".join(limits(make_summary(), audit))
+    assert "broken off without a result: rmle" in told and "gave a result" in told
+    assert "was tried." not in told
 
 
 def test_limits_follow_the_attacks_that_ran() -> None:

@@ -22,6 +22,7 @@ from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import plan
 from patrol_prune.settings import AuditConfig, RunConfig, ScoreConfig
 from patrol_prune.tune import _digest, tune
+from patrol_prune.tune_result import CAUTION
 from patrol_prune.tune_settings import FREE_IN_A_TUNE, TuneConfig
 from patrol_prune.tune_space import Candidate, Space, search_space
 
@@ -56,8 +57,8 @@ class Pretended:
         self.configs: list[RunConfig] = []
         self.dense = 0
 
-    def run(self, config: RunConfig, overwrite: bool = False) -> Any:
-        assert overwrite
+    def run(self, config: RunConfig, overwrite: bool, notes: tuple[str, ...]) -> Any:
+        assert overwrite and notes == (CAUTION,)
         self.configs.append(config)
         beta = config.privacy.beta
         pruned = {"accuracy": 0.9 - beta / 1000, "edge_macs": int(config.edge_macs),
@@ -168,16 +169,46 @@ def test_other_settings_or_images_are_refused(
 def test_a_failing_trial_is_passed_over_but_not_for_ever(
     folder: Path, tmp_path: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def failing(config: RunConfig, overwrite: bool = False) -> Any:
-        if config.name == "0001" or "bad" in config.runs:
+    broken: list[str] = []
+
+    def failing(config: RunConfig, **more: Any) -> Any:
+        if config.name == "0001" or broken:
             raise TrainingError("the loss is NaN", step=1, term="task")
-        return pretended.run(config, overwrite)
+        return pretended.run(config, **more)
 
     monkeypatch.setattr(module, "run", failing)
-    result = tune(tiny(folder, tmp_path))
+    told: list[str] = []
+    result = tune(tiny(folder, tmp_path), progress=lambda _, sentence: told.append(sentence))
     assert result.failures == {1: "the loss is NaN"} and len(result.trials) == 2
-    with pytest.raises(InputError, match=r"first 3 trials all failed.*the loss is NaN"):
-        tune(tiny(folder, tmp_path, name="bad", trials=9))
+    assert "1 failed: the loss is NaN" in told
+    broken.append("the GPU")
+    for name in ("tune", "from the first"):  # a study with successes is not used up either
+        with pytest.raises(InputError, match=r"last 3 trials all failed.*the loss is NaN"):
+            tune(tiny(folder, tmp_path, name=name, trials=9))
+    broken.clear()
+    mended = tune(tiny(folder, tmp_path, name="from the first", trials=9))
+    assert len(mended.trials) == 6 and sorted(mended.failures) == [0, 1, 2]
+
+
+def test_figures_that_are_none_fail_their_trial(
+    folder: Path, tmp_path: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(config: RunConfig, **more: Any) -> Any:
+        result = pretended.run(config, **more)
+        result.summary.pruned["accuracy"] = float("nan")
+        return result
+
+    monkeypatch.setattr(module, "run", unknown)
+    with pytest.raises(InputError, match="last 3 trials all failed.*accuracy nan"):
+        tune(tiny(folder, tmp_path, trials=9))
+
+
+def test_the_settings_beside_the_study_are_those_of_the_last_start(
+    folder: Path, tmp_path: Path, pretended: Pretended
+) -> None:
+    for trials in (2, 4):
+        tune(tiny(folder, tmp_path, trials=trials))
+        assert TuneConfig.from_yaml(tmp_path / "tune" / "tune.yaml").trials == trials
 
 
 def test_time_is_up(folder: Path, tmp_path: Path, pretended: Pretended) -> None:

@@ -228,13 +228,43 @@ def test_a_database_that_is_not_there(tmp_path: Path) -> None:
     assert "secret" not in str(error.value) and "me:***@host" in str(error.value)
 
 
+@pytest.mark.parametrize("cut", [1, 40])
+def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path, cut: int) -> None:
+    """As a killed writer or a full disk leaves it."""
+    with opened(tmp_path) as study:
+        study.work(easy, 2)
+    journal = tmp_path / "journal.log"
+    journal.write_bytes(journal.read_bytes()[:-cut])
+    for _ in range(2):  # what is appended comes in lines of its own
+        with opened(tmp_path) as study:
+            study.release_dead()
+            study.work(easy, 9)
+    with opened(tmp_path) as study:
+        assert len(study.trials()) in (2, 3)
+
+
+@pytest.mark.parametrize("kind", ["text", "folder", "below a file"])
+def test_what_is_no_journal_is_refused_and_left_alone(tmp_path: Path, kind: str) -> None:
+    place = tmp_path / "notes"
+    if kind == "folder":
+        place.mkdir()
+    else:
+        place.write_text("a note\nand no newline", encoding="utf-8")
+    with pytest.raises(InputError, match="Optuna's journal or is not there"):
+        opened(tmp_path / "study", str(place / "below" if kind == "below a file" else place))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes"]
+    assert kind == "folder" or place.read_text(encoding="utf-8") == "a note\nand no newline"
+
+
 @pytest.mark.parametrize(
     ("url", "shown"),
     [
         ("postgresql://me:p@ss@host/db", "postgresql://me:***@host/db"),
-        ("postgresql://me:p?ss@host/db?a=b@c", "postgresql://me:***@host/db?a=b@c"),
+        ("postgresql://me:p?ss@host/db?a=b@c", "postgresql://me:***@c"),
+        ("postgresql://me:p/w@host/db", "postgresql://me:***@host/db"),
         ("postgresql://me@host/db", "postgresql://me@host/db"),
-        ("postgresql://host:5432/db?options=a@b", "postgresql://host:5432/db?options=a@b"),
+        ("postgresql://host:5432/db?options=a@b", "postgresql://host:***@b"),  # or it is a password
+        ("postgresql://host:5432/db", "postgresql://host:5432/db"),
         ("mssql+pyodbc:///?odbc_connect=UID%3Dme%3BPWD%3Dsecret",
          "mssql+pyodbc:///?odbc_connect=***"),
         ("mysql://host/db?x=1;password=zz", "mysql://host/db?x=1;password=***"),
