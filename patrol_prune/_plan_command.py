@@ -19,7 +19,10 @@ from patrol_prune.latency import LatencyConfig
 from patrol_prune.models import build_model
 from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import Plan, PlanLimits, PlanRow, plan, short
+from patrol_prune.settings import ScoreConfig
 
+_AS_IN_A_RUN = ScoreConfig()
+"""How far a run prunes: what is recommended here has to be reached there."""
 _OTHERS = 68
 """Columns of the console that the plan's table takes beside the names."""
 
@@ -41,6 +44,9 @@ def _plan_options(
     structures: Literal["channels", "blocks", "both"] = "channels",
     heads: bool = True,
     head_unit: Literal["heads", "dimensions"] = "heads",
+    max_pruning_ratio: float = _AS_IN_A_RUN.max_pruning_ratio,
+    min_channels: int = _AS_IN_A_RUN.min_channels,
+    round_to: int | None = _AS_IN_A_RUN.round_to,
 ) -> None:
     """Options of `plan`.
 
@@ -61,6 +67,9 @@ def _plan_options(
         structures: whether channels, residual blocks or both may go.
         heads: whether attention may lose heads.
         head_unit: whole ones, or dimensions of all heads of a layer.
+        max_pruning_ratio: the largest share of any group's channels that may go.
+        min_channels: the fewest channels a group keeps.
+        round_to: kept numbers are multiples of this.
     """
 
 
@@ -107,6 +116,8 @@ def show(options: dict[str, Any], out: Callable[[str], None]) -> None:
         model, image, edge_macs=options["edge_macs"], at=options["at"],
         boundary=options["boundary"], every=options["every"], limits=limits,
         measure_latency=config if timed else False, structures=options["structures"],
+        max_pruning_ratio=options["max_pruning_ratio"], min_channels=options["min_channels"],
+        round_to=options["round_to"],
     )
     if file is not None:
         file.write_bytes(plan_figure(made))

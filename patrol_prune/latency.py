@@ -11,6 +11,7 @@ from torch.utils.benchmark import Measurement, Timer
 
 from patrol_prune.cost import as_single_tensor, device_of, draws_restored, evaluating
 from patrol_prune.errors import InputError
+from patrol_prune.given import check_count, check_kind, check_number
 
 _FEWEST = 9
 
@@ -32,17 +33,15 @@ class LatencyConfig:
     roundings: tuple[int | None, ...] = (None, 4, 8, 16)
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or (self.threads is not None and self.threads < 1):
-            raise InputError(
-                "Expected a batch of at least 1 and at least 1 thread, came "
-                f"{self.batch} and {self.threads}."
-            )
-        if not 0.0 < self.min_run_time < float("inf"):
+        check_count(self.batch, "batch", 1)
+        check_count(self.threads, "threads", 1, optional=True)
+        check_number(self.min_run_time, "min_run_time")
+        if not self.min_run_time > 0.0:
             raise InputError(f"Expected a positive min_run_time, came {self.min_run_time}.")
-        if not self.roundings or any(r is not None and r < 1 for r in self.roundings):
-            raise InputError(
-                f"Expected roundings of None or at least 1, at least one, came {self.roundings}."
-            )
+        if not self.roundings:
+            raise InputError("Expected at least one rounding, came none. None is any number.")
+        for rounding in self.roundings:
+            check_count(rounding, "roundings", 1, optional=True)
 
 
 @dataclass(frozen=True)
@@ -92,12 +91,18 @@ def measure_latency(
         module: takes one tensor; mode and buffers are left as found.
         example_inputs: a batch `[N, ...]`, or a tuple with one; its first sample is repeated.
         config: batch, threads, time.
+
+    Raises:
+        InputError: the module cannot run on that batch.
     """
     config = config or LatencyConfig()
+    check_kind(config, "config", LatencyConfig, "Make one: LatencyConfig(batch=1).")
+    check_kind(module, "module", nn.Module, "Give a split's edge, say.")
     x = as_single_tensor(example_inputs)[:1]
     x = x.detach().to(device_of(module, x)).repeat(config.batch, *[1] * (x.dim() - 1))
     threads = config.threads or torch.get_num_threads()
     with evaluating(module), draws_restored(module), torch.no_grad():
+        _run(module, x)
         timer = Timer("module(x)", globals={"module": module, "x": x}, num_threads=threads)
         measured = timer.blocked_autorange(min_run_time=config.min_run_time)
         passes, times = measured.number_per_run, list(measured.times)
@@ -108,3 +113,15 @@ def measure_latency(
         1e3 * all_runs.median, 1e3 * all_runs.iqr, len(times), passes, config.batch, threads,
         str(x.device),
     )  # fmt: skip
+
+
+def _run(module: nn.Module, x: Tensor) -> None:
+    try:
+        module(x)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"The module cannot run on a batch of shape {tuple(x.shape)}: {error}. Give inputs of "
+            "the shape that it takes."
+        ) from error

@@ -181,6 +181,11 @@ def plan(
             "Expected no limit of latency where blocks alone may go: the copies that are timed "
             "lose channels. Leave it out, or let both go."
         )
+    if not isinstance(measure_latency, bool | LatencyConfig):
+        raise InputError("Expected measure_latency as True, False or a LatencyConfig, came "
+                         f"{measure_latency!r}.")
+    if at is not None:
+        check_kind(at, "at", str, "Give the name of a split point, as in at='layer2'.")
     points = split_points(model, example_inputs)
     asked = None if at is None else _point(points, at)
     budget = parse_budget(edge_macs, points, asked)

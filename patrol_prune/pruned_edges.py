@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -98,12 +98,13 @@ class PrunedEdges:
         self._known: dict[tuple[str, int | None], PrunedEdge] = {}
 
     def of(self, row: PlanRow) -> Iterator[PrunedEdge]:
-        """One for each rounding; the dense edge where it fits as it is."""
+        """One for each rounding that `floors` allow; the dense edge where it fits as it is."""
         if row.channel_ratio == 0:
             dense = EdgeCost(row.edge_macs, row.edge_params, row.feature_bytes)
             yield PrunedEdge(None, dense, row.latency)
             return
-        for round_to in self.config.roundings:
+        own = self.wanted.floors.round_to
+        for round_to in _multiples(self.config.roundings, own):
             key = (row.name, round_to)
             if key not in self._known:
                 self._known[key] = pruned_edge(
@@ -111,3 +112,10 @@ class PrunedEdges:
                     self.config, boundary=self.wanted.boundary, floors=self.wanted.floors,
                 )  # fmt: skip
             yield self._known[key]
+
+
+def _multiples(roundings: Sequence[int | None], of: int | None) -> list[int | None]:
+    """The roundings that are multiples of one that is asked for, and that one itself."""
+    if of is None or of == 1:
+        return list(roundings)
+    return [of, *(r for r in roundings if r is not None and r != of and r % of == 0)]

@@ -99,7 +99,7 @@ def test_a_real_timer_gives_at_least_nine_runs() -> None:
 
 @pytest.mark.parametrize("bad", [
     dict(batch=0), dict(threads=0), dict(min_run_time=0.0), dict(roundings=()),
-    dict(roundings=(0,)),
+    dict(roundings=(0,)), dict(batch=1.5), dict(roundings=(8.5,)),
 ])
 def test_settings_that_are_none(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):
@@ -133,6 +133,20 @@ def test_the_recommended_edge_is_pruned_and_timed_for_each_rounding(timed: Plan)
     share = loose.cost.edge_macs / timed[timed.recommended].edge_macs
     assert f"Pruned to {share:.0%} of its MACs, it takes {share:.0%} of the time" in timed.text
     assert "batch 2, 1 thread, cpu" in timed.text
+
+
+def test_a_plan_that_rounds_times_its_own_multiples_alone(
+    model: nn.Module, timer: list[dict[str, Any]]
+) -> None:
+    made = plan(model, X, edge_macs=0.6, at="layer2", round_to=4, measure_latency=True)
+    assert [edge.round_to for edge in made.pruned] == [4, 8, 16]
+
+
+def test_a_module_that_cannot_run_is_refused_in_words() -> None:
+    with pytest.raises(InputError, match=r"cannot run on a batch of shape \(1, 3, 16, 16\)"):
+        measure_latency(nn.Conv2d(4, 1, 1), X)
+    with pytest.raises(InputError, match="LatencyConfig"):
+        measure_latency(nn.Conv2d(3, 1, 1), X, {"batch": 1})  # type: ignore[arg-type]
 
 
 def test_a_rounding_that_cannot_meet_the_budget_says_so(

@@ -233,6 +233,13 @@ def test_the_model_is_traced_once_for_all_places(
     assert len(traced) == 2  # to list the places, and to cut at them
 
 
+@pytest.mark.parametrize("wrong", [dict(at=3), dict(measure_latency=1.5),
+                                   dict(measure_latency="yes")])
+def test_arguments_of_another_kind(model: nn.Module, wrong: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=next(iter(wrong))):
+        plan(model, X, edge_macs="layer1", **wrong)
+
+
 def test_every_place_can_be_shown(model: nn.Module) -> None:
     assert len(plan(model, X, edge_macs="layer1", every=True).rows) >= len(
         plan(model, X, edge_macs="layer1").rows

@@ -104,9 +104,15 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--out", help="where to save; a temporary folder without it")
     args = parser.parse_args()
+    if min(args.batches, args.batch_size) < 1:
+        parser.error("--batches and --batch_size have to be at least 1")
+    entries = [entry.rpartition(":") for entry in args.models]  # hf-hub:... has one of its own
+    if not all(name and at for name, _, at in entries):
+        parser.error("--models takes each as name:split, as in resnet26:layer2; "
+                     "pp.split_points(model, x) lists the splits")
     torch.manual_seed(0)
-    for entry in args.models:
-        prune(args, *entry.split(":"))
+    for name, _, at in entries:
+        prune(args, name, at)
 
 
 if __name__ == "__main__":

@@ -30,10 +30,12 @@ def build(args: argparse.Namespace, classes: int) -> nn.Module:
         return torchvision.models.get_model(args.model, num_classes=classes).eval()
     model = torchvision.models.get_model(args.model, weights=args.weights)
     if classes != 1000:  # a new last layer on trained ones
-        last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
+        last = [n for n, m in model.named_modules() if isinstance(m, nn.Linear | nn.Conv2d)][-1]
         parent, _, name = last.rpartition(".")
         old = model.get_submodule(last)
-        setattr(model.get_submodule(parent), name, nn.Linear(old.in_features, classes))
+        new = (nn.Linear(old.in_features, classes) if isinstance(old, nn.Linear)
+               else nn.Conv2d(old.in_channels, classes, old.kernel_size))  # SqueezeNet's
+        setattr(model.get_submodule(parent), name, new)
     return model.eval()
 
 
@@ -50,6 +52,9 @@ def images(args: argparse.Namespace) -> tuple[Batches, int]:
         v2.ToDtype(torch.float32, scale=True), v2.Normalize(IMAGENET.mean, IMAGENET.std),
     ])  # fmt: skip
     folder = torchvision.datasets.ImageFolder(args.data, transform=crop)
+    if len(folder) < args.batch_size:
+        raise SystemExit(f"{args.data} has {len(folder)} images, less than one batch of "
+                         f"{args.batch_size}. Give a smaller --batch_size.")
     loader = torch.utils.data.DataLoader(folder, args.batch_size, shuffle=True, drop_last=True)
     return [batch for batch, _ in zip(loader, range(count), strict=False)], len(folder.classes)
 
@@ -69,6 +74,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--out", help="where to save; a temporary folder without it")
     args = parser.parse_args()
+    if min(args.batches, args.batch_size, args.image_size) < 1:
+        parser.error("--batches, --batch_size and --image_size have to be at least 1")
 
     torch.manual_seed(0)
     batches, classes = images(args)
