@@ -112,10 +112,12 @@ def of_every_attack() -> tuple[dict[str, Any], str]:
     there = {named(row) for row in newest["rows"]}
     kept = [{**row, "base": "earlier"} for row in record["rows"]
             if named(row) is not None and named(row) not in there]
-    before = circumstances(record)
-    if kept:
+    rows = [*newest["rows"], *kept]
+    shown = (row for each in audit_figures.thorough(rows).values() for row in each.values())
+    if any(row.get("base") == "earlier" for row in shown):
+        before = circumstances(record)
         told_of_it += f" Rows with †: {before[0].lower()}{before[1:]}"
-    return {**newest, "rows": [*newest["rows"], *kept]}, told_of_it
+    return {**newest, "rows": rows}, told_of_it
 
 
 def is_swept(row: Row) -> bool:

@@ -121,6 +121,17 @@ def defended(args: Frontier, data: Data, method: Method) -> tuple[pp.Split, dict
     return split, {**extra, "feature_bytes": pp.feature_bytes(split.feature_shape)}
 
 
+def published(name: str) -> pp.Split:
+    """A model of `benchmarks/models` by its name there, one trained on from another included."""
+    folder = Path(__file__).resolve().parent / "models" / "models"
+    method = next(m for m in methods(Frontier(data=Path("."))) if m.key == name)
+    origin = method.start if method.defence else name
+    split = pp.load(folder / str(origin), lambda: SmallResNet(10, width=16))
+    if method.defence:
+        split.model.load_state_dict(load_state(folder / name)[0])
+    return split
+
+
 def defence_of(method: Method) -> Defence:
     """The defence at the method's strength; attackers inside see as much as elsewhere here."""
     settings: dict[str, Any] = {}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -14,7 +16,10 @@ from patrol_prune.cost import feature_bytes
 from patrol_prune.models import SmallResNet
 from patrol_prune.storage import load_state
 
-NAMES = ("taylor-layer3", "patrol-layer3")
+NAMES = {
+    "taylor-layer3": "layer3", "patrol-layer3": "layer3", "with-none@longer-0-layer4": "layer4",
+    "with-patrol@longer-whole-10-layer4": "layer4",
+}
 
 
 def rows(root: Path, name: str) -> list[dict[str, object]]:
@@ -23,17 +28,19 @@ def rows(root: Path, name: str) -> list[dict[str, object]]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_model_is_what_its_rows_say(root: Path, name: str) -> None:
-    split = pp.load(root / "benchmarks" / "models" / "models" / name,
-                    lambda: SmallResNet(10, width=16))
+def test_a_model_is_what_its_rows_say(
+    root: Path, name: str, import_benchmark: Callable[[str], ModuleType]
+) -> None:
+    split = import_benchmark("frontier_models").published(name)
     told = rows(root, name)
-    assert told and split.at == "layer3"
+    assert told and split.at == NAMES[name]
     for row in told:
         assert row["edge_macs"] == pp.edge_macs(split)
         assert row["edge_params"] == pp.count_params(split.edge)
         assert row["feature_bytes"] == feature_bytes(split.feature_shape)
-    assert read_info(root / "benchmarks" / "models" / "models" / name).extra["accuracy"] == (
-        told[0]["accuracy"])
+    folder = root / "benchmarks" / "models" / "models" / name
+    kept = load_state(folder)[1] if name.startswith("with-") else read_info(folder).extra
+    assert kept["accuracy"] == told[0]["accuracy"]
     x = torch.rand(2, 3, 32, 32)
     assert torch.equal(split.cloud(split.edge(x)), split.model(x))
 
