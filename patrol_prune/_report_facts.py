@@ -218,8 +218,8 @@ def headline(summary: RunSummary, audit: Audit) -> str:
         text = f"From what the device uploads, {who} rebuilds pictures to {seen}"
     elif floor is not None and max(ceiling["ssim"], edge["ssim"]) - floor["ssim"] < AT_THE_FLOOR:
         text = (
-            f"Cut this deep, even from the undefended upload {who} rebuilds pictures to no more "
-            f"than a likeness (SSIM) of {ceiling['ssim']:.2f}; after pruning it is "
+            "Cut this deep, even from the undefended upload no attack tried rebuilds pictures to "
+            f"more than a likeness (SSIM) of {ceiling['ssim']:.2f}; after pruning it is "
             f"{edge['ssim']:.2f}"
         )
     elif ceiling["ssim"] - edge["ssim"] < 0.01:
@@ -322,18 +322,19 @@ def limits(summary: RunSummary, audit: Audit) -> list[str]:
     edge = attacks_on(audit.records, EDGE)
     names = sorted({str(record["attack"]) for record in edge})
     seeds = len({record.get("attack_seed") for record in edge})
-    texts = [
-        f"Only these attacks were tried: {', '.join(names)}, with {seeds} seed"
-        f"{'' if seeds == 1 else 's'}. A stronger or longer attack may see more.",
-    ]
     broken = sorted({str(flag["attack"]) for flag in audit.flags
                      if flag["name"] == "attack_failed" and flag.get("subject", EDGE) == EDGE
-                     and flag.get("attack") not in (None, *names)})
+                     and flag.get("attack") is not None})
+    did = "gave a result" if broken else "were tried"
+    texts = [
+        f"Only these attacks {did}: {', '.join(names)}, with {seeds} seed"
+        f"{'' if seeds == 1 else 's'}. A stronger or longer attack may see more.",
+    ]
     if broken:
-        texts.append(f"Tried, but broken off without a result: {', '.join(broken)}.")
+        texts.append(f"Broken off, with one seed at least: {', '.join(broken)}.")
     if not any(r.get("box") == "white" or r["attack"] in _WHITE for r in edge):
         texts.append("No white-box attack, one that knows the device's weights, gave a result."
-                     if set(broken) & set(_WHITE) else
+                     if broken else
                      "No white-box attack, one that knows the device's weights, was tried.")
     images = sorted({int(r["attacker_images"]) for r in edge
                      if r.get("attacker_images") and r.get("attacker_data") != "shifted"})

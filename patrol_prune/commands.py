@@ -57,7 +57,7 @@ EXAMPLES = {
 be pruned to meet the budget? Nothing is trained.
 
 Examples, 200 million multiply-adds on the device; the same, and how long it takes on this one:
-  patrol-prune plan --model mobilenet_v3_large --image-size 128 --edge-macs 200M
+  patrol-prune plan --model resnet50 --image-size 128 --edge-macs 200M
   patrol-prune plan --model resnet18 --image-size 128 --edge-macs 200M --latency --plot plan.png
 
 The budget is a count (9.9M), a fraction of the dense edge (0.5, together with --at), or the name of

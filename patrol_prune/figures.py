@@ -19,7 +19,7 @@ from patrol_prune.errors import InputError
 INK, MUTED, LIGHT, PALE = "#1d2733", "#5b6673", "#b4bec9", "#d5dce4"
 ACCENT, WARM, GREY = "#0b6e69", "#b5482a", "#8a94a0"
 _MOST_NAMED_LAYERS = 60
-_MARKS = "os^Dv<>pPXh*d8"
+_MARKS = "os^Dv<>pPh*d8H"
 _FEWEST_COLUMNS = 5  # or titles are cut off
 _TERMS = {
     "accuracy": "Accuracy on held-out pictures (%)",
@@ -226,8 +226,8 @@ def front(
                       rotation=90, va="bottom")
     _name_the_marks(axes, splits, any(not able for *_, able in trials), bool(best))
     axes.margins(0.08)
-    axes.set_xlabel("SSIM of a short attack (1 is the same picture; further left hides more)",
-                    fontsize=8, color=MUTED)
+    axes.set_xlabel("SSIM of a short attack, or the average picture's where that is more "
+                    "(further left hides more)", fontsize=8, color=MUTED)
     axes.set_ylabel("accuracy after a short fine-tuning (%)", fontsize=8, color=MUTED)
     axes.grid(color=PALE, linewidth=0.5, zorder=0)
     _plain(axes)

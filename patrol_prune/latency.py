@@ -38,8 +38,9 @@ class LatencyConfig:
         check_number(self.min_run_time, "min_run_time")
         if not self.min_run_time > 0.0:
             raise InputError(f"Expected a positive min_run_time, came {self.min_run_time}.")
-        if not self.roundings:
-            raise InputError("Expected at least one rounding, came none. None is any number.")
+        if not isinstance(self.roundings, tuple | list) or not self.roundings:
+            raise InputError("Expected roundings as one or more numbers, as in (None, 8), came "
+                             f"{self.roundings!r}. None is any number.")
         for rounding in self.roundings:
             check_count(rounding, "roundings", 1, optional=True)
 
@@ -120,7 +121,7 @@ def _run(module: nn.Module, x: Tensor) -> None:
         module(x)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, TypeError) as error:
+    except Exception as error:
         raise InputError(
             f"The module cannot run on a batch of shape {tuple(x.shape)}: {error}. Give inputs of "
             "the shape that it takes."

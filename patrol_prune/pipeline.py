@@ -21,6 +21,7 @@ from patrol_prune._block_pruning import STRUCTURES
 from patrol_prune.audit import audit
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.cost import count_params, edge_macs, feature_bytes
+from patrol_prune.errors import RunDirectoryError
 from patrol_prune.finetune import accuracy, finetune, recalibrate_batchnorm
 from patrol_prune.importance import PatrolImportance
 from patrol_prune.plan import Plan, short
@@ -91,14 +92,14 @@ def run(
         overwrite: start anew if the directory holds another run.
         progress: called with each stage and what happens in it.
         bars: show progress bars while training.
-        notes: what the page has to say besides, a sentence each.
+        notes: what the page has to say besides, a sentence each; kept with the page alone.
 
     Raises:
         PatrolError: whatever is wrong with the settings, the images, the model or the directory,
             as a sentence; as far as possible before any training.
     """
     with _opened(config, overwrite, progress, bars) as work:
-        work.notes = tuple(notes)
+        work.notes = (notes,) if isinstance(notes, str) else tuple(notes)
         return work.go()
 
 
@@ -111,6 +112,15 @@ def train_dense(
     may lie elsewhere when it goes on, if they hold the same. Raises as `run`.
     """
     with _opened(config, False, progress, bars, free=("data", "weights")) as work:
+        began = work.folder.notes("data") if work.folder.done("data") else {}
+        if "weights_sha256" in began and (began["weights_sha256"] is None) != (
+            config.weights is None
+        ):
+            raise RunDirectoryError(
+                f"The dense model in {work.folder.path} was begun "
+                f"{'without' if config.weights else 'with'} weights to start from, this one is "
+                f"{'with' if config.weights else 'without'}. Give the search another --name."
+            )
         work.do(STAGES[: STAGES.index("model") + 1])
         return work.folder / DENSE / checkpoint.WEIGHTS
 

@@ -72,14 +72,20 @@ def audit_again(
             )
         work = Work(chosen, folder, images, where, progress, False)
         if who != own:
-            work.notes = (f"The edge was attacked again: {_command(path, who)}",)
+            work.notes = (f"The edge was attacked again: {_command(path, own, who)}",)
         # The dense model was saved: the file that its weights came from is not read again.
         refuse_changed(replace(chosen, weights=None), images, folder.notes("data"), path)
         return work.attack_again()
 
 
-def _command(path: Path, who: AuditConfig) -> str:
-    """What to type to have the same attackers once more."""
+def _command(path: Path, own: AuditConfig, who: AuditConfig) -> str:
+    """What to type to have the same attackers once more; in Python where no option says it."""
+    if own.check_attacks > who.check_attacks or (own.attacker_images and not who.attacker_images):
+        return (
+            f"patrol_prune.reaudit.audit_again({str(path)!r}, attacks={who.attacks}, "
+            f"seeds={who.seeds}, attacker_images={who.attacker_images}, "
+            f"check_attacks={who.check_attacks}, uploads={who.uploads})"
+        )
     told = ["patrol-prune", "audit", str(path), "--attacks", *who.attacks,
             "--seeds", *map(str, who.seeds), "--uploads", str(who.uploads)]
     if who.attacker_images:

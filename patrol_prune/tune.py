@@ -14,7 +14,7 @@ import logging
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from patrol_prune._report_facts import floor_of
+from patrol_prune.attacks.checks import ATTACK_FAILED, LOSS_DID_NOT_FALL
 from patrol_prune.errors import InputError, PatrolError
 from patrol_prune.pipeline import Progress, RunResult, run, train_dense
 from patrol_prune.plan import short
@@ -46,7 +47,8 @@ logger = logging.getLogger(__name__)
 SETTINGS = "tune.yaml"
 TRIALS = "trials"
 POLL_SECONDS = 2.0
-GIVE_UP_AFTER = 3
+GIVE_UP_AFTER, LATER = 3, 5
+"""Failures in a row that end a worker, before the study's first success and after it."""
 _HEAVY = ("checkpoints", "edge.patrol")
 
 
@@ -89,11 +91,14 @@ def tune(
             {**TuneConfig(config.data, config.edge_macs).to_dict(), "weights_digest": weights},
         )
         _keep_settings(config, folder)
-        _Search(config, folder, space, study, progress, bars).go()
+        stopped = _Search(config, folder, space, study, progress, bars).go()
         result = TuneResult(
             folder, study.trials(), study.failures(), config.trials, _shown(config)
         )
-        return write_results(config, result, _dense_weights(folder))
+        result = write_results(config, result, _dense_weights(folder))
+    if stopped is not None:
+        raise InputError(stopped)
+    return result
 
 
 class _Search:
@@ -106,7 +111,7 @@ class _Search:
         self.config, self.folder, self.space, self.study = config, folder, space, study
         self.progress, self.bars = progress, bars
         self.last_told = ""
-        self.failed_before = frozenset(study.failures())
+        self.failed: list[tuple[int, str]] = []  # by this worker, since it last succeeded
 
     def say(self, stage: str, sentence: str) -> None:
         logger.info("%s: %s", stage, sentence)
@@ -114,19 +119,24 @@ class _Search:
             self.progress(stage, sentence)
         self.last_told = sentence
 
-    def go(self) -> None:
-        """Trials until the study has enough of them, or this worker's time is up."""
+    def go(self) -> str | None:
+        """Trials until the study has enough of them, or this worker's time is up.
+
+        Returns:
+            Why there will be no more, where one trial after the other fails.
+        """
         config, end = self.config, time.monotonic() + (self.config.timeout or float("inf"))
         while True:
             for number in self.study.release_dead():
                 _lighten(self.folder / TRIALS / f"{number:04d}")
             finished, running = self.study.counts()
             if finished >= config.trials:
-                return
+                return None
             if time.monotonic() >= end:
                 self.say("tune", f"Time is up with {finished} of {config.trials} trials.")
-                return
-            self.stop_if_hopeless()
+                return None
+            if len(self.failed) >= (LATER if self.study.trials() else GIVE_UP_AFTER):
+                return self.why_hopeless()
             if finished + running >= config.trials:
                 self.say("tune", f"Waiting for the last trials of other workers: {running}.")
                 time.sleep(POLL_SECONDS)
@@ -134,19 +144,13 @@ class _Search:
             dense = self.dense()
             self.study.work(functools.partial(self.attempt, dense), config.trials)
 
-    def stop_if_hopeless(self) -> None:
-        """An InputError where only failures came since this worker began, or since a success."""
-        last = max((trial.number for trial in self.study.trials()), default=-1)
-        failures = {number: reason for number, reason in self.study.failures().items()
-                    if number not in self.failed_before and number > last}
-        if len(failures) >= GIVE_UP_AFTER:
-            number, reason = sorted(failures.items())[-1]
-            raise InputError(
-                f"The last {len(failures)} trials all failed; the search stops here. Trial "
-                f"{number}: {reason} Mend that and start the search again: it goes on. Failed "
-                f"trials count, so that --trials is to be raised by {len(failures)} to make up "
-                "for them."
-            )
+    def why_hopeless(self) -> str:
+        number, reason = self.failed[-1]
+        return (
+            f"{len(self.failed)} trials in a row failed; the search stops here. Trial {number}: "
+            f"{reason.rstrip('.')}. Once that is mended the same command goes on; other settings "
+            f"need another --name. Failed trials count: raise --trials to make up for them."
+        )
 
     def dense(self) -> Path:
         """The dense model's weights; the first worker on this disk trains them."""
@@ -173,12 +177,14 @@ class _Search:
             with _flags_untold():
                 result = run(trial_config(self.config, point, dense, folder), overwrite=True,
                              notes=(CAUTION,))
+            found = self.found(trial.number, point, result, time.monotonic() - begun)
         except (PatrolError, torch.OutOfMemoryError) as error:
+            self.failed.append((trial.number, str(error)))
             self.say("trial", f"{trial.number} failed: {error}")
             raise
         finally:
             _lighten(folder)
-        found = self.found(trial.number, point, result, time.monotonic() - begun)
+        self.failed.clear()
         missed = [name.replace("_", " ") for name, excess in found.excess.items() if excess > 0]
         self.say(
             "trial", f"{trial.number}: accuracy {100 * found.accuracy:.1f}%, SSIM "
@@ -209,8 +215,8 @@ class _Search:
             floor = max(0.0, dense - config.max_accuracy_drop)
         accuracy, ssim = float(summary.pruned["accuracy"]), float(strongest["ssim"])
         if not (math.isfinite(accuracy) and math.isfinite(ssim)):
-            raise InputError(f"Trial {number} came to accuracy {accuracy} and SSIM {ssim}, which "
-                             "nothing can be ranked by.")
+            raise InputError(f"It came to accuracy {accuracy} and SSIM {ssim}, which nothing can "
+                             "be ranked by.")
         return TuneTrial(
             number=number, split=point.split, edge_macs_asked=point.edge_macs, beta=point.beta,
             alpha=point.alpha, accuracy=accuracy, ssim=ssim, attack=str(strongest["attack"]),
@@ -220,8 +226,8 @@ class _Search:
             floor_ssim=None if guess is None else float(guess["ssim"]),
             flags=tuple(dict.fromkeys(
                 flag["name"] for flag in result.audit.flags if flag.get("subject") == "edge"
-                and flag.get("attack") in (None, strongest["attack"])
             )),
+            sound=is_sound(config.trial_attacks, result.audit.flags),
             seconds=round(seconds, 1),
         )
 
@@ -237,6 +243,14 @@ def _flags_untold() -> Iterator[None]:
         yield
     finally:
         audits.setLevel(before)
+
+
+def is_sound(attacks: Sequence[str], flags: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether a trial's SSIM measures anything: no attack broke off, and one at least learnt."""
+    named = [(flag["name"], flag.get("attack")) for flag in flags if flag.get("subject") == "edge"]
+    if any(name == ATTACK_FAILED.name for name, _ in named):
+        return False
+    return not all((LOSS_DID_NOT_FALL.name, attack) in named for attack in attacks)
 
 
 def _dense_weights(folder: Path) -> Path:
@@ -260,5 +274,12 @@ def _shown(config: TuneConfig) -> dict[str, Any]:
 
 
 def _keep_settings(config: TuneConfig, folder: Path) -> None:
-    """As a file that `--config` reads; a database's password stays out of it."""
-    replace(config, storage=_shown(config)["storage"]).to_yaml(folder / SETTINGS)
+    """As a file that `--config` reads; a database's password stays out of it.
+
+    What may differ stays as it was at the first start, but for the number of trials.
+    """
+    kept = replace(config, storage=_shown(config)["storage"])
+    if (folder / SETTINGS).exists():
+        with contextlib.suppress(PatrolError):  # a torn one is written anew
+            kept = replace(TuneConfig.from_yaml(folder / SETTINGS), trials=config.trials)
+    kept.to_yaml(folder / SETTINGS)

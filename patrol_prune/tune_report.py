@@ -31,11 +31,12 @@ def write_results(config: TuneConfig, result: TuneResult, dense: Path) -> TuneRe
     for stale in (folder / FRONT).glob("trial-*.yaml"):
         if stale not in written:
             stale.unlink(missing_ok=True)
-    if result.trials:
+    if any(trial.sound for trial in result.trials):
         files["plot"] = folder / "front.png"
         floors, guess = {t.limits.accuracy for t in result.trials}, result.trials[-1].floor_ssim
         atomic_write_bytes(files["plot"], figures.front(
-            [(t.number, t.split, t.likeness, t.accuracy, t.feasible) for t in result.trials],
+            [(t.number, t.split, t.likeness, t.accuracy, t.feasible)
+             for t in result.trials if t.sound],
             [t.number for t in front], guess=guess,
             floor=floors.pop() if len(floors) == 1 else None,
         ))

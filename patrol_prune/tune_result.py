@@ -16,8 +16,6 @@ CAUTION = (
     "what an attacker sees. A full attack sees more. Train the point you choose, and audit it, in "
     "full."
 )
-LEARNT_NOTHING = frozenset({"loss_did_not_fall", "no_gradient"})
-"""Flags of an attack whose score is no measure of anything."""
 _VERSION = 1
 _LIMITS = {
     "accuracy": ("accuracy", "at least", "{:.1%}"),
@@ -74,7 +72,8 @@ class TuneTrial:
         dense_accuracy: of the model before pruning.
         limits: what held for this trial.
         floor_ssim: of the average picture, which needs no upload.
-        flags: names of what the audit warned of in that attack, as that it was still improving.
+        flags: names of what the audit warned of, as that an attack was still improving.
+        sound: whether `ssim` measures anything: no attack broke off, and one at least learnt.
         seconds: it took.
     """
 
@@ -93,6 +92,7 @@ class TuneTrial:
     floor_ssim: float | None = None
     flags: tuple[str, ...] = ()
     seconds: float = 0.0
+    sound: bool = True
 
     @property
     def excess(self) -> dict[str, float]:
@@ -102,9 +102,9 @@ class TuneTrial:
     @property
     def likeness(self) -> float:
         """What a trial is ranked by, the less the better: `ssim`, but no less than the average
-        picture's, which anyone has; 1 where the attack learnt nothing and its figure says nothing.
+        picture's, which anyone has; 1 where no attack measured anything.
         """
-        if set(self.flags) & LEARNT_NOTHING:
+        if not self.sound:
             return 1.0
         return max(self.ssim, self.ssim if self.floor_ssim is None else self.floor_ssim)
 
@@ -121,13 +121,13 @@ class TuneTrial:
 
 
 def pareto_front(trials: Iterable[TuneTrial]) -> tuple[TuneTrial, ...]:
-    """The feasible trials that none of them beats, the most accurate first.
+    """The feasible and sound trials that none of them beats, the most accurate first.
 
     One beats another if it is at least as accurate, its `likeness` is no higher, and one of the two
     is better. Equal ones do not beat each other.
     """
     front: list[TuneTrial] = []
-    for trial in sorted((t for t in trials if t.feasible),
+    for trial in sorted((t for t in trials if t.feasible and t.sound),
                         key=lambda t: (-t.accuracy, t.likeness, t.number)):
         last = front[-1] if front else None
         if last is None or trial.likeness < last.likeness or (
@@ -168,6 +168,10 @@ class TuneResult:
         """Why the front is empty, in sentences; None if it is not."""
         if self.front:
             return None
+        if any(trial.feasible for trial in self.trials):
+            return ("In no trial that keeps to the limits do the attacks measure anything: they "
+                    "learnt nothing or broke off. Raise --trial-attack-epochs, or take other "
+                    "--trial-attacks.")
         if self.trials:
             return _hardest_limit(self.trials)
         if self.failures:

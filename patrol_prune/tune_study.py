@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import time
 import warnings
@@ -104,15 +105,23 @@ class SharedStudy:
 
         # Not the default lock, a link: it is never given up where its relative target dangles.
         lock = JournalFileOpenLock(str(file))
-        lock.acquire()
+
+        class Whole(JournalFileBackend):
+            """Never appends to a line that was cut off."""
+
+            def append_logs(self, logs: list[dict[str, Any]]) -> None:
+                _drop_torn_line(file, lock)
+                super().append_logs(logs)
+
+        _drop_torn_line(file, lock)
         try:
-            _drop_torn_line(file)
-        finally:
-            lock.release()
-        try:
-            return JournalStorage(JournalFileBackend(str(file), lock))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _no_journal(file) from error
+            return JournalStorage(Whole(str(file), lock))
+        except Exception as error:  # whatever Optuna makes of it
+            raise RunDirectoryError(
+                f"The study's journal {file} is damaged and cannot be read "
+                f"({type(error).__name__}: {error}). Put a copy of it back, or give the search "
+                "another --name or --storage."
+            ) from error
 
     def _database(self, url: str, tries: int = 3) -> Any:
         """Several workers may make the tables of a new database at the same moment."""
@@ -301,17 +310,23 @@ def _no_journal(file: Path) -> InputError:
     )
 
 
-def _drop_torn_line(file: Path) -> None:
-    """Cut what a writer that was killed, or a full disk, left of a last line; hold the lock."""
-    if not file.exists():
-        return
-    with file.open("rb+") as journal:
-        content = journal.read()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):
+def _drop_torn_line(file: Path, lock: Any) -> None:
+    """Cut what a writer that was killed, or a full disk, left of a last line."""
+    lock.acquire()
+    try:
+        if not file.exists() or not file.stat().st_size:
+            return
+        with file.open("rb+") as journal:
+            journal.seek(-1, os.SEEK_END)
+            if journal.read(1) == b"\n":
+                return
+            journal.seek(0)
+            whole = journal.read().rfind(b"\n") + 1
             logger.warning("The last line of %s was cut off while it was written and is dropped.",
                            file)
             journal.truncate(whole)
+    finally:
+        lock.release()
 
 
 def _constraints(trial: optuna.trial.FrozenTrial) -> list[float]:

@@ -191,9 +191,20 @@ def test_no_file_breaks(rule: Callable[[Path, ast.Module], Iterator[str]]) -> No
                 for path in files() for fault in rule(path, tree_of(path))]
 
 
+def test_the_rules_of_attacks_and_of_length_find_what_breaks_them(tmp_path: Path) -> None:
+    source = "from patrol_prune import pruner"
+    assert list(attacks_know_the_defence(PACKAGE / "attacks" / "x.py", ast.parse(source)))
+    assert not list(attacks_know_the_defence(PACKAGE / "split.py", ast.parse(source)))
+    file = tmp_path / "long.py"
+    for lines, faults in ((400, 0), (401, 1)):
+        file.write_text("x = 1\n" * lines)
+        assert len(list(too_long(file, ast.parse("")))) == faults
+
+
 @pytest.mark.parametrize(("rule", "source"), [
     (points_upwards, "from patrol_prune import cli"),
     (third_party_by_another_door, "import optuna.trial"),
+    (third_party_by_another_door, "from optuna import trial"),
     (unpickles, "def f():\n    import pickle"),
     (unpickles, "torch.load(path)"),
     (star_bare_except_or_mutable_default, "from os import *"),

@@ -99,7 +99,7 @@ def test_a_real_timer_gives_at_least_nine_runs() -> None:
 
 @pytest.mark.parametrize("bad", [
     dict(batch=0), dict(threads=0), dict(min_run_time=0.0), dict(roundings=()),
-    dict(roundings=(0,)), dict(batch=1.5), dict(roundings=(8.5,)),
+    dict(roundings=(0,)), dict(batch=1.5), dict(roundings=(8.5,)), dict(roundings=8),
 ])
 def test_settings_that_are_none(bad: dict[str, Any]) -> None:
     with pytest.raises(InputError):

@@ -100,8 +100,8 @@ def test_floor_and_ceiling_stand_beside_the_edge(finished: RunResult) -> None:
     assert set(finished.audit.examples) == {"originals", "floor", "edge", "undefended"}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("unit", ["heads", "dimensions"])
+@pytest.mark.parametrize("unit", [
+    "heads", pytest.param("dimensions", marks=pytest.mark.slow)])
 def test_a_vision_transformer_loses_heads(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
 ) -> None:

@@ -30,7 +30,7 @@ from patrol_prune._report_facts import (
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import InputError
 from patrol_prune.report import RunSummary, console_table, render_table, write_report
-from patrol_prune.tables import attack_table, flag_lines, merged_flags
+from patrol_prune.tables import ATTACK_COLUMNS, attack_table, flag_lines, merged_flags
 
 COSTS = ("edge_macs", "edge_params", "feature_bytes", "accuracy")
 
@@ -199,6 +199,9 @@ def test_all_numbers_are_the_records(html: str) -> None:
         shown = float(text.rstrip("%").replace(",", ""))
         rounding = 0.06 if share > 1 else 0.0006
         assert shown == pytest.approx(float(value) * share, rel=0.006, abs=rounding)
+    means = [float(value) for kind, value, _ in data if kind == "mean"]
+    assert means == [row[key] for row in attack_rows(make_audit().records)
+                     for key in ATTACK_COLUMNS if isinstance(row[key], int | float)]
     records = [value for kind, value, _ in data if kind == "record"]
     assert records == [
         "" if value is None else str(value)
@@ -394,7 +397,8 @@ def test_an_attack_that_broke_off_was_tried() -> None:
     audit.flags.append({"name": "attack_failed", "meaning": "", "advice": "", "subject": "edge",
                         "attack": "rmle", "attack_seed": 0})
     told = " ".join(limits(make_summary(), audit))
-    assert "broken off without a result: rmle" in told and "gave a result" in told
+    assert "Broken off, with one seed at least: rmle." in told
+    assert "Only these attacks gave a result" in told
     assert "was tried." not in told
 
 

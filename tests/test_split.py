@@ -630,11 +630,11 @@ def test_the_halves_follow_the_model_to_a_device() -> None:
     assert Split(model, x, "features.1").edge(x.cuda()).is_cuda
 
 
-def test_all_points_cost_two_runs_of_the_model() -> None:
+def test_all_points_cost_three_runs_of_the_model() -> None:
     model = get_model("resnet50", weights=None)
     runs = []
     model.conv1.register_forward_hook(lambda *_: runs.append(1))
     points = split_points(model, torch.zeros(1, 3, 224, 224))
-    assert len(runs) <= 3  # symbolically, with values, and counted
+    assert len(runs) == 3  # symbolically, with values, and counted
     by_name = {p.name: p.edge_macs for p in points}
     assert by_name["layer4"] + 2048 * 1000 == count_macs(model, torch.zeros(1, 3, 224, 224)).total

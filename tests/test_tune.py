@@ -182,9 +182,12 @@ def test_a_failing_trial_is_passed_over_but_not_for_ever(
     assert result.failures == {1: "the loss is NaN"} and len(result.trials) == 2
     assert "1 failed: the loss is NaN" in told
     broken.append("the GPU")
-    for name in ("tune", "from the first"):  # a study with successes is not used up either
-        with pytest.raises(InputError, match=r"last 3 trials all failed.*the loss is NaN"):
+    # A study with successes is not used up either, and what it has is written.
+    for name, times in (("tune", 5), ("from the first", 3)):
+        with pytest.raises(InputError, match=rf"^{times} trials in a row.*loss is NaN\. Once"):
             tune(tiny(folder, tmp_path, name=name, trials=9))
+        content = json.loads((tmp_path / name / "tune.json").read_text())
+        assert len(content["trials"]) == (2 if name == "tune" else 0)
     broken.clear()
     mended = tune(tiny(folder, tmp_path, name="from the first", trials=9))
     assert len(mended.trials) == 6 and sorted(mended.failures) == [0, 1, 2]
@@ -199,16 +202,44 @@ def test_figures_that_are_none_fail_their_trial(
         return result
 
     monkeypatch.setattr(module, "run", unknown)
-    with pytest.raises(InputError, match="last 3 trials all failed.*accuracy nan"):
-        tune(tiny(folder, tmp_path, trials=9))
+    told: list[str] = []
+    with pytest.raises(InputError, match="3 trials in a row.*accuracy nan"):
+        tune(tiny(folder, tmp_path, trials=9), progress=lambda _, said: told.append(said))
+    assert sum("failed: It came to accuracy nan" in said for said in told) == 3
 
 
-def test_the_settings_beside_the_study_are_those_of_the_last_start(
+@pytest.mark.parametrize(("flags", "sound"), [
+    ([("unet_ssim", "attack_failed")], False),
+    ([("unet_ssim", "loss_did_not_fall")], True),
+    ([("unet_ssim", "loss_did_not_fall"), ("inverse_network_ssim", "loss_did_not_fall")], False),
+    ([("unet_ssim", "not_converged")], True),
+])
+def test_a_trial_whose_attacks_measured_nothing_is_on_no_front(
+    folder: Path, tmp_path: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch,
+    flags: list[tuple[str, str]], sound: bool,
+) -> None:
+    def flagged(config: RunConfig, **more: Any) -> Any:
+        result = pretended.run(config, **more)
+        result.audit.flags = [{"subject": "edge", "attack": attack, "name": name}
+                              for attack, name in flags]
+        return result
+
+    monkeypatch.setattr(module, "run", flagged)
+    attacks = ("inverse_network_ssim", "unet_ssim")
+    result = tune(tiny(folder, tmp_path, trials=2, trial_attacks=attacks))
+    assert [trial.sound for trial in result.trials] == [sound] * 2
+    assert bool(result.front) == sound == (result.why_empty is None)
+    assert sound or "the attacks measure anything" in str(result.why_empty)
+    assert set(result.trials[0].flags) == {name for _, name in flags}
+
+
+def test_the_settings_beside_the_study_are_those_of_the_first_start_but_for_the_trials(
     folder: Path, tmp_path: Path, pretended: Pretended
 ) -> None:
-    for trials in (2, 4):
-        tune(tiny(folder, tmp_path, trials=trials))
-        assert TuneConfig.from_yaml(tmp_path / "tune" / "tune.yaml").trials == trials
+    for trials, timeout in ((2, 900.0), (4, 50.0)):
+        tune(tiny(folder, tmp_path, trials=trials, timeout=timeout))
+        kept = TuneConfig.from_yaml(tmp_path / "tune" / "tune.yaml")
+        assert (kept.trials, kept.timeout) == (trials, 900.0)
 
 
 def test_time_is_up(folder: Path, tmp_path: Path, pretended: Pretended) -> None:

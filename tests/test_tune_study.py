@@ -243,6 +243,28 @@ def test_a_line_that_was_cut_off_is_dropped(tmp_path: Path, cut: int) -> None:
         assert len(study.trials()) in (2, 3)
 
 
+def test_a_line_cut_off_beside_a_living_worker(tmp_path: Path) -> None:
+    journal = tmp_path / "journal.log"
+    with opened(tmp_path) as study:
+        study.work(easy, 9)
+        with journal.open("ab") as file:
+            file.write(b'{"op_code":4,"worker')
+        study.work(easy, 9)
+        assert len(study.trials()) == 2
+    with opened(tmp_path) as study:
+        assert len(study.trials()) == 2
+
+
+def test_a_damaged_journal_is_told(tmp_path: Path) -> None:
+    with opened(tmp_path) as study:
+        study.work(easy, 9)
+    journal = tmp_path / "journal.log"
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:2], b"no line\n", *lines[2:]]))
+    with pytest.raises(RunDirectoryError, match="journal.log is damaged"):
+        opened(tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["text", "folder", "below a file"])
 def test_what_is_no_journal_is_refused_and_left_alone(tmp_path: Path, kind: str) -> None:
     place = tmp_path / "notes"
