@@ -124,7 +124,10 @@ def defended(args: Frontier, data: Data, method: Method) -> tuple[pp.Split, dict
 def published(name: str) -> pp.Split:
     """A model of `benchmarks/models` by its name there, one trained on from another included."""
     folder = Path(__file__).resolve().parent / "models" / "models"
-    method = next(m for m in methods(Frontier(data=Path("."))) if m.key == name)
+    method = next((m for m in methods(Frontier(data=Path("."))) if m.key == name), None)
+    if method is None or not (folder / name).is_dir():
+        raise SystemExit(f"There is no model {name!r} in {folder}, which has "
+                         f"{', '.join(sorted(path.name for path in folder.iterdir()))}")
     origin = method.start if method.defence else name
     split = pp.load(folder / str(origin), lambda: SmallResNet(10, width=16))
     if method.defence:

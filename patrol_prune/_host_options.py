@@ -86,7 +86,8 @@ def host_options(kwargs: dict[str, Any]) -> dict[str, Any]:
                 "to keep in ignored_layers."
             )
     for name in _DECIDED_BY_THE_BUDGET:
-        if kwargs.get(name) and name != "global_pruning":
+        is_given = kwargs.get(name) is False if name == "global_pruning" else kwargs.get(name)
+        if is_given:
             warnings.warn(f"{name} is not used: edge_macs decides.", stacklevel=3)
     dropped = (*_DECIDED_BY_THE_BUDGET, *_NOT_SUPPORTED)
     options = {k: v for k, v in kwargs.items() if k not in dropped}

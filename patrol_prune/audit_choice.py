@@ -18,6 +18,7 @@ from patrol_prune.attacks.query_free_config import SMALLEST_QUERY_FREE_SET
 from patrol_prune.attacks.registry import ATTACKS, kind_of, make_attack, settings_for
 from patrol_prune.attacks.training_pairs import SMALLEST_TRAINING_SET
 from patrol_prune.errors import InputError, nearest
+from patrol_prune.given import check_count
 from patrol_prune.metrics import check_pixels
 
 AttackChoice = str | Attack | Callable[[int], Attack]
@@ -75,6 +76,8 @@ def factories(
             asked for or of the wrong type, no seed or a repeated one.
     """
     seeds = numbers(seeds, "seeds")
+    for seed in seeds:
+        check_count(seed, "seeds", 0)
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"Expected one or more different seeds, came {seeds}.")
     if isinstance(attacks, str):

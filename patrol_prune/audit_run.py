@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -160,10 +161,11 @@ class AuditRun:
                         warm.offer(seed, attack)
         if all(r["subject"] != subject for r in self.result.records):
             last = self.last_error
+            advice = ("Lower the learning rates or use fp32."
+                      if any(factory.box is not None for factory in made) else "Mend them.")
             raise TrainingError(
                 f"Every attack on the {subject} broke off, so nothing is known of it; the last "
-                f"with {type(last).__name__}: {last} Lower the learning rates or use fp32, where "
-                "it is one of the attacks by name.", step=0, term="reconstruction",
+                f"with {_told(last)}. {advice}", step=0, term="reconstruction",
             ) from last
         self.compare(subject)
 
@@ -183,7 +185,11 @@ class AuditRun:
             known, z_victim = known.copied(), z_victim.clone()
         try:
             fit = attack.fit(known)
-            guess = attack.reconstruct(z_victim).detach().float().cpu()
+            guess = attack.reconstruct(z_victim)
+            if not isinstance(guess, Tensor):
+                raise TypeError("expected a tensor [N, C, H, W] from reconstruct(z), came "
+                                f"{type(guess).__name__}")
+            guess = guess.detach().float().cpu()
             check_guess(guess, self.victim, factory.name)
         except TrainingError as error:
             self.broke_off(error, ATTACK_FAILED, subject, factory, seed, own)
@@ -192,7 +198,7 @@ class AuditRun:
             if factory.box is not None:  # one of ours: what is wrong is the caller's to know
                 raise
             told = dataclasses.replace(ATTACK_FAILED, advice="Mend the attack.", meaning=(
-                f"The attack raised {type(error).__name__}: {error} It has no score."))
+                f"The attack raised {_told(error)}. It has no score."))
             self.broke_off(error, told, subject, factory, seed, own)
             return None
         flags = [] if fit is None else check_fit(fit)
@@ -382,3 +388,12 @@ def _in_words(chosen: dict[str, Any] | None) -> str | None:
     if chosen is None:
         return None
     return ", ".join(f"{k} {v}" for k, v in chosen.items() if isinstance(v, str | int | float))
+
+
+def _told(error: BaseException | None) -> str:
+    """An error with the place where it was raised, without a full stop."""
+    if error is None:
+        return "no reason"
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {str(error).rstrip('.')}{place}"

@@ -13,6 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.pixels import Normalization
@@ -112,9 +113,13 @@ def load_image_folder(
         listing = ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise InputError(
-            f"Expected {folder} to hold one folder per class with images in each, found none "
-            f"that can be read ({error}). Lay the images out as root/<class>/<image>.jpg."
+            f"Expected {folder} to hold one folder per class with images in each: {error} Lay the "
+            "images out as root/<class>/<image>.jpg, and remove folders without any."
         ) from error
+    loose = sum(path.is_file() and path.suffix.lower() in IMG_EXTENSIONS
+                for path in folder.iterdir())
+    if loose:
+        log.warning("%d images lie in %s itself, in no class, and are left out.", loose, folder)
     names = tuple(listing.classes)
     if len(names) < 2:
         raise InputError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Sequence, Sized
 from numbers import Integral, Real
 from typing import Any
@@ -151,6 +152,14 @@ def check_kind(value: object, name: str, kind: type, advice: str) -> None:
             f"Expected {name} as a {kind.__name__}, came {type(value).__name__}. {advice}")
 
 
+def warn_if_unfitted(objective: object) -> None:
+    """A warning where the attackers inside, by whom something is scored, have learnt nothing."""
+    surrogates = getattr(objective, "surrogates", None)
+    if getattr(objective, "beta", 0.0) > 0 and not getattr(surrogates, "is_fitted", True):
+        warnings.warn("The attackers inside have learnt nothing yet, and their term says nothing: "
+                      "call objective.fit_surrogates(batches, steps=300) first.", stacklevel=3)
+
+
 def check_objective(objective: object) -> None:
     """An InputError where it is no `PatrolObjective`."""
     if not all(hasattr(objective, part) for part in ("split", "terms")):
@@ -162,7 +171,9 @@ def check_objective(objective: object) -> None:
 
 def check_targets(logits: Tensor, y: object) -> None:
     """An InputError where cross-entropy over `logits [B, K]` cannot take the labels `y`."""
-    if logits.dim() != 2 or not isinstance(y, Tensor) or y.is_floating_point():
+    if logits.dim() != 2 or not isinstance(y, Tensor):
+        return
+    if y.is_floating_point() and y.shape == logits.shape:  # probabilities
         return
     if y.dtype not in (torch.long, torch.uint8) or y.dim() != 1:
         raise InputError(

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from patrol_prune._tp import Importance
 from patrol_prune.errors import InputError, nearest
-from patrol_prune.given import check_number, check_objective, input_and_target
+from patrol_prune.given import check_number, check_objective, input_and_target, warn_if_unfitted
 from patrol_prune.masks import SoftMasks
 from patrol_prune.prunable import check_prunable
 from patrol_prune.survivors import SurvivorTracker
@@ -193,6 +193,8 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         x, y = x.to(device), y.to(device)
         masks = self.masks
         self._check_labels(y)
+        if self.adv_weight > 0:
+            warn_if_unfitted(self.objective)
         with _Mode(self.objective.split.model, self.training), torch.enable_grad():
             with masks.per_image(len(x)) as copies:
                 terms = self.objective.terms(x, y, masks=masks)

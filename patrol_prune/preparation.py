@@ -94,23 +94,47 @@ def read_images(config: RunConfig) -> Images:
             f"owns, all of which are taken anyhow, came {most}. Give smaller numbers, or raise "
             "--audit.attacker-share."
         )
+    notes += _notes_on_the_test(defender, test)
+    for note in notes:
+        logger.warning(note)
     return Images(
         defender, attacker.images, attacker.labels, test, victims,
         _normalization(config, defender), _digest(train, test), notes,
     )
 
 
+def _hashes(images: Tensor) -> list[bytes]:
+    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
+
+
+def _notes_on_the_test(defender: ImageSet, test: ImageSet) -> tuple[str, ...]:
+    """What makes the test part no test: images that were trained on, classes that are not there."""
+    notes = []
+    trained = set(_hashes(defender.images))
+    both = sum(known in trained for known in _hashes(test.images))
+    if both:
+        notes.append(
+            f"{both} of the {len(test)} test images are also among those that the model is trained "
+            "on, byte for byte: accuracy and privacy look better on them than on new ones."
+        )
+    there = set(test.labels.tolist())
+    missing = [name for i, name in enumerate(test.classes) if i not in there]
+    if missing:
+        notes.append(f"The test part has no image of {', '.join(missing[:5])}"
+                     f"{' and others' if len(missing) > 5 else ''}: the accuracy is over the "
+                     "other classes.")
+    return tuple(notes)
+
+
 def _without(attacker: ImageSet, victims: Tensor) -> tuple[ImageSet, tuple[str, ...]]:
-    seen = {hashlib.sha256(image.numpy().tobytes()).digest() for image in victims}
-    keep = [i for i, image in enumerate(attacker.images)
-            if hashlib.sha256(image.numpy().tobytes()).digest() not in seen]
+    seen = set(_hashes(victims))
+    keep = [i for i, known in enumerate(_hashes(attacker.images)) if known not in seen]
     if len(keep) == len(attacker):
         return attacker, ()
     note = (
         f"{len(attacker) - len(keep)} of the attacker's images are also among the victims, byte "
         "for byte; they were taken from him."
     )
-    logger.warning(note)
     return attacker.subset(keep), (note,)
 
 

@@ -108,6 +108,11 @@ class SurrogateEnsemble(nn.Module):
         self.register_buffer("renewals", torch.tensor(0))
         self.optimizer = torch.optim.Adam(self.decoders.parameters(), lr=lr)
 
+    @property
+    def is_fitted(self) -> bool:
+        """Whether they have taken a step, or hold the weights of such that have."""
+        return bool(self.optimizer.state) or bool(self.seen > 0)
+
     def move(self, device: torch.device) -> None:
         """Put the decoders and their optimiser's moments there."""
         if self.mean_image.device == device:

@@ -53,11 +53,21 @@ def test_parts_are_found(folder: Path) -> None:
         find_parts(folder / "nowhere")
 
 
+def test_images_in_no_class_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _image(folder / "train" / "0.png", (1, 2, 3))
+    (folder / "train" / "list.txt").touch()
+    assert len(load_image_folder(folder / "train", 16)) == 6
+    assert "1 images lie in" in caplog.text
+    caplog.clear()
+    load_image_folder(folder / "val", 16)
+    assert not caplog.text
+
+
 def test_no_image_and_one_class_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="one folder per class"):
         load_image_folder(tmp_path, 16)
     (tmp_path / "a").mkdir()
-    with pytest.raises(InputError, match="none that can be read"):
+    with pytest.raises(InputError, match="remove folders without any"):
         load_image_folder(tmp_path, 16)
     _image(tmp_path / "a" / "0.png", (1, 2, 3))
     with pytest.raises(InputError, match="at least two classes"):

@@ -55,6 +55,8 @@ class Mine:
     def reconstruct(self, z: Tensor) -> Tensor:
         if isinstance(self.guess, Exception):
             raise self.guess
+        if self.guess is None:
+            return None  # type: ignore[return-value]
         return torch.full((len(z), 3, 16, 16), float(self.guess))
 
 
@@ -103,6 +105,12 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a weight that is no number": (lambda: pp.PatrolImportance(objective(split()),
                                                                adv_weight=float("nan")),
                                    "adv_weight as a number"),
+    "float labels to score by": (lambda: pp.PatrolImportance(objective(split())).accumulate(
+        images(2), torch.zeros(2)), "labels as int64"),
+    "float labels to train on": (lambda: pp.finetune(
+        split(), [(images(4), torch.zeros(4))], progress=False,
+        config=pp.FinetuneConfig(epochs=1)), "labels as int64"),
+    "a seed as text": (lambda: audit(split(), seeds=("0",)), "seeds as a whole number"),
     "targets in a list": (lambda: pp.PatrolImportance(objective(split())).accumulate(
         images(2), [1, 2]), "as_tensor"),
     "an importance as objective": (lambda: pp.finetune(
@@ -239,6 +247,24 @@ def test_a_forgotten_normalization_is_told_once() -> None:
         right.fit_surrogates([(inputs, torch.zeros(8))], 1)
 
 
+def test_attackers_that_learnt_nothing_are_told() -> None:
+    unfitted = objective(split())
+    with pytest.warns(UserWarning, match=r"fit_surrogates\(batches, steps=300\) first"):
+        pp.PatrolImportance(unfitted).accumulate(*batches()[0])
+    unfitted.fit_surrogates(batches(), 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pp.PatrolImportance(unfitted).accumulate(*batches()[0])
+        pp.PatrolImportance(objective(split()), adv_weight=0.0).accumulate(*batches()[0])
+
+
+def test_local_pruning_is_not_what_a_budget_does() -> None:
+    cut = split()
+    with pytest.warns(UserWarning, match="global_pruning is not used"):
+        pp.PatrolPruner(cut.model, cut.example_inputs, tp.importance.MagnitudeImportance(),
+                        split=cut, edge_macs=0.5, global_pruning=False)
+
+
 def test_grey_images_need_no_normalization() -> None:
     grey = images(3)[:, :1]
     assert torch.equal(pp.Normalization().to_input(grey), grey)
@@ -255,7 +281,8 @@ class TestAnAttackOfOnesOwn:
         assert "edge: SSIM" in repr(report) and len(repr(report)) < 400
 
     @pytest.mark.parametrize(("guess", "words"), [
-        (ValueError("boom"), "ValueError: boom"), (255.0, "the attack mine reconstructs on"),
+        (ValueError("boom"), r"ValueError: boom \(.*test_given.py, line \d+\)\. Mend them"),
+        (None, r"expected a tensor .* came NoneType"), (255.0, "the attack mine reconstructs on"),
     ])
     def test_that_is_the_only_one_ends_the_audit_with_the_reason(
         self, guess: Any, words: str

@@ -100,6 +100,21 @@ def test_floor_and_ceiling_stand_beside_the_edge(finished: RunResult) -> None:
     assert set(finished.audit.examples) == {"originals", "floor", "edge", "undefended"}
 
 
+def test_a_test_part_that_is_none_is_told(
+    tmp_path: Path, write_folder: Callable[..., Path]
+) -> None:
+    data = write_folder(tmp_path / "images", count=24)
+    assert read_images(tiny(data, tmp_path)).notes == ()
+    shutil.rmtree(data / "test")
+    shutil.copytree(data / "train", data / "test")
+    shutil.rmtree(data / "test" / "red")
+    images = read_images(tiny(data, tmp_path))
+    both = sum(int(label) != images.test.classes.index("red") for label in images.defender.labels)
+    notes = " ".join(images.notes)
+    assert f"{both} of the 48 test images are also among those that the model is" in notes
+    assert "no image of red: the accuracy" in notes
+
+
 @pytest.mark.parametrize("unit", [
     "heads", pytest.param("dimensions", marks=pytest.mark.slow)])
 def test_a_vision_transformer_loses_heads(
