@@ -106,9 +106,23 @@ def strongest(record: dict[str, Any], circumstances: str) -> str:
         f"there.{earlier_training(groups)}",
         render_table(head, columns).strip(),
         STILL * any(UNFINISHED in line["attack"] for line in head),
+        weaker_and_unfinished(groups),
         PRESSED_TEXT * any(pressed(row) for each in groups.values() for row in each.values()),
         circumstances,
     ]))
+
+
+def weaker_and_unfinished(groups: dict[str, dict[str, Row]]) -> str:
+    """Attacks that saw less than the strongest, but still got better: they may pass it."""
+    found = []
+    for method, attacks in groups.items():
+        best = strongest_of(attacks)["name"]
+        names = [name for name, row in attacks.items() if name != best and improving(row)
+                 and f"{name}, 3 times as long" not in attacks]
+        if names:
+            found.append(f"{METHODS[method].strip('*')}: {'; '.join(names)}")
+    return ("Below the strongest, but still improving when they ended: "
+            + ". ".join(found) + ".") * bool(found)
 
 
 def earlier_training(groups: dict[str, dict[str, Row]]) -> str:

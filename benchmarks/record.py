@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from datetime import date
@@ -43,8 +44,8 @@ def commit() -> str:
 
 def command() -> str:
     """What was typed, without the folders of this machine."""
-    return " ".join(["python", os.path.relpath(sys.argv[0], ROOT.parent),
-                     *(Path(a).name if a.startswith("/") else a for a in sys.argv[1:])])
+    given = (re.sub(r"""(?<![^\s"'=\[,])[/~](?:[^\s"',\]]*/)?""", "", a) for a in sys.argv[1:])
+    return " ".join(["python", os.path.relpath(sys.argv[0], ROOT.parent), *given])
 
 
 def versions() -> dict[str, str]:

@@ -56,6 +56,16 @@ def test_the_strongest_attack_on_each_model_is_the_one_compared(figures: ModuleT
     assert text.endswith("measured here") and figures.STILL in text
 
 
+def test_weaker_attacks_that_still_got_better_are_named(figures: ModuleType) -> None:
+    told = "still improving when they ended: PATROL: linear decoder, closed form."
+    assert told not in figures.strongest({"rows": ROWS}, "")
+    rows = [{**r, "plateau": False} if (r["method"], r["attack"]) == ("patrol", "linear_inverse")
+            else r for r in ROWS]
+    assert told in figures.strongest({"rows": rows}, "")
+    longer = row("patrol", "linear_inverse", 0.1, times_as_long=3)
+    assert told not in figures.strongest({"rows": [*rows, longer]}, "")
+
+
 def test_every_attack_stands_in_a_row_of_its_own(figures: ModuleType) -> None:
     text = figures.every_attack({"rows": ROWS}, "measured here")
     lines = text.splitlines()
