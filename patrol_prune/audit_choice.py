@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from patrol_prune.attacks.base import some_of
 from patrol_prune.attacks.query_free_config import SMALLEST_QUERY_FREE_SET
 from patrol_prune.attacks.registry import ATTACKS, kind_of, make_attack, settings_for
 from patrol_prune.attacks.training_pairs import SMALLEST_TRAINING_SET
+from patrol_prune.data import fingerprints
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.given import check_count
 from patrol_prune.metrics import check_pixels
@@ -251,5 +251,4 @@ def check_counts(made: Sequence[Factory], attackers: Sequence[Owned]) -> None:
 
 
 def _fingerprints(pixels: Tensor) -> list[bytes]:
-    images = (pixels * 255).round().to(torch.uint8).numpy()
-    return [hashlib.sha256(image.tobytes()).digest() for image in images]
+    return fingerprints((pixels * 255).round().to(torch.uint8))

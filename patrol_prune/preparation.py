@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.data import Batches, ImageSet, find_parts, load_image_folder
+from patrol_prune.data import Batches, ImageSet, find_parts, fingerprints, load_image_folder
 from patrol_prune.defences import FeatureDropout
 from patrol_prune.errors import InputError, RunDirectoryError
 from patrol_prune.models import SMALL_RESNET, build_model, load_weights
@@ -103,15 +103,11 @@ def read_images(config: RunConfig) -> Images:
     )
 
 
-def _hashes(images: Tensor) -> list[bytes]:
-    return [hashlib.sha256(image.numpy().tobytes()).digest() for image in images]
-
-
 def _notes_on_the_test(defender: ImageSet, test: ImageSet) -> tuple[str, ...]:
     """What makes the test part no test: images that were trained on, classes that are not there."""
     notes = []
-    trained = set(_hashes(defender.images))
-    both = sum(known in trained for known in _hashes(test.images))
+    trained = set(fingerprints(defender.images))
+    both = sum(known in trained for known in fingerprints(test.images))
     if both:
         notes.append(
             f"{both} of the {len(test)} test images are also among those that the model is trained "
@@ -127,8 +123,8 @@ def _notes_on_the_test(defender: ImageSet, test: ImageSet) -> tuple[str, ...]:
 
 
 def _without(attacker: ImageSet, victims: Tensor) -> tuple[ImageSet, tuple[str, ...]]:
-    seen = set(_hashes(victims))
-    keep = [i for i, known in enumerate(_hashes(attacker.images)) if known not in seen]
+    seen = set(fingerprints(victims))
+    keep = [i for i, known in enumerate(fingerprints(attacker.images)) if known not in seen]
     if len(keep) == len(attacker):
         return attacker, ()
     note = (
