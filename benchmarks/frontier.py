@@ -29,6 +29,7 @@ import torch
 from frontier_methods import (
     ATTACKED_LONGER,
     DATASET,
+    DEEPER_BEST,
     MET_BY_OTHERS,
     SEEN_OFTEN,
     Frontier,
@@ -84,6 +85,10 @@ class Step:
     def key(self) -> str:
         return "-".join(filter(None, (self.method.key, self.group, str(self.seed))))
 
+    @property
+    def times_as_long(self) -> int:
+        return LONG if self.group.endswith("long") else 1
+
 
 def steps(args: Frontier) -> list[Step]:
     """Everything that is attacked: what the bar compares first, then the rest of it."""
@@ -109,6 +114,7 @@ def steps(args: Frontier) -> list[Step]:
         thorough += [Step(m, name, (name,), fewer=QUERY_FREE_IMAGES)
                      for name in WITHOUT_QUERIES[1:]]
     thorough += [Step(m, "long", (STRONG,)) for m in rows if m.key in ATTACKED_LONGER]
+    thorough += [Step(m, "unet_long", ("unet_ssim",)) for m in rows if m.key == DEEPER_BEST]
     thorough += [Step(m, "white_strong", (STRONG, "rmle"), optimised=True)
                  for m in rows if m.key in MET_BY_OTHERS]
     thorough += [Step(m, name, (name,)) for m in rows if m.key in MET_BY_OTHERS
@@ -131,7 +137,7 @@ def attack_config(args: Frontier, step: Step) -> pp.InverseNetworkConfig:
     """
     shallow = step.method.split in ("layer1", "layer2")
     epochs = max(1, args.attack_epochs // 2) if shallow else args.attack_epochs
-    epochs *= LONG if step.group == "long" else 1
+    epochs *= step.times_as_long
     if step.fewer is not None or step.shifted:
         images = step.fewer or 2_640
         epochs = min(100, epochs * args.attacker_images // images)
@@ -212,7 +218,7 @@ def row_of(args: Frontier, step: Step, split: pp.Split, known: dict[str, Any],
         **{k: record.get(k) for k in KEPT_OF_A_RECORD},
         "attacker_data": "shifted" if step.shifted else "same",
         "began_with": step.attacks[0] if record["attack"] == "rmle" else None,
-        "times_as_long": LONG if step.group == "long" else 1, "silenced": step.silenced,
+        "times_as_long": step.times_as_long, "silenced": step.silenced,
         **{k: known.get(k) for k in ("accuracy", "accuracy_before_finetuning", "surrogate_mse",
                                      "surrogate_ssim", "kept")},
         "dense_accuracy": dense_accuracy(args), "train_seconds": known["seconds"],
@@ -299,7 +305,7 @@ def kinds_of(args: Frontier, step: Step) -> set[tuple[Any, ...]]:
         "attack_seed": step.seed, "attack": attack, "attacker_images": images,
         "attacker_data": "shifted" if step.shifted else "same",
         "victim_images": args.optimised_images if step.optimised else args.test_images,
-        "times_as_long": LONG if step.group == "long" else 1,
+        "times_as_long": step.times_as_long,
         "began_with": step.attacks[0] if attack == "rmle" else None,
         "silenced": step.silenced,
     }) for attack in step.attacks}

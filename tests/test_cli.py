@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -33,6 +34,7 @@ def test_help_teaches_with_an_example(command: str, capsys: Capture) -> None:
     text = capsys.readouterr().out
     assert f"  patrol-prune {command}" in text
     assert "_" not in "".join(w for w in text.split() if w.startswith("--"))
+    assert re.findall(r"^  (--\S+ \S+)\n +\(type:", text, re.MULTILINE) == [], "without a word"
 
 
 def test_no_command_shows_the_help(capsys: Capture) -> None:

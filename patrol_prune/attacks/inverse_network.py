@@ -44,7 +44,9 @@ class InverseNetworkConfig:
     """Settings of `InverseNetwork`.
 
     Args:
-        family, width, depth: of the decoder (`make_decoder`).
+        family: of the decoder, out of "residual", "transposed", "unet" (`make_decoder`).
+        width: channels of the decoder; more see more, and take longer.
+        depth: residual blocks of the decoder; the transposed family has none.
         loss: `"mse"`, or `"mse+ssim"` which favours structure over the exact shade.
         epochs: length of the schedule (linear warm-up, then cosine).
         lr: peak learning rate of AdamW; extensions restart at half of it.

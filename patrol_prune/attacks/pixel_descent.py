@@ -52,8 +52,9 @@ class RMLEConfig:
         spectral_lr: of Adam in `"spectral"`, the most that a component of the image moves per
             step, in its standard deviations.
         schedule: `"cosine"` lowers lr to 2% of itself, `"constant"` does not.
-        eps, amsgrad: of Adam. With an eps above the gradients (1e-3 as published) it is plain
-            gradient descent with momentum.
+        eps: of Adam. Above the gradients (1e-3 as published) it makes plain gradient descent with
+            momentum of it.
+        amsgrad: Adam with the largest second moment so far.
         box: keep pixels on [0, 1] in every step, not only in the end; in `"pixels"` only.
         restarts: runs per image; the first from the mean image or the warm start, the others from
             images of the attacker's, kept where feature error and priors are smaller.
