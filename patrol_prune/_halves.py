@@ -21,6 +21,7 @@ class Composed(nn.Module):
                 f"{type(edge).__name__} and {type(cloud).__name__}."
             )
         self.edge, self.cloud = edge, cloud
+        self.training = edge.training or cloud.training
 
     def forward(self, x: Tensor) -> Any:
         return self.cloud(self.edge(x))

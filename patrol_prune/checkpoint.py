@@ -41,6 +41,8 @@ from patrol_prune.saved_sizes import (
     fits,
     layer_sizes,
     live_tensors,
+    modes,
+    put_modes,
     resize,
     same_answers,
     unusual_strides,
@@ -143,7 +145,7 @@ def save(
         "format": FORMAT,
         "at": getattr(split, "at", "") or "",
         "two_modules": _is_pair(split),
-        "training": split.model.training,
+        **modes(split.model),
         "example": {"shape": list(example.shape), "dtype": str(example.dtype).rpartition(".")[2]},
         "normalization": None if normalization is None else
         {"mean": list(normalization.mean), "std": list(normalization.std)},
@@ -187,7 +189,7 @@ def load(
     split.refresh()
     split.pruning_history = architecture["pruning_history"]
     split.removed_blocks = removed
-    split.model.train(bool(about["training"]))
+    put_modes(split.model, about)
     split.model.to(device)
     return split
 

@@ -21,6 +21,26 @@ logger = logging.getLogger(__name__)
 _ANSWERS = 16
 
 
+def modes(model: nn.Module) -> dict[str, Any]:
+    """Which modules are training, and which parameters do not learn."""
+    return {
+        "training": model.training,
+        "other_mode": [n for n, m in model.named_modules() if m.training != model.training],
+        "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
+    }
+
+
+def put_modes(model: nn.Module, saved: Mapping[str, Any]) -> None:
+    """What `modes` told; a file of an earlier version told the whole model's mode alone."""
+    training, others = bool(saved["training"]), set(saved.get("other_mode", ()))
+    frozen = set(saved.get("frozen", ()))
+    for name, module in model.named_modules():
+        module.training = training != (name in others)
+    for name, parameter in model.named_parameters():
+        if "frozen" in saved and parameter.is_floating_point():
+            parameter.requires_grad_(name not in frozen)
+
+
 def layer_sizes(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
     """Every layer's widths, by the names of its attributes."""
     found: dict[str, dict[str, int | list[int]]] = {}

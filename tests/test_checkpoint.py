@@ -127,6 +127,32 @@ def test_dtype_mode_and_memory_layout_come_back(tmp_path: Path) -> None:
         assert other.dtype == tensor.dtype and other.stride() == tensor.stride(), name
 
 
+def test_each_module_s_mode_and_what_is_frozen_come_back(tmp_path: Path) -> None:
+    split = trained_split(small, "layer2", pruned=False)
+    split.model.train()
+    norms = {n for n, m in split.model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    for name in norms:
+        split.model.get_submodule(name).eval()
+    split.model.get_submodule("layer1").requires_grad_(False)
+    save(split, tmp_path / "e")
+    loaded = load(tmp_path / "e", small).model
+    assert {n for n, m in loaded.named_modules() if not m.training} == norms
+    frozen = {n for n, p in loaded.named_parameters() if not p.requires_grad}
+    assert frozen == {f"layer1.{n}" for n, _ in loaded.get_submodule("layer1").named_parameters()}
+
+
+def test_halves_in_evaluation_stay_there(tmp_path: Path) -> None:
+    def halves() -> tuple[nn.Module, nn.Module]:
+        edge = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        return edge.eval(), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+
+    x = torch.randn(4, 3, 8, 8)
+    split = Split.from_modules(*halves(), x)
+    before = split.model(x)
+    save(split, tmp_path / "e")
+    assert torch.equal(load(tmp_path / "e", halves).model(x), before)
+
+
 def test_information_without_a_model(tmp_path: Path) -> None:
     split = trained_split(small, "layer2", pruned=False)
     save(split, tmp_path / "e", normalization=Normalization.imagenet(), extra={"classes": ["ä"]})
