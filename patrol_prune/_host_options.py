@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from patrol_prune._tp import BasePruner
 from patrol_prune.errors import InputError
-from patrol_prune.given import check_among, check_count, check_model, check_number, check_split
+from patrol_prune.given import (
+    check_among,
+    check_count,
+    check_model,
+    check_number,
+    check_split,
+    is_number,
+)
 
 _DECIDED_BY_THE_BUDGET = ("pruning_ratio", "ch_sparsity", "isomorphic", "global_pruning")
 _NOT_SUPPORTED = (
@@ -48,6 +56,39 @@ def check_pruner(
     check_number(reg, "reg")
 
 
+def checked_score(importance: Any, scored: Callable[[], Any]) -> Tensor | None:
+    """The scores of one group, `[C]`, or None where the importance has none.
+
+    Raises:
+        InputError: the importance failed, or gave something else.
+    """
+    name = type(importance).__name__
+    try:
+        score = scored()
+    except (AttributeError, KeyError, TypeError, ArithmeticError, IndexError) as error:
+        raise InputError(
+            f"The importance {name} failed on a group ({type(error).__name__}: {error}). One that "
+            "reads gradients needs loss.backward() before the step, one that reads activations or "
+            "covariances what its documentation says."
+        ) from error
+    if score is None or (isinstance(score, Tensor) and score.dim() == 1):
+        return score
+    came = tuple(score.shape) if isinstance(score, Tensor) else type(score).__name__
+    raise InputError(f"Expected of the importance {name} a tensor [C] of scores for a group, or "
+                     f"None, came {came}. Give one number per channel of group[0].")
+
+
+def check_schedule(ratios: Any, steps: int) -> list[float]:
+    """What a schedule of pruning ratios gave: the start and one for every step."""
+    values = list(ratios) if isinstance(ratios, Iterable) else []
+    if len(values) != steps + 1 or not all(is_number(r) and math.isfinite(r) for r in values):
+        raise InputError(
+            f"Expected of iterative_pruning_ratio_scheduler {steps + 1} finite numbers, the start "
+            f"and one for each of {steps} steps, came {ratios!r}."
+        )
+    return values
+
+
 def with_owners(layers: Sequence[nn.Module | nn.Parameter], model: nn.Module) -> set[int]:
     """The ids of the layers, and of those that hold one of the parameters: pruning makes new ones.
     """
@@ -73,6 +114,24 @@ def layers_to_keep(layers: Iterable[object] | None) -> list[nn.Module | nn.Param
     return kept
 
 
+def _check_kinds(kwargs: dict[str, Any]) -> None:
+    roots = kwargs.get("root_module_types")
+    if roots is not None and not (isinstance(roots, (list, tuple)) and roots
+                                  and all(isinstance(r, type) for r in roots)):
+        raise InputError(f"Expected root_module_types as a list of classes, came {roots!r}. Give "
+                         "[nn.Conv2d], say.")
+    for owner, given in dict(kwargs.get("customized_pruners") or {}).items():
+        if not callable(getattr(given, "prune_out_channels", None)):
+            raise InputError(f"Expected customized_pruners to map {owner!r} to an object with "
+                             f"prune_out_channels, as Torch-Pruning's pruners, came {given!r}.")
+    unwrapped = kwargs.get("unwrapped_parameters") or ()
+    pairs = unwrapped.items() if isinstance(unwrapped, dict) else unwrapped
+    if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
+        raise InputError("Expected unwrapped_parameters as pairs of a parameter and the dimension "
+                         f"that is pruned, came {type(unwrapped).__name__}. Give "
+                         "[(model.scale, 0)], say.")
+
+
 def host_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """`BasePruner`'s arguments, with copies of the dictionaries it would write into."""
     known = [*inspect.signature(BasePruner.__init__).parameters, *_DECIDED_BY_THE_BUDGET,
@@ -89,8 +148,11 @@ def host_options(kwargs: dict[str, Any]) -> dict[str, Any]:
         is_given = kwargs.get(name) is False if name == "global_pruning" else kwargs.get(name)
         if is_given:
             warnings.warn(f"{name} is not used: edge_macs decides.", stacklevel=3)
+    _check_kinds(kwargs)
     dropped = (*_DECIDED_BY_THE_BUDGET, *_NOT_SUPPORTED)
     options = {k: v for k, v in kwargs.items() if k not in dropped}
+    if options.get("root_module_types") is None:
+        options.pop("root_module_types", None)
     for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
         options[name] = dict(options.get(name) or {})
     return {"forward_fn": None, **options}

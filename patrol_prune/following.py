@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from patrol_prune.errors import UnsupportedModelError
+from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.groups import CONV
 from patrol_prune.local_groups import failed, find_parts
 from patrol_prune.operators import doubtful, has_shuffle
@@ -20,6 +21,14 @@ from patrol_prune.trial import Forward, changing_more
 __all__ = ["followed"]
 
 logger = logging.getLogger(__name__)
+
+_THEIRS = {
+    nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.BatchNorm2d, nn.Conv2d, nn.Dropout, nn.Flatten, nn.GELU,
+    nn.Hardsigmoid, nn.Hardswish, nn.Identity, nn.LayerNorm, nn.Linear, nn.MaxPool2d, nn.ModuleList,
+    nn.MultiheadAttention, nn.ReLU, nn.ReLU6, nn.Sequential, nn.SiLU, nn.Sigmoid, nn.Tanh,
+    nn.modules.linear.NonDynamicallyQuantizableLinear,
+}
+"""What torchvision's classifiers use of PyTorch's layers."""
 
 
 def followed(
@@ -78,6 +87,7 @@ def _followed_in_pieces(
     make: Callable[[Callable[..., Any]], Any], error: Exception, tried: bool,
 ) -> Any:
     """The graph that ends at channel shuffles, or else that of the parts; see `followed`."""
+    _check_runs(model, example_inputs, forward)
     try:
         if shuffles(model, example_inputs, forward):
             graph, used = _made(model, example_inputs, forward, make, CutAtShuffles)
@@ -92,17 +102,33 @@ def _followed_in_pieces(
     unsupported = isinstance(error, UnsupportedModelError)
     why = str(error) if unsupported else failed(error)
     parts, runner = find_parts(model, lambda m: forward(m, example_inputs), why)
-    if not parts.names and unsupported:
+    if not parts.names:
         raise UnsupportedModelError(
             f"Expected a model whose channels Torch-Pruning can follow, came "
             f"{type(model).__name__}: {why}, and it is so in each of its parts. Hand over a "
             "model whose layers stand between operators that keep channels apart."
         ) from error
-    if not parts.names:
-        raise error
     graph = make(runner)
     graph.parts, graph.shuffled, graph.changing = parts, False, {}
     return graph
+
+
+def _check_runs(
+    model: nn.Module, example_inputs: Any, forward: Callable[..., Any]
+) -> None:
+    try:
+        with preserved(model), torch.no_grad():
+            model.eval()
+            forward(model, example_inputs)
+    except Exception as error:
+        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
+                  for x in tree_leaves(example_inputs)]
+        raise InputError(
+            f"Expected example_inputs that {type(model).__name__} can run on, came "
+            f"{', '.join(map(str, shapes)) or 'none'} and the forward pass failed: "
+            f"{(str(error).splitlines() or [''])[0]}. Give a batch of the size and type the model "
+            "takes."
+        ) from error
 
 
 def _changing(
@@ -123,11 +149,11 @@ def _changing(
 
 
 def _is_torchvisions(model: nn.Module) -> bool:
-    """Whether a model is torchvision's and holds nobody else's modules: `benchmarks/backbones.py`
-    tries each of these."""
-    known = ("torch.nn.", "torchvision.", "patrol_prune.")
+    """Whether a model is torchvision's and holds no other layers and forwards than such models do:
+    `benchmarks/backbones.py` tries each of these."""
     return type(model).__module__.startswith("torchvision.models.") and all(
-        type(m).__module__.startswith(known) for m in model.modules())
+        type(m).__module__.startswith(("torchvision.", "patrol_prune.")) or type(m) in _THEIRS
+        for m in model.modules()) and all("forward" not in vars(m) for m in model.modules())
 
 
 def _weighted(model: nn.Module) -> list[nn.Module]:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.errors import InputError, nearest
+from patrol_prune.errors import InputError, UnsupportedModelError, nearest
 
+_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
 _HALVES = ("model", "edge", "cloud", "example_inputs")
 
 
@@ -186,6 +187,48 @@ def check_targets(logits: Tensor, y: object) -> None:
             f"Labels must lie in 0..{logits.shape[1] - 1}, as the model has {logits.shape[1]} "
             f"outputs; came {most if most >= logits.shape[1] else least}. Give the model as many "
             "outputs as there are classes."
+        )
+
+
+def check_readable(model: nn.Module) -> None:
+    """Refuse by name the forms of a model that cannot be read or changed.
+
+    Raises:
+        UnsupportedModelError: a scripted, compiled, quantised or meta model, or inference tensors.
+    """
+    came = None
+    lazy = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+    tensors = [t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, lazy)]
+    if isinstance(model, torch.jit.ScriptModule):
+        came = "torch.jit.script around it", "Hand over the model before it was scripted"
+    elif any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+        came = "a part that compile() was called on", "Compile it after it was cut and pruned"
+    elif any(type(m).__module__.startswith(_QUANTISED) for m in model.modules()):
+        came = "quantised layers", "Quantise it after it was cut and pruned"
+    elif any(t.is_meta for t in tensors):
+        came = "tensors on the meta device", "Load its weights first"
+    elif any(t.is_inference() for t in tensors):
+        came = "tensors made under torch.inference_mode()", "Make it outside, or under no_grad()"
+    if came is not None:
+        raise UnsupportedModelError(f"Expected a model whose layers can be followed and changed, "
+                                    f"came {type(model).__name__} with {came[0]}. {came[1]}.")
+
+
+def check_loss_value(value: object) -> None:
+    """An InputError where a task loss gave no scalar tensor."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise InputError(f"Expected task_loss to give one number as a tensor, came {came}. Give "
+                         "the mean over the batch, with its gradient.")
+
+
+def check_like(x: Tensor, example: Tensor) -> None:
+    """An InputError where a batch has another type, or other dimensions but its sizes, than what
+    the model was cut with."""
+    if x.dim() != example.dim() or x.shape[1:2] != example.shape[1:2] or x.dtype != example.dtype:
+        raise InputError(
+            f"Expected a batch like the split's example inputs, {tuple(example.shape)} "
+            f"{example.dtype}, came {tuple(x.shape)} {x.dtype}. Give what the model takes."
         )
 
 

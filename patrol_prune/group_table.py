@@ -89,14 +89,14 @@ class GroupTable:
                         group, blocked=why or group.blocked,
                         is_output=group.is_output and why is None,
                     )
-                if group.name in changing and group.blocked is None:
-                    group = dataclasses.replace(group, blocked=changing[group.name])
                 groups[group.name], raw[group.name] = group, full
         if parts is None:
             forward = forward_fn or as_forward_fn(example_inputs)
             _keep_what_joins_the_input(
                 groups, model, example_inputs, CutAtShuffles(forward) if shuffled else forward)
         _keep_what_shares_its_weight(groups, model)
+        for name in [n for n in changing if n in groups and groups[n].blocked is None]:
+            groups[name] = dataclasses.replace(groups[name], blocked=changing[name])
         _keep_what_lies_beside_the_unseen(groups)
         if not groups:
             raise UnsupportedModelError(

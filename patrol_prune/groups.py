@@ -152,6 +152,9 @@ def blocked_by(members: list[Member], is_output: bool, tie: int) -> str | None:
     for m in members:
         if m.idxs.numel() and int(m.idxs.max()) >= m.width:
             return f"a reshape before {m.layer_name!r} mixes its channels"
+        if isinstance(m.module, nn.LayerNorm) and len(m.module.normalized_shape) > 1:
+            over = len(m.module.normalized_shape)
+            return f"{m.layer_name!r} is a LayerNorm over {over} dimensions"
         if isinstance(m.module, nn.LSTM):
             return f"{m.layer_name!r} is an LSTM"
         if isinstance(m.module, nn.MultiheadAttention) and (why := _uncut(m, channels // tie)):

@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from patrol_prune._tp import Importance
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.given import check_number, check_objective, input_and_target, warn_if_unfitted
 from patrol_prune.masks import SoftMasks
-from patrol_prune.prunable import check_prunable
+from patrol_prune.prunable import check_prunable, in_mode
 from patrol_prune.survivors import SurvivorTracker
 
 if TYPE_CHECKING:
@@ -195,7 +195,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         self._check_labels(y)
         if self.adv_weight > 0:
             warn_if_unfitted(self.objective)
-        with _Mode(self.objective.split.model, self.training), torch.enable_grad():
+        with in_mode(self.objective.split.model, self.training), torch.enable_grad():
             with masks.per_image(len(x)) as copies:
                 terms = self.objective.terms(x, y, masks=masks)
                 shares = self._gradients(terms, copies)
@@ -308,7 +308,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
             return
         if self._classes is None:
             split = self.objective.split
-            with _Mode(split.model, training=False), torch.no_grad():
+            with in_mode(split.model, training=False), torch.no_grad():
                 logits = split.cloud(split.edge(split.example_inputs[:1]))
             is_vector = isinstance(logits, Tensor) and logits.dim() == 2
             self._classes = logits.shape[1] if is_vector else 0
@@ -343,6 +343,9 @@ class PatrolImportance(Importance):  # type: ignore[misc]
     ) -> dict[str, list[Tensor]]:
         """Each term's gradient in every image's masks, from the shared forward pass."""
         values = {t: getattr(terms, t) for t in TERMS}
+        if self.task_weight and not terms.task.requires_grad:
+            raise InputError("Expected a task loss with a gradient, came one without: every score "
+                             "would be 0. Leave out detach() and no_grad() in task_loss.")
         present = {t: v for t, v in values.items() if v is not None and v.requires_grad}
         for term, value in values.items():
             if value is not None and not torch.isfinite(value).all():
@@ -376,22 +379,3 @@ def _add(sums: dict[str, Tensor], names: Iterable[str], changes: Sequence[Tensor
     """Add one batch's predicted changes, as many as there are names."""
     for name, change in zip(names, changes, strict=False):
         sums[name] = sums[name] + change if name in sums else change
-
-
-class _Mode:
-    """The model in one mode; every module's own mode and every buffer come back."""
-
-    def __init__(self, model: nn.Module, training: bool) -> None:
-        self.model, self.training = model, training
-
-    def __enter__(self) -> None:
-        self.modes = [(m, m.training) for m in self.model.modules()]
-        self.buffers = [(b, b.clone()) for b in self.model.buffers()] if self.training else []
-        self.model.train(self.training)
-
-    def __exit__(self, *exc: object) -> None:
-        for module, training in self.modes:
-            module.training = training
-        with torch.no_grad():
-            for buffer, was in self.buffers:
-                buffer.copy_(was)

@@ -24,6 +24,8 @@ from patrol_prune.errors import InputError
 from patrol_prune.given import (
     check_among,
     check_count,
+    check_like,
+    check_loss_value,
     check_normalization,
     check_number,
     check_split,
@@ -277,6 +279,7 @@ class PatrolObjective:
             masks: soft masks through which everything is computed, where structures are scored.
             beta_scale: a factor on `beta`, for a warm-up.
         """
+        check_like(x, self.split.example_inputs)
         attached = contextlib.nullcontext() if masks is None else masks.attached()
         with attached:
             with autocast(x.device, self.precision):
@@ -290,6 +293,7 @@ class PatrolObjective:
             if self.task_loss is F.cross_entropy and isinstance(logits, Tensor):
                 check_targets(logits, y)
             task = self.task_loss(logits, y)
+            check_loss_value(task)
             constants = self._block_lipschitz(x) if self.uses_lipschitz else None
         total = task
         lipschitz = None

@@ -21,13 +21,16 @@ __all__ = ["doubtful", "has_shuffle"]
 _APART = re.compile(
     r"(Relu|Hardtanh|Hardswish|Hardsigmoid|Silu|Gelu|Sigmoid|LogSigmoid|Tanh|Elu|LeakyRelu|"
     r"PreluKernel|Softplus|Softshrink|Mish|Exp|Log|Sqrt|Rsqrt|Pow|Abs|Neg|Clamp|ClampMin|ClampMax|"
-    r"Add|Sub|Rsub|Mul|Div|Addcmul|Clone|ToCopy|Alias|AsStrided|T|Unsqueeze|Squeeze|Expand|"
-    r"NativeDropout|Cat|(Max|Avg|AdaptiveAvg|AdaptiveMax)Pool[12]D\w*|"
-    r"Upsample\w*|(ConstantPad|ReflectionPad|ReplicationPad)\w*)Backward\d*"
+    r"Add|Sub|Mul|Div|Addcmul|Clone|ToCopy|Alias|AsStrided|T|Expand|NativeDropout|Cat)Backward\d*"
 )
 """Operators of autograd that leave channels apart, and those that Torch-Pruning has a rule for. One
-that moves dimensions is not among them: behind it nobody knows where the channels are. Nor is one
-that parts channels: where the halves meet again, Torch-Pruning ties the wrong ones."""
+that moves or makes dimensions is not among them: behind it nobody knows where the channels are. Nor
+is one that parts channels: where the halves meet again, Torch-Pruning ties the wrong ones."""
+_ARITHMETIC = re.compile(r"(Add|Sub|Mul|Div)Backward\d*")
+_OVER_MAPS = re.compile(
+    r"((Max|Avg|AdaptiveAvg|AdaptiveMax)Pool2D\w*|Upsample\w+2D|"
+    r"(ConstantPadNd|ReflectionPad2D|ReplicationPad2D))Backward\d*"
+)
 _OF_LAYERS = re.compile(
     r"(NativeLayerNorm|NativeGroupNorm|\w*BatchNorm|Convolution|Mm|Addmm)Backward\d*"
 )
@@ -68,17 +71,32 @@ def _operators(graph: Any) -> list[tuple[str, Any]]:
 
 
 def _keeps_apart(name: str, grad_fn: Any, weights: set[int], convolves: bool) -> bool:
+    if _ARITHMETIC.fullmatch(name) and _has_a_number(grad_fn):
+        return False
     if _APART.fullmatch(name):
         return True
+    if _OVER_MAPS.fullmatch(name):
+        return convolves and _gives_a_map(grad_fn) and len(getattr(grad_fn, "_saved_pad", ())) <= 4
     if _OF_LAYERS.fullmatch(name):
         return _reads(grad_fn, weights)
     shape = tuple(getattr(grad_fn, "_saved_self_sym_sizes", ()))
     if _RESHAPE.fullmatch(name):  # behind a split of the channels there are more dimensions
-        return len(shape) in (2, 4)
+        given = grad_fn._input_metadata[0].shape
+        return len(shape) in (2, 4) and given[0] == shape[0]
     dims = getattr(grad_fn, "_saved_dim", None)
     if _OVER_POSITIONS.fullmatch(name) and isinstance(dims, (tuple, list)):
         return convolves and len(shape) == 4 and {_signed(d) % 4 for d in dims} <= {2, 3}
     return False
+
+
+def _has_a_number(grad_fn: Any) -> bool:
+    """Whether arithmetic takes a number or a tensor that does not learn: the channels' number may
+    be in it."""
+    return any(source is None for source, _ in grad_fn.next_functions)
+
+
+def _gives_a_map(grad_fn: Any) -> bool:
+    return [len(given.shape) for given in grad_fn._input_metadata] == [4]
 
 
 def _reads(grad_fn: Any, weights: set[int], depth: int = 3) -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from patrol_prune.errors import UnsupportedModelError
+from patrol_prune.given import check_readable
 from patrol_prune.groups import CONV
 
 WIDTHS = (
@@ -63,6 +64,7 @@ def check_prunable(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: see `GroupTable.build`.
     """
+    check_readable(model)
     seen = False
     for name, module in model.named_modules():
         if isinstance(module, (CONV, nn.Linear)):
@@ -120,6 +122,22 @@ def preserved(model: nn.Module, *, trainable: bool = False) -> Iterator[None]:
             module.training = training
         for name, p in model.named_parameters():
             p.requires_grad_(flags.get(name, p.requires_grad))
+
+
+@contextmanager
+def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """The model in one mode; each module's own mode, every buffer and what dropout draws from stand
+    afterwards as they stood before."""
+    buffers = [(b, b.clone()) for b in model.buffers()] if training else []
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
+    with preserved(model), torch.random.fork_rng(devices=devices):
+        try:
+            model.train(training)
+            yield
+        finally:
+            with torch.no_grad():
+                for buffer, was in buffers:
+                    buffer.copy_(was)
 
 
 @contextmanager

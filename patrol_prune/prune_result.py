@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -40,6 +41,16 @@ class PruneResult:
     def removed_channels(self) -> int:
         """Channels removed over all groups."""
         return sum(total - kept for kept, total in self.kept.values())
+
+
+def warn_if_above(result: PruneResult) -> None:
+    """Say so where groups were skipped, or taken before they were pruned."""
+    if result.edge_macs > result.budget:
+        warnings.warn(
+            f"The edge has {result.edge_macs:,} MACs, the budget is {result.budget:,}: of the "
+            "groups that step(interactive=True) gave, some were skipped. Call group.prune() on "
+            "each inside the loop, before the next one is asked for.", stacklevel=3,
+        )
 
 
 def weight_shapes(layers: Mapping[str, nn.Module]) -> dict[str, tuple[torch.Size, ...]]:

@@ -16,8 +16,15 @@ from patrol_prune._block_pruning import (
     prunable_blocks,
     tie_named,
 )
-from patrol_prune._host_options import check_pruner, host_options, layers_to_keep, with_owners
-from patrol_prune._tp import BasePruner, bounded_enumeration, pruning_group
+from patrol_prune._host_options import (
+    check_pruner,
+    check_schedule,
+    checked_score,
+    host_options,
+    layers_to_keep,
+    with_owners,
+)
+from patrol_prune._tp import BasePruner, bounded_enumeration, pruning_group, width_of
 from patrol_prune.budget import MacModel, budget_as_count, check_budget
 from patrol_prune.choice import Limits, choose_structures, require_reachable, smallest
 from patrol_prune.cost import count_macs
@@ -27,7 +34,7 @@ from patrol_prune.group_table import GroupTable, rebuilt_graph
 from patrol_prune.groups import ChannelGroup
 from patrol_prune.origins import recording
 from patrol_prune.prunable import check_prunable, follow_widths, preserved, whole_or_not_at_all
-from patrol_prune.prune_result import PruneResult, weight_shapes
+from patrol_prune.prune_result import PruneResult, warn_if_above, weight_shapes
 from patrol_prune.regularizer import ChannelDecay
 from patrol_prune.removal import remove_blocks
 
@@ -139,9 +146,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         require_reachable(self.budget, self.smallest_edge_macs(), self.dense_edge_macs,
                           limits=self.limits, boundary=boundary, whole=self._kept_whole())
         self.pruning_ratio = 1.0 - self.budget / self.dense_edge_macs
-        self.per_step_pruning_ratio = self.iterative_pruning_ratio_scheduler(
-            self.pruning_ratio, iterative_steps
-        )
+        self.per_step_pruning_ratio = check_schedule(self.iterative_pruning_ratio_scheduler(
+            self.pruning_ratio, iterative_steps), iterative_steps)
         self._decay: ChannelDecay | None = None
         self._earlier = list(split.pruning_history)
 
@@ -194,17 +200,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         return scores, whole
 
     def _score_of(self, group: Any) -> Tensor | None:
-        try:
-            with torch.no_grad():
-                score: Tensor | None = self.estimate_importance(group)
-                return score
-        except (AttributeError, KeyError, TypeError) as error:
-            raise InputError(
-                f"The importance {type(self.importance).__name__} failed on a group "
-                f"({type(error).__name__}: {error}). One that reads gradients needs "
-                "loss.backward() before the step, one that reads activations or covariances what "
-                "its documentation says."
-            ) from error
+        with torch.no_grad():
+            return checked_score(self.importance, lambda: self.estimate_importance(group))
 
     def smallest_edge_macs(self) -> int:
         """Edge MACs when every group that may shrink is at its floor."""
@@ -363,10 +360,9 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
             after = count_macs(self.split.edge, self.split.example_inputs).total
         now = weight_shapes(self.split.cloud_layers)
         self.last_result = PruneResult(
-            edge_macs_before=before,
-            edge_macs=after,
-            budget=budget,
-            kept={n: (len(idxs), totals[n]) for n, idxs in kept.items()},
+            edge_macs_before=before, edge_macs=after, budget=budget,
+            kept={n: (width_of(table.groups[n].members[0].module, "out", self.DG), totals[n])
+                  for n in kept},
             feature_shape_before=shape,
             feature_shape=tuple(self.split.feature_shape),
             cloud_changed=tuple(n for n in cloud if now.get(n) != cloud[n]),
@@ -375,6 +371,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         )
         if self.current_step >= self.iterative_steps and hasattr(self.importance, "mark_stale"):
             self.importance.mark_stale("the model was pruned with them")
+        warn_if_above(self.last_result)
         logger.info("edge MACs %d -> %d (budget %d)", before, after, budget)
 
     def _reason_to_keep(self, group: ChannelGroup) -> str | None:
@@ -389,6 +386,9 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 return f"the multiply-adds of {member.layer_name!r} are not those of self-attention"
             if member.module in self.num_heads:
                 return f"{member.layer_name!r} has attention heads"
+        roots = tuple(self.root_module_types)
+        if not any(m.direction != "in" and isinstance(m.module, roots) for m in group.members):
+            return "no layer that gives these channels is of the root_module_types"
         return None
 
     def _is_ignored(self, layer: Any) -> bool:

@@ -28,6 +28,7 @@ from patrol_prune.cost import (
     feature_bytes,
 )
 from patrol_prune.errors import InputError
+from patrol_prune.given import check_readable
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,7 @@ class Split:
     def _start(self, model: nn.Module, inputs: Tensor | Sequence[Tensor], at: str) -> None:
         if not isinstance(model, nn.Module):
             raise InputError(f"Expected an nn.Module to split, came {type(model).__name__}.")
+        check_readable(model)
         if not isinstance(at, str):
             raise InputError(f"Expected at= as the name of a split point, came {at!r}.")
         self.model, self.at, self.blocks = model, at, ()
@@ -294,6 +296,7 @@ def _sample(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Tens
     """One sample `[1, ...]` on the model's device."""
     if not isinstance(model, nn.Module):
         raise InputError(f"Expected an nn.Module to split, came {type(model).__name__}.")
+    check_readable(model)
     x = as_single_tensor(example_inputs)
     return x[:1].detach().to(device_of(model, x))
 

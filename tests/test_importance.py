@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -398,3 +399,35 @@ def test_with_the_real_objective() -> None:
     importance.accumulate(x, y)
     for values in importance.terms.values():
         assert torch.cat(list(values.values())).abs().max() > 0
+
+
+@pytest.mark.parametrize(("loss", "message"), [
+    (lambda a, y: functional.cross_entropy(a, y).detach(), "a task loss with a gradient"),
+    (lambda a, y: functional.cross_entropy(a, y, reduction="none"), "one number as a tensor"),
+    (lambda a, y: 1.0, "one number as a tensor, came float"),
+])  # fmt: skip
+def test_a_task_loss_that_scores_nothing(loss: Any, message: str) -> None:
+    split = Split(cifar_resnet(width=8), torch.randn(1, 3, 16, 16), at="layer2")
+    importance = PatrolImportance(PatrolObjective(split, loss, beta=0.0), adv_weight=0.0)
+    with pytest.raises(InputError, match=message):
+        importance.accumulate(*batch())
+
+
+@pytest.mark.parametrize("change", [Tensor.double, lambda x: x[:, :1], lambda x: x[0]])
+def test_a_batch_unlike_the_example(change: Any) -> None:
+    split = Split(cifar_resnet(width=8), torch.randn(1, 3, 16, 16), at="layer2")
+    importance = PatrolImportance(PatrolObjective(split, functional.cross_entropy, beta=0.0))
+    x, y = batch()
+    with pytest.raises(InputError, match="a batch like the split's example inputs"):
+        importance.accumulate(change(x), y[: len(change(x))])
+
+
+def test_scoring_in_training_mode_leaves_the_global_generator() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Dropout(0.5), nn.Conv2d(4, 4, 3),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    split = Split(model, torch.randn(1, 3, 16, 16), at="3")
+    importance = PatrolImportance(PatrolObjective(split, functional.cross_entropy, beta=0.0),
+                                  training=True)
+    before = torch.get_rng_state()
+    importance.accumulate(*batch())
+    assert torch.equal(torch.get_rng_state(), before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -519,3 +520,44 @@ def test_batches_behind_another_pruner_need_no_refresh_by_hand() -> None:
     objective.fit_surrogates([batch()], 1)
     importance.accumulate(*batch())
     assert importance.scores
+
+
+def test_layers_of_other_types_than_the_roots_stay_whole() -> None:
+    model, x, split, importance = prepared()
+    with pytest.raises(BudgetError, match="root_module_types"):
+        PatrolPruner(model, x, importance, split=split, edge_macs=0.5,
+                     root_module_types=[nn.Linear])
+    by_name = PatrolPruner(model, x, importance, split=split, edge_macs=0.5,
+                           root_module_types=[nn.Conv2d])
+    assert by_name.step().edge_macs <= by_name.budget
+
+
+@pytest.mark.parametrize(("option", "message"), [
+    ({"root_module_types": ["Conv2d"]}, "root_module_types as a list of classes"),
+    ({"iterative_pruning_ratio_scheduler": lambda r, s: [r]}, "2 finite numbers"),
+    ({"iterative_pruning_ratio_scheduler": lambda r, s: [0.0, math.nan]}, "2 finite numbers"),
+    ({"unwrapped_parameters": [nn.Parameter(torch.ones(3, 2))]}, "pairs of a parameter"),
+    ({"customized_pruners": {nn.Conv2d: 3}}, "prune_out_channels"),
+    ({"importance": lambda group: [1.0]}, "a tensor \\[C\\] of scores"),
+    ({"importance": lambda group: 1 / 0}, "ZeroDivisionError"),
+    ({"example_inputs": torch.zeros(1, 1, 16, 16)}, "the forward pass failed"),
+])  # fmt: skip
+def test_options_of_the_host_that_are_something_else(option: dict[str, Any], message: str) -> None:
+    model, x, split, importance = prepared()
+    given = {"example_inputs": x, "importance": importance, "edge_macs": 0.5, **option}
+    with pytest.raises(InputError, match=message):
+        PatrolPruner(model, split=split, **given).step()
+
+
+def test_what_an_interactive_step_did_is_read_from_the_layers() -> None:
+    model, x, split, importance = prepared()
+    pruner = PatrolPruner(model, x, importance, split=split, edge_macs=0.5)
+    with pytest.warns(UserWarning, match="above the budget|the budget is"):
+        for number, group in enumerate(pruner.step(interactive=True)):
+            if number == 0:
+                group.prune()
+    widths = {n: (pruner.table.groups[n].channels, total)
+              for n, (_, total) in pruner.last_result.kept.items()}
+    assert pruner.last_result.kept == widths
+    assert sum(kept < total for kept, total in widths.values()) == 1
+    assert pruner.last_result.edge_macs == count_macs(split.edge, x).total

@@ -638,3 +638,22 @@ def test_all_points_cost_three_runs_of_the_model() -> None:
     assert len(runs) == 3  # symbolically, with values, and counted
     by_name = {p.name: p.edge_macs for p in points}
     assert by_name["layer4"] + 2048 * 1000 == count_macs(model, torch.zeros(1, 3, 224, 224)).total
+
+
+def test_models_that_cannot_be_read_are_refused_by_name() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    with torch.inference_mode():
+        inference = network()
+    with torch.device("meta"):
+        meta = network()
+    compiled = network()
+    compiled[0].compile(backend="eager")
+    forms = {"torch.jit.script": torch.jit.script(network()), "inference_mode": inference,
+             "the meta device": meta, r"compile\(\)": compiled}
+    for message, model in forms.items():
+        with pytest.raises(UnsupportedModelError, match=message):
+            Split(model, torch.randn(1, 3, 4, 4), at="1")
+        with pytest.raises(UnsupportedModelError, match=message):
+            split_points(model, torch.randn(1, 3, 4, 4))
