@@ -20,15 +20,16 @@ from frontier_methods import ATTACKED_LONGER, CONTROL, DEEPER_BEST, MET_BY_OTHER
 from jsonargparse import auto_cli
 from record import ROOT, commit, write
 
-STEPS = (f"{CONTROL}-ssim-0",)
+CONTROLS = (f"{CONTROL}-ssim-0", "with-none@half-longer-0-avgpool-ssim-0")
+"""The pruned models trained on without attackers; a working directory has one of them at least."""
 BEHIND_THE_POOLING = (
     "with-none@longer-0-avgpool", "with-patrol@longer-10-avgpool",
     "with-feature_dropout@longer-0.5-avgpool", "with-gaussian_noise@longer-1-avgpool",
     "with-none@half-longer-0-avgpool", "with-patrol@half-longer-10-avgpool",
 )
 WHERE_THERE = tuple(
-    step for key in (DEEPER_BEST, *ATTACKED_LONGER, *BEHIND_THE_POOLING)
-    for step in (f"{key}-ssim-0", f"{key}-long-0", f"{key}-silenced-0") if step not in STEPS
+    f"{key}-{attack}-0" for key in (DEEPER_BEST, *ATTACKED_LONGER, *BEHIND_THE_POOLING)
+    for attack in ("ssim", "long", "silenced")
 ) + tuple(f"{key}-{attack}-0" for key in MET_BY_OTHERS
           for attack in ("white_strong", "linear_inverse", "unet_ssim", "transposed_ssim"))
 RESULTS = ROOT / "results" / "seeds.json"
@@ -39,15 +40,14 @@ def gathered(works: tuple[Path, ...]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     seeds: set[int] = set()
     for work in works:
+        rows_there = work.expanduser() / "rows"
+        if not any((rows_there / f"{step}.json").exists() for step in CONTROLS):
+            raise SystemExit(f"Expected the row {' or '.join(CONTROLS)} in {work.name}, came "
+                             "none: run frontier.py there first.")
         found: list[dict[str, Any]] = []
-        for step in (*STEPS, *WHERE_THERE):
-            path = work.expanduser() / "rows" / f"{step}.json"
-            if step in WHERE_THERE and not path.exists():
-                continue
-            if not path.exists():
-                raise SystemExit(f"Expected the row {step} in {work.name}, came none: run "
-                                 "frontier.py there first.")
-            found += json.loads(path.read_text())
+        for step in dict.fromkeys((*CONTROLS, *WHERE_THERE)):
+            path = rows_there / f"{step}.json"
+            found += json.loads(path.read_text()) if path.exists() else []
         seed = found[0]["train_seed"]
         if any(row["train_seed"] != seed for row in found) or seed in seeds:
             raise SystemExit(f"Expected one training seed in each directory, and each once; came "
