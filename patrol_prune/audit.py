@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from patrol_prune.access import compute_features, lent
 from patrol_prune.attacks import DEFAULT_ATTACKS, InverseNetworkConfig
+from patrol_prune.audit_attack import Observer
 from patrol_prune.audit_choice import (
     AttackChoice,
     check_counts,
@@ -27,7 +28,7 @@ from patrol_prune.audit_choice import (
     pixels_of,
 )
 from patrol_prune.audit_report import AuditReport
-from patrol_prune.audit_run import AuditRun, Observer
+from patrol_prune.audit_run import AuditRun
 from patrol_prune.cost import home_of
 from patrol_prune.given import check_has_edge, check_normalization
 from patrol_prune.pixels import Normalization
@@ -105,7 +106,8 @@ def audit(
             attacks are given the edge alone and query it batch by batch.
         progress: called with one sentence before each step; they are logged in any case.
         observer: called after each attack with the subject, the attack's name, the fitted attack
-            and its reconstructions of the victim's images, for measures of your own.
+            and its reconstructions of the victim's images, for measures of your own. What it raises
+            on an attack of your own is a flag, on one of ours it ends the audit.
 
     Raises:
         InputError: before any work, on a split without an edge; on data that is not on [0, 1],

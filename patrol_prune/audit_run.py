@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
-import traceback
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,24 +14,22 @@ from torch import Tensor, nn
 from patrol_prune.access import Draws, Repeated, compute_features, edge_function, fresh_twin
 from patrol_prune.attacks import (
     Attack,
-    FitRecord,
     Flag,
     Knowledge,
     NearestImage,
     check_boxes,
     check_draws,
     check_features,
-    check_fit,
     check_more_data,
-    check_reconstructions,
     check_slopes,
     self_test,
 )
-from patrol_prune.attacks.checks import ATTACK_FAILED, NO_GRADIENT, SEEN_ONCE, SELF_TESTS
+from patrol_prune.attacks.checks import NO_GRADIENT, SEEN_ONCE, SELF_TESTS
 from patrol_prune.attacks.registry import box_of
+from patrol_prune.audit_attack import Observer, Outcome, broken_off, carried_out, shown, told
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
-from patrol_prune.audit_scores import check_guess, score, thumbnails
+from patrol_prune.audit_scores import thumbnails
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.jacobian import blocked_outputs
 from patrol_prune.pixels import Normalization
@@ -47,8 +42,6 @@ _CHECKED = 128
 _THUMBNAIL_PIXELS = 5_000_000
 _ASKED = 32
 """Images of each side that tell whether the edge draws."""
-Observer = Callable[[str, str, Attack, Tensor], None]
-"""Called with a subject, an attack's name, the attack and its reconstructions `[N, C, H, W]`."""
 
 
 class AuditRun:
@@ -84,9 +77,14 @@ class AuditRun:
     def self_tests(self, made: list[Factory]) -> None:
         channels = self.victim.shape[1]
         for factory in made:
-            attack = factory.make(factory.seeds[0], None)
-            if (factory.box or box_of(attack)) == "none":
-                continue  # without a query, what it finds is one edge of many that would do
+            try:
+                attack = factory.make(factory.seeds[0], None)
+                if (factory.box or box_of(attack)) == "none":
+                    continue  # without a query, what it finds is one edge of many that would do
+            except Exception:
+                if factory.box is not None:  # as `broken_off`
+                    raise
+                continue  # what is wrong is told when its turn comes
             self.say(f"Checking that {factory.name} inverts trivial edges.")
             for edge, (_, cannot) in SELF_TESTS.items():
                 try:
@@ -94,7 +92,7 @@ class AuditRun:
                         attack, image_shape=(channels, 16, 16), images=512, edges=(edge,)
                     )
                 except Exception as error:
-                    if factory.box is not None:  # as in `attack`
+                    if factory.box is not None:  # as `broken_off`
                         raise
                     self.say(f"{factory.name} broke off: {error}")
                     flags = [cannot]
@@ -104,7 +102,8 @@ class AuditRun:
         for own in self.attackers:
             if own.data == "shifted" or own is self.attackers[0]:
                 guess = own.mean_image.expand_as(self.victim)
-                self.record("floor", "mean_image", None, guess, own, time.perf_counter())
+                self.record("floor", "mean_image", None, Outcome.of(self.victim, guess), own,
+                            time.perf_counter())
 
     def subject(
         self, subject: str, edge: nn.Module, cloud: nn.Module | None, made: list[Factory]
@@ -150,22 +149,20 @@ class AuditRun:
                     self.say(f"Leaving {factory.name} out: the {own.data} images have no labels.")
                     continue
                 for seed in factory.seeds:
-                    told = "" if own.whole else f" ({own.count} {own.data} images)"
-                    self.say(f"Attacking the {subject} with {factory.name}, seed {seed}{told}.")
-                    start = time.perf_counter()
+                    whose = "" if own.whole else f" ({own.count} {own.data} images)"
+                    self.say(f"Attacking the {subject} with {factory.name}, seed {seed}{whose}.")
                     own_draws.apart(own.data, own.count, factory.name, seed)
-                    attack = factory.make(seed, warm.of(seed))
-                    fit = self.attack(subject, factory, seed, attack, known, z_victim, own, start)
-                    if factory.learned and fit is not None:
+                    fitted = self.attack(subject, factory, seed, warm, known, z_victim, own)
+                    if factory.learned and fitted is not None:
                         own_draws.apart(own.data, own.count, "held out")
-                        warm.offer(seed, attack)
+                        warm.offer(seed, fitted)
         if all(r["subject"] != subject for r in self.result.records):
             last = self.last_error
             advice = ("Lower the learning rates or use fp32."
                       if any(factory.box is not None for factory in made) else "Mend them.")
             raise TrainingError(
                 f"Every attack on the {subject} broke off, so nothing is known of it; the last "
-                f"with {_told(last)}. {advice}", step=0, term="reconstruction",
+                f"with {told(last)}. {advice}", step=0, term="reconstruction",
             ) from last
         self.compare(subject)
 
@@ -174,45 +171,29 @@ class AuditRun:
         subject: str,
         factory: Factory,
         seed: int,
-        attack: Attack,
+        warm: WarmStarts,
         known: Knowledge,
         z_victim: Tensor,
         own: Owned,
-        start: float,
-    ) -> FitRecord | None:
-        """Fit one attack, reconstruct, check and record; one that breaks off is flagged."""
-        if factory.box is None:  # the caller's own may change what it gets
-            known, z_victim = known.copied(), z_victim.clone()
+    ) -> Attack | None:
+        """Fit one attack, reconstruct, check and record; one that breaks off is flagged, and None.
+        """
+        start = time.perf_counter()
         try:
-            fit = attack.fit(known)
-            guess = attack.reconstruct(z_victim)
-            if not isinstance(guess, Tensor):
-                raise TypeError("expected a tensor [N, C, H, W] from reconstruct(z), came "
-                                f"{type(guess).__name__}")
-            guess = guess.detach().float().cpu()
-            check_guess(guess, self.victim, factory.name)
-        except TrainingError as error:
-            self.broke_off(error, ATTACK_FAILED, subject, factory, seed, own)
-            return None
+            made = carried_out(factory, seed, warm.of(seed), known, z_victim, self.victim,
+                               own.mean_image)
         except Exception as error:
-            if factory.box is not None:  # one of ours: what is wrong is the caller's to know
-                raise
-            told = dataclasses.replace(ATTACK_FAILED, advice="Mend the attack.", meaning=(
-                f"The attack raised {_told(error)}. It has no score."))
-            self.broke_off(error, told, subject, factory, seed, own)
+            self.say(f"{factory.name} broke off: {error}")
+            self.flag([broken_off(error, factory)], subject, factory.name, seed, own)
+            self.last_error = error
             return None
-        flags = [] if fit is None else check_fit(fit)
-        if box_of(attack) == "white" and NO_GRADIENT not in flags:
+        flags = list(made.flags)
+        if made.box == "white" and NO_GRADIENT not in flags:
             flags += self.slopes(subject, known)
-        flags += check_reconstructions(self.victim, guess, own.mean_image)
-        self.flag(flags, subject, factory.name, seed, own)
-        self.record(
-            subject, factory.name, seed, guess, own, start, fit=fit, box=box_of(attack),
-            random_edge=known.random_edge,
-        )
-        if self.observer is not None:
-            self.observer(subject, factory.name, attack, guess)
-        return fit
+        self.flag([*flags, *made.doubts], subject, factory.name, seed, own)
+        self.record(subject, factory.name, seed, made, own, start, random_edge=known.random_edge)
+        self.flag(shown(self.observer, subject, factory, made), subject, factory.name, seed, own)
+        return made.attack
 
     def slopes(self, subject: str, known: Knowledge) -> list[Flag]:
         """Flag an edge that blocks the gradient of some outputs; asked once of each subject."""
@@ -222,13 +203,6 @@ class AuditRun:
             self.blocked[subject] = check_slopes(*blocked_outputs(
                 known.edge, some, prepare=lambda: draws.apart("slopes")))
         return self.blocked[subject]
-
-    def broke_off(self, error: Exception, flag: Flag, subject: str, factory: Factory, seed: int,
-                  own: Owned) -> None:
-        """Tell it and go on: the other attacks have scores."""
-        self.say(f"{factory.name} broke off: {error}")
-        self.flag([flag], subject, factory.name, seed, own)
-        self.last_error = error
 
     def knowledge(
         self, subject: str, own: Owned, edge: nn.Module, cloud: nn.Module | None, z_victim: Tensor,
@@ -294,8 +268,9 @@ class AuditRun:
         start = time.perf_counter()
         floor = NearestImage()
         floor.fit(known)
-        self.record("floor", "nearest_image", None, floor.reconstruct(z_victim), own, start,
-                    box="black", random_edge=known.random_edge)
+        made = Outcome.of(self.victim, floor.reconstruct(z_victim), box="black")
+        self.record("floor", "nearest_image", None, made, own, start,
+                    random_edge=known.random_edge)
 
     def flag(
         self,
@@ -317,43 +292,35 @@ class AuditRun:
         subject: str,
         attack: str,
         seed: int | None,
-        guess: Tensor,
+        made: Outcome,
         own: Owned,
         start: float,
         *,
-        fit: FitRecord | None = None,
-        box: str | None = "none",
         random_edge: bool | None = None,
     ) -> None:
-        numbers, per_image = score(self.victim, guess)
         self.result.records.append({
             "subject": subject,
             "attack": attack,
             "attack_seed": seed,
-            "box": box,
+            "box": made.box,
             "attacker_data": own.data,
             "attacker_images": own.count,
             "victim_images": len(self.victim),
             "random_edge": random_edge,
             "uploads": None if subject == "floor" and random_edge is None else self.used,
-            **numbers,
-            "plateau": None if fit is None else fit.plateau,
-            "epochs": None if fit is None else len(fit.history),
-            "extensions": None if fit is None else fit.extensions,
-            "best_epoch": None if fit is None else fit.best_epoch,
-            "held_out_loss": None if fit is None else _finite(fit.best_loss),
-            "gradient_norm": None if fit is None else _finite(fit.gradient_norm),
-            "chosen": None if fit is None else _in_words(fit.chosen),
+            **made.numbers,
+            **made.training(),
             "seconds": time.perf_counter() - start,
         })
         key = "/".join((subject, attack, str(seed)))
         if own is not self.attackers[0]:
             key += f"/{own.data}-{own.count}"
-        self.result.per_image[key] = {name: values.tolist() for name, values in per_image.items()}
-        reached = numbers["ssim"]
+        self.result.per_image[key] = {
+            name: values.tolist() for name, values in made.per_image.items()}
+        reached = made.numbers["ssim"]
         assert reached is not None
         if subject not in self.best or reached > self.best[subject][0]:
-            self.best[subject] = (reached, guess)
+            self.best[subject] = (reached, made.guess)
 
     def report(self, examples: int) -> AuditReport:
         """The finished report, with evenly spaced examples of each subject's strongest attack."""
@@ -376,24 +343,3 @@ class AuditRun:
 def _spread(images: Tensor) -> Tensor:
     """A few of them, from the first to the last."""
     return images[torch.linspace(0, len(images) - 1, min(_ASKED, len(images))).long()]
-
-
-def _finite(value: float | None) -> float | None:
-    """None for what JSON has no word for; a flag tells of it."""
-    return value if value is not None and math.isfinite(value) else None
-
-
-def _in_words(chosen: dict[str, Any] | None) -> str | None:
-    """The scalars among the settings that an attack chose, `"loss mse, lambda_tv 0.1"`."""
-    if chosen is None:
-        return None
-    return ", ".join(f"{k} {v}" for k, v in chosen.items() if isinstance(v, str | int | float))
-
-
-def _told(error: BaseException | None) -> str:
-    """An error with the place where it was raised, without a full stop."""
-    if error is None:
-        return "no reason"
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({frames[-1].filename}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {str(error).rstrip('.')}{place}"

@@ -295,6 +295,84 @@ def test_an_attack_that_breaks_off_is_flagged_and_the_others_go_on() -> None:
         audit(split, KNOWN, VICTIM, attacks={"exploding": Exploding()})
 
 
+class Sklearn(Oracle):
+    def fit(self, known: Knowledge) -> object:  # type: ignore[override]
+        return self
+
+
+class OddRecord(Oracle):
+    """Its record names an epoch that it does not have."""
+
+    def fit(self, known: Knowledge) -> FitRecord:  # type: ignore[override]
+        return FitRecord((), (), 1.0, 1.0, 3, True, 0, 0.0)
+
+
+class Words(Oracle):
+    def fit(self, known: Knowledge) -> FitRecord:  # type: ignore[override]
+        return FitRecord(("low",), (), 1.0, 1.0, 0, True, 0, 0.0)  # type: ignore[arg-type]
+
+
+class NoTensor(Oracle):
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return [VICTIM]  # type: ignore[return-value]
+
+
+class TooMany(Oracle):
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return torch.cat([VICTIM, VICTIM])
+
+
+class NoBox(Oracle):
+    @property
+    def box(self) -> str:  # type: ignore[override]
+        raise OSError("no box today")
+
+
+def unmade(seed: int) -> Oracle:
+    raise OSError("no weights today")
+
+
+@pytest.mark.parametrize(("own", "reason"), [
+    (Sklearn(), "expected a FitRecord or None from fit"), (OddRecord(), "IndexError"),
+    (Words(), "ValueError"), (NoTensor(), "came list"), (TooMany(), "to reconstruct"),
+    (NoBox(), "no box today"), (unmade, "no weights today"),
+])
+def test_what_ones_own_attack_hands_back_costs_its_own_score_alone(
+    own: object, reason: str
+) -> None:
+    found = audit(open_edge(), KNOWN, VICTIM,
+                  attacks={"own": own, "oracle": Oracle()})  # type: ignore[dict-item]
+    assert [r["attack"] for r in found.records if r["subject"] == "edge"] == ["oracle"]
+    flag = next(f for f in found.flags if f["attack"] == "own")
+    assert flag["name"] == "attack_failed" and reason in flag["meaning"]
+
+
+def test_an_own_record_is_kept_in_numbers_that_json_knows(tmp_path: Path) -> None:
+    class Own(Oracle):
+        def fit(self, known: Knowledge) -> FitRecord:  # type: ignore[override]
+            loss = torch.tensor(0.25)
+            return FitRecord((loss,), (loss,), np.float32(1), loss,  # type: ignore[arg-type]
+                             np.int64(0), np.True_, np.int64(2), 0.0)  # type: ignore[arg-type]
+
+    found = audit(open_edge(), KNOWN, VICTIM, attacks={"own": Own()}, examples=0)
+    found.to_json(tmp_path / "audit.json")
+    row = AuditReport.from_json(tmp_path / "audit.json").strongest()
+    assert (row["held_out_loss"], row["plateau"], row["extensions"]) == (0.25, True, 2)
+
+
+def test_an_observer_that_fails_on_ones_own_attack_costs_no_score() -> None:
+    def observer(subject: str, name: str, attack: object, guess: Tensor) -> None:
+        attack.config  # type: ignore[attr-defined]  # noqa: B018
+        raise OSError("no place left")
+
+    found = audit(open_edge(), KNOWN, VICTIM, attacks={"own": Oracle()}, observer=observer)
+    assert found.strongest()["ssim"] > 0.999
+    told = {f["name"]: f["meaning"] for f in found.flags}
+    assert "has no attribute 'config'" in told["observer_failed"]
+    with pytest.raises(OSError, match="no place left"):  # what is ours has a configuration
+        audit(open_edge(), KNOWN, VICTIM, attacks="linear_inverse", observer=observer)
+
+
 class Curious:
     """Keeps what it was given."""
 

@@ -53,6 +53,12 @@ ATTACK_FAILED = Flag(
     "Lower its learning rate or use fp32. If it differentiates through the edge, look for a "
     "gradient that is NaN: a defence may hide behind it.",
 )
+OBSERVER_FAILED = Flag(
+    "observer_failed",
+    "The observer raised when it was shown this attack.",
+    "The score stands, and what the observer measures is missing: mend the observer, or the attack "
+    "that it looks at.",
+)
 SEEN_ONCE = Flag(
     "seen_once",
     "The edge draws anew for every upload, and every picture was sent once. Whoever sees several "
