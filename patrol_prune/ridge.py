@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-_MOST_ROWS = 4_096
+MOST_ROWS = 4_096
 DECADES = (-5, -4, -3, -2, -1, 0, 1, 2)
 """Exponents of the ridge weights that are tried, relative to the variance of an input."""
 
@@ -72,22 +72,24 @@ class LinearScores(nn.Module):
 
 
 def linear_scores(
-    inputs: Tensor, targets: Tensor, decades: Sequence[int] = DECADES, *, seed: int = 0
+    inputs: Tensor, targets: Tensor, decades: Sequence[int] = DECADES, *, seed: int = 0,
+    most_rows: int = MOST_ROWS,
 ) -> Iterator[LinearScores]:
     """Ridge regression of the targets on standardised inputs, one for each weight `10^decade`.
 
     The smaller of the two systems is solved, of as many unknowns as inputs or as examples; where
-    both are over 4,096, so many examples are drawn by the seed.
+    both are over `most_rows`, so many examples are drawn by the seed.
 
     Args:
         inputs: `[N, D]`.
         targets: `[N, K]`, a row of zeros and ones for classes.
         decades: exponents of the ridge weights.
         seed: of that draw.
+        most_rows: of the system.
     """
-    if min(inputs.shape) > _MOST_ROWS:
+    if min(inputs.shape) > most_rows:
         generator = torch.Generator().manual_seed(seed)
-        chosen = torch.randperm(len(inputs), generator=generator)[:_MOST_ROWS].to(inputs.device)
+        chosen = torch.randperm(len(inputs), generator=generator)[:most_rows].to(inputs.device)
         inputs, targets = inputs[chosen], targets[chosen]
     standardised = Standardised(inputs)
     x, y = standardised(inputs).double(), targets.double()

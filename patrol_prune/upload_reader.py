@@ -19,7 +19,7 @@ from patrol_prune.decoders import channel_dim, token_grid
 from patrol_prune.errors import InputError
 from patrol_prune.given import real
 from patrol_prune.leaks import Leak, ReaderConfig, guess_rate, map_square, minimise
-from patrol_prune.ridge import DECADES, Standardised, linear_scores
+from patrol_prune.ridge import DECADES, MOST_ROWS, Standardised, linear_scores
 
 _ACROSS, _DOWN = 3, 4
 """Points of the feature map across each character of a plate, and down the plate."""
@@ -29,7 +29,12 @@ _VECTOR = 4
 _HIDDEN = 256
 _CHUNK = 512
 _FEWEST, _HELD = 40, 5
-"""Of at least so many features a fifth decides between the two readers."""
+"""Of at least so many features a fifth decides between the readers."""
+READS = ("pooled", "texture", "whole")
+_WHOLE_VALUES = 1 << 27
+"""Values of all features together up to which they are kept to be read whole."""
+_WHOLE_ROWS = 2_048
+"""Examples that regression on whole features takes, where these have more values."""
 
 Features = Tensor | Iterable[Tensor]
 """Features of pictures, whole or in parts."""
@@ -38,11 +43,19 @@ Features = Tensor | Iterable[Tensor]
 class UploadReader:
     """Answers questions about a picture from its upload: a small network, or ridge regression.
 
-    Both learn from most of the attacker's features, the one that reads the others better learns
-    from all: an answer that hardly shows beside scene and light is found by regression where a
-    network overlooks it. They read the feature pooled to at most 4x4 positions (and a class token),
-    and, where the corners of a quadrangle are given (a number plate), the map around there too.
-    Features of up to 2x2 positions, vectors and tokens without a grid are read as they are.
+    All learn from most of the attacker's features, the one that reads the others best learns from
+    all: an answer that hardly shows beside scene and light is found by regression where a network
+    overlooks it. Three things are read of a feature, and those held-out ones decide which:
+
+    - `"pooled"`: its means over at most 4x4 cells (and a class token), and, where the corners of a
+      quadrangle are given (a number plate), the map around there;
+    - `"texture"`: these, and of every channel in each cell the standard deviation and the mean
+      absolute difference to the next position, across and down: what has no mean there;
+    - `"whole"`: every value, by regression alone (on at most 2,048 pictures where features have
+      more values; not where all features together have over 2^27).
+
+    Maps of up to 4x4 positions lose nothing by the first. Those of up to 2x2, vectors and tokens
+    without a grid are read as they are.
 
     Args:
         image_shape: `(channels, height, width)` of the pictures; corners are in their pixels.
@@ -50,9 +63,11 @@ class UploadReader:
 
     Attributes:
         chosen: after `fit`, "network" or "linear".
+        reads: after `fit`, what of the feature, "pooled", "texture" or "whole".
     """
 
     chosen: str | None = None
+    reads: str | None = None
 
     def __init__(
         self, image_shape: tuple[int, int, int], config: ReaderConfig | None = None
@@ -90,7 +105,8 @@ class UploadReader:
         names = [sorted(counts) for counts in self._answers]
         labels = torch.tensor([[n.index(a) for n, a in zip(names, row, strict=True)]
                                for row in truth])
-        self.chosen, self._network = _fit(inputs, labels, [len(n) for n in names], self.config)
+        self.reads, self.chosen, self._network = _fit(inputs, labels, [len(n) for n in names],
+                                                      self.config)
         return self
 
     def read(self, z: Features, corners: Tensor | None = None) -> list[list[str]]:
@@ -102,7 +118,9 @@ class UploadReader:
             raise InputError("Expected corners in fit and in reading, or in neither; came them in "
                              "one of the two.")
         names = [sorted(counts) for counts in self._answers]
-        scores = _scores(self._network, self._inputs(z, corners), self.config)
+        scores = torch.cat([
+            _scores(self._network, self._read_off(part, own, str(self.reads)), self.config)
+            for part, own in self._parts(z, corners)])
         best = [part.argmax(1).tolist() for part in scores.split([len(n) for n in names], 1)]
         return [[n[i] for n, i in zip(names, row, strict=True)]
                 for row in zip(*best, strict=True)]
@@ -130,11 +148,22 @@ class UploadReader:
         return (Leak(single, sum(guesses) / len(guesses), len(right) * len(guesses)),
                 Leak(sum(map(all, right)) / len(right), math.prod(guesses), len(right)))
 
-    def _inputs(
-        self, z: Features, corners: Tensor | None, expected: int | None = None
-    ) -> Tensor:
-        """`[N, D]`, float32, part by part."""
-        found: list[Tensor] = []
+    def _inputs(self, z: Features, corners: Tensor | None, expected: int) -> dict[str, Tensor]:
+        """Each of what is read of all features, `[N, D]`, float32; "pooled" first."""
+        found: dict[str, list[Tensor]] = {name: [] for name in READS}
+        done = 0
+        for part, own in self._parts(z, corners):
+            done += len(part)
+            names = READS if self._has_more(part) else READS[:1]
+            if part[0].numel() * expected > _WHOLE_VALUES:
+                names = names[:2]
+            for name in names:
+                found[name].append(self._read_off(part, own, name))
+        _check_count(done, expected)
+        return {name: torch.cat(parts) for name, parts in found.items() if parts}
+
+    def _parts(self, z: Features, corners: Tensor | None) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The features part by part, checked, float32, each with its corners."""
         done = 0
         for sent in z.split(_CHUNK) if isinstance(z, Tensor) else z:
             part = real(sent.detach())
@@ -146,22 +175,26 @@ class UploadReader:
                 raise InputError(
                     "Expected corners of each picture, came "
                     f"{0 if corners is None else len(corners)} for {done} features or more.")
-            found.append(self._read_off(part, own))
-        if expected is not None:
-            _check_count(done, expected)
-        return torch.cat(found)
+            yield part.float(), own
 
-    def _read_off(self, z: Tensor, corners: Tensor | None) -> Tensor:
+    def _has_more(self, z: Tensor) -> bool:
+        """Whether cells of the map hold more than one position."""
+        grid = as_map(z, self.image_shape)
+        return grid is not None and max(grid.shape[2:]) > _POOL
+
+    def _read_off(self, z: Tensor, corners: Tensor | None, name: str) -> Tensor:
         """What is read of some features, `[N, D]`."""
-        grid = as_map(z.float(), self.image_shape)
-        if grid is None or math.prod(grid.shape[2:]) <= _VECTOR:
-            return z.float().flatten(1)
+        grid = as_map(z, self.image_shape)
+        if name == "whole" or grid is None or math.prod(grid.shape[2:]) <= _VECTOR:
+            return z.flatten(1)
         sides = (min(_POOL, grid.shape[2]), min(_POOL, grid.shape[3]))
         parts = [F.adaptive_avg_pool2d(grid, sides).flatten(1)]
         if z.dim() == 3:
-            parts.append(z[:, : z.shape[1] - math.prod(grid.shape[2:])].float().flatten(1))
+            parts.append(z[:, : z.shape[1] - math.prod(grid.shape[2:])].flatten(1))
         if corners is not None:
             parts.append(self._around(grid, corners))
+        if name == "texture":
+            parts.append(texture(grid, sides))
         return torch.cat(parts, 1)
 
     def _around(self, grid: Tensor, corners: Tensor) -> Tensor:
@@ -192,33 +225,65 @@ def as_map(z: Tensor, image_shape: Sequence[int]) -> Tensor | None:
     return None
 
 
+def texture(grid: Tensor, sides: tuple[int, int]) -> Tensor:
+    """What means over cells leave out, `[N, 3 C a b]` of maps `[N, C, h, w]` in `a` by `b` cells.
+
+    The standard deviation of each channel in each cell, and its mean absolute difference between
+    neighbours down and across.
+    """
+    values = grid.double()
+    squares = F.adaptive_avg_pool2d(values**2, sides) - F.adaptive_avg_pool2d(values, sides) ** 2
+    steps = [values.diff(dim=dim, append=values.narrow(dim, -1, 1)).abs() for dim in (2, 3)]
+    return torch.cat([squares.clamp_min(0.0).sqrt(),
+                      *(F.adaptive_avg_pool2d(step, sides) for step in steps)], 1
+                     ).flatten(1).to(grid.dtype)
+
+
 def _fit(
-    inputs: Tensor, labels: Tensor, counts: list[int], config: ReaderConfig
-) -> tuple[str, nn.Module]:
-    """The reader that does better on what it has not learnt from, fitted on everything."""
-    if len(inputs) < _FEWEST:
-        return "network", _train(inputs, labels, counts, config)
-    order = torch.randperm(len(inputs), generator=torch.Generator().manual_seed(config.seed))
+    inputs: dict[str, Tensor], labels: Tensor, counts: list[int], config: ReaderConfig
+) -> tuple[str, str, nn.Module]:
+    """What is read, how, and the reader that does best on what it has not learnt from, fitted on
+    everything. Where several do as well it is the first of them, the network on pooled features.
+    """
+    if len(labels) < _FEWEST:
+        return "pooled", "network", _train(inputs["pooled"], labels, counts, config)
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(config.seed))
     held, own = order[: len(order) // _HELD], order[len(order) // _HELD :]
 
-    def rate(reader: nn.Module) -> float:
-        return _rate(_scores(reader, inputs[held], config), labels[held], counts)
+    def rate(reader: nn.Module, x: Tensor) -> float:
+        return _rate(_scores(reader, x[held], config), labels[held], counts)
 
-    rates = [rate(reader) for reader in _linear(inputs[own], labels[own], counts, config, DECADES)]
-    best = max(rates)
-    if best > rate(_train(inputs[own], labels[own], counts, config)):
-        decade = DECADES[rates.index(best)]
-        return "linear", next(_linear(inputs, labels, counts, config, [decade]))
-    return "network", _train(inputs, labels, counts, config)
+    best, chosen = -1.0, ("pooled", "network", 0)
+    straight: dict[str, float] = {}
+    for name, x in inputs.items():
+        rates = [rate(reader, x)
+                 for reader in _linear(x[own], labels[own], counts, config, DECADES, name)]
+        straight[name] = max(rates)
+        found = [(straight[name], (name, "linear", DECADES[rates.index(straight[name])]))]
+        # A network takes longest: it reads textures only where they tell more in a straight line.
+        if name == "pooled" or (name == "texture" and straight["pooled"] < straight[name] < 1.0):
+            found.insert(0, (rate(_train(x[own], labels[own], counts, config), x),
+                             (name, "network", 0)))
+        for reached, candidate in found:
+            if reached > best:
+                best, chosen = reached, candidate
+        if best == 1.0:
+            break
+    name, kind, decade = chosen
+    if kind == "linear":
+        return name, kind, next(_linear(inputs[name], labels, counts, config, [decade], name))
+    return name, kind, _train(inputs[name], labels, counts, config)
 
 
 def _linear(
-    inputs: Tensor, labels: Tensor, counts: list[int], config: ReaderConfig, decades: Sequence[int]
+    inputs: Tensor, labels: Tensor, counts: list[int], config: ReaderConfig,
+    decades: Sequence[int], name: str,
 ) -> Iterator[nn.Module]:
     """Ridge regression of every answer's zeros and ones, one reader for each weight."""
     targets = torch.cat([F.one_hot(labels[:, i], n) for i, n in enumerate(counts)], 1)
     for reader in linear_scores(inputs.to(config.device), targets.to(config.device), decades,
-                                seed=config.seed):
+                                seed=config.seed,
+                                most_rows=_WHOLE_ROWS if name == "whole" else MOST_ROWS):
         yield reader.eval()
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from patrol_prune.errors import InputError
 from patrol_prune.leaks import ReaderConfig
 from patrol_prune.ridge import linear_scores
-from patrol_prune.upload_reader import UploadReader, as_map
+from patrol_prune.upload_reader import UploadReader, as_map, texture
 
 LETTERS = "ABCD"
 CONFIG = ReaderConfig(epochs=30, lr=5e-3, width=64)
@@ -51,6 +51,52 @@ def test_an_answer_that_hardly_shows_is_found_by_regression() -> None:
     assert reader.chosen == "linear" and reader.accuracy(other, asked)[0].rate > 0.95
     parts = UploadReader(IMAGE, CONFIG).fit(iter(z.split(90)), known)
     assert parts.read(other.split(70)) == reader.read(other)
+
+
+def patterned(seed: int, kind: str, count: int = 240) -> tuple[Tensor, list[tuple[str]]]:
+    """Smooth maps with a fine pattern on top whose mean over every cell is 0, and what it says."""
+    g = torch.Generator().manual_seed(seed)
+    answers = torch.randint(0, 2, (count,), generator=g)
+    side = torch.arange(16) % 2 * 2.0 - 1.0
+    smooth = torch.nn.functional.interpolate(torch.rand(count, 2, 4, 4, generator=g), size=(16, 16),
+                                             mode="bilinear")
+    if kind == "sign":
+        pattern = (2.0 * answers - 1.0).view(-1, 1, 1) * side[:, None] * side
+    else:
+        sign = torch.randint(0, 2, (count, 1, 1), generator=g) * 2.0 - 1.0
+        down, across = side[:, None].expand(16, 16), side.expand(16, 16)
+        pattern = sign * torch.where(answers.view(-1, 1, 1) > 0, down, across)
+    return smooth + 0.3 * pattern[:, None], [(str(a),) for a in answers.tolist()]
+
+
+@pytest.mark.parametrize(("kind", "read"), [("sign", "whole"), ("stripes", "texture")])
+def test_what_has_no_mean_in_a_cell_is_read_too(
+    kind: str, read: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (z, known), (other, asked) = patterned(0, kind), patterned(1, kind)
+    config = ReaderConfig(epochs=3, lr=5e-3, width=16)
+    reader = UploadReader(IMAGE, config).fit(iter(z.split(100)), known)
+    assert reader.reads == read and reader.accuracy(other, asked)[0].rate > 0.98
+    monkeypatch.setattr("patrol_prune.upload_reader._WHOLE_VALUES", z.numel() - 1)
+    few = UploadReader(IMAGE, config).fit(z, known)
+    assert few.reads != "whole", "more values than are kept"
+    assert (few.accuracy(other, asked)[0].rate > 0.98) == (read == "texture")
+
+
+def test_textures_by_hand() -> None:
+    """One cell of two rows and two columns, and one that is flat."""
+    grid = torch.tensor([[[[1.0, 3.0, 7.0, 7.0], [1.0, 7.0, 7.0, 7.0]]]]) + 1e5
+    deviation, down, across = texture(grid, (1, 2)).view(3, 2)
+    assert deviation.tolist() == pytest.approx([6.0**0.5, 0.0], abs=1e-4)
+    # the last row and column have no neighbour, which counts as no difference
+    assert down.tolist() == pytest.approx([(0 + 4) / 4, 0.0])
+    assert across.tolist() == pytest.approx([(2 + 4 + 6 + 0) / 4, 0.0])
+
+
+def test_a_small_map_is_read_as_it_was() -> None:
+    z = torch.randn(60, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    reader = UploadReader(IMAGE, CONFIG).fit(z, texts(60, 0))
+    assert reader.reads == "pooled"
 
 
 def test_more_inputs_than_examples_and_fewer_give_the_same_regression() -> None:
