@@ -71,12 +71,21 @@ class AuditReport:
         return tuple(dict.fromkeys(r["subject"] for r in self.records))
 
     def __repr__(self) -> str:
-        """One line per subject: its strongest attack's figures, and how many flags there are."""
+        """One line per subject: the most that any attack on it saw, and how many flags there are.
+
+        The attack with the highest mean SSIM is named, and where another has the larger worst 5% or
+        the smaller MSE, that one beside its figure.
+        """
         lines = [f"AuditReport: {len(self.records)} records, {len(self.flags)} flags"]
         for subject in self.subjects:
             best = self.strongest(subject)
-            lines.append(f"  {subject}: SSIM {best['ssim']:.3f} by {best['attack']}, worst 5% "
-                         f"{best['ssim_worst5']:.3f}, MSE {best['mse']:.4f}")
+            told = [f"SSIM {best['ssim']:.3f} by {best['attack']}"]
+            for furthest, name, text in ((max, "ssim_worst5", "worst 5% {:.3f}"),
+                                         (min, "mse", "MSE {:.4f}")):
+                value = furthest(float(record[name]) for record in self._of(subject))
+                by = [r["attack"] for r in self._of(subject) if r[name] == value]
+                told.append(text.format(value) + f" by {by[0]}" * (best["attack"] not in by))
+            lines.append(f"  {subject}: {', '.join(told)}")
         return "\n".join(lines)
 
     def strongest(self, subject: str = "edge") -> dict[str, Any]:

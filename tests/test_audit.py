@@ -120,6 +120,18 @@ def test_summary_and_strongest(report: AuditReport) -> None:
         report.strongest("undefend")
 
 
+def test_what_is_printed_is_the_most_that_any_attack_saw() -> None:
+    row = {"subject": "edge", "attack": "blurred", "ssim": 0.6, "ssim_worst5": 0.7, "mse": 0.02}
+    sharp = {**row, "attack": "sharp", "ssim": 0.5, "ssim_worst5": 0.9, "mse": 0.01}
+    again = {**row, "ssim": 0.55, "ssim_worst5": 0.8}
+    assert str(AuditReport([row, again])).endswith("SSIM 0.600 by blurred, worst 5% 0.800, "
+                                                   "MSE 0.0200")
+    found = AuditReport([row, again, sharp])
+    assert str(found).endswith("SSIM 0.600 by blurred, worst 5% 0.900 by sharp, MSE 0.0100 by "
+                               "sharp")
+    assert found.strongest() is row
+
+
 class Thumbnails(Oracle):
     """Sees thumbnails of the victim's images."""
 
