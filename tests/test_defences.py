@@ -8,6 +8,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -36,12 +37,14 @@ from patrol_prune.defences import (
     distance_correlation,
     make_defence,
 )
-from patrol_prune.defences.base import calibration_features
+from patrol_prune.defences.base import calibration_features, wrapped
 from patrol_prune.defences.disco import ChannelDropper
+from patrol_prune.defences.randomness import RandomUpload, seeded
 from patrol_prune.errors import InputError
 from patrol_prune.finetune import FinetuneConfig, finetune
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.pixels import Normalization
+from patrol_prune.split import Split
 from patrol_prune.surrogate import SurrogateSpec
 
 NORMALIZATION = Normalization((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -269,6 +272,44 @@ class TestEveryDefence:
                                     ).strength in (1.0, 0.25)
 
 
+class Own(RandomUpload):
+    """A caller's own dropout on the package's stream."""
+
+    def forward(self, z: Tensor) -> Tensor:
+        draw = torch.rand(z.shape, generator=self.generator(z.device))
+        return z * (draw >= 0.5)
+
+
+class Holder(nn.Module):
+    """The same with a generator of its own."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.draws = torch.Generator().manual_seed(seed)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z * (torch.rand(z.shape, generator=self.draws) >= 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnDefence(Defence):
+    name: ClassVar[str] = "own"
+
+    module: Callable[[int], nn.Module] = Own
+
+    def apply(self, split: Split, *, calibration: Tensor | None = None) -> Split:
+        return wrapped(split, self.module(0))
+
+
+def all_behind(edge: nn.Module) -> nn.Sequential:
+    """What stands behind the edge's layers, in its order."""
+    found: list[nn.Module] = []
+    while hasattr(edge, "upload"):
+        found.insert(0, edge.upload)
+        edge = edge.features
+    return nn.Sequential(*found)
+
+
 class TestCombined:
     def test_each_is_calibrated_on_what_the_ones_before_it_send(self) -> None:
         both = Combined((FeatureDropout(0.5, seed=3), GaussianNoise(0.5)))
@@ -308,6 +349,32 @@ class TestCombined:
         noise, drop = both.edge.features.upload, both.edge.upload
         assert noise.generator(torch.device("cpu")).initial_seed() != drop.generator(
             torch.device("cpu")).initial_seed()
+
+    @pytest.mark.parametrize("own", [Own, Holder])
+    def test_an_own_defence_draws_apart_from_ours(self, own: type[nn.Module]) -> None:
+        """Two masks of one seed would be one mask, and hide half as much as they seem to."""
+        parts = FeatureDropout(0.5), OwnDefence(own), OwnDefence(own)
+        z, bare = torch.ones(4, 16, 8, 8), split()
+
+        def sent(parts: tuple[Defence, ...]) -> Tensor:
+            return all_behind(Combined(parts).apply(bare).edge)(z)
+
+        for count, share in ((2, 0.25), (3, 0.125)):
+            kept = (sent(parts[:count]) != 0).float().mean()
+            assert float(kept) == pytest.approx(share, abs=0.03)
+        assert torch.equal(sent(parts), sent(parts)), "and is repeatable"
+        first = Combined((OwnDefence(own),)).apply(bare).edge.upload
+        assert torch.equal(first(z), own(0)(z)), "one alone draws by its own seed"
+
+    def test_ours_draw_as_they_always_did(self) -> None:
+        """Published figures stand on these streams."""
+        both = Combined((GaussianNoise(0.5, seed=3), FeatureDropout(0.5, seed=4))).apply(
+            split(), calibration=inputs())
+        z = torch.ones(2, 16, 8, 8)
+        for module, seed in ((both.edge.features.upload, 3), (both.edge.upload, 4 + 1_000_003)):
+            draw = module.generator(torch.device("cpu"))
+            assert torch.equal(draw.get_state(), seeded(seed).get_state())
+        assert (both.edge.upload(z) == 0).any()
 
     def test_nested_ones_and_a_list_are_the_same_as_flat(self) -> None:
         flat = Combined((FeatureDropout(0.5), Patrol(alpha=0.0)))

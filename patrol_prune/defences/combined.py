@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from patrol_prune.cost import generators_of
 from patrol_prune.defences.base import Defence
 from patrol_prune.defences.bottleneck import Bottleneck
 from patrol_prune.defences.cem_patrol import CemPatrol
 from patrol_prune.defences.dropout import FeatureDropout
 from patrol_prune.defences.noise import GaussianNoise
+from patrol_prune.defences.randomness import filled
 from patrol_prune.errors import InputError
 from patrol_prune.objective import PatrolObjective, TaskLoss
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
 
 _SEEDS_APART = 1_000_003
+_OURS = "patrol_prune."
 
 
 @dataclass(frozen=True)
@@ -30,7 +35,7 @@ class Combined(Defence):
 
     trains PATROL's edge against attackers who see the feature with its dropout. What draws or
     rounds is put behind the edge in that order, each calibrated on what the ones before it send,
-    each with a seed of its own; the one that trains in its own way, if there is one, gives the
+    each with draws of its own; the one that trains in its own way, if there is one, gives the
     objective and sees the upload as all of them leave it.
 
     Attributes:
@@ -75,7 +80,10 @@ class Combined(Defence):
             if place and isinstance(part, (FeatureDropout, GaussianNoise)):
                 # One stream for two defences would let the one tell of the other.
                 part = replace(part, seed=part.seed + place * _SEEDS_APART)
+            there = set(generators_of(split.edge))
             split = part.apply(split, calibration=calibration)
+            if place and not type(part).__module__.startswith(_OURS):
+                _set_apart([g for g in generators_of(split.edge) if g not in there], place)
         return split
 
     def objective(
@@ -97,6 +105,18 @@ class Combined(Defence):
         """Those of the last defence behind the edge."""
         behind = [part for part in self.parts if _is_behind(part)]
         return (behind[-1] if behind else self.parts[-1]).upload_bytes(feature_shape)
+
+
+def _set_apart(generators: Sequence[torch.Generator], place: int) -> None:
+    """Let what a caller's own defence put behind the edge draw by where it stands: its seed may be
+    that of another part.
+    """
+    for number, generator in enumerate(generators):
+        key = generator.get_state().numpy().tobytes() + repr((place, number)).encode()
+        if generator.device.type == "cpu":
+            generator.set_state(filled(key).get_state())
+        else:
+            generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
 
 
 def _trains(part: Defence) -> bool:
