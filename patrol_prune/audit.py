@@ -30,7 +30,14 @@ from patrol_prune.audit_choice import (
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.audit_run import AuditRun
 from patrol_prune.cost import home_of
-from patrol_prune.given import check_has_edge, check_normalization
+from patrol_prune.errors import InputError
+from patrol_prune.given import (
+    check_callable,
+    check_count,
+    check_has_edge,
+    check_normalization,
+    check_number,
+)
 from patrol_prune.pixels import Normalization
 
 __all__ = ["AttackChoice", "AuditReport", "HasEdge", "audit", "compute_features"]
@@ -114,10 +121,16 @@ def audit(
             differs in shape, is too small for SSIM (11 pixels) or shared between attacker and
             victim; on an unknown attack, no attack, no seed or a repeated seed, settings of another
             attack, or an attack that needs a cloud, labels or more images than there are, or less
-            than one upload; before any attack, on features that are not finite.
+            than one upload; before any attack, on an edge that cannot run on the images, or
+            features that are not finite.
     """
     check_uploads(uploads)
     check_normalization(normalization)
+    check_count(examples, "examples", 0)
+    check_count(batch_size, "batch_size", 1)
+    check_number(largest_feature_bytes, "largest_feature_bytes")
+    check_callable(progress, "progress", "a sentence")
+    check_callable(observer, "observer", "subject, name, attack and reconstructions")
     subjects = {"edge": split} | ({} if undefended is None else {"undefended": undefended})
     for name, half in subjects.items():
         check_has_edge(half, "split" if name == "edge" else name)
@@ -136,6 +149,7 @@ def audit(
         normalization or Normalization(), batch_size, largest_feature_bytes, progress, observer,
         uploads,
     )
+    _check_runs(subjects, victim[:2], normalization or Normalization())
     with torch.random.fork_rng(devices=[]):
         if check_attacks:
             run.self_tests(made)
@@ -145,3 +159,21 @@ def audit(
             with lent(half.edge, *([cloud] if isinstance(cloud, nn.Module) else [])):
                 run.subject(subject, half.edge, cloud, made)
     return run.report(examples)
+
+
+def _check_runs(subjects: Mapping[str, HasEdge], pixels: Tensor, normalization: Normalization
+                ) -> None:
+    """Refuse an edge that cannot run on the images, before hours go into another (InputError)."""
+    for subject, half in subjects.items():
+        with torch.random.fork_rng(devices=[]), lent(half.edge):
+            try:
+                compute_features(half.edge, pixels, normalization)
+            except InputError:
+                raise
+            except Exception as error:
+                raise InputError(
+                    f"Expected an edge of the {subject} that runs on images "
+                    f"[N, {', '.join(map(str, pixels.shape[1:]))}], came {type(error).__name__}: "
+                    f"{str(error).splitlines()[0] if str(error) else 'no reason'}. Give images as "
+                    "its model takes them, and normalization= where it takes normalised ones."
+                ) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,13 +15,14 @@ from torch import Tensor
 from patrol_prune.attacks import Attack, InverseNetworkConfig
 from patrol_prune.attacks.base import some_of
 from patrol_prune.attacks.query_free_config import SMALLEST_QUERY_FREE_SET
-from patrol_prune.attacks.registry import ATTACKS, kind_of, make_attack, settings_for
+from patrol_prune.attacks.registry import ATTACKS, box_of, kind_of, make_attack, settings_for
 from patrol_prune.attacks.training_pairs import SMALLEST_TRAINING_SET
 from patrol_prune.data import fingerprints
 from patrol_prune.errors import InputError, nearest
-from patrol_prune.given import check_count
+from patrol_prune.given import check_count, check_kind
 from patrol_prune.metrics import check_pixels
 
+logger = logging.getLogger("patrol_prune.audit")
 AttackChoice = str | Attack | Callable[[int], Attack]
 """A name, an instance (copied before each fit, and run once), or a function of the seed."""
 
@@ -73,11 +75,18 @@ def factories(
 
     Raises:
         InputError: an unknown attack or none, names that repeat, settings of no attack that was
-            asked for or of the wrong type, no seed or a repeated one.
+            asked for or of the wrong type, no seed or a repeated one, an own attack that is none or
+            names an unknown box.
     """
     seeds = numbers(seeds, "seeds")
     for seed in seeds:
         check_count(seed, "seeds", 0)
+    seeds = tuple(map(int, seeds))  # NumPy's own cannot be written as JSON
+    if not isinstance(settings, Mapping):
+        raise InputError(
+            f"Expected settings as a mapping from attacks to theirs, came {type(settings).__name__}"
+            ". Write settings={\"rmle\": RMLEConfig(...)}."
+        )
     if not seeds or len(set(seeds)) != len(seeds):
         raise InputError(f"Expected one or more different seeds, came {seeds}.")
     if isinstance(attacks, str):
@@ -88,6 +97,8 @@ def factories(
             f"Expected one or more attacks of different names, came {[_name(a) for a in attacks]}."
             " Name each once; several of one kind take a mapping from names to attacks."
         )
+    for name in named:
+        check_kind(name, "the name of an attack", str, "It stands in the report.")
     for name in settings:
         if name not in named and name not in ATTACKS:
             raise InputError(
@@ -121,6 +132,7 @@ def _factory(
         )
     if isinstance(choice, Attack) and not isinstance(choice, type):
         instance = choice
+        check_own(name, instance)
         return Factory(name, lambda seed, warm: copy.deepcopy(instance), seeds[:1])
     if isinstance(choice, type) and not inspect.signature(choice).parameters:
         raise InputError(
@@ -128,11 +140,33 @@ def _factory(
             "an instance, or a function of the seed that makes one."
         )
     if callable(choice):
+        with torch.random.fork_rng(devices=[]):
+            try:
+                tried = choice(seeds[0])
+            except Exception as error:  # costs its own score alone, when its turn comes
+                logger.warning("The attack %s cannot be made: %s", name, error)
+            else:
+                check_own(name, tried)
         return Factory(name, lambda seed, warm: choice(seed), seeds)
     raise InputError(
         "Expected an attack as a name, an object with fit and reconstruct, or a function of the "
         f"seed, came {choice!r}."
     )
+
+
+def check_own(name: str, attack: object) -> None:
+    """Refuse what a caller gave as an attack, or made, and is none (InputError)."""
+    if not isinstance(attack, Attack):
+        raise InputError(
+            f"Expected the function of the seed behind the attack {name!r} to make an object with "
+            f"fit and reconstruct, came {type(attack).__name__}."
+        )
+    try:
+        box_of(attack)
+    except InputError:
+        raise
+    except Exception as error:  # costs its own score alone, when its turn comes
+        logger.warning("The box of the attack %s cannot be read: %s", name, error)
 
 
 def numbers(values: Any, name: str) -> tuple[Any, ...]:
@@ -173,13 +207,11 @@ def owned(
     Raises:
         InputError: labels of another length, no number, a repeated one or one out of range.
     """
-    if labels is not None and tuple(labels.shape) != (len(known),):
-        raise InputError(
-            f"Expected attacker_labels as one class for each of the {len(known)} images, came "
-            f"{tuple(labels.shape)}."
-        )
+    check_classes(labels, len(known))
     counts = numbers(counts, "attacker_images")
-    sizes = [len(known) if count is None else count for count in counts]
+    for count in counts:
+        check_count(count, "attacker_images", 1, optional=True)
+    sizes = [len(known) if count is None else int(count) for count in counts]
     if not sizes or len(set(sizes)) < len(sizes) or not all(1 <= s <= len(known) for s in sizes):
         raise InputError(
             "Expected attacker_images as different numbers between 1 and the attacker's "
@@ -193,6 +225,24 @@ def owned(
     if shifted is not None:
         made.append(Owned("shifted", shifted, None, len(shifted), shifted.mean(dim=0)))
     return made
+
+
+def check_classes(labels: object, images: int) -> None:
+    """Refuse labels that are not one class, from 0 upwards, for each image (InputError)."""
+    if labels is None:
+        return
+    came = type(labels).__name__
+    if isinstance(labels, Tensor):
+        came = f"{labels.dtype} of shape {tuple(labels.shape)}"
+        whole = labels.dtype in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+        if whole and tuple(labels.shape) == (images,):
+            if int(labels.min()) >= 0:
+                return
+            came = f"{int(labels.min())} among them"
+    raise InputError(
+        f"Expected attacker_labels as one class for each of the {images} images, whole numbers "
+        f"from 0 upwards in a tensor [{images}], came {came}. Write torch.tensor(labels)."
+    )
 
 
 def check_data(known: Tensor, victim: Tensor, name: str = "attacker_data") -> None:

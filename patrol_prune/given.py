@@ -146,6 +146,13 @@ def check_among(value: object, name: str, known: Sequence[str]) -> None:
                          f"{nearest(str(value), known)}")
 
 
+def check_callable(value: object, name: str, called_with: str) -> None:
+    """An InputError where it is neither None nor something that can be called."""
+    if value is not None and not callable(value):
+        raise InputError(f"Expected {name} as a function, called with {called_with}, or None, came "
+                         f"{value!r}.")
+
+
 def check_kind(value: object, name: str, kind: type, advice: str) -> None:
     """An InputError where it is of another type."""
     if not isinstance(value, kind):

@@ -253,6 +253,10 @@ def test_flags_name_their_subject() -> None:
     } <= names
 
 
+class Grey(Oracle):
+    box = "grey"
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -271,6 +275,22 @@ def test_flags_name_their_subject() -> None:
         ({"settings": {"inverse_netwrk": CONFIG}}, "Did you mean: inverse_network"),
         ({"settings": {"rmle": LinearInverseConfig()}}, "as RMLEConfig"),
         ({"attacker_labels": torch.zeros(3)}, "one class for each of the 200"),
+        ({"attacker_labels": [0] * 200}, "came list"),
+        ({"attacker_labels": torch.zeros(200)}, "came torch.float32"),
+        ({"attacker_labels": torch.arange(200) - 1}, "came -1 among them"),
+        ({"examples": 2.5}, "examples as a whole number of at least 0"),
+        ({"examples": -1}, "examples as a whole number of at least 0"),
+        ({"batch_size": 0}, "batch_size as a whole number of at least 1"),
+        ({"batch_size": "a"}, "batch_size as a whole number of at least 1"),
+        ({"largest_feature_bytes": -1}, "largest_feature_bytes"),
+        ({"settings": RMLEConfig()}, "settings as a mapping"),
+        ({"progress": "x"}, "progress as a function"),
+        ({"observer": "x"}, "observer as a function"),
+        ({"attacker_images": (2.5,)}, "attacker_images as a whole number"),
+        ({"attacks": {3: "rmle"}}, "name of an attack as a str"),
+        ({"attacks": {"own": lambda seed: None}}, "came NoneType"),
+        ({"attacks": {"own": Grey()}}, "black, white, none, or none at all, came 'grey'"),
+        ({"attacks": {"own": lambda seed: Grey()}}, "attribute box of the attack Grey"),
         ({"attacker_images": (50, 50)}, "different numbers"),
         ({"attacker_images": (201,)}, "between 1 and the attacker's 200"),
         ({"shifted_data": IMAGES[150:]}, "also in shifted_data"),
@@ -289,6 +309,27 @@ def test_bad_calls_are_refused_before_any_work(change: dict[str, object], messag
     arguments = {"attacker_data": KNOWN, "victim_data": VICTIM} | change
     with pytest.raises(InputError, match=message):
         audit(edge_of(Untouched()), **arguments)  # type: ignore[arg-type]
+
+
+def test_every_edge_runs_once_before_the_first_attack() -> None:
+    begun: list[int] = []
+
+    class Begins(Oracle):
+        def fit(self, known: Knowledge) -> None:
+            begun.append(1)
+
+    other = edge_of(nn.Conv2d(1, 1, 1))
+    for split, more, named in ((open_edge(), {"undefended": other}, "undefended"),
+                               (other, {}, "edge")):
+        with pytest.raises(InputError, match=rf"edge of the {named} that runs on images \[N, 3, "):
+            audit(split, KNOWN, VICTIM, attacks=(Begins(),), **more)
+    assert not begun
+
+
+def test_numbers_of_numpy_stand_in_a_report_as_pythons() -> None:
+    found = audit(open_edge(), KNOWN, VICTIM, attacks=(Oracle(),), seeds=np.arange(1, 2),
+                  attacker_images=np.array([50]), examples=0)
+    assert AuditReport.from_json(found.to_json()).strongest()["attack_seed"] == 1
 
 
 class Exploding(Oracle):

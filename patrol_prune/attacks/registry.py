@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from patrol_prune.attacks.base import Attack
 from patrol_prune.attacks.image_prior import ImagePrior, ImagePriorConfig
@@ -97,8 +97,16 @@ _BOXES: dict[type, Box] = {
 
 
 def box_of(attack: Attack) -> str | None:
-    """What an attack does to the edge: by its class, by its own attribute `box`, or unknown."""
-    own: str | None = getattr(attack, "box", None)
+    """What an attack does to the edge: by its class, by its own attribute `box`, or unknown.
+
+    An attribute that names none of them is an InputError.
+    """
+    own = getattr(attack, "box", None)
+    if own is not None and not (isinstance(own, str) and own in get_args(Box)):
+        raise InputError(
+            f"Expected the attribute box of the attack {type(attack).__name__} as one of "
+            f"{', '.join(get_args(Box))}, or none at all, came {own!r}."
+        )
     return _BOXES.get(type(attack), own)
 
 
