@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune.access import Draws, Repeated, compute_features, edge_function, fresh_twin
+from patrol_prune.alone import one_at_a_time
 from patrol_prune.attacks import (
     Attack,
     Flag,
@@ -33,7 +34,7 @@ from patrol_prune.audit_scores import thumbnails
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.jacobian import blocked_outputs
 from patrol_prune.pixels import Normalization
-from patrol_prune.received import OUTLYING_FEATURES, evened, not_outlying, one_at_a_time
+from patrol_prune.received import OUTLYING_FEATURES, evened, not_outlying
 from patrol_prune.warm_start import WarmStarts
 
 logger = logging.getLogger("patrol_prune.audit")
@@ -41,7 +42,7 @@ logger = logging.getLogger("patrol_prune.audit")
 _CHECKED = 128
 _THUMBNAIL_PIXELS = 5_000_000
 _ASKED = 32
-"""Images of each side that tell whether the edge draws."""
+"""Images of each side that tell how the edge answers."""
 
 
 class AuditRun:

@@ -1,4 +1,4 @@
-"""What reaches the attacker: one picture's upload at a time, as real numbers on one scale.
+"""What reaches the attacker: a picture's upload as real numbers on one scale.
 
 An attacker undoes what costs him nothing to undo. A constant that is added to some values of an
 upload, or a factor by which some are multiplied, hides nothing from him, yet attacks that read a
@@ -19,15 +19,12 @@ from patrol_prune.attacks import (
     Knowledge,
     LinearInverse,
     LinearInverseConfig,
-    draws_differ,
 )
 from patrol_prune.attacks.white_box import drops_values
 from patrol_prune.decoders import channel_dim
 from patrol_prune.given import real
 from patrol_prune.pixels import Normalization
 
-_ALIKE = 1e-2
-_ALONE = 4
 _SAMPLE, _LEAST, _NUMBERS = 512, 32, 1 << 24
 _FAR, _ROUNDED, _FAINT = 30.0, 1e4, 0.1
 _FEW_ODD = 0.015
@@ -36,13 +33,6 @@ _PROXY = 1_000
 _OUTLYING, _USUAL, _MOST_OUTLYING = 10.0, 0.8, 0.15
 _FEWEST = 20
 
-MIXES_IMAGES = Flag(
-    "mixes_images",
-    "What the edge sends for a picture depends on the others in its batch, and a device sends one "
-    "at a time. Every picture was sent alone here, which is slow.",
-    "Look for a generator that is seeded in every call, or for statistics of the batch. What is "
-    "the same in every call hides nothing.",
-)
 UNEVEN_FEATURE = Flag(
     "uneven_feature",
     "Some values of the feature stand far from the others of their channel, or vary many times "
@@ -55,32 +45,6 @@ OUTLYING_FEATURES = Flag(
     "The attacks learnt without them.",
     "If the edge sends some pictures on another scale, audit those by themselves.",
 )
-
-
-class Alone(nn.Module):
-    """The edge with one picture in each call; a batch's dimension that it drops then comes back."""
-
-    def __init__(self, edge: nn.Module) -> None:
-        super().__init__()
-        self.edge = edge
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Model inputs `[N, ...]` to features `[N, ...]`."""
-        parts = [self.edge(part).clone() for part in x.split(1)]
-        return torch.cat([z if z.dim() and len(z) == 1 else z[None] for z in parts])
-
-
-class Paired(nn.Module):
-    """An edge that cannot be asked for a single picture: it is asked for that twice."""
-
-    def __init__(self, edge: nn.Module) -> None:
-        super().__init__()
-        self.edge = edge
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Model inputs `[N, ...]` to features `[N, ...]`."""
-        z: Tensor = self.edge(x if len(x) > 1 else torch.cat([x, x]))
-        return z[: len(x)]
 
 
 @dataclass(frozen=True)
@@ -133,48 +97,6 @@ class Restored(nn.Module):
         """Levelled features to logits."""
         logits: Tensor = self.cloud(self.level.undone(z))
         return logits
-
-
-def one_at_a_time(
-    edge: nn.Module, pixels: Tensor, normalization: Normalization
-) -> tuple[nn.Module, bool, list[Flag]]:
-    """The edge as a device runs it, whether it draws at random, and a flag where that differs.
-
-    Args:
-        edge: as it came.
-        pixels: some images of both sides.
-        normalization: of the edge's inputs.
-    """
-    query = edge_function(edge, normalization)
-    if draws_differ(query, pixels):
-        return edge, True, []
-    if not _takes_one(query, pixels):
-        return Paired(edge), False, []
-    if not mixes_images(query, pixels):
-        return edge, False, []
-    edge = Alone(edge)
-    return edge, draws_differ(edge_function(edge, normalization), pixels), [MIXES_IMAGES]
-
-
-@torch.no_grad()
-def _takes_one(edge: EdgeFunction, pixels: Tensor) -> bool:
-    """Whether a single picture may be asked for, and gives a feature like those of others."""
-    try:
-        return edge(pixels[:1]).shape[1:] == edge(pixels[:2]).shape[1:]
-    except (RuntimeError, ValueError):
-        return False
-
-
-@torch.no_grad()
-def mixes_images(edge: EdgeFunction, pixels: Tensor) -> bool:
-    """Whether what a fixed edge sends for a picture depends on the others beside it."""
-    together = edge(pixels)
-    spread = float(together.double().std(0).square().mean().sqrt())
-    places = torch.linspace(0, len(pixels) - 1, min(_ALONE, len(pixels))).long().tolist()
-    apart = [edge(pixels[i : i + 1])[0] - together[i] for i in places]
-    turned = edge(pixels.flip(0)).flip(0) - together
-    far = max(float(d.double().square().mean().sqrt()) for d in (*apart, *turned[places]))
-    return far > _ALIKE * spread
 
 
 def evened(

@@ -32,7 +32,7 @@ ORDER = [
     "training_state", "evaluation",
     "distillation", "image_pool", "finetune_config", "trainer", "finetune", "learned_masks",
     "saved_sizes", "checkpoint", "defences",
-    "attacks", "access", "received", "warm_start", "audit_choice", "audit_scores",
+    "attacks", "access", "alone", "received", "warm_start", "audit_choice", "audit_scores",
     "audit_report", "audit_attack", "audit_run", "audit", "_report_facts", "figures", "tables",
     "report", "rundir", "settings", "preparation", "audit_model", "run_objectives",
     "run_summary",

@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from patrol_prune.attacks import (
     ATTACKS,
@@ -57,6 +58,20 @@ def test_a_constant_edge_gives_the_mean_image_and_flags() -> None:
     names = [f.name for f in check_reconstructions(VICTIM, guess, KNOWN.mean(0))]
     assert names == ["not_better_than_mean_image", "contrast_collapsed"]
     assert check_reconstructions(VICTIM, 0.9 * VICTIM, KNOWN.mean(0)) == []
+
+
+def test_reconstructions_less_like_than_the_mean_image_are_flagged_whatever_their_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    colours = 0.1 + 0.8 * torch.rand(32, 3, 1, 1, generator=generator)
+    detail = 0.1 * (2.0 * torch.randint(0, 2, (32, 1, 16, 16), generator=generator) - 1.0)
+    images, inverted = colours + detail, colours - detail
+    mean = images.mean(0)
+    assert mse(images, inverted).mean() < 0.9 * mse(images, mean.expand_as(images)).mean()
+    flags = check_reconstructions(images, inverted, mean)
+    assert [f.name for f in flags] == ["not_better_than_mean_image"]
+    assert "SSIM" in flags[0].meaning
+    near_tie = check_reconstructions(images, mean + 0.015 * (images - mean), mean)
+    assert "not_better_than_mean_image" not in {f.name for f in near_tie}
 
 
 def test_a_learning_rate_of_zero_is_flagged() -> None:

@@ -10,19 +10,12 @@ from torch import Tensor, nn
 
 import patrol_prune as pp
 from patrol_prune.access import edge_function, real
+from patrol_prune.alone import Alone, draws_mix_images, mixes_images, one_at_a_time
 from patrol_prune.attacks.checks import smooth_images
 from patrol_prune.attacks.white_box import drops_values
 from patrol_prune.errors import InputError
 from patrol_prune.pixels import Normalization
-from patrol_prune.received import (
-    Alone,
-    Level,
-    evened,
-    level_of,
-    mixes_images,
-    not_outlying,
-    worth_it,
-)
+from patrol_prune.received import Level, evened, level_of, not_outlying, worth_it
 
 IMAGES = smooth_images(200, (3, 16, 16), seed=5)
 KNOWN, VICTIM = IMAGES[:160], IMAGES[160:]
@@ -202,6 +195,38 @@ def test_alone_is_what_one_at_a_time_gives() -> None:
     expected = torch.cat([edge(x[None]) for x in IMAGES[:5]])
     torch.testing.assert_close(Alone(edge)(IMAGES[:5]), expected)
     assert mixes_images(edge, IMAGES[:8]) and not mixes_images(Alone(edge), IMAGES[:8])
+
+
+@pytest.mark.parametrize(("change", "mixes"), [
+    (lambda z: z.roll(1, 0) + 1e-7 * torch.randn_like(z), True),
+    (lambda z: z.roll(1, 0) + torch.randn_like(z), True),
+    (lambda z: 0.5 * z + 0.5 * z[torch.randperm(len(z))], True),
+    (lambda z: z - z.mean(0) + 0.1 * torch.randn_like(z), True),
+    (lambda z: z + (z.roll(1, 0) - z) * torch.randn(1), True),  # alike on average
+    (lambda z: z + 1e-7 * torch.randn_like(z), False),
+    (lambda z: z + 20 * torch.randn_like(z), False),
+    (lambda z: z + torch.randn(1), False),  # one number for all of the batch
+    (lambda z: nn.functional.dropout(z, 0.5, True), False),
+])
+def test_noise_does_not_hide_that_images_are_mixed(change, mixes: bool) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    query = edge_function(Edge(change), PLAIN)
+    assert [draws_mix_images(query, IMAGES[:24]) for _ in range(3)] == 3 * [mixes]
+
+
+def test_asking_whether_images_are_mixed_costs_no_draws() -> None:
+    edge = Edge(lambda z: z + torch.randn_like(z))
+    torch.manual_seed(0)
+    drawn = [edge(IMAGES[:4]) for _ in range(3)][2]
+    torch.manual_seed(0)
+    found, draws, flags = one_at_a_time(edge, IMAGES[:4], PLAIN)  # asks twice whether it draws
+    assert found is edge and draws and flags == [] and torch.equal(edge(IMAGES[:4]), drawn)
+
+
+def test_noise_beside_mixed_images_is_still_noise() -> None:
+    torch.manual_seed(0)
+    ssim, flags = audit(lambda z: z.roll(1, 0) + 1e-7 * torch.randn_like(z))
+    assert ssim > 0.85 * UNDEFENDED[0] and flags >= {"mixes_images", "seen_once"}
 
 
 def test_an_attack_of_the_callers_may_change_what_it_gets() -> None:

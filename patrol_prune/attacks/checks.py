@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from patrol_prune.attacks.base import Attack, EdgeFunction, FitRecord, Knowledge
 from patrol_prune.errors import InputError, TrainingError, nearest
-from patrol_prune.metrics import mse
+from patrol_prune.metrics import SSIM_SIDE, mse, ssim
 
 logger = logging.getLogger(__name__)
 
@@ -160,11 +160,20 @@ def check_fit(record: FitRecord) -> list[Flag]:
 def check_reconstructions(
     originals: Tensor, reconstructions: Tensor, mean_image: Tensor
 ) -> list[Flag]:
-    """Flag reconstructions `[N, C, H, W]` that the mean image `[C, H, W]` matches, or flat ones."""
+    """Flag reconstructions `[N, C, H, W]` that the mean image `[C, H, W]` matches, or flat ones.
+
+    It matches those whose squared error is not 2% below its own, and those whose SSIM is not above
+    its own, by however little.
+    """
     flags = []
-    floor = mse(originals, mean_image.expand_as(originals)).mean()
-    if not bool(mse(originals, reconstructions).mean() < _BEATS * floor):
+    mean = mean_image.expand_as(originals)
+    if not bool(mse(originals, reconstructions).mean() < _BEATS * mse(originals, mean).mean()):
         flags.append(NOT_BETTER_THAN_MEAN_IMAGE)
+    elif min(originals.shape[2:]) >= SSIM_SIDE and not bool(
+            ssim(originals, reconstructions).double().mean() > ssim(originals, mean).double().mean()):
+        flags.append(replace(NOT_BETTER_THAN_MEAN_IMAGE, meaning=(
+            "The reconstructions are no more like the images, in SSIM, than the attacker's mean "
+            "image is, though their squared error is smaller.")))
     contrast = reconstructions.flatten(1).std(dim=1).mean()
     if bool(contrast < _CONTRAST * originals.flatten(1).std(dim=1).mean()):
         flags.append(CONTRAST_COLLAPSED)

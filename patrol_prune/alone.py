@@ -1,0 +1,127 @@
+"""One picture's upload at a time, where an edge's answer depends on the others of its batch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from patrol_prune.access import Draws, edge_function
+from patrol_prune.attacks import EdgeFunction, Flag, draws_differ
+from patrol_prune.pixels import Normalization
+
+_ALIKE = 1e-2
+_ALONE = 4
+_DRAWS = 16
+_SURE = 7.0
+_STILL = 0.1
+
+MIXES_IMAGES = Flag(
+    "mixes_images",
+    "What the edge sends for a picture depends on the others in its batch, and a device sends one "
+    "at a time. Every picture was sent alone here, which is slow.",
+    "Look for a generator that is seeded in every call, or for statistics of the batch. What is "
+    "the same in every call hides nothing.",
+)
+
+
+class Alone(nn.Module):
+    """The edge with one picture in each call; a batch's dimension that it drops then comes back."""
+
+    def __init__(self, edge: nn.Module) -> None:
+        super().__init__()
+        self.edge = edge
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Model inputs `[N, ...]` to features `[N, ...]`."""
+        parts = [self.edge(part).clone() for part in x.split(1)]
+        return torch.cat([z if z.dim() and len(z) == 1 else z[None] for z in parts])
+
+
+class Paired(nn.Module):
+    """An edge that cannot be asked for a single picture: it is asked for that twice."""
+
+    def __init__(self, edge: nn.Module) -> None:
+        super().__init__()
+        self.edge = edge
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Model inputs `[N, ...]` to features `[N, ...]`."""
+        z: Tensor = self.edge(x if len(x) > 1 else torch.cat([x, x]))
+        return z[: len(x)]
+
+
+def one_at_a_time(
+    edge: nn.Module, pixels: Tensor, normalization: Normalization
+) -> tuple[nn.Module, bool, list[Flag]]:
+    """The edge as a device runs it, whether it draws at random, and a flag where that differs.
+
+    Args:
+        edge: as it came.
+        pixels: some images of both sides.
+        normalization: of the edge's inputs.
+    """
+    query = edge_function(edge, normalization)
+    draws = draws_differ(query, pixels)
+    with Draws(edge).kept():
+        if not _takes_one(query, pixels):
+            return Paired(edge), draws, []
+        if not (draws_mix_images if draws else mixes_images)(query, pixels):
+            return edge, draws, []
+        edge = Alone(edge)
+        return edge, draws_differ(edge_function(edge, normalization), pixels), [MIXES_IMAGES]
+
+
+@torch.no_grad()
+def _takes_one(edge: EdgeFunction, pixels: Tensor) -> bool:
+    """Whether a single picture may be asked for, and gives a feature like those of others."""
+    try:
+        return edge(pixels[:1]).shape[1:] == edge(pixels[:2]).shape[1:]
+    except (RuntimeError, ValueError):
+        return False
+
+
+@torch.no_grad()
+def mixes_images(edge: EdgeFunction, pixels: Tensor) -> bool:
+    """Whether what a fixed edge sends for a picture depends on the others beside it."""
+    together = edge(pixels)
+    spread = float(together.double().std(0).square().mean().sqrt())
+    places = _places(pixels)
+    apart = [edge(pixels[i : i + 1])[0] - together[i] for i in places]
+    turned = edge(pixels.flip(0)).flip(0) - together
+    far = max(float(d.double().square().mean().sqrt()) for d in (*apart, *turned[places]))
+    return far > _ALIKE * spread
+
+
+@torch.no_grad()
+def draws_mix_images(edge: EdgeFunction, pixels: Tensor) -> bool:
+    """The same of an edge that draws, whose answers are never twice the same.
+
+    Some pictures are sent 16 times each, alone and among the others; `d_k` is the difference
+    between the two at the k-th time. The squared length of its mean, `sum_{k != l} <d_k, d_l>`
+    without what the draws themselves add, is 0 on average where the others play no part, and is
+    held against what random signs of the `d_k` would give. Nor may draws all but vanish, in
+    variance, for pictures that are sent alone.
+    """
+    places = _places(pixels)
+    apart, together, spread = [], [], 0.0
+    for _ in range(_DRAWS):
+        sent = edge(pixels).double()
+        spread += float(sent.var(0).mean()) / _DRAWS
+        together.append(sent[places].flatten())
+        apart.append(torch.cat([edge(pixels[i : i + 1]) for i in places]).double().flatten())
+    alone, beside = torch.stack(apart), torch.stack(together)
+    least = _ALIKE**2 * spread
+    varies, among = (float(z.var(0).mean()) for z in (alone, beside))
+    if among > least and varies < _STILL * among:
+        return True
+    difference = (alone - beside) / alone.shape[1] ** 0.5
+    products = difference @ difference.T
+    products.fill_diagonal_(0.0)
+    shift = float(products.sum()) / (_DRAWS * (_DRAWS - 1))
+    by_chance = float((2.0 * products.square().sum()).sqrt())
+    return shift > least and float(products.sum()) > _SURE * by_chance
+
+
+def _places(pixels: Tensor) -> list[int]:
+    """Some of them, by number."""
+    return torch.linspace(0, len(pixels) - 1, min(_ALONE, len(pixels))).long().tolist()
