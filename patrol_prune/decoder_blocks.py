@@ -15,6 +15,7 @@ _VECTOR = 4
 """Maps of so few positions are read as vectors: convolutions have nothing to slide over there, and
 would press all channels into the trunk's few at each position."""
 _SPREAD_SIDE = 8
+_LEADING, _FEWEST_PATCHES = 8, 16
 _LEVELS = 2
 
 
@@ -135,13 +136,22 @@ def _token_grid(tokens: int, image_shape: tuple[int, ...]) -> tuple[int, int] | 
 
 
 def token_grid(tokens: int, image_shape: tuple[int, ...]) -> tuple[int, tuple[int, int] | None]:
-    """`(leading, grid)`: the grid that so many tokens lie on, behind 0 or 1 class token, or None.
+    """`(leading, grid)`: the grid that so many tokens lie on, and how many stand before it; or None.
+
+    Up to one class token, or else up to 8 with registers, before a grid of at least 16 whose tokens
+    stand for square patches that fill the image: one out of many numbers would do otherwise.
     """
-    for leading in (0, 1):
-        grid = _token_grid(tokens - leading, image_shape)
-        if grid is not None:
+    for leading in range(_LEADING + 1):
+        grid = _token_grid(tokens - leading, image_shape) if tokens > leading else None
+        if grid is not None and (leading <= 1 or _fills(grid, image_shape)):
             return leading, grid
     return 0, None
+
+
+def _fills(grid: tuple[int, int], image_shape: tuple[int, ...]) -> bool:
+    """Whether square patches of whole pixels on the grid fill the image, at least 16 of them."""
+    patch, left = divmod(image_shape[1], grid[0])
+    return not left and patch * grid[1] == image_shape[2] and math.prod(grid) >= _FEWEST_PATCHES
 
 
 class ToMap(nn.Module):
@@ -162,8 +172,9 @@ class ToMap(nn.Module):
         if len(feature_shape) == 2:
             tokens, channels = feature_shape
             leading, grid = token_grid(tokens, image_shape)
+            self.leading = leading
             if grid is not None:
-                self.kind = "class+tokens" if leading else "tokens"
+                self.kind = "tokens"
                 self.map_shape = ((1 + leading) * channels, *grid)
                 return
         self.kind = "linear"
@@ -180,10 +191,9 @@ class ToMap(nn.Module):
             flat: Tensor = self.linear(z.flatten(1))
             return flat.view(-1, *self.map_shape)
         height, width = self.map_shape[1:]
-        if self.kind == "tokens":
-            return z.transpose(1, 2).reshape(len(z), -1, height, width)
-        patches = z[:, 1:].transpose(1, 2).reshape(len(z), -1, height, width)
-        return torch.cat([patches, z[:, 0, :, None, None].expand_as(patches)], dim=1)
+        patches = z[:, self.leading :].transpose(1, 2).reshape(len(z), -1, height, width)
+        beside = z[:, : self.leading].flatten(1)[:, :, None, None]
+        return torch.cat([patches, beside.expand(-1, -1, height, width)], dim=1)
 
 
 def _linear_map(

@@ -78,7 +78,7 @@ def make_decoder(
         family: one of `FAMILIES`.
         feature_shape: a map `(C, H, W)` (or `(H, W, C)`, recognised by the image's aspect ratio),
             tokens `(T, D)` or a vector `(D,)`, without the batch. Tokens on a grid, with or
-            without one leading class token, become a map; all else goes through a linear layer.
+            without leading class or register tokens, become a map; all else goes through a linear layer.
         image_shape: `(channels, height, width)`.
         width: channels of the trunk.
         depth: residual blocks in the trunk (see `"unet"` for its own).

@@ -213,7 +213,7 @@ class UploadReader:
 def as_map(z: Tensor, image_shape: Sequence[int]) -> Tensor | None:
     """`z` as maps `[N, C, h, w]`: channels-last ones turned, tokens on their grid; else None.
 
-    A class token is left out.
+    Class and register tokens are left out.
     """
     shape = tuple(z.shape[1:])
     if len(shape) == 3:

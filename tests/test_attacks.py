@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from patrol_prune.attacks import (
     ATTACKS,

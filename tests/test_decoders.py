@@ -7,7 +7,13 @@ from hypothesis import given, settings
 
 from patrol_prune.cost import count_macs
 from patrol_prune.decoder_blocks import Fold, UTrunk, spreading
-from patrol_prune.decoders import FAMILIES, FeatureStandardizer, channel_dim, make_decoder
+from patrol_prune.decoders import (
+    FAMILIES,
+    FeatureStandardizer,
+    channel_dim,
+    make_decoder,
+    token_grid,
+)
 from patrol_prune.errors import InputError
 
 side = st.integers(1, 20)
@@ -69,6 +75,7 @@ def test_a_grey_image_is_read_through_no_smaller_a_trunk(
         ((5, 31, 31), (16, 16)),
         ((17, 12), (8, 8)),  # a class token and a 4x4 grid: 24 channels
         ((64, 12), (8, 8)),
+        ((21, 3), (8, 8)),  # a class token and four registers before a 4x4 grid: 18 channels
         ((8, 8, 96), (8, 8)),  # channels last
         ((7, 5), (8, 8)),  # no grid: a linear layer
         ((2048,), (8, 8)),
@@ -216,6 +223,15 @@ def test_fit_gives_every_channel_mean_0_and_variance_1(
     torch.testing.assert_close(
         y.var(others, correction=0), torch.ones(channels), atol=1e-4, rtol=0
     )
+
+
+def test_tokens_before_a_grid_are_counted_where_no_other_grid_would_do() -> None:
+    counts = {t: token_grid(t, (3, 224, 224)) for t in (196, 197, 201, 200, 199, 260, 205, 7, 30)}
+    assert counts == {196: (0, (14, 14)), 197: (1, (14, 14)), 201: (5, (14, 14)),
+                      200: (4, (14, 14)), 199: (3, (14, 14)), 260: (4, (16, 16)),
+                      205: (0, None), 7: (0, None), 30: (0, None)}
+    assert token_grid(36, (3, 64, 128)) == (0, (6, 6))  # a square, as ever
+    assert token_grid(37, (3, 64, 128)) == (1, (6, 6)) and token_grid(38, (3, 64, 128))[0] == 6
 
 
 def test_channels_last_maps_are_recognised_and_standardised_by_their_last_dimension() -> None:

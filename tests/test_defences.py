@@ -787,3 +787,4 @@ class TestStates:
     def test_bytes_of_maps_whose_channels_come_last(self) -> None:
         assert Disco(0.75).upload_bytes((2, 2, 768)) == 4 * 2 * 2 * 192 + 96
         assert Disco(0.75).upload_bytes((768, 2, 2)) == 4 * 2 * 2 * 192 + 96
+        assert Disco(0.75).upload_bytes((16, 16, 12)) == 4 * 16 * 12 * 4 + 2  # as `apply` reads it

@@ -137,7 +137,23 @@ def test_a_class_token_is_read_at_every_position() -> None:
     assert float(psnr(VICTIM, attack.reconstruct(tokens(VICTIM))).min()) > 80
 
 
-@pytest.mark.parametrize("tokens", [16, 17, 9, 10, 7, 32, 33, 2, 1])
+@pytest.mark.parametrize("leading", [4, 5])
+def test_register_tokens_before_the_grid_are_read_at_every_position(leading: int) -> None:
+    """One of them says how bright the picture is; the grid behind them is a map."""
+    def tokens(x: Tensor) -> Tensor:
+        level = x.mean(dim=(1, 2, 3), keepdim=True)
+        z = functional.pixel_unshuffle(x - level, 4).flatten(2).transpose(1, 2)
+        registers = torch.zeros(len(x), leading, z.shape[2])
+        registers[:, 2, 7] = level[:, 0, 0, 0]
+        return torch.cat([registers, z], dim=1)
+
+    attack = LinearInverse()
+    found = attack.fit(Knowledge(KNOWN, z=tokens(KNOWN))).chosen
+    assert found is not None and found["inputs"] == "a neighbourhood"
+    assert float(psnr(VICTIM, attack.reconstruct(tokens(VICTIM))).min()) > 80
+
+
+@pytest.mark.parametrize("tokens", [16, 17, 9, 10, 7, 32, 33, 2, 1, 20, 21, 40])
 @pytest.mark.parametrize("image", [(3, 48, 48), (3, 48, 96)])
 def test_tokens_lie_as_they_do_for_decoders(tokens: int, image: tuple[int, int, int]) -> None:
     layout, laid = Layout.of((tokens, 5), image, 1), ToMap((tokens, 5), image, 8)

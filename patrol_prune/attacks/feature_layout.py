@@ -26,7 +26,7 @@ class Layout:
         is_map: whether positions are told apart.
         dim: which dimension of `[N, *feature_shape]` holds the channels.
         tokens: the grid that tokens lie on, `(rows, columns)`; None for other features.
-        leading: class tokens before these, 0 or 1.
+        leading: class and register tokens before these.
         width: inputs of one position.
     """
 
@@ -45,7 +45,7 @@ class Layout:
         """The layout of a feature and an image, both without the batch.
 
         Channels-last maps are read as maps. Tokens on a grid of the image's aspect ratio, or a
-        square one, become a map; one class token before them stands beside every position.
+        square one, become a map; class and register tokens before them stand beside every position.
 
         Args:
             feature: `(C, H, W)`, `(H, W, C)`, `(T, D)` or anything else, which is taken whole.
@@ -107,6 +107,7 @@ class Layout:
             z = functional.interpolate(z, size=self.grid, mode="bilinear", align_corners=False)
         patches = functional.unfold(z, self.kernel, padding=self.kernel // 2)
         if beside is not None:
+            beside = beside.transpose(1, 2).flatten(1)[:, :, None]
             patches = torch.cat([patches, beside.expand(-1, -1, self.positions)], dim=1)
         return patches.transpose(1, 2).reshape(-1, patches.shape[1]).double()
 

@@ -141,11 +141,9 @@ class Disco(Defence):
     def upload_bytes(self, feature_shape: Sequence[int]) -> int:
         """The kept channels as float32, and one bit per channel that says which they are.
 
-        Channels are the last dimension of tokens and vectors, and of a map whose first two
-        dimensions alone are equal, `[H, H, C]`; else the first.
+        Channels are where `channel_dim` finds them for square images.
         """
         shape = tuple(feature_shape)
-        first = len(shape) == 3 and not shape[0] == shape[1] != shape[2]
-        channels = shape[0] if first else shape[-1]
+        channels = shape[channel_dim(shape, (1, 1, 1)) - 1]
         values = math.prod(feature_shape) // channels * kept_channels(channels, self.ratio)
         return 4 * values + math.ceil(channels / 8)
