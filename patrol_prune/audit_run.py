@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.access import Draws, Repeated, compute_features, edge_function, fresh_twin
-from patrol_prune.alone import one_at_a_time
+from patrol_prune.access import Draws, compute_features, edge_function
 from patrol_prune.attacks import (
     Attack,
     Flag,
@@ -25,7 +24,7 @@ from patrol_prune.attacks import (
     check_slopes,
     self_test,
 )
-from patrol_prune.attacks.checks import NO_GRADIENT, SEEN_ONCE, SELF_TESTS
+from patrol_prune.attacks.checks import NO_GRADIENT, SELF_TESTS
 from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_attack import Observer, Outcome, broken_off, carried_out, shown, told
 from patrol_prune.audit_choice import Factory, Owned
@@ -34,7 +33,8 @@ from patrol_prune.audit_scores import thumbnails
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.jacobian import blocked_outputs
 from patrol_prune.pixels import Normalization
-from patrol_prune.received import OUTLYING_FEATURES, evened, not_outlying
+from patrol_prune.received import OUTLYING_FEATURES, not_outlying
+from patrol_prune.undoing import Undone, undone
 from patrol_prune.warm_start import WarmStarts
 
 logger = logging.getLogger("patrol_prune.audit")
@@ -118,16 +118,11 @@ class AuditRun:
         torch.set_rng_state(self.begun)
         self.draws = own_draws = Draws(edge)
         some = torch.cat([_spread(self.victim), _spread(self.attackers[0].pixels)])
-        once, draws, flags = one_at_a_time(edge, some, self.normalization)
-        self.used = self.uploads if draws else 1
-        flags += [SEEN_ONCE] * (draws and self.uploads == 1)
-        edge = once if self.used == 1 else Repeated(once, self.used)
-        with own_draws.kept():
-            edge, cloud, uneven = evened(edge, cloud, self.attackers[0].pixels, self.normalization,
-                                         draws=draws)
-        self.flag(flags + uneven, subject, None, None)
+        got = undone(edge, cloud, some, self.attackers[0].pixels, self.normalization, self.uploads)
+        self.used = got.uploads
+        self.flag(got.flags, subject, None, None)
         z_victim = compute_features(
-            edge, self.victim, self.normalization, batch_size=self.batch_size
+            got.edge, self.victim, self.normalization, batch_size=self.batch_size
         )
         if not bool(torch.isfinite(z_victim).all()):
             raise InputError(
@@ -138,7 +133,7 @@ class AuditRun:
         for own in self.attackers:
             if own.data not in whole:
                 own_draws.apart(own.data)
-                whole[own.data] = self.knowledge(subject, own, edge, cloud, z_victim, once, draws)
+                whole[own.data] = self.knowledge(subject, own, got, z_victim)
                 self.check_edge(whole[own.data], subject)
             known = whole[own.data].first(own.count)
             if subject == "edge" and own is self.attackers[0]:
@@ -205,16 +200,13 @@ class AuditRun:
                 known.edge, some, prepare=lambda: draws.apart("slopes")))
         return self.blocked[subject]
 
-    def knowledge(
-        self, subject: str, own: Owned, edge: nn.Module, cloud: nn.Module | None, z_victim: Tensor,
-        once: nn.Module, draws: bool,
-    ) -> Knowledge:
-        """What this attacker may have, with all of his images; `once` sends a picture once."""
-        query = edge_function(edge, self.normalization)
+    def knowledge(self, subject: str, own: Owned, got: Undone, z_victim: Tensor) -> Knowledge:
+        """What this attacker may have, with all of his images."""
+        query = edge_function(got.edge, self.normalization)
         fits = z_victim[:1].numel() * 4 * len(own.pixels) <= self.largest_feature_bytes
         pixels, labels, z = own.pixels, own.labels, None
         if fits:
-            z = compute_features(edge, pixels, self.normalization, batch_size=self.batch_size)
+            z = compute_features(got.edge, pixels, self.normalization, batch_size=self.batch_size)
             near = not_outlying(z) if bool(torch.isfinite(z).all()) else None
             if near is not None:
                 self.flag([OUTLYING_FEATURES], subject, None, None)
@@ -224,11 +216,11 @@ class AuditRun:
             pixels=pixels,
             z=z,
             edge=query,
-            cloud=cloud,
+            cloud=got.cloud,
             labels=labels,
             observed=z_victim,
-            shadow_edge=lambda seed: fresh_twin(once, seed),
-            random_edge=draws,
+            shadow_edge=got.twin,
+            random_edge=got.draws,
         )
 
     def check_edge(self, known: Knowledge, subject: str) -> None:
@@ -336,8 +328,8 @@ class AuditRun:
             self.result.example_indices = index.tolist()
             images = {"originals": self.victim} | {s: g for s, (_, g) in self.best.items()}
             for name, pixels in images.items():
-                shown = (pixels[index] * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
-                self.result.examples[name] = np.ascontiguousarray(shown.numpy())
+                rows = (pixels[index] * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+                self.result.examples[name] = np.ascontiguousarray(rows.numpy())
         return self.result
 
 

@@ -98,10 +98,22 @@ def channel_dim(feature_shape: tuple[int, ...], image_shape: tuple[int, ...]) ->
     """
     if len(feature_shape) < 3:
         return len(feature_shape)
-    aspect = image_shape[1] / image_shape[2]
-    first = abs(math.log(feature_shape[0] / feature_shape[1] / aspect))
-    last = abs(math.log(feature_shape[1] / feature_shape[2] / aspect))
+    first, last = _off_aspect(feature_shape, image_shape)
     return 3 if first < 1e-6 and last > math.log(1.5) else 1
+
+
+def either_layout(feature_shape: tuple[int, ...], image_shape: tuple[int, ...]) -> bool:
+    """Whether a map that `channel_dim` reads as `(C, H, W)` could as well be `(H, W, C)`."""
+    return (len(feature_shape) == 3 and channel_dim(feature_shape, image_shape) == 1
+            and _off_aspect(feature_shape, image_shape)[0] < 1e-6)
+
+
+def _off_aspect(feature_shape: tuple[int, ...], image_shape: tuple[int, ...]
+                ) -> tuple[float, float]:
+    """How far the first two sizes and the last two are from the image's aspect ratio."""
+    aspect = image_shape[1] / image_shape[2]
+    first, second, third = feature_shape
+    return abs(math.log(first / second / aspect)), abs(math.log(second / third / aspect))
 
 
 def check_shape(name: str, shape: tuple[int, ...], lengths: tuple[int, ...]) -> None:
@@ -136,7 +148,7 @@ def _token_grid(tokens: int, image_shape: tuple[int, ...]) -> tuple[int, int] | 
 
 
 def token_grid(tokens: int, image_shape: tuple[int, ...]) -> tuple[int, tuple[int, int] | None]:
-    """`(leading, grid)`: the grid that so many tokens lie on, and how many stand before it; or None.
+    """`(leading, grid)`: the grid that so many tokens lie on, or None, and how many precede it.
 
     Up to one class token, or else up to 8 with registers, before a grid of at least 16 whose tokens
     stand for square patches that fill the image: one out of many numbers would do otherwise.

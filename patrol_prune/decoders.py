@@ -22,6 +22,7 @@ from patrol_prune.decoder_blocks import (
     channel_dim,
     check_shape,
     doubling,
+    either_layout,
     spreading,
     token_grid,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "Decoder",
     "FeatureStandardizer",
     "channel_dim",
+    "either_layout",
     "make_decoder",
     "token_grid",
 ]
@@ -78,7 +80,8 @@ def make_decoder(
         family: one of `FAMILIES`.
         feature_shape: a map `(C, H, W)` (or `(H, W, C)`, recognised by the image's aspect ratio),
             tokens `(T, D)` or a vector `(D,)`, without the batch. Tokens on a grid, with or
-            without leading class or register tokens, become a map; all else goes through a linear layer.
+            without class or register tokens before it, become a map; all else goes through a
+            linear layer.
         image_shape: `(channels, height, width)`.
         width: channels of the trunk.
         depth: residual blocks in the trunk (see `"unet"` for its own).

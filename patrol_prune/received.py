@@ -8,6 +8,7 @@ map channel by channel overlook what is left beside them; so they get the upload
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,8 @@ from patrol_prune.pixels import Normalization
 _SAMPLE, _LEAST, _NUMBERS = 512, 32, 1 << 24
 _FAR, _ROUNDED, _FAINT = 30.0, 1e4, 0.1
 _FEW_ODD = 0.015
-_HELPS = 0.9
-_PROXY = 1_000
+HELPS = 0.9
+PROXY = 1_000
 _OUTLYING, _USUAL, _MOST_OUTLYING = 10.0, 0.8, 0.15
 _FEWEST = 20
 
@@ -74,41 +75,47 @@ class Level:
         return self.shift.to(z.device, kind), self.gain.to(z.device, kind)
 
 
-class Levelled(nn.Module):
-    """The edge behind which the attacker evens out what he gets."""
+class Step(Protocol):
+    """Something that the attacker does to an upload `[N, ...]`."""
 
-    def __init__(self, edge: nn.Module, level: Level) -> None:
+    def __call__(self, z: Tensor) -> Tensor: ...
+
+    def undone(self, z: Tensor) -> Tensor:
+        """What was sent."""
+
+
+class Prepared(nn.Module):
+    """The edge behind which the attacker does something to what he gets."""
+
+    def __init__(self, edge: nn.Module, step: Step) -> None:
         super().__init__()
-        self.edge, self.level = edge, level
+        self.edge, self.step = edge, step
 
     def forward(self, x: Tensor) -> Tensor:
-        """Model inputs `[N, ...]` to features `[N, ...]`, float32."""
-        return self.level(real(self.edge(x)))
+        """Model inputs `[N, ...]` to features `[N, ...]`."""
+        return self.step(real(self.edge(x)))
 
 
 class Restored(nn.Module):
     """The cloud in front of which the upload is put back as it was sent."""
 
-    def __init__(self, cloud: nn.Module, level: Level) -> None:
+    def __init__(self, cloud: nn.Module, step: Step) -> None:
         super().__init__()
-        self.cloud, self.level = cloud, level
+        self.cloud, self.step = cloud, step
 
     def forward(self, z: Tensor) -> Tensor:
-        """Levelled features to logits."""
-        logits: Tensor = self.cloud(self.level.undone(z))
+        """Features as the attacker has them to logits."""
+        logits: Tensor = self.cloud(self.step.undone(z))
         return logits
 
 
 def evened(
-    edge: nn.Module, cloud: nn.Module | None, pixels: Tensor, normalization: Normalization,
-    *, draws: bool = False,
-) -> tuple[nn.Module, nn.Module | None, list[Flag]]:
-    """Both with the feature evened out between them where some values stand far from others; and a
-    flag that tells of it.
+    edge: nn.Module, pixels: Tensor, normalization: Normalization, *, draws: bool = False
+) -> Level | None:
+    """How its feature is evened out where some values stand far from others; None where none do.
 
     Args:
         edge: as it is attacked.
-        cloud: what reads its feature.
         pixels: the attacker's images.
         normalization: of the edge's inputs.
         draws: whether the edge draws. One that drops values sends zeros where it does: these stay
@@ -120,11 +127,7 @@ def evened(
             Knowledge(pixels, edge=edge_function(edge, normalization)), pixels.device):
         full = Level(torch.zeros_like(full.shift), full.gain) if full.scales else None
         shifted = None
-    level = shifted if full is None else worth_it(full, shifted, query, pixels)
-    if level is None:
-        return edge, cloud, []
-    cloud = None if cloud is None else Restored(cloud, level)
-    return Levelled(edge, level), cloud, [UNEVEN_FEATURE]
+    return shifted if full is None else worth_it(full, shifted, query, pixels)
 
 
 @torch.no_grad()
@@ -140,7 +143,7 @@ def level_of(edge: EdgeFunction, pixels: Tensor) -> tuple[Level | None, Level | 
         edge: as it is attacked, in float64.
         pixels: the attacker's images.
     """
-    z = _sample(edge, pixels)
+    z = sample(edge, pixels)[0]
     near = not_outlying(z)
     z = z if near is None else z[near]
     shape = tuple(z.shape[1:])
@@ -176,16 +179,18 @@ def level_of(edge: EdgeFunction, pixels: Tensor) -> tuple[Level | None, Level | 
     return full, Level(back(alone), back(torch.full_like(gain, unit)))
 
 
-def _sample(edge: EdgeFunction, pixels: Tensor) -> Tensor:
-    """Features of some images, as many as fit."""
-    index = _spread(edge, pixels, _SAMPLE)
-    return torch.cat([edge(part) for part in pixels[index].split(32)])
+@torch.no_grad()
+def sample(edge: EdgeFunction, pixels: Tensor, most: int = _SAMPLE) -> tuple[Tensor, Tensor]:
+    """Features of some images, as many as fit, and these images.
 
-
-def _spread(edge: EdgeFunction, pixels: Tensor, most: int) -> Tensor:
-    """Indices of so many of the images, of fewer where their features are large."""
+    Args:
+        edge: as it is attacked.
+        pixels: the attacker's images.
+        most: how many at most; fewer where features are large.
+    """
     count = max(_LEAST, min(most, _NUMBERS // max(1, edge(pixels[:32])[0].numel())))
-    return torch.linspace(0, len(pixels) - 1, min(count, len(pixels))).long().unique()
+    some = pixels[torch.linspace(0, len(pixels) - 1, min(count, len(pixels))).long().unique()]
+    return torch.cat([edge(part) for part in some.split(32)]), some
 
 
 @torch.no_grad()
@@ -201,19 +206,30 @@ def worth_it(
     """
     if not full.scales:
         return full
-    some = pixels[_spread(edge, pixels, _PROXY)]
-    if len(some) < _FEWEST:
-        return shifted
-    parts = [edge(part) for part in some.split(64)]
-    near: Tensor | None = None
-    losses: list[float] = []
-    for made in (shifted, full):
-        z = torch.cat([part.float() if made is None else made(part) for part in parts])
-        if not losses:  # both are judged by the same images
-            near = not_outlying(z)
-        known = Knowledge(some, z) if near is None else Knowledge(some[near], z[near])
-        losses.append(LinearInverse(LinearInverseConfig(whole=False)).fit(known).best_loss)
-    return full if losses[1] < _HELPS * losses[0] else shifted
+    sent, some = sample(edge, pixels, PROXY)
+    plain = sent.float() if shifted is None else shifted(sent)
+    return full if helps(plain, full(sent), some) else shifted
+
+
+def helps(plain: Tensor, changed: Tensor, pixels: Tensor) -> bool:
+    """Whether a linear decoder rebuilds held-out images better by a tenth from the changed uploads.
+
+    Args:
+        plain, changed: what is sent for these images, `[N, ...]` each.
+        pixels: the images.
+    """
+    if len(pixels) < _FEWEST:
+        return False
+    near = not_outlying(plain)  # both are judged by the same images
+    if near is not None:
+        plain, changed, pixels = plain[near], changed[near], pixels[near]
+    return linear_loss(changed, pixels) < HELPS * linear_loss(plain, pixels)
+
+
+def linear_loss(z: Tensor, pixels: Tensor, kernel: int = 3) -> float:
+    """A linear decoder's mean squared error on held-out images, of uploads read as a map is."""
+    config = LinearInverseConfig(kernel=kernel, whole=False)
+    return LinearInverse(config).fit(Knowledge(pixels, z)).best_loss
 
 
 def not_outlying(z: Tensor) -> Tensor | None:

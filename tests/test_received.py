@@ -15,7 +15,7 @@ from patrol_prune.attacks.checks import smooth_images
 from patrol_prune.attacks.white_box import drops_values
 from patrol_prune.errors import InputError
 from patrol_prune.pixels import Normalization
-from patrol_prune.received import Level, evened, level_of, not_outlying, worth_it
+from patrol_prune.received import Level, Prepared, evened, level_of, not_outlying, worth_it
 
 IMAGES = smooth_images(200, (3, 16, 16), seed=5)
 KNOWN, VICTIM = IMAGES[:160], IMAGES[160:]
@@ -61,7 +61,7 @@ def test_nothing_is_evened_out_of_a_usual_feature() -> None:
     assert ssim > 0.6 and not flags & {"uneven_feature", "mixes_images", "outlying_features"}
     edge = Edge()
     assert level_of(edge_function(edge, PLAIN, wide=True), KNOWN) == (None, None)
-    assert evened(edge, None, KNOWN, PLAIN) == (edge, None, [])
+    assert evened(edge, KNOWN, PLAIN) is None
 
 
 @pytest.mark.parametrize("change", [
@@ -117,8 +117,9 @@ def test_what_is_dropped_stays_zero() -> None:
             return nn.functional.dropout(z, 0.5, True)
 
     for change in (lambda z: z * positions(1e-4), lambda z: z + 30.0 * (positions(0.0) - 0.5)):
-        edge, _, _ = evened(Drops(change), None, KNOWN, PLAIN, draws=True)
-        query = edge_function(edge, PLAIN)
+        edge = Drops(change)
+        level = evened(edge, KNOWN, PLAIN, draws=True)
+        query = edge_function(edge if level is None else Prepared(edge, level), PLAIN)
         assert drops_values(pp.Knowledge(KNOWN, edge=query), torch.device("cpu"))
 
 

@@ -170,7 +170,8 @@ def check_reconstructions(
     if not bool(mse(originals, reconstructions).mean() < _BEATS * mse(originals, mean).mean()):
         flags.append(NOT_BETTER_THAN_MEAN_IMAGE)
     elif min(originals.shape[2:]) >= SSIM_SIDE and not bool(
-            ssim(originals, reconstructions).double().mean() > ssim(originals, mean).double().mean()):
+        ssim(originals, reconstructions).double().mean() > ssim(originals, mean).double().mean()
+    ):
         flags.append(replace(NOT_BETTER_THAN_MEAN_IMAGE, meaning=(
             "The reconstructions are no more like the images, in SSIM, than the attacker's mean "
             "image is, though their squared error is smaller.")))

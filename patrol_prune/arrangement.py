@@ -1,0 +1,239 @@
+"""Where the values of an upload stand: which dimension holds the channels, which place lies where.
+
+Attacks that look at places rely on both, and an edge that sends its map in another order, which
+costs it nothing, blinds them. Which part of the picture a place depends on shows in a regression.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from patrol_prune.access import edge_function
+from patrol_prune.attacks import Flag
+from patrol_prune.decoders import channel_dim, either_layout
+from patrol_prune.pixels import Normalization
+from patrol_prune.received import HELPS, PROXY, helps, linear_loss, sample
+from patrol_prune.upload_reader import as_map
+
+_FEWEST_IMAGES, _FEWEST_PLACES = 64, 9
+_CHANNELS, _DIRECTIONS = 256, 16
+_SIDE, _LOOKED, _MOST_PLACES, _AT_ONCE = 8, 64, 1024, 32
+_ODD, _CLEAR = 0.05, 0.3
+_MOVED, _FAR = 0.2, 2
+_RIDGE = 0.05
+
+LAYOUT_GUESSED = Flag(
+    "layout_guessed",
+    "The feature's shape does not tell whether its channels come first or last, and a linear "
+    "decoder sees about as much either way. It was read with the channels first.",
+    "If they come last, audit an edge that sends them first.",
+)
+SCRAMBLED_LAYOUT = Flag(
+    "scrambled_layout",
+    "The places of the feature do not lie as those of the picture do that they depend on. The "
+    "attacks got them put in order, as any attacker would do.",
+    "Nothing, if that is meant. It hides nothing.",
+)
+NOT_PUT_IN_ORDER = replace(
+    SCRAMBLED_LAYOUT,
+    meaning="The places of the feature do not lie as those of the picture do that they depend on, "
+    "and no order was found that helps. Attacks that look at places see less than there is.",
+    advice="Audit an edge that sends its map as it is; an order hides nothing from who finds it.",
+)
+
+
+class ChannelsFirst:
+    """`[N, H, W, C]` to `[N, C, H, W]`."""
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return z.movedim(3, 1)
+
+    def undone(self, z: Tensor) -> Tensor:
+        """What was sent."""
+        return z.movedim(1, 3)
+
+
+@dataclass(frozen=True)
+class Order:
+    """Place `i` of the upload becomes what place `index[i]` was.
+
+    Attributes:
+        index: a permutation of all places.
+        dim: which dimension of the upload `[N, ...]` holds the channels; all others are places.
+    """
+
+    index: Tensor
+    dim: int
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self._moved(z, self.index)
+
+    def undone(self, z: Tensor) -> Tensor:
+        """What was sent."""
+        return self._moved(z, self.index.argsort())
+
+    def _moved(self, z: Tensor, index: Tensor) -> Tensor:
+        first, last = (2, z.dim() - 1) if self.dim == 1 else (1, z.dim() - 2)
+        return z.flatten(first, last).index_select(first, index.to(z.device)).reshape(z.shape)
+
+
+@torch.no_grad()
+def channels_last(edge: nn.Module, pixels: Tensor, normalization: Normalization) -> bool | None:
+    """Whether a map holds its channels last though its shape allows both; None if nothing tells.
+
+    A linear decoder from each place to the pixels behind it sees clearly more in the right reading.
+
+    Args:
+        edge: as it is attacked.
+        pixels: the attacker's images.
+        normalization: of the edge's inputs.
+    """
+    query = edge_function(edge, normalization)
+    if not either_layout(tuple(query(pixels[:2]).shape[1:]), tuple(pixels.shape[1:])):
+        return False
+    z, some = sample(query, pixels)
+    if len(some) < _FEWEST_IMAGES:
+        return None
+    first, last = (linear_loss(read, some, kernel=1) for read in (z, z.movedim(3, 1)))
+    if min(first, last) >= HELPS * max(first, last):
+        return None
+    return last < first
+
+
+@torch.no_grad()
+def arranged(
+    edge: nn.Module, pixels: Tensor, normalization: Normalization
+) -> tuple[Order | None, Flag | None]:
+    """The order in which a map's places lie as the picture's do, if they do not; and a flag.
+
+    Of some places it is looked whether each depends, in one half of the images, on another part of
+    the picture than its own, and how much better that explains it in the other half. Where that is
+    so, each place is assigned the part that it explains best; of maps over 1,024 places, all are
+    mirrored and turned as fits best. The order counts only if it moves many of them far and a
+    linear decoder sees more for it: deep features, whose places see much of the picture, stay.
+
+    Args:
+        edge: as it is attacked.
+        pixels: the attacker's images.
+        normalization: of the edge's inputs.
+    """
+    query = edge_function(edge, normalization)
+    image = tuple(pixels.shape[1:])
+    grid = as_map(query(pixels[:2]), image)
+    if grid is None or grid.shape[2:].numel() < _FEWEST_PLACES or len(pixels) < _FEWEST_IMAGES:
+        return None, None
+    z, some = sample(query, pixels)
+    size = int(grid.shape[2]), int(grid.shape[3])
+    found = as_map(z, image)
+    assert found is not None
+    places = _directions(found.flatten(2).cpu())
+    odd, scores, chosen = _look(places, some.cpu(), size)
+    if odd < _ODD:
+        return None, None
+    if len(places) <= _MOST_PLACES:
+        to = _assigned(torch.stack(_explained(places, _cells(some.cpu(), size))).sum(0))
+    else:
+        to = _mirrored(scores, chosen, size)
+    row, column = (torch.div(to, size[1], rounding_mode="floor"), to % size[1])
+    own = torch.arange(len(to))
+    moved = torch.maximum((row - own // size[1]).abs(), (column - own % size[1]).abs()) >= _FAR
+    if float(moved.double().mean()) >= _MOVED:
+        leading = z.shape[1] - len(to) if z.dim() == 3 else 0
+        index = torch.cat([torch.arange(leading), leading + to.argsort()])
+        order = Order(index, channel_dim(tuple(z.shape[1:]), image))
+        z, some = sample(query, pixels, PROXY)
+        if helps(z, order(z), some):
+            return order, SCRAMBLED_LAYOUT
+    return None, NOT_PUT_IN_ORDER if odd > _CLEAR else None
+
+
+def _directions(z: Tensor) -> Tensor:
+    """Maps `[N, C, P]` to `[P, N, K]`, float64: what varies most in each place's channels."""
+    z = z.double() - z.double().mean(0)
+    z = z[:, torch.linspace(0, z.shape[1] - 1, min(z.shape[1], _CHANNELS)).long()]
+    size = z.square().mean((0, 2)).sqrt().view(1, -1, 1)
+    z = torch.where(size > 0, z / size.clamp_min(1e-300), 0.0)
+    if z.shape[1] > _DIRECTIONS:
+        flat = z.transpose(0, 1).flatten(1)
+        basis = torch.linalg.eigh(flat @ flat.T / flat.shape[1]).eigenvectors[:, -_DIRECTIONS:]
+        z = torch.einsum("ncp,ck->nkp", z, basis)
+    return z.permute(2, 0, 1)
+
+
+def _cells(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Images as so many mean colours, `[N, c, Q]`, float64."""
+    if size[0] > pixels.shape[2] or size[1] > pixels.shape[3]:
+        return functional.interpolate(pixels.double(), size=size, mode="bilinear").flatten(2)
+    return functional.adaptive_avg_pool2d(pixels.double(), size).flatten(2)
+
+
+def _explained(places: Tensor, cells: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of each cell `[N, c, Q]` each place `[P, N, K]` explains, twice `[P, Q]`.
+
+    1 less the squared error of a ridge regression over the cell's variance, at least 0; learnt in
+    one half of the images and measured in the other, and the other way round.
+    """
+    even = torch.arange(len(cells)) % 2 == 0
+    first, second = (torch.cat([_learnt(part[:, own], part[:, ~own], cells[own], cells[~own])
+                                for part in places.split(_AT_ONCE)]) for own in (even, ~even))
+    return first, second
+
+
+def _learnt(known: Tensor, places: Tensor, known_cells: Tensor, cells: Tensor) -> Tensor:
+    """One of them: learnt from the places and cells that are known, measured by the others."""
+    shift, mean = known.mean(1, keepdim=True), known_cells.flatten(1).mean(0)
+    x = known - shift
+    gram = x.transpose(1, 2) @ x
+    ridge = _RIDGE * gram.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-300)
+    gram = gram + ridge[:, None, None] * torch.eye(gram.shape[1], dtype=gram.dtype)
+    weight = torch.linalg.solve(gram, x.transpose(1, 2) @ (known_cells.flatten(1) - mean))
+    rest = cells.flatten(1) - mean
+    error = (rest - (places - shift) @ weight).square().mean(1)
+    left, whole = (v.view(-1, *cells.shape[1:]).sum(1) for v in (error, rest.square().mean(0)))
+    return (1 - left / whole.clamp_min(1e-300)).clamp_min(0.0)
+
+
+def _look(places: Tensor, pixels: Tensor, size: tuple[int, int]) -> tuple[float, Tensor, Tensor]:
+    """How much better than their own the cells explain that some places prefer; and all scores.
+
+    Returns:
+        The mean gain, scores `[places, 8 * 8]` at most, and which places these are.
+    """
+    coarse = min(size[0], _SIDE), min(size[1], _SIDE)
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(places), generator=generator)[:_LOOKED]
+    first, second = _explained(places[chosen], _cells(pixels, coarse))
+    own, rows = _coarse(size)[chosen], torch.arange(len(chosen))
+    gains = [(test[rows, learnt.argmax(1)] - test[rows, own]).mean()
+             for learnt, test in ((first, second), (second, first))]
+    return float(sum(gains)) / 2, first + second, chosen
+
+
+def _coarse(size: tuple[int, int]) -> Tensor:
+    """Of every place, the cell of a grid of at most 8x8 that it lies in."""
+    rows, columns = min(size[0], _SIDE), min(size[1], _SIDE)
+    down = torch.arange(size[0]) * rows // size[0]
+    return (down[:, None] * columns + torch.arange(size[1]) * columns // size[1]).flatten()
+
+
+def _assigned(scores: Tensor) -> Tensor:
+    """A cell for every place, `[P]`, each once: always the pair next whose score is highest."""
+    scores, to = scores.clone(), torch.zeros(len(scores), dtype=torch.long)
+    for _ in range(len(to)):
+        place, cell = divmod(int(scores.argmax()), len(to))
+        to[place] = cell
+        scores[place], scores[:, cell] = -torch.inf, -torch.inf
+    return to
+
+
+def _mirrored(scores: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
+    """The cell of every place after the mirroring and turning that fits best."""
+    plain = torch.arange(size[0] * size[1]).view(size)
+    turned = [plain, plain.T] if size[0] == size[1] else [plain]
+    every = [t.flip(axes).flatten() for t in turned for axes in ((), (0,), (1,), (0, 1))]
+    rows, coarse = torch.arange(len(chosen)), _coarse(size)
+    return max(every, key=lambda to: float(scores[rows, coarse[to[chosen]]].mean()))
