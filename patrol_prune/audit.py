@@ -149,7 +149,7 @@ def audit(
         normalization or Normalization(), batch_size, largest_feature_bytes, progress, observer,
         uploads,
     )
-    _check_runs(subjects, victim[:2], normalization or Normalization())
+    _check_runs(subjects, torch.cat([victim[:1], known[:1]]), normalization or Normalization())
     with torch.random.fork_rng(devices=[]):
         if check_attacks:
             run.self_tests(made)

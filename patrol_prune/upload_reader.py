@@ -154,7 +154,7 @@ class UploadReader:
         done = 0
         for part, own in self._parts(z, corners):
             done += len(part)
-            names = READS if self._has_more(part) else READS[:1]
+            names: tuple[str, ...] = READS if self._has_more(part) else READS[:1]
             if part[0].numel() * expected > _WHOLE_VALUES:
                 names = names[:2]
             for name in names:
