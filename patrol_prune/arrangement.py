@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patrol_prune.access import edge_function
-from patrol_prune.attacks import Flag
+from patrol_prune.attacks import EdgeFunction, Flag
 from patrol_prune.decoders import channel_dim, either_layout
 from patrol_prune.pixels import Normalization
-from patrol_prune.received import HELPS, PROXY, helps, linear_loss, sample
+from patrol_prune.received import FEWEST, HELPS, PROXY, helps, linear_loss, sample
 from patrol_prune.upload_reader import as_map
 
-_FEWEST_IMAGES, _FEWEST_PLACES = 64, 9
-_CHANNELS, _DIRECTIONS = 256, 16
+_FEWEST_IMAGES, _MOST_IMAGES, _FEWEST_PLACES = 64, 400, 9
+_DIRECTIONS, _NUMBERS = 16, 1 << 14
 _SIDE, _LOOKED, _MOST_PLACES, _AT_ONCE = 8, 64, 1024, 32
 _ODD, _CLEAR = 0.05, 0.3
 _MOVED, _FAR = 0.2, 2
@@ -96,7 +96,7 @@ def channels_last(edge: nn.Module, pixels: Tensor, normalization: Normalization)
     if not either_layout(tuple(query(pixels[:2]).shape[1:]), tuple(pixels.shape[1:])):
         return False
     z, some = sample(query, pixels)
-    if len(some) < _FEWEST_IMAGES:
+    if len(some) < FEWEST:
         return None
     first, last = (linear_loss(read, some, kernel=1) for read in (z, z.movedim(3, 1)))
     if min(first, last) >= HELPS * max(first, last):
@@ -123,25 +123,26 @@ def arranged(
     """
     query = edge_function(edge, normalization)
     image = tuple(pixels.shape[1:])
-    grid = as_map(query(pixels[:2]), image)
+    z = query(pixels[:2])
+    grid = as_map(z, image)
     if grid is None or grid.shape[2:].numel() < _FEWEST_PLACES or len(pixels) < _FEWEST_IMAGES:
         return None, None
-    z, some = sample(query, pixels)
     size = int(grid.shape[2]), int(grid.shape[3])
-    found = as_map(z, image)
-    assert found is not None
-    places = _directions(found.flatten(2).cpu())
-    odd, scores, chosen = _look(places, some.cpu(), size)
+    some = pixels[torch.linspace(0, len(pixels) - 1, min(_MOST_IMAGES, len(pixels))).long()]
+    kept = torch.arange(size[0] * size[1])
+    if len(kept) > _MOST_PLACES:
+        kept = _some_of(len(kept))
+    places = _directions(_maps(query, some, kept))
+    some = some.cpu()
+    chosen = _some_of(len(kept))
+    odd, scores = _look(places[chosen], kept[chosen], some, size)
     if odd < _ODD:
         return None, None
-    if len(places) <= _MOST_PLACES:
-        to = _assigned(torch.stack(_explained(places, _cells(some.cpu(), size))).sum(0))
+    if len(kept) == size[0] * size[1]:
+        to = _assigned(torch.stack(_explained(places, _cells(some, size))).sum(0))
     else:
-        to = _mirrored(scores, chosen, size)
-    row, column = (torch.div(to, size[1], rounding_mode="floor"), to % size[1])
-    own = torch.arange(len(to))
-    moved = torch.maximum((row - own // size[1]).abs(), (column - own % size[1]).abs()) >= _FAR
-    if float(moved.double().mean()) >= _MOVED:
+        to = _mirrored(scores, kept[chosen], size)
+    if _far(to, size) >= _MOVED:
         leading = z.shape[1] - len(to) if z.dim() == 3 else 0
         index = torch.cat([torch.arange(leading), leading + to.argsort()])
         order = Order(index, channel_dim(tuple(z.shape[1:]), image))
@@ -151,10 +152,34 @@ def arranged(
     return None, NOT_PUT_IN_ORDER if odd > _CLEAR else None
 
 
+def _some_of(count: int) -> Tensor:
+    """Up to 64 of so many numbers, seeded."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_LOOKED]
+
+
+def _far(to: Tensor, size: tuple[int, int]) -> float:
+    """The share of places whose cell is two or more rows or columns away."""
+    cell, place = ((v // size[1], v % size[1]) for v in (to, torch.arange(len(to))))
+    away = [(a - b).abs() for a, b in zip(cell, place, strict=True)]
+    return float((torch.maximum(*away) >= _FAR).double().mean())
+
+
+def _maps(query: EdgeFunction, pixels: Tensor, kept: Tensor) -> Tensor:
+    """What is sent for these images at these places, `[N, C, P]`; of many channels, some."""
+    parts: list[Tensor] = []
+    for part in pixels.split(32):
+        found = as_map(query(part), tuple(pixels.shape[1:]))
+        assert found is not None
+        most = min(found.shape[1], max(_DIRECTIONS, _NUMBERS // len(kept)))
+        channels = torch.linspace(0, found.shape[1] - 1, most).long()
+        parts.append(found.flatten(2).cpu()[:, channels][:, :, kept])
+    return torch.cat(parts)
+
+
 def _directions(z: Tensor) -> Tensor:
     """Maps `[N, C, P]` to `[P, N, K]`, float64: what varies most in each place's channels."""
-    z = z.double() - z.double().mean(0)
-    z = z[:, torch.linspace(0, z.shape[1] - 1, min(z.shape[1], _CHANNELS)).long()]
+    z = z.double()
+    z = z - z.mean(0)
     size = z.square().mean((0, 2)).sqrt().view(1, -1, 1)
     z = torch.where(size > 0, z / size.clamp_min(1e-300), 0.0)
     if z.shape[1] > _DIRECTIONS:
@@ -197,20 +222,26 @@ def _learnt(known: Tensor, places: Tensor, known_cells: Tensor, cells: Tensor) -
     return (1 - left / whole.clamp_min(1e-300)).clamp_min(0.0)
 
 
-def _look(places: Tensor, pixels: Tensor, size: tuple[int, int]) -> tuple[float, Tensor, Tensor]:
-    """How much better than their own the cells explain that some places prefer; and all scores.
+def _look(
+    places: Tensor, numbers: Tensor, pixels: Tensor, size: tuple[int, int]
+) -> tuple[float, Tensor]:
+    """How much better than their own the cells explain that places prefer, in the mean.
+
+    Args:
+        places: `[P, N, K]`.
+        numbers: which of the map's they are, `[P]`.
+        pixels: the images.
+        size: of the map.
 
     Returns:
-        The mean gain, scores `[places, 8 * 8]` at most, and which places these are.
+        That gain, and all scores, `[P, 8 * 8]` at most.
     """
     coarse = min(size[0], _SIDE), min(size[1], _SIDE)
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randperm(len(places), generator=generator)[:_LOOKED]
-    first, second = _explained(places[chosen], _cells(pixels, coarse))
-    own, rows = _coarse(size)[chosen], torch.arange(len(chosen))
+    first, second = _explained(places, _cells(pixels, coarse))
+    own, rows = _coarse(size)[numbers], torch.arange(len(numbers))
     gains = [(test[rows, learnt.argmax(1)] - test[rows, own]).mean()
              for learnt, test in ((first, second), (second, first))]
-    return float(sum(gains)) / 2, first + second, chosen
+    return float(gains[0] + gains[1]) / 2, first + second
 
 
 def _coarse(size: tuple[int, int]) -> Tensor:
@@ -230,10 +261,10 @@ def _assigned(scores: Tensor) -> Tensor:
     return to
 
 
-def _mirrored(scores: Tensor, chosen: Tensor, size: tuple[int, int]) -> Tensor:
+def _mirrored(scores: Tensor, numbers: Tensor, size: tuple[int, int]) -> Tensor:
     """The cell of every place after the mirroring and turning that fits best."""
     plain = torch.arange(size[0] * size[1]).view(size)
     turned = [plain, plain.T] if size[0] == size[1] else [plain]
     every = [t.flip(axes).flatten() for t in turned for axes in ((), (0,), (1,), (0, 1))]
-    rows, coarse = torch.arange(len(chosen)), _coarse(size)
-    return max(every, key=lambda to: float(scores[rows, coarse[to[chosen]]].mean()))
+    rows, coarse = torch.arange(len(numbers)), _coarse(size)
+    return max(every, key=lambda to: float(scores[rows, coarse[to[numbers]]].mean()))

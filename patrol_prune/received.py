@@ -32,7 +32,7 @@ _FEW_ODD = 0.015
 HELPS = 0.9
 PROXY = 1_000
 _OUTLYING, _USUAL, _MOST_OUTLYING = 10.0, 0.8, 0.15
-_FEWEST = 20
+FEWEST = 20
 
 UNEVEN_FEATURE = Flag(
     "uneven_feature",
@@ -218,7 +218,7 @@ def helps(plain: Tensor, changed: Tensor, pixels: Tensor) -> bool:
         plain, changed: what is sent for these images, `[N, ...]` each.
         pixels: the images.
     """
-    if len(pixels) < _FEWEST:
+    if len(pixels) < FEWEST:
         return False
     near = not_outlying(plain)  # both are judged by the same images
     if near is not None:
@@ -250,4 +250,4 @@ def not_outlying(z: Tensor) -> Tensor | None:
     near = away <= _OUTLYING * usual
     gone = float((~near).double().mean())
     found = near.nonzero().flatten()
-    return found if 0 < gone <= _MOST_OUTLYING and len(found) >= _FEWEST else None
+    return found if 0 < gone <= _MOST_OUTLYING and len(found) >= FEWEST else None

@@ -128,6 +128,8 @@ def test_where_the_channels_stand_is_decided_by_what_is_seen() -> None:
     wide = lambda x: folded(x)[:, :8]  # noqa: E731  8 channels of 8x8
     assert channels_last(Edge(wide), KNOWN, PLAIN) is False
     assert channels_last(Edge(lambda x: wide(x).movedim(1, 3)), KNOWN, PLAIN) is True
+    assert channels_last(Edge(lambda x: wide(x).movedim(1, 3)), KNOWN[:32], PLAIN) is True
+    assert channels_last(Edge(wide), KNOWN[:19], PLAIN) is None
     noise = torch.randn(150, 8, 8, 8, generator=torch.Generator().manual_seed(0))
     assert channels_last(Edge(lambda x: noise[: len(x)]), KNOWN, PLAIN) is None
     assert "layout_guessed" in audit(lambda x: noise[: len(x)])[1]
