@@ -153,6 +153,7 @@ def audit(
     with torch.random.fork_rng(devices=[]):
         if check_attacks:
             run.self_tests(made)
+        run.data()
         run.floor()
         for subject, half in subjects.items():
             cloud = getattr(half, "cloud", None)

@@ -24,12 +24,13 @@ from patrol_prune.attacks import (
     check_slopes,
     self_test,
 )
-from patrol_prune.attacks.checks import NO_GRADIENT, SELF_TESTS
+from patrol_prune.attacks.checks import NEAR_DUPLICATES, NO_GRADIENT, SELF_TESTS
 from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_attack import Observer, Outcome, broken_off, carried_out, shown, told
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
 from patrol_prune.audit_scores import thumbnails
+from patrol_prune.data import near_duplicates
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.jacobian import blocked_outputs
 from patrol_prune.pixels import Normalization
@@ -40,6 +41,7 @@ from patrol_prune.warm_start import WarmStarts
 logger = logging.getLogger("patrol_prune.audit")
 
 _CHECKED = 128
+_NAMED = 10
 _THUMBNAIL_PIXELS = 5_000_000
 _ASKED = 32
 """Images of each side that tell how the edge answers."""
@@ -105,6 +107,19 @@ class AuditRun:
                 guess = own.mean_image.expand_as(self.victim)
                 self.record("floor", "mean_image", None, Outcome.of(self.victim, guess), own,
                             time.perf_counter())
+
+    def data(self) -> None:
+        """Flag victims' pictures that an attacker owns but for little."""
+        for own in self.attackers:
+            if own.data == "shifted" or own is self.attackers[0]:
+                near = near_duplicates(self.victim, own.pixels).tolist()
+                if near:
+                    which = ", ".join([*map(str, near[:_NAMED]), *["..."] * (len(near) > _NAMED)])
+                    meaning = (f"{len(near)} of the victim's {len(self.victim)} pictures are nearly "
+                               "the attacker's own, or mirror images of them (victim_data[i] with "
+                               f"i {which}).")
+                    self.flag([dataclasses.replace(NEAR_DUPLICATES, meaning=meaning)], "edge", None,
+                              None, own)
 
     def subject(
         self, subject: str, edge: nn.Module, cloud: nn.Module | None, made: list[Factory]

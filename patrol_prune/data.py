@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 TRAIN_NAMES = ("train",)
 TEST_NAMES = ("test", "val")
 MEMORY_LIMIT_GIB = 16.0
+_THUMBNAIL = 8
+_NEAR = 0.2
+_NEAR_LEVELS = 0.5
+_NEAR_CHUNK = 256
 
 
 @dataclass
@@ -96,6 +100,38 @@ def find_parts(root: str | Path) -> tuple[Path, Path]:
 def fingerprints(images: Tensor) -> list[bytes]:
     """What tells uint8 images `[N, ...]` from one another, byte for byte."""
     return [hashlib.sha256(image.tobytes()).digest() for image in images.numpy()]
+
+
+@torch.no_grad()
+def near_duplicates(images: Tensor, others: Tensor) -> Tensor:
+    """Which of the images one of the others hardly differs from, or its mirror image: indices.
+
+    Two pictures are near where the root mean square of the difference between their thumbnails of
+    8x8 pixels is at most a fifth of the standard deviation of the image's, or half a grey level.
+    Of CIFAR-10's training and test pictures those are the same photographs, cropped or coloured a
+    little differently at most; from a quarter on others come among them.
+
+    Args:
+        images: `[N, C, H, W]` on [0, 1].
+        others: `[M, C, H, W]`, likewise.
+    """
+    centre = _thumbnails(others).mean(0)  # against cancellation in the distances
+    those = _thumbnails(others) - centre
+    near = torch.zeros(len(images), dtype=torch.bool)
+    for mirrored in (False, True):
+        for start in range(0, len(images), _NEAR_CHUNK):
+            part = images[start : start + _NEAR_CHUNK]
+            these = _thumbnails(part.flip(3) if mirrored else part)
+            most = (_NEAR * these.std(1)).clamp_min(_NEAR_LEVELS / 255.0) ** 2 * these.shape[1]
+            squares = torch.cdist(these - centre, those) ** 2
+            near[start : start + _NEAR_CHUNK] |= (squares <= most[:, None]).any(1)
+    return near.nonzero().flatten()
+
+
+def _thumbnails(images: Tensor) -> Tensor:
+    """`[N, C * 64]`."""
+    return torch.cat([F.adaptive_avg_pool2d(part, _THUMBNAIL).flatten(1)
+                      for part in images.split(_NEAR_CHUNK)])
 
 
 def load_image_folder(

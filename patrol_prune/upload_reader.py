@@ -154,10 +154,10 @@ class UploadReader:
         done = 0
         for part, own in self._parts(z, corners):
             done += len(part)
-            names: tuple[str, ...] = READS if self._has_more(part) else READS[:1]
+            count = len(READS) if self._has_more(part) else 1
             if part[0].numel() * expected > _WHOLE_VALUES:
-                names = names[:2]
-            for name in names:
+                count = min(count, 2)
+            for name in READS[:count]:
                 found[name].append(self._read_off(part, own, name))
         _check_count(done, expected)
         return {name: torch.cat(parts) for name, parts in found.items() if parts}

@@ -332,6 +332,20 @@ def test_numbers_of_numpy_stand_in_a_report_as_pythons() -> None:
     assert AuditReport.from_json(found.to_json()).strongest()["attack_seed"] == 1
 
 
+def test_pictures_that_the_attacker_nearly_owns_are_flagged() -> None:
+    changed = VICTIM[:3].flip(3)
+    changed[0, 0, 0, 0] = 1.0 - changed[0, 0, 0, 0]
+    found = audit(open_edge(), torch.cat([KNOWN, changed]), VICTIM, attacks=(Oracle(),),
+                  shifted_data=torch.cat([1 - KNOWN, VICTIM[5:6] * 0.99]))
+    told = [(f["attacker_data"], f["meaning"]) for f in found.flags
+            if f["name"] == "near_duplicates"]
+    assert [data for data, _ in told] == ["same", "shifted"]
+    assert told[0][1].startswith("3 of the victim's 40") and told[0][1].endswith("i 0, 1, 2).")
+    assert "i 5)" in told[1][1]
+    clean = audit(open_edge(), KNOWN, VICTIM, attacks=(Oracle(),))
+    assert "near_duplicates" not in {f["name"] for f in clean.flags}
+
+
 class Exploding(Oracle):
     """An attack whose loss becomes NaN."""
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from patrol_prune.data import (
     Batches,
@@ -15,6 +17,7 @@ from patrol_prune.data import (
     find_parts,
     flip_and_shift,
     load_image_folder,
+    near_duplicates,
     read_image,
 )
 from patrol_prune.errors import InputError
@@ -164,3 +167,27 @@ def test_flip_and_shift_moves_whole_images() -> None:
             patches = candidate.unfold(1, 12, 1).unfold(2, 12, 1).permute(1, 2, 0, 3, 4)
             found += int((patches == after).flatten(2).all(2).any())
     assert found == 40
+
+
+@pytest.mark.parametrize("change", [
+    lambda x: x.index_fill(2, torch.tensor([3]), 0.5) * 0.02 + x * 0.98,
+    lambda x: x.flip(3),
+    lambda x: (x + 2 / 255).clamp(0, 1),
+    lambda x: x.roll(1, 3) * 0.3 + x * 0.7,
+])
+def test_near_duplicates_are_found_and_others_are_not(change: Callable[[Tensor], Tensor]) -> None:
+    g = torch.Generator().manual_seed(0)
+    coarse = torch.rand(600, 3, 4, 5, generator=g)
+    x = torch.nn.functional.interpolate(coarse, size=(20, 24), mode="bilinear")
+    images, others = x[:40], x[40:]
+    assert near_duplicates(images, others).tolist() == []
+    owned = torch.cat([others, change(images[[7, 30]])])
+    assert near_duplicates(images, owned).tolist() == [7, 30]
+    grey = 0.5 + 0.04 * (x - 0.5)  # hardly any contrast tells as much
+    assert near_duplicates(grey[:40], grey[40:]).tolist() == []
+
+
+def test_flat_pictures_are_near_within_half_a_level() -> None:
+    flat = torch.full((2, 1, 16, 16), 0.5)
+    flat[1] += 1 / 255
+    assert near_duplicates(flat, flat[:1] + 0.3 / 255).tolist() == [0]

@@ -53,6 +53,12 @@ ATTACK_FAILED = Flag(
     "Lower its learning rate or use fp32. If it differentiates through the edge, look for a "
     "gradient that is NaN: a defence may hide behind it.",
 )
+NEAR_DUPLICATES = Flag(
+    "near_duplicates",
+    "Some of the victim's pictures are nearly the attacker's own, or mirror images of them.",
+    "Look at them, and leave them out of one of the two: an attacker who has the picture proves "
+    "nothing, and the worst 5% of the pictures may be these.",
+)
 OBSERVER_FAILED = Flag(
     "observer_failed",
     "The observer raised when it was shown this attack.",
