@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,6 +136,59 @@ def _thumbnails(images: Tensor) -> Tensor:
                       for part in images.split(_NEAR_CHUNK)])
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is of the system's, or of an editor's."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
+class ClassFolders(ImageFolder):  # type: ignore[misc]
+    """The images `root/<class>/<image>` by name; what is hidden or no image is left out, and told.
+
+    Raises:
+        InputError: no class folder, or one without an image.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.hidden_folders = self.hidden_images = 0
+        self.others: Counter[str] = Counter()
+        try:
+            super().__init__(str(root), is_valid_file=self._counts)
+        except FileNotFoundError as error:
+            told = f"{error} {self._told_of_others()}" if self.others else f"{error}"
+            raise InputError(
+                f"Expected {root} to hold one folder per class with images in each: {told} Lay the "
+                "images out as root/<class>/<image>.jpg, and remove folders without any."
+            ) from error
+        if self.hidden_folders or self.hidden_images:
+            log.warning("Hidden files and folders below %s are left out: %d class folders, %d "
+                        "images.", root, self.hidden_folders, self.hidden_images)
+        if self.others:
+            log.warning("Below %s, %s", root, self._told_of_others())
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        """Names of the classes, and their numbers."""
+        names = super().find_classes(directory)[0]
+        kept = [name for name in names if not is_hidden(name)]
+        self.hidden_folders = len(names) - len(kept)
+        if not kept:
+            raise FileNotFoundError(f"{directory} holds hidden folders alone.")
+        return kept, {name: number for number, name in enumerate(kept)}
+
+    def _counts(self, path: str) -> bool:
+        hidden = any(is_hidden(name) for name in path[len(self.root):].split(os.sep))
+        ending = os.path.splitext(path)[1].lower()
+        is_image = ending in IMG_EXTENSIONS
+        if not is_image and not hidden:
+            self.others[ending or "no ending"] += 1
+        self.hidden_images += is_image and hidden
+        return is_image and not hidden
+
+    def _told_of_others(self) -> str:
+        endings = ", ".join(f"{ending}: {n}" for ending, n in self.others.most_common(5))
+        return (f"{self.others.total()} files are left out as no images ({endings}); names of "
+                f"images end in {', '.join(IMG_EXTENSIONS)}.")
+
+
 def load_image_folder(
     root: str | Path, image_size: int, *, classes: tuple[str, ...] | None = None
 ) -> ImageSet:
@@ -151,15 +206,9 @@ def load_image_folder(
     folder = Path(root)
     if image_size < 8:
         raise InputError(f"Expected an image size of at least 8 pixels, came {image_size}.")
-    try:
-        listing = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise InputError(
-            f"Expected {folder} to hold one folder per class with images in each: {error} Lay the "
-            "images out as root/<class>/<image>.jpg, and remove folders without any."
-        ) from error
+    listing = ClassFolders(folder)
     loose = sum(path.is_file() and path.suffix.lower() in IMG_EXTENSIONS
-                for path in folder.iterdir())
+                and not is_hidden(path.name) for path in folder.iterdir())
     if loose:
         log.warning("%d images lie in %s itself, in no class, and are left out.", loose, folder)
     names = tuple(listing.classes)

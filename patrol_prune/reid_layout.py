@@ -13,9 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchvision.datasets import ImageFolder
-
-from patrol_prune.data import find_parts
+from patrol_prune.data import ClassFolders, find_parts
 from patrol_prune.errors import InputError
 
 VERI = "veri-776"
@@ -123,22 +121,17 @@ def read_retrieval_folder(root: str | os.PathLike[str]) -> ReidSet:
     `train/<class>/<image>` is the training part. Of `test/` (or `val/`), the first picture of
     every class, by name, is a query and the others are the gallery. No cameras are known
     (`camera` is -1), so that no same-camera rule applies. Classes are numbered in the order of
-    their names over both parts. Files whose names begin with "." are passed over.
+    their names over both parts. Files and folders whose names begin with "." are passed over, with
+    a warning.
 
     Raises:
-        InputError: a part is missing or empty, or no class has two pictures to test with.
+        InputError: a part or a class folder is missing or empty, or no class has two pictures to
+            test with.
     """
     listings = []
     for part in find_parts(Path(root)):
-        try:
-            listing = ImageFolder(str(part))
-        except FileNotFoundError as error:
-            raise InputError(
-                f"Expected {part} to hold one folder per class with pictures in each ({error}). "
-                "Lay the images out as ImageFolder does."
-            ) from error
-        listings.append([(Path(path), listing.classes[label]) for path, label in listing.samples
-                         if not Path(path).name.startswith(".")])
+        listing = ClassFolders(part)
+        listings.append([(Path(path), listing.classes[label]) for path, label in listing.samples])
     names = sorted({name for samples in listings for _, name in samples})
     numbers = {name: i for i, name in enumerate(names)}
     train, test = (

@@ -66,6 +66,36 @@ def test_images_in_no_class_are_told(folder: Path, caplog: pytest.LogCaptureFixt
     assert not caplog.text
 
 
+def test_hidden_folders_and_files_are_no_classes_and_no_images(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = load_image_folder(folder / "train", 16)
+    assert not caplog.text
+    for name in (".ipynb_checkpoints/0.png", "__MACOSX/red/0.png", "red/.ipynb_checkpoints/0.png",
+                 "red/._0.png", "._0.png"):
+        _image(folder / "train" / name, (1, 2, 3))
+    (folder / "train" / "red" / ".DS_Store").touch()
+    found = load_image_folder(folder / "train", 16)
+    assert found.classes == plain.classes and torch.equal(found.images, plain.images)
+    assert "2 class folders, 2 images" in caplog.text and len(caplog.records) == 1
+    with pytest.raises(InputError, match="hidden folders alone"):
+        (folder / "a" / ".hidden").mkdir(parents=True)
+        load_image_folder(folder / "a", 16)
+
+
+def test_files_of_other_kinds_are_told(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("red/a.gif", "blue/b.GIF", "blue/c.jfif", "red/list"):
+        (folder / "train" / name).touch()
+    assert len(load_image_folder(folder / "train", 16)) == 6
+    assert "4 files are left out as no images (.gif: 2" in caplog.text
+    assert ".jfif: 1" in caplog.text and "no ending: 1" in caplog.text
+    assert len(caplog.records) == 1
+    (folder / "train" / "green").mkdir()
+    (folder / "train" / "green" / "d.heic").touch()
+    with pytest.raises(InputError, match=r"classes green.*5 files .*\.heic: 1"):
+        load_image_folder(folder / "train", 16)
+
+
 def test_no_image_and_one_class_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="one folder per class"):
         load_image_folder(tmp_path, 16)

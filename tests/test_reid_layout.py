@@ -132,6 +132,9 @@ def test_what_macos_leaves_beside_pictures_is_passed_over(
     plain = read_retrieval_folder(root)
     for picture in list(root.rglob("000.png")):
         picture.with_name("._000.png").touch()
+    for part in ("train", "test"):
+        (root / part / ".ipynb_checkpoints").mkdir()
+        (root / part / ".ipynb_checkpoints" / "0.png").touch()
     assert read_retrieval_folder(root) == plain
 
 
