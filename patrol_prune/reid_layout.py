@@ -6,6 +6,7 @@ The folder's layout is recognised by its names: VeRi-776 (Liu et al., ECCV 2016)
 
 from __future__ import annotations
 
+import codecs
 import os
 import re
 from collections import Counter
@@ -84,7 +85,8 @@ def read_reid(root: str | os.PathLike[str]) -> ReidSet:
     and `name_test.txt` say which files count and in which order; without them all files do, by
     name. `gt_index.txt` and `jk_index.txt`, where present, have one line per query with positions
     in `name_test.txt`, counted from 1: the matches, and the junk. A picture of the query's
-    vehicle that is not among the matches is junk. Lists may begin with a byte order mark.
+    vehicle that is not among the matches is junk. Lists are in UTF-8, or in UTF-16 with a byte
+    order mark.
 
     Market-1501: `bounding_box_train/`, `query/`, `bounding_box_test/` with names such as
     `0002_c1s1_000451_03.jpg`. Pictures of identity -1 are left out, as the protocol says; 0000 is
@@ -96,7 +98,7 @@ def read_reid(root: str | os.PathLike[str]) -> ReidSet:
     Raises:
         InputError: the layout is neither, a listed file is absent or listed twice, a name cannot
             be read, an identity is in training and in test, a part is empty, an index list does
-            not fit, or all matches of a query are named as junk.
+            not fit, a list is in another encoding, or all matches of a query are named as junk.
     """
     folder = Path(root)
     layout = _detect(folder)
@@ -199,8 +201,21 @@ def _read_part(folder: Path, layout: str, number: int) -> list[ReidImage]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Of a text file, without the byte order mark that editors on Windows put before them."""
-    return path.read_text(encoding="utf-8-sig").splitlines()
+    """Of a text file in UTF-8, or in what the byte order mark tells that editors on Windows put
+    before it.
+
+    Raises:
+        InputError: it is in neither.
+    """
+    content = path.read_bytes()
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"Expected a list of names in UTF-8, came {path}, which is not ({error}). Save it as "
+            "UTF-8."
+        ) from error
 
 
 def _parse(path: Path, layout: str) -> ReidImage:

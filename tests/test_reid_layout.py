@@ -155,6 +155,26 @@ def test_lists_that_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
     assert read_reid(root) == plain
 
 
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_lists_in_utf_16_are_read_by_their_byte_order_mark(tmp_path: Path, encoding: str) -> None:
+    root = veri(tmp_path)
+    (root / "gt_index.txt").write_text("3 4\n1\n")
+    plain = read_reid(root)
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    for listing in (*LISTS, "gt_index.txt"):
+        text = (root / listing).read_text().replace("\n", "\r\n")
+        (root / listing).write_bytes((mark + text).encode(encoding))
+    assert read_reid(root) == plain
+
+
+@pytest.mark.parametrize("content", ["Überblick".encode("latin-1"), b"\xff\xfe0"])
+def test_lists_in_other_encodings_are_named(tmp_path: Path, content: bytes) -> None:
+    root = veri(tmp_path)
+    (root / "name_test.txt").write_bytes(content)
+    with pytest.raises(InputError, match=r"name_test\.txt.*Save it as UTF-8"):
+        read_reid(root)
+
+
 def rename(root: Path, part: str, old: str, new: str) -> None:
     (root / part / old).rename(root / part / new)
 
