@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
@@ -29,6 +29,7 @@ _THUMBNAIL = 8
 _NEAR = 0.2
 _NEAR_LEVELS = 0.5
 _NEAR_CHUNK = 256
+_EXIF_KEYS = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")
 
 
 @dataclass
@@ -243,20 +244,12 @@ def load_image_folder(
 
 
 def read_image(path: Path, image_size: int) -> np.ndarray:
-    """One image as bytes `[size, size, 3]`, grey ones of 16 bits rescaled.
+    """One image as `open_rgb` gives it, as bytes `[size, size, 3]`, cropped to a square.
 
     Raises:
-        InputError: a file that cannot be read, or grey values of no known range; it is named.
+        InputError: as `open_rgb`.
     """
-    try:
-        with Image.open(path) as handle:
-            image = _as_rgb(handle, path)
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(
-            f"Expected an image, but {path} cannot be read ({error}). Remove or replace it."
-        ) from error
+    image = open_rgb(path)
     if image.size != (image_size, image_size):
         scale = image_size / min(image.size)
         size = (max(image_size, round(image.width * scale)),
@@ -267,19 +260,52 @@ def read_image(path: Path, image_size: int) -> np.ndarray:
     return np.asarray(image)
 
 
-def _as_rgb(handle: Image.Image, path: Path) -> Image.Image:
+def open_rgb(path: Path) -> Image.Image:
+    """One image in colours of 8 bits: upright as its EXIF orientation says, on white where it is
+    transparent, grey values of 16 bits rescaled.
+
+    Raises:
+        InputError: a file that cannot be read, or grey values of no known range; it is named.
+    """
+    try:
+        with Image.open(path) as handle:
+            handle.load()
+            return _as_rgb(_upright(handle), handle.format == "PNG", path)
+    except InputError:
+        raise
+    except Exception as error:  # decoders raise whatever a broken file leads them to
+        raise InputError(
+            f"Expected an image, but {path} cannot be read ({error}). Remove or replace it."
+        ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    if not any(key in image.info for key in _EXIF_KEYS):  # the search takes time
+        return image
+    try:
+        is_turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # of a broken header, beside which the image may be whole
+        return image
+    return ImageOps.exif_transpose(image) if is_turned else image
+
+
+def _as_rgb(image: Image.Image, is_png: bool, path: Path) -> Image.Image:
     """In colours of 8 bits; Pillow alone would clip what is above 255."""
-    is_16_bit = handle.mode.startswith("I;16") or (handle.mode == "I" and handle.format == "PNG")
-    if is_16_bit:
-        values = np.asarray(handle).astype(np.float64)
+    if image.mode.startswith("I;16") or (image.mode == "I" and is_png):
+        values = np.asarray(image).astype(np.float64)
         return Image.fromarray(np.rint(values / 257).astype(np.uint8)).convert("RGB")
-    if handle.mode[:1] in ("I", "F"):
+    if image.mode[:1] in ("I", "F"):
         raise InputError(
             f"Expected pixels of 8 or 16 bits, but {path} holds "
-            f"{'whole numbers of 32 bits' if handle.mode[0] == 'I' else 'floating-point numbers'}"
+            f"{'whole numbers of 32 bits' if image.mode[0] == 'I' else 'floating-point numbers'}"
             ", and what is white in them is not known. Convert it to 8 bits."
         )
-    return handle.convert("RGB")
+    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+        shown = image.convert("RGBA")
+        if shown.getchannel("A").getextrema() != (255, 255):
+            white = Image.new("RGBA", shown.size, "white")
+            return Image.alpha_composite(white, shown).convert("RGB")
+    return image.convert("RGB")
 
 
 class Batches:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from torch import Tensor
 
 from patrol_prune.data import (
@@ -18,6 +18,7 @@ from patrol_prune.data import (
     flip_and_shift,
     load_image_folder,
     near_duplicates,
+    open_rgb,
     read_image,
 )
 from patrol_prune.errors import InputError
@@ -132,6 +133,73 @@ def test_an_image_that_pillow_takes_for_a_bomb_is_named(
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
     with pytest.raises(InputError, match=r"large\.png cannot be read"):
         read_image(tmp_path / "large.png", 16)
+
+
+def test_a_broken_file_is_named_whatever_its_decoder_raises(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "a.png")
+    first, _, last = (tmp_path / "a.png").read_bytes().rpartition(b"IDAT")
+    (tmp_path / "a.png").write_bytes(first + b"ID\0T" + last)
+    with pytest.raises(SyntaxError), Image.open(tmp_path / "a.png") as handle:
+        handle.load()
+    with pytest.raises(InputError, match=r"a\.png cannot be read \(broken PNG"):
+        read_image(tmp_path / "a.png", 16)
+
+
+TURNED = {  # orientation -> what is shown of what is stored
+    1: lambda a: a, 2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1), 6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a),
+}
+
+
+@pytest.mark.parametrize("ending", ["png", "jpg", "tif", "webp"])
+def test_images_stand_upright_as_their_exif_says(tmp_path: Path, ending: str) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (12, 20, 3), dtype=np.uint8)
+    Image.fromarray(stored).save(tmp_path / f"plain.{ending}")
+    with Image.open(tmp_path / f"plain.{ending}") as handle:
+        plain = np.asarray(handle.convert("RGB"))
+    assert (np.asarray(open_rgb(tmp_path / f"plain.{ending}")) == plain).all()
+    for orientation, turned in TURNED.items():
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.fromarray(stored).save(tmp_path / f"a.{ending}", exif=exif)
+        assert (np.asarray(open_rgb(tmp_path / f"a.{ending}")) == turned(plain)).all(), orientation
+
+
+def test_grey_images_of_16_bits_are_turned_too_and_a_broken_exif_turns_nothing(
+    tmp_path: Path
+) -> None:
+    grey = np.arange(240, dtype=np.uint8).reshape(12, 20)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png", exif=exif)
+    assert (np.asarray(open_rgb(tmp_path / "16.png"))[..., 0] == np.rot90(grey, -1)).all()
+    Image.fromarray(grey).save(tmp_path / "broken.png", exif=b"Exif\0\0no header")
+    assert (np.asarray(open_rgb(tmp_path / "broken.png"))[..., 0] == grey).all()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_what_is_transparent_lies_on_white(tmp_path: Path, mode: str) -> None:
+    rng = np.random.default_rng(0)
+    bands = rng.integers(0, 256, (12, 20, len(mode)), dtype=np.uint8)
+    Image.fromarray(bands, mode).save(tmp_path / "a.png")
+    colour, alpha = bands[..., :-1].astype(float), bands[..., -1:] / 255
+    wanted = colour * alpha + 255 * (1 - alpha)
+    assert np.abs(np.asarray(open_rgb(tmp_path / "a.png")) - wanted).max() <= 1
+    bands[..., -1] = 255
+    Image.fromarray(bands, mode).save(tmp_path / "a.png")
+    assert (np.asarray(open_rgb(tmp_path / "a.png")) == bands[..., :-1]).all()
+
+
+@pytest.mark.parametrize("mode", ["P", "L", "RGB"])
+def test_a_colour_that_stands_for_transparent_is_white(tmp_path: Path, mode: str) -> None:
+    image = Image.new("RGB", (8, 8), (10, 10, 10))
+    image.paste((70, 70, 70), (0, 0, 4, 8))
+    image = image.quantize(4) if mode == "P" else image.convert(mode)
+    image.save(tmp_path / "a.png", transparency=image.getpixel((7, 7)))
+    found = np.asarray(open_rgb(tmp_path / "a.png"))
+    assert (found[:, 4:] == 255).all() and (found[:, :4] == 70).all()
 
 
 def test_a_large_seed_still_draws(folder: Path) -> None:
