@@ -225,17 +225,25 @@ def refuse_changed(
     Raises:
         RunDirectoryError: they differ from `began`, what `incoming_digests` gave then.
     """
-    advice = "give the run another --name, or start it anew with --overwrite."
     if began["digest"] != images.digest:
         raise RunDirectoryError(
             f"The images in {config.data} are not those that the run in {path} began with. Put "
-            f"those back, {advice}"
+            "those back, give the run another --name, or start it anew with --overwrite."
         )
-    weights = began.get("weights_sha256")  # an earlier release did not note it
-    if config.weights is not None and weights is not None and weights != sha256_of(config.weights):
+    refuse_changed_weights(config.weights, began, path)
+
+
+def refuse_changed_weights(weights: str | None, began: Mapping[str, Any], path: Path) -> None:
+    """Refuse another file of weights than the one that the run in `path` began with.
+
+    Raises:
+        RunDirectoryError: its sha256 is not the `weights_sha256` of `began`.
+    """
+    noted = began.get("weights_sha256")  # an earlier release did not note it
+    if weights is not None and noted is not None and noted != sha256_of(weights):
         raise RunDirectoryError(
-            f"The weights in {config.weights} are not those that the run in {path} began with. "
-            f"Put those back, {advice}"
+            f"The weights in {weights} are not those that the run in {path} began with. Put those "
+            "back, give the run another --name, or start it anew with --overwrite."
         )
 
 

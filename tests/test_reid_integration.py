@@ -5,18 +5,22 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
+import patrol_prune as pp
 from patrol_prune.audit_report import AuditReport
-from patrol_prune.errors import InputError
+from patrol_prune.errors import InputError, RunDirectoryError
 from patrol_prune.leaks import PlateReader
+from patrol_prune.models import build_model
 from patrol_prune.reid_layout import read_reid
+from patrol_prune.rundir import RunDirectory
 from patrol_prune.vehicle_identities import write_vehicle_reid
 from patrol_prune.vehicle_truth import VehicleTruth, drawn_with
 from patrol_prune.vehicles import write_vehicles
@@ -44,10 +48,11 @@ def script() -> Iterator[Any]:
         import page
         import pictures
         import run
+        import stages
         import uploads
 
         yield {"run": run, "pictures": pictures, "page": page, "leak_checks": leak_checks,
-               "uploads": uploads}
+               "stages": stages, "uploads": uploads}
     finally:
         sys.path.remove(str(FOLDER))
         for name in MODULES:
@@ -170,6 +175,76 @@ def test_settings_and_folders_that_do_not_fit_are_refused(script: Any, tmp_path:
     assert main(["--layout", "folder"]) == 2
     assert "rendered set" in capsys.readouterr().err
     assert main(["--attackers.attacks", '["inverse"]']) == 2
+
+
+@pytest.fixture
+def photos(tmp_path: Path, write_folder: Callable[..., Path]) -> Path:
+    """An image folder of three classes, which are trained and tested on."""
+    write_folder(tmp_path / "photos", parts=("train",), count=60)
+    return write_folder(tmp_path / "photos", parts=("test",), count=4)
+
+
+def _options(photos: Path, **more: str) -> list[str]:
+    given = {"data": str(photos), "layout": "folder", "image_size": "16", "at": "layer1",
+             "batch.identities": "3", "runs": str(photos.parent / "runs"), **more}
+    return [word for key, value in given.items() for word in (f"--{key}", value)]
+
+
+def _config(script: Any, photos: Path, **more: Any) -> Any:
+    return script["run"].build(script["run"].ReidRun, {
+        "data": str(photos), "layout": "folder", "image_size": 16, "at": "layer1",
+        "batch": {"identities": 3}, "runs": str(photos.parent / "runs"), **more}, "the test")
+
+
+@pytest.mark.parametrize(("key", "value", "told"), [
+    ("data", "nowhere", "does not exist"), ("at", "layer9", "layer9"),
+    ("weights", "nowhere.safetensors", "no file of weights"), ("device", "cuda:99", "cuda:99"),
+])
+def test_a_mistake_in_the_first_call_leaves_no_run(
+    script: Any, photos: Path, capsys: Any, key: str, value: str, told: str
+) -> None:
+    assert script["run"].main(_options(photos, **{key: value})) == 2
+    assert told in capsys.readouterr().err
+    assert not (photos.parent / "runs").exists()
+
+
+def test_a_full_disk_is_told_in_a_sentence(
+    script: Any, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(script["run"], "everybody", full)
+    assert script["run"].main(["--runs", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "error: [Errno 28] No space left on device. What was finished before is kept" in told
+
+
+def test_weights_that_changed_are_refused_and_may_be_gone_once_they_were_learnt(
+    script: Any, photos: Path
+) -> None:
+    stages, weights = script["stages"], photos.parent / "a.safetensors"
+    config = _config(script, photos, weights=str(weights))
+    people = script["pictures"].everybody(config)
+    states = [build_model("small_resnet", 3, image_size=16, seed=seed).state_dict()
+              for seed in (1, 2)]
+    save_file(states[0], weights)
+    with RunDirectory(photos.parent / "run", {}) as folder:
+        work = stages.Work(config, folder, lambda *_: None, people)
+        work.do_data()
+        save_file(states[1], weights)
+        with pytest.raises(RunDirectoryError, match=r"a\.safetensors are not those"):
+            work.go()
+        save_file(states[0], weights)
+        work.check_incoming()
+        split = pp.Split(stages.model_of(config, people), people.example(), at="layer1")
+        work.save(split, "dense")
+        weights.unlink()
+        work.check_incoming()
+        found = work.load("dense").model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in split.model.state_dict().items())
+    with pytest.raises(InputError, match="no file of weights"):  # to train the dense model
+        stages.model_of(config, people)
 
 
 def test_plates_are_read_of_rendered_identities_alone(script: Any, tmp_path: Path) -> None:

@@ -28,8 +28,9 @@ from settings import ReidRun
 from stages import OUTPUTS, PAGE, Work, planned
 
 from patrol_prune.errors import PatrolError
-from patrol_prune.rundir import RunDirectory
+from patrol_prune.rundir import CONFIG, RunDirectory
 from patrol_prune.settings import FREE_KEYS, build, resolve_device
+from patrol_prune.storage import WRITE_ERRORS
 
 BAD_INPUT, INTERRUPTED = 2, 130
 
@@ -40,22 +41,22 @@ def run(
     """Every stage; the content of `result.json`.
 
     Raises:
-        PatrolError: whatever is wrong with the settings, the pictures or the run's folder. With
-            `overwrite` an earlier run stays where device, pictures, model, weights or the place of
-            the cut are not there, or the budget cannot be met.
+        PatrolError: whatever is wrong with the settings, the pictures or the run's folder. Where
+            device, pictures, model, weights or the place of the cut are not there, or the budget
+            cannot be met, a new run leaves no folder, and an earlier one stays with `overwrite`.
     """
     # tuples as lists, as YAML reads them back
     plain, defaults = (json.loads(json.dumps(asdict(c))) for c in (config, ReidRun(config.data)))
     path = Path(config.runs) / config.name
-    people = None
-    if overwrite:  # refuse what cannot be had before an earlier run is thrown away for it
+    people = made = None
+    if overwrite or not (path / CONFIG).is_file():  # what cannot be had costs no run and no name
         resolve_device(config.device)
         progress("data", "Reading the pictures.")
         people = everybody(config)
-        planned(config, people)
+        made = planned(config, people)
     with RunDirectory(path, plain, overwrite=overwrite, free_keys=FREE_KEYS,
                       outputs=OUTPUTS, defaults=defaults) as folder:
-        return Work(config, folder, progress, people).go()
+        return Work(config, folder, progress, people, made).go()
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -88,6 +89,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{stage:13} {sentence}", markup=False, highlight=False, soft_wrap=True))
     except PatrolError as error:
         Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
+        return BAD_INPUT
+    except WRITE_ERRORS as error:
+        Console(stderr=True).print(
+            f"error: {error}. What was finished before is kept; the same command goes on from "
+            "there once files can be written again.", markup=False, soft_wrap=True)
         return BAD_INPUT
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on.", file=sys.stderr)

@@ -7,7 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,12 @@ from patrol_prune.access import Repeated, compute_features
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import RunDirectoryError
 from patrol_prune.models import build_model, load_weights
-from patrol_prune.preparation import dropout_notes, with_dropout
+from patrol_prune.preparation import dropout_notes, refuse_changed_weights, with_dropout
 from patrol_prune.reid_model import add_bnneck
 from patrol_prune.run_summary import versions
 from patrol_prune.rundir import RunDirectory
 from patrol_prune.settings import resolve_device
-from patrol_prune.storage import atomic_write_json
+from patrol_prune.storage import atomic_write_json, sha256_of
 
 logger = logging.getLogger("vehicle_reid")
 
@@ -76,9 +76,9 @@ class Work:
 
     def __init__(
         self, config: ReidRun, folder: RunDirectory, progress: Callable[[str, str], None],
-        people: Everybody | None = None,
+        people: Everybody | None = None, made: pp.Plan | None = None,
     ) -> None:
-        self.config, self.folder, self.progress = config, folder, progress
+        self.config, self.folder, self.progress, self.made = config, folder, progress, made
         self.device = resolve_device(config.device)
         self.stage = "data"
         if people is None:
@@ -100,7 +100,8 @@ class Work:
         for number, (stage, do) in enumerate(stages):
             self.stage = stage
             if self.folder.done(stage):
-                self.check_pictures()
+                if stage == "data":
+                    self.check_incoming()
                 continue
             self.folder.forget(name for name, _ in stages[number:])
             for later, _ in stages[number + 1:]:  # they began with what this stage left before
@@ -113,15 +114,19 @@ class Work:
         logger.info("%s: %s", self.stage, sentence)
         self.progress(self.stage, sentence)
 
-    def check_pictures(self) -> None:
-        if self.stage != "data":
-            return
+    def check_incoming(self) -> None:
+        """Refuse other pictures and weights than the run began with.
+
+        Weights may be gone: only the training of the dense model misses them.
+        """
         noted, labels = self.folder.notes("data"), self.people.labels_digest
         if noted["digest"] != self.people.digest or noted.get("labels_digest", labels) != labels:
             raise RunDirectoryError(
                 f"The pictures in {self.config.data} are not those that the run in "
-                f"{self.folder.path} began with. Give the run another --name, or --overwrite it."
-            )
+                f"{self.folder.path} began with. Give the run another --name, or --overwrite it.")
+        weights = self.config.weights
+        if weights is not None and Path(weights).is_file():
+            refuse_changed_weights(weights, noted, self.folder.path)
 
     def do_data(self) -> None:
         people = self.people
@@ -133,24 +138,22 @@ class Work:
             "cameras": len(people.gallery.cameras.unique()), "victims": len(people.victims),
         }
         self.say("; ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in counts.items()) + ".")
-        self.folder.finish("data", digest=people.digest,
-                           labels_digest=people.labels_digest, counts=counts, layout=people.layout,
-                           closed=people.closed)
+        weights = None if self.config.weights is None else sha256_of(self.config.weights)
+        self.folder.finish(
+            "data", digest=people.digest, labels_digest=people.labels_digest, counts=counts,
+            layout=people.layout, closed=people.closed, weights_sha256=weights)
 
     def do_plan(self) -> None:
-        made = planned(self.config, self.people)
+        made = planned(self.config, self.people) if self.made is None else self.made
         atomic_write_json(self.folder / "plan.json", made.to_json())
         self.say(made.text)
         dense = made[made.recommended].edge_macs
         self.folder.finish("plan", ["plan.json"], at=made.recommended, dense_edge_macs=dense,
                            budget=min(made.budget_edge_macs, dense))
 
-    @property
-    def at(self) -> str:
-        return str(self.folder.notes("plan")["at"])
-
     def factory(self) -> nn.Module:
-        return model_of(self.config, self.people)
+        """The model, for a file that has all of its weights."""
+        return model_of(replace(self.config, weights=None), self.people)
 
     def load(self, method: str) -> pp.Split:
         return pp.load(self.folder / "checkpoints" / method, self.factory, device=self.device)
@@ -221,7 +224,8 @@ class Work:
             ).history
 
     def do_dense(self) -> None:
-        split = pp.Split(self.factory(), self.people.example(), at=self.at)
+        model = model_of(self.config, self.people)
+        split = pp.Split(model, self.people.example(), at=str(self.folder.notes("plan")["at"]))
         self.say(f"Training {self.config.model} for {self.config.train.epochs} epochs.")
         history = self.train(split, self.config.train, DENSE)
         numbers = self.measure(split)
