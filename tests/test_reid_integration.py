@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -10,8 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import ExifTags, Image
 from safetensors.torch import save_file
 
 import patrol_prune as pp
@@ -19,7 +22,7 @@ from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import InputError, RunDirectoryError
 from patrol_prune.leaks import PlateReader
 from patrol_prune.models import build_model
-from patrol_prune.reid_layout import read_reid
+from patrol_prune.reid_layout import ReidImage, read_reid
 from patrol_prune.rundir import RunDirectory
 from patrol_prune.vehicle_identities import write_vehicle_reid
 from patrol_prune.vehicle_truth import VehicleTruth, drawn_with
@@ -247,6 +250,47 @@ def test_weights_that_changed_are_refused_and_may_be_gone_once_they_were_learnt(
         stages.model_of(config, people)
 
 
+def test_test_pictures_that_were_trained_on_are_counted(
+    script: Any, photos: Path, tmp_path: Path
+) -> None:
+    config, everybody = _config(script, photos), script["pictures"].everybody
+    assert (everybody(config).copies, everybody(config).notes) == (0, [])
+    for part in ("blue", "green"):
+        for picture in sorted((photos / "train" / part).iterdir())[:30]:
+            shutil.copy(picture, photos / "test" / part / f"copy-{picture.name}")
+    people = everybody(config)
+    own = {image.numpy().tobytes() for image in people.defender.images}
+    copies = sum(image.numpy().tobytes() in own
+                 for part in (people.query, people.gallery) for image in part.images)
+    assert 0 < copies == people.copies < 60  # the others are the attacker's
+    assert people.notes[0].startswith(f"{copies} of the 72 query and gallery pictures are also")
+    folder = RunDirectory(tmp_path / "run", {})
+    told: list[str] = []
+    script["stages"].Work(config, folder, lambda _, text: told.append(text), people).do_data()
+    folder.close()
+    assert people.notes[0] in told
+
+
+def test_pictures_are_read_as_others_are_and_broken_ones_named(
+    script: Any, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = ReidImage(photos / "grey.png", 0, 0, None)
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 3
+    Image.fromarray(grey.astype(np.uint16) * 257).save(image.path, exif=exif)
+    found = script["pictures"].read([image], photos, 16).images[0]
+    assert (found.numpy() == grey[::-1, ::-1]).all()
+    content = image.path.read_bytes()
+    image.path.write_bytes(content.replace(b"IDAT", b"ID\0T"))
+    with pytest.raises(InputError, match=r"grey\.png cannot be read"):
+        script["pictures"].read([image], photos, 16)
+    image.path.write_bytes(content)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(InputError, match=r"grey\.png cannot be read"):
+        script["pictures"].read([image], photos, 16)
+
+
 def test_plates_are_read_of_rendered_identities_alone(script: Any, tmp_path: Path) -> None:
     pictures = script["pictures"]
     demo = write_vehicles(tmp_path / "demo", train=10, test=10, size=64)
@@ -392,9 +436,21 @@ def test_the_page_shows_each_row_with_its_plates_and_numbers(script: Any, tmp_pa
     assert [r["plates"] for r in shown[::2]] == [0.8, 0.7, 0.3]
     assert [r["named"] for r in shown] == [0.4, 0.2, 0.35, 0.175, 0.15, 0.075]
     assert shown[1]["attack"] == "the upload itself" and shown[1]["ssim"] is None
+    assert "nothing to find" not in html and "Note" not in html
+    assert script["run"].table(result).caption is None
     result["data"]["closed"] = True
     page.write_page(result, audits, victims, tmp_path / "index.html")
     assert "never saw" not in (tmp_path / "index.html").read_text()
+    assert "with other pictures" in (tmp_path / "index.html").read_text()
+    result["data"]["copies"], result["notes"] = 4, ["4 of the 9 pictures."]
+    for about in result["methods"].values():
+        about["retrieval"].update(queries=2, without_match=1)
+    page.write_page(result, audits, victims, tmp_path / "index.html")
+    html = (tmp_path / "index.html").read_text()
+    assert "with other pictures" not in html and "trained on 4 of these" in html
+    assert "<li>4 of the 9 pictures.</li>" in html
+    told = "mAP over 2 queries; 1 have nothing to find."
+    assert told in html and script["run"].table(result).caption == told
     for kind in ("plates", "characters", "scenes"):  # a set without plates has no such rows
         for about in result["methods"].values():
             del about["audit"]["leaks"][kind]
@@ -402,6 +458,11 @@ def test_the_page_shows_each_row_with_its_plates_and_numbers(script: Any, tmp_pa
     assert "plates" not in page.headline(result)
     assert page.plate_box([[2, 3], [12, 3], [12, 8], [2, 8]]) == pytest.approx(
         (0.8, 2.4, 13.2, 8.6))
+
+
+def test_uploads_below_ten_kib_have_three_digits(script: Any) -> None:
+    told = [script["page"].kib(count) for count in (512, 3, 1536, 9_999, 10_240, 131_072)]
+    assert told == ["0.5 KiB", "0.00293 KiB", "1.5 KiB", "9.76 KiB", "10 KiB", "128 KiB"]
 
 
 @pytest.mark.slow

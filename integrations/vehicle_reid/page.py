@@ -42,6 +42,20 @@ def million(value: float) -> str:
     return f"{value / 1e6:.2f} M"
 
 
+def kib(count: int) -> str:
+    """Bytes as KiB, with three digits that count below 10."""
+    size = count / 1024
+    return f"{size:.3g} KiB" if size < 10 else f"{size:.0f} KiB"
+
+
+def unmatched(result: Mapping[str, Any]) -> str:
+    """Over how many queries the mAP is, where some have nothing to find; else nothing."""
+    found = next(iter(result["methods"].values()))["retrieval"]
+    missing = found.get("without_match", 0)
+    return (f"mAP over {found['queries']} queries; {missing} have nothing to find."
+            if missing else "")
+
+
 def comparison(result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Rows of the main table: a label, and a cell for each method, the originals and chance."""
     methods, originals = result["methods"], result["originals"]
@@ -56,7 +70,7 @@ def comparison(result: Mapping[str, Any]) -> list[dict[str, Any]]:
                        ("minp", "… mINP")):
         add(label, [percent(m["retrieval"][key]) for m in each], kind="task")
     add("Multiply-adds on the device", [million(m["edge_macs"]) for m in each], kind="cost")
-    add("Upload per picture", [f"{m['feature_bytes'] / 1024:.0f} KiB" for m in each], kind="cost")
+    add("Upload per picture", [kib(m["feature_bytes"]) for m in each], kind="cost")
     best = [m["audit"]["strongest"] for m in each]
     floor = next((r for r in each[0]["audit"]["records"] if r["attack"] == "mean_image"),
                  each[0]["audit"]["floor"])
@@ -135,6 +149,7 @@ def write_page(
         plates=any(box is not None for box in boxes), rows=comparison(result),
         columns=[*(HEADINGS[m] for m in result["methods"]), "Original", "By chance"],
         attacks=attack_rows(result), headings=HEADINGS, percent=percent, decimal=decimal,
+        unmatched=unmatched(result),
     )
     atomic_write_text(path, html)
 

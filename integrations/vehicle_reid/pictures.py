@@ -10,12 +10,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from settings import ReidRun
 from torch import Tensor
 
 import patrol_prune as pp
-from patrol_prune.data import ImageSet
+from patrol_prune.data import ImageSet, fingerprints, open_rgb
 from patrol_prune.errors import InputError
 from patrol_prune.reid_layout import ReidImage, ReidSet, read_reid, read_retrieval_folder
 from patrol_prune.vehicle_identities import write_vehicle_reid
@@ -78,7 +78,8 @@ class Everybody:
         junk: as in `ReidSet`.
         normalization: from pixels to the model's input.
         layout: of the set.
-        closed: whether identities of the test, all or some, were trained on, with other pictures.
+        closed: whether identities of the test, all or some, were trained on.
+        copies: so many of the query and gallery pictures were trained on themselves.
         digest: of every picture and identity.
         labels_digest: of what `digest` leaves out: cameras, junk, plates and places. Runs of
             earlier releases noted `digest` alone.
@@ -94,8 +95,18 @@ class Everybody:
     normalization: pp.Normalization
     layout: str
     closed: bool
+    copies: int
     digest: str
     labels_digest: str
+
+    @property
+    def notes(self) -> list[str]:
+        """What a reader of the result should know, in sentences."""
+        if not self.copies:
+            return []
+        return [f"{self.copies} of the {len(self.query) + len(self.gallery)} query and gallery "
+                "pictures are also among those that the model is trained on, byte for byte: mAP "
+                "and privacy look better on them than on new ones."]
 
     def example(self) -> Tensor:
         """One picture as model input `[1, 3, S, S]`."""
@@ -134,13 +145,16 @@ def everybody(config: ReidRun) -> Everybody:
             f"{len(reader)} and {len(defender.classes)}. Give more pictures, or change "
             "--attackers.share, --attackers.reader-share or --batch.identities."
         )
+    trained = set(fingerprints(defender.images))
+    copies = sum(known in trained for part in (query, gallery)
+                 for known in fingerprints(part.images))
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.images.numpy().tobytes() + part.identities.numpy().tobytes())
     return Everybody(
         defender, inverter, reader, query, gallery,
         victims, found.junk, _normalization(defender), found.layout,
-        closed, digest.hexdigest(), labels_digest(parts, found.junk),
+        closed, copies, digest.hexdigest(), labels_digest(parts, found.junk),
     )
 
 
@@ -180,17 +194,11 @@ def read(images: Sequence[ReidImage], root: Path, size: int) -> Pictures:
     """The files, each stretched to a square: nothing of a narrow picture is cut off.
 
     Raises:
-        InputError: a file that is no picture, by name.
+        InputError: a file that is no picture, by name; as `open_rgb`.
     """
     pixels = np.empty((len(images), size, size, 3), dtype=np.uint8)
     for row, image in enumerate(images):
-        try:
-            with Image.open(image.path) as handle:
-                picture = handle.convert("RGB")
-        except (UnidentifiedImageError, OSError, ValueError) as error:
-            raise InputError(
-                f"Expected a picture, but {image.path} cannot be read ({error}). Remove it."
-            ) from error
+        picture = open_rgb(image.path)
         if picture.size != (size, size):
             picture = picture.resize((size, size), Image.Resampling.BILINEAR)
         pixels[row] = np.asarray(picture)

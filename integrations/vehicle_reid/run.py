@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
-from page import HEADINGS, comparison
+from page import HEADINGS, comparison, unmatched
 from pictures import everybody
 from rich.console import Console
 from rich.table import Table
@@ -61,7 +61,8 @@ def run(
 
 def table(result: dict[str, Any]) -> Table:
     """The page's main table for a terminal."""
-    made = Table(title="Re-identification, and what an attacker gets out of the uploads")
+    made = Table(title="Re-identification, and what an attacker gets out of the uploads",
+                 caption=unmatched(result) or None)
     made.add_column("")
     for method in result["methods"]:
         made.add_column(HEADINGS[method], justify="right")
@@ -99,6 +100,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("Interrupted. The same command goes on.", file=sys.stderr)
         return INTERRUPTED
     console.print(table(result))
+    for note in result.get("notes", ()):
+        console.print(f"Note: {note}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"Page: {(Path(config.runs) / config.name / PAGE).resolve()}", soft_wrap=True)
     return 0
 

@@ -138,6 +138,8 @@ class Work:
             "cameras": len(people.gallery.cameras.unique()), "victims": len(people.victims),
         }
         self.say("; ".join(f"{k.replace('_', ' ')} {v:,}" for k, v in counts.items()) + ".")
+        for note in people.notes:
+            self.say(note)
         weights = None if self.config.weights is None else sha256_of(self.config.weights)
         self.folder.finish(
             "data", digest=people.digest, labels_digest=people.labels_digest, counts=counts,
@@ -355,14 +357,15 @@ class Work:
 
     def do_result(self) -> None:
         result = {
-            "settings": asdict(self.config),
-            "versions": versions(), "device": str(self.device),
-            "data": self.folder.notes("data"), "plan": self.folder.notes("plan"),
+            "settings": asdict(self.config), "versions": versions(), "device": str(self.device),
+            "data": {**self.folder.notes("data"), "copies": self.people.copies},
+            "plan": self.folder.notes("plan"),
             "methods": {
                 method: {**self.folder.notes(method), "audit": self.folder.notes(f"audit {method}")}
                 for method in methods(self.config)
             },
-            "notes": dropout_notes(self.config.privacy, self.config.attackers.uploads),
+            "notes": [*self.people.notes, *(f"PATROL: {note}" for note in dropout_notes(
+                self.config.privacy, self.config.attackers.uploads))],
             "originals": self.checks.of_originals(self.people.query.subset(self.people.victims)),
         }
         atomic_write_json(self.folder / RESULT, _finite(result))
