@@ -9,6 +9,7 @@ ceiling: the undefended split under the same attacks and seeds.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from patrol_prune.audit_choice import (
     owned,
     pixels_of,
 )
+from patrol_prune.audit_kept import KeptAttacks, KeptAudit
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.audit_run import AuditRun
 from patrol_prune.cost import home_of
@@ -74,6 +76,7 @@ def audit(
     largest_feature_bytes: int = 2 << 30,
     progress: Callable[[str], None] | None = None,
     observer: Observer | None = None,
+    kept: KeptAttacks | None = None,
 ) -> AuditReport:
     """Reconstruct the victim's images from what the edge sends, and measure how well that went.
 
@@ -115,6 +118,9 @@ def audit(
         observer: called after each attack with the subject, the attack's name, the fitted attack
             and its reconstructions of the victim's images, for measures of your own. What it raises
             on an attack of your own is a flag, on one of ours it ends the audit.
+        kept: where each attack that has ended is kept, so that an audit of the same goes on where
+            an earlier one was interrupted (`audit_kept.KeptAttacks`); attacks of your own are not,
+            and `observer` is not told of those that are taken from there.
 
     Raises:
         InputError: before any work, on a split without an edge; on data that is not on [0, 1],
@@ -144,7 +150,8 @@ def audit(
         check_needs(made, {"cloud": getattr(half, "cloud", None), "labels": attacker_labels})
     attackers = owned(known, shifted, attacker_labels, attacker_images)
     check_counts(made, attackers)
-    run = AuditRun(
+    kind = AuditRun if kept is None else partial(KeptAudit, kept=kept, examples=examples)
+    run = kind(
         attackers, victim,
         normalization or Normalization(), batch_size, largest_feature_bytes, progress, observer,
         uploads,

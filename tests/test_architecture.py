@@ -33,7 +33,7 @@ ORDER = [
     "distillation", "image_pool", "finetune_config", "trainer", "finetune", "learned_masks",
     "saved_sizes", "checkpoint", "defences",
     "attacks", "access", "alone", "received", "per_picture", "arrangement", "undoing", "warm_start",
-    "audit_choice", "audit_scores", "audit_report", "audit_attack", "audit_run", "audit",
+    "audit_choice", "audit_scores", "audit_report", "audit_attack", "audit_run", "audit_kept", "audit",
     "_report_facts", "figures", "tables", "report", "rundir", "settings", "preparation",
     "audit_model", "run_objectives",
     "run_summary",
