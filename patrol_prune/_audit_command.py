@@ -20,7 +20,7 @@ from patrol_prune.settings import build
 from patrol_prune.tables import attack_table, flag_lines
 
 _WHO = ("attacks", "seeds", "victims", "attacker_images", "check_attacks", "uploads")
-_OF_A_RUN = ("attacks", "seeds", "attacker_images", "check_attacks", "uploads", "device")
+_OF_A_RUN = ("attacks", "seeds", "attacker_images", "check_attacks", "uploads", "device", "data")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -30,7 +30,8 @@ def add_options(parser: ArgumentParser) -> None:
         ("run", str, "a run's folder, as in runs/photos"),
         ("--model", str, "any torchvision classifier, or module:function of your own"),
         ("--at", str, "where the model is cut, the last layer on the device"),
-        ("--data", str, "images: train/ and val/ or test/, one folder per class in each"),
+        ("--data", str, "images: train/ and val/ or test/, one folder per class in each; of a run, "
+                        "where its images lie now"),
         ("--weights", str, "safetensors file of the model"),
         ("--undefended", str, "safetensors file of the same model before its defence"),
         ("--shifted", str, "a folder of other images, for one more attacker"),

@@ -10,7 +10,7 @@ import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ from patrol_prune.importance import PatrolImportance
 from patrol_prune.plan import Plan, short
 from patrol_prune.preparation import (
     Images,
-    dropout_notes,
     fresh_model,
     held_out_batches,
+    images_of,
     incoming_digests,
     incoming_model,
     open_heads,
@@ -40,13 +40,14 @@ from patrol_prune.preparation import (
     with_dropout,
 )
 from patrol_prune.pruner import PatrolPruner
-from patrol_prune.report import RunSummary, write_report
+from patrol_prune.report import RunSummary
 from patrol_prune.run_objectives import scoring_objective, training_objective
-from patrol_prune.run_summary import SUMMARY, read_summary, summarise
+from patrol_prune.run_summary import AUDITING, audit_notes, kept_attacks, read_summary, write_page
 from patrol_prune.rundir import CONFIG, RunDirectory
-from patrol_prune.settings import FREE_KEYS, RunConfig, resolve_device
+from patrol_prune.settings import FREE_KEYS, MOVABLE, RunConfig, resolve_device
 from patrol_prune.split import Split
 from patrol_prune.storage import atomic_write_json, keep_newest
+from patrol_prune.training_state import draws_for
 
 logger = logging.getLogger(__name__)
 
@@ -54,8 +55,9 @@ STAGES = ("data", "plan", "model", "prune", "finetune", "audit", "report")
 EDGE = "edge.patrol"
 DENSE, PRUNED = "checkpoints/dense", "checkpoints/pruned"
 TRAINING, FINETUNING = "checkpoints/train", "checkpoints/finetune"
-STARTS_FROM = {TRAINING: ("data",), FINETUNING: ("data", "plan", "model", "prune")}
-"""Folders of epoch checkpoints -> the stages whose result they began with."""
+STARTS_FROM = {TRAINING: ("data",), FINETUNING: ("data", "plan", "model", "prune"),
+               AUDITING: STAGES[:STAGES.index("audit")]}
+"""Folders of what a stage keeps as it goes -> the stages whose result it began with."""
 Progress = Callable[[str, str], None]
 """Called with a stage's name and a sentence about it."""
 
@@ -108,10 +110,9 @@ def train_dense(
 ) -> Path:
     """The stages of `run` up to the dense model, and no further: the path of its weights.
 
-    Runs with other settings after that stage may share them as their `weights`. Images and weights
-    may lie elsewhere when it goes on, if they hold the same. Raises as `run`.
+    Runs with other settings after that stage may share them as their `weights`. Raises as `run`.
     """
-    with _opened(config, False, progress, bars, free=("data", "weights")) as work:
+    with _opened(config, False, progress, bars, free=tuple(MOVABLE)) as work:
         began = work.folder.notes("data") if work.folder.done("data") else {}
         if "weights_sha256" in began and (began["weights_sha256"] is None) != (
             config.weights is None
@@ -131,14 +132,17 @@ def _opened(
     free: tuple[str, ...] = (),
 ) -> Iterator[Work]:
     device = resolve_device(config.device)
-    images = read_images(config)
-    incoming_model(config, len(images.classes))
     path = Path(config.runs) / config.name
+    anew = overwrite or not (path / CONFIG).is_file()
+    images = read_images(config) if anew else images_of(config, path)
+    if anew:  # what cannot be had costs no earlier run, and leaves no folder
+        incoming_model(config, len(images.classes))
+    made = planned(config, images) if anew else None
     defaults = RunConfig(config.data, config.edge_macs).to_dict()
-    # What cannot be planned costs no earlier run, and leaves no folder.
-    made = planned(config, images) if overwrite or not (path / CONFIG).is_file() else None
     with RunDirectory(path, config.to_dict(), overwrite=overwrite, defaults=defaults,
-                      free_keys=(*FREE_KEYS, *free)) as folder:
+                      free_keys=(*FREE_KEYS, *free), noted=MOVABLE) as folder:
+        if not anew and not folder.done("model"):
+            incoming_model(config, len(images.classes))
         yield Work(config, folder, images, device, progress, bars, made)
 
 
@@ -175,8 +179,8 @@ class Work:
     def do(self, stages: Sequence[str]) -> None:
         """These, in order; the first that is not done makes all later ones due as well.
 
-        Epoch checkpoints that began with what a stage left before go when it is done again: a
-        later stage would go on from them, and the model would be a mixture of both.
+        What began with what a stage left before, as epoch checkpoints, goes when it is done again:
+        a later stage would go on from them, and the model would be a mixture of both.
         """
         for stage in stages:
             if self.folder.done(stage):
@@ -193,7 +197,8 @@ class Work:
         """Do one stage."""
         self.stage = stage
         self.folder.event("stage begins", stage=stage)
-        getattr(self, f"do_{stage}")()
+        with draws_for(self.device, self.config.seed, stage):
+            getattr(self, f"do_{stage}")()
 
     def say(self, sentence: str) -> None:
         logger.info("%s: %s", self.stage, sentence)
@@ -368,22 +373,22 @@ class Work:
             attacker_images=(None, *config.audit.attacker_images),
             check_attacks=config.audit.check_attacks, uploads=config.audit.uploads,
             device=str(self.device), examples=config.audit.examples, progress=self.say,
+            kept=kept_attacks(config, self.folder, self.images, str(self.device)),
         )
         self.folder.forget(STAGES[STAGES.index("audit"):])
         found.to_json(self.folder / "audit.json")
-        self.folder.finish("audit", ["audit.json", "audit_examples"])
+        self.finish_audit()
+        self.folder.remove(AUDITING)
+
+    def finish_audit(self) -> None:
+        """Record the audit with what a page on it has to say, whoever makes that page."""
+        self.folder.finish("audit", ["audit.json", "audit_examples"], **audit_notes(
+            self.config, device=str(self.device), notes=[*self.notes, *self.images.notes]))
 
     def do_report(self) -> None:
-        config = self.config
-        dropout = dropout_notes(config.privacy, config.audit.uploads)
-        notes = [*self.notes, *self.images.notes, *dropout]
-        summary = summarise(config, self.folder, at=self.at, device=str(self.device), notes=notes)
-        atomic_write_json(self.folder / SUMMARY, asdict(summary))
-        page = write_report(
-            summary, AuditReport.from_json(self.folder / "audit.json"), self.folder.path
-        )
-        self.say(f"The report is {page}.")
-        self.folder.finish("report", [SUMMARY, "report.html", "figures"])
+        if not self.folder.notes("audit"):  # an earlier release kept nothing with it
+            self.finish_audit()
+        self.say(f"The report is {write_page(self.config, self.folder, self.notes)}.")
 
 
 def _budget(made: Plan) -> int:

@@ -26,6 +26,8 @@ from patrol_prune.storage import sha256_of
 
 logger = logging.getLogger(__name__)
 
+_ANEW = "give the run another --name, or start it anew with --overwrite."
+
 
 @dataclass(frozen=True)
 class Images:
@@ -101,6 +103,16 @@ def read_images(config: RunConfig) -> Images:
         defender, attacker.images, attacker.labels, test, victims,
         _normalization(config, defender), _digest(train, test), notes,
     )
+
+
+def images_of(config: RunConfig, path: Path) -> Images:
+    """`read_images` of the run in `path`; a RunDirectoryError where they are gone."""
+    if not Path(config.data).exists():
+        raise RunDirectoryError(
+            f"Expected the images of the run in {path} in {config.data}, which does not exist. Put "
+            "them back, or say where they lie now: --data FOLDER."
+        )
+    return read_images(config)
 
 
 def _notes_on_the_test(defender: ImageSet, test: ImageSet) -> tuple[str, ...]:
@@ -220,7 +232,8 @@ def incoming_digests(config: RunConfig, images: Images) -> dict[str, str | None]
 def refuse_changed(
     config: RunConfig, images: Images, began: Mapping[str, Any], path: Path
 ) -> None:
-    """Refuse other images and weights than those that the run in `path` began with.
+    """Refuse other images and weights than those that the run in `path` began with; a file of
+    weights that is gone is for the stage that reads it to miss.
 
     Raises:
         RunDirectoryError: they differ from `began`, what `incoming_digests` gave then.
@@ -228,12 +241,16 @@ def refuse_changed(
     if began["digest"] != images.digest:
         raise RunDirectoryError(
             f"The images in {config.data} are not those that the run in {path} began with. Put "
-            "those back, give the run another --name, or start it anew with --overwrite."
+            f"those back, say where they lie now with --data, {_ANEW}"
         )
-    refuse_changed_weights(config.weights, began, path)
+    if config.weights is not None and Path(config.weights).is_file():
+        refuse_changed_weights(config.weights, began, path,
+                               f"say where they lie now with --weights, {_ANEW}")
 
 
-def refuse_changed_weights(weights: str | None, began: Mapping[str, Any], path: Path) -> None:
+def refuse_changed_weights(
+    weights: str | None, began: Mapping[str, Any], path: Path, advice: str = _ANEW
+) -> None:
     """Refuse another file of weights than the one that the run in `path` began with.
 
     Raises:
@@ -243,7 +260,7 @@ def refuse_changed_weights(weights: str | None, began: Mapping[str, Any], path: 
     if weights is not None and noted is not None and noted != sha256_of(weights):
         raise RunDirectoryError(
             f"The weights in {weights} are not those that the run in {path} began with. Put those "
-            "back, give the run another --name, or start it anew with --overwrite."
+            f"back, {advice}"
         )
 
 

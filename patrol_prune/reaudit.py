@@ -9,7 +9,7 @@ from pathlib import Path
 
 from patrol_prune.errors import RunDirectoryError
 from patrol_prune.pipeline import DENSE, Progress, RunResult, Work
-from patrol_prune.preparation import read_images, refuse_changed
+from patrol_prune.preparation import images_of, refuse_changed
 from patrol_prune.rundir import CONFIG, RunDirectory, place_of, read_config, run_command
 from patrol_prune.settings import AuditConfig, RunConfig, resolve_device
 
@@ -22,6 +22,7 @@ def audit_again(
     attacker_images: Sequence[int] | None = None,
     check_attacks: bool | None = None,
     uploads: int | None = None,
+    data: str | Path | None = None,
     device: str | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -36,6 +37,7 @@ def audit_again(
         attacker_images: attack once more with only so many images each; as in the run without.
         check_attacks: let every attack invert trivial edges first; as in the run without.
         uploads: of each picture, for an edge with dropout; as in the run without.
+        data: where the run's images lie now; where they did without.
         device: where; that of the run without.
         progress: called with each stage and what happens in it.
 
@@ -56,8 +58,9 @@ def audit_again(
         uploads=own.uploads if uploads is None else uploads,
     )
     name, runs = place_of(path, config.to_dict())  # it may have been renamed since
-    chosen = replace(config, name=name, runs=runs, device=device or config.device, audit=who)
-    where, images = resolve_device(chosen.device), read_images(chosen)
+    chosen = replace(config, name=name, runs=runs, device=device or config.device, audit=who,
+                     data=str(Path(data or config.data).expanduser()))
+    where, images = resolve_device(chosen.device), images_of(chosen, path)
     with RunDirectory(path, read_config(path / CONFIG)) as folder:
         resume = run_command(path)
         if not (folder.done("finetune") and folder.done("plan")):

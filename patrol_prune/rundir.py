@@ -49,6 +49,8 @@ class RunDirectory:
         config: the run's settings as plain data. A directory with the same settings is resumed.
         overwrite: throw away what an earlier run left here, and nothing else.
         free_keys: dotted settings that do not change a result (`device`); they may differ.
+        noted: settings that say where something lies -> the stage and the note that say what it
+            holds: where there is such a note, they may differ too, and the caller compares.
         outputs: names of files and folders of a run's own, which `overwrite` throws away as well.
         defaults: plain data of every setting's default: what a run of an earlier release, whose
             settings lack the newer ones, was made with.
@@ -65,6 +67,7 @@ class RunDirectory:
         *,
         overwrite: bool = False,
         free_keys: Iterable[str] = (),
+        noted: Mapping[str, tuple[str, str]] | None = None,
         outputs: Iterable[str] = (),
         defaults: Mapping[str, Any] | None = None,
     ) -> None:
@@ -75,11 +78,13 @@ class RunDirectory:
         try:
             if overwrite:
                 self._clear()
-            self.resumed = self._settle(dict(config), set(free_keys), dict(defaults or {}))
+            self._stages: dict[str, dict[str, Any]] = self._read_manifest()
+            free = {key for key, (stage, note) in (noted or {}).items()
+                    if config.get(key) is not None and self.notes(stage).get(note) is not None}
+            self.resumed = self._settle(dict(config), free | set(free_keys), dict(defaults or {}))
         except BaseException:
             self.close()
             raise
-        self._stages: dict[str, dict[str, Any]] = self._read_manifest()
 
     def __truediv__(self, name: str) -> Path:
         return self.path / name
@@ -128,6 +133,10 @@ class RunDirectory:
     def notes(self, stage: str) -> dict[str, Any]:
         """What `finish` was told about a stage; empty when it is not done."""
         return dict(self._stages.get(stage, {}).get("notes", {}))
+
+    def digests(self, stage: str) -> dict[str, str]:
+        """The sha256 of every file that a stage wrote; empty when it is not done."""
+        return dict(self._stages.get(stage, {}).get("sha256", {}))
 
     def forget(self, stages: Iterable[str]) -> None:
         """Have these stages done again."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -29,6 +30,9 @@ from patrol_prune.surrogate import SURROGATE_LOSSES
 
 Config = TypeVar("Config")
 FREE_KEYS = ("name", "runs", "device")  # may differ when a run is resumed
+MOVABLE = {"data": ("data", "digest"), "weights": ("data", "weights_sha256")}
+"""May lie elsewhere when a run is resumed -> the stage and the note that say what they held."""
+_PATHS = ("data", "runs", "weights", "out", "undefended", "shifted", "storage")
 
 
 @dataclass(frozen=True)
@@ -302,8 +306,16 @@ def check_seed(seed: int, name: str) -> None:
         raise InputError(f"Expected {name} in [0, 2**63), came {seed}.")
 
 
-def build(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
-    """A (nested) dataclass from plain data.
+def build(
+    kind: type[Config], values: Mapping[str, Any], where: str, group: str = ""
+) -> Config:
+    """A (nested) dataclass from plain data, `~` expanded in paths.
+
+    Args:
+        kind: the dataclass.
+        values: its fields.
+        where: they come from.
+        group: the dotted setting that they are the fields of, for errors.
 
     Raises:
         InputError: an unknown key, a missing one, or a value of the wrong type; `where` is named.
@@ -320,12 +332,22 @@ def build(kind: type[Config], values: Mapping[str, Any], where: str) -> Config:
     missing = [n for n in required if n not in values]
     if missing:
         raise InputError(f"{where} lacks {', '.join(missing)}.")
-    return kind(**{k: _typed(hints[k], v, f"{where}: {k}") for k, v in values.items()})
+    typed = {k: _typed(hints[k], v, f"{where}: {k}") for k, v in values.items()}
+    for name in _PATHS:
+        if isinstance(typed.get(name), str):
+            typed[name] = os.path.expanduser(typed[name])
+    try:
+        return kind(**typed)
+    except InputError as error:
+        named = re.search(rf"\b({'|'.join(fields)})\b", str(error)) if group else None
+        if named is None or f"{group}." in str(error):
+            raise
+        raise InputError(f"{group}.{named[0]}: {error}") from error
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return build(hint, value, where)  # type: ignore[arg-type]
+        return build(hint, value, where, where.rpartition(": ")[2])  # type: ignore[arg-type]
     origin = get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None:

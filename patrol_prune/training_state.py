@@ -1,7 +1,10 @@
-"""Everything a training stage needs to go on, as named tensors and JSON; and optimisers rebuilt."""
+"""Everything a training stage needs to go on, as named tensors and JSON; and what it draws."""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +77,20 @@ def unpack_draws(tensors: dict[str, Tensor], device: torch.device) -> None:
         torch.set_rng_state(tensors["draws.cpu"].cpu())
     if "draws.cuda" in tensors and device.type == "cuda":
         torch.cuda.set_rng_state(tensors["draws.cuda"].cpu(), device)
+
+
+@contextlib.contextmanager
+def draws_for(device: torch.device, *who: object) -> Iterator[None]:
+    """Inside, torch's own generators draw for `who`, a seed and a name, whatever was drawn before;
+    outside, nothing that is drawn inside is missing."""
+    digest = hashlib.sha256(repr(who).encode()).digest()
+    seed = int.from_bytes(digest[:7], "big")
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

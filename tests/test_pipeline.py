@@ -33,8 +33,10 @@ from patrol_prune.models import build_model
 from patrol_prune.pipeline import RunResult, run
 from patrol_prune.preparation import normalization_kind, read_images
 from patrol_prune.reaudit import audit_again
-from patrol_prune.run_summary import read_summary, rewrite_report
+from patrol_prune.run_summary import audit_notes, read_summary, rewrite_report
+from patrol_prune.rundir import RunDirectory, read_config
 from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig
+from patrol_prune.training_state import draws_for
 
 Writer = Callable[..., Path]
 
@@ -341,6 +343,119 @@ def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) ->
     assert rewrite_report(copied).read_bytes() == page
 
 
+def test_a_page_made_anew_is_of_the_audit_that_it_shows(
+    finished: RunResult, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By `report` after an audit that was stopped before its page, and by the run itself."""
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+
+    def stop(work: pipeline.Work) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.Work, "do_report", stop)
+        with pytest.raises(KeyboardInterrupt):
+            audit_again(copied, attacks=("linear_inverse",), seeds=(3,), uploads=8)
+    page = rewrite_report(copied).read_bytes()
+    (copied / "report.html").unlink()
+    assert run(tiny(folder, tmp_path)).report.read_bytes() == page
+    assert not (copied / "checkpoints/audit").exists()
+    summary = read_summary(copied)
+    who = summary.config["audit"]
+    assert (who["attacks"], who["seeds"], who["uploads"]) == (["linear_inverse"], [3], 8)
+    assert "attacked again" in summary.notes[0] and "--seeds 3 --uploads 8" in summary.notes[0]
+    assert summary.versions == finished.summary.versions
+
+
+def test_what_is_kept_with_an_audit_tells_its_own_uploads(folder: Path, tmp_path: Path) -> None:
+    config = replace(tiny(folder, tmp_path), privacy=PrivacyConfig(dropout=0.5))
+    config = replace(config, audit=replace(config.audit, uploads=8))
+    notes = " ".join(audit_notes(config, device="cpu", notes=["First."])["notes"])
+    assert notes.startswith("First.") and "had 8 uploads of every" in notes
+    assert "one upload" not in notes
+
+
+def test_no_page_is_made_while_another_process_works_there(
+    finished: RunResult, tmp_path: Path
+) -> None:
+    pytest.importorskip("fcntl")
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    before = files_of(copied)
+    with RunDirectory(copied, read_config(copied / "config.yaml")):
+        with pytest.raises(RunDirectoryError, match="Another process"):
+            rewrite_report(copied)
+    assert files_of(copied) == before
+
+
+def test_an_audit_that_was_stopped_goes_on_after_the_attacks_that_had_ended(
+    finished: RunResult, tmp_path: Path
+) -> None:
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    told: list[str] = []
+
+    def progress(stage: str, sentence: str) -> None:
+        told.append(sentence)
+        if "Attacking the undefended" in sentence and len(told) < 8:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        audit_again(copied, attacks=("linear_inverse",), progress=progress)
+    assert not any("had ended before" in sentence for sentence in told)
+    told += ["again"] * 8
+    audit_again(copied, attacks=("linear_inverse",), progress=progress)
+    assert sum("had ended before" in sentence for sentence in told) == 1
+    assert not (copied / "checkpoints/audit").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_what_a_stage_draws_hangs_on_the_seed_and_the_stage_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    """Not on the stages that this process did before, nor on what it drew."""
+    config = replace(tiny(tmp_path, tmp_path), seed=seed)
+    drawn: dict[tuple[str, int], list[float]] = {}
+    with RunDirectory(tmp_path / "a", {}) as there:
+        for first in (1, 2):
+            work = pipeline.Work(config, there, None, torch.device("cpu"), None, False)  # type: ignore[arg-type]
+            torch.manual_seed(first)
+            before = torch.get_rng_state()
+            for stage in ("model", "prune")[first - 1:]:
+                monkeypatch.setattr(work, f"do_{stage}", lambda key=(stage, first):  # type: ignore[misc]
+                                    drawn.update({key: torch.rand(2).tolist()}), raising=True)
+                work.begin(stage)
+            assert torch.equal(torch.get_rng_state(), before)
+    assert drawn["prune", 1] == drawn["prune", 2] != drawn["model", 1]
+    with draws_for(torch.device("cpu"), 1 - seed, "prune"):
+        assert torch.rand(2).tolist() != drawn["prune", 1]
+
+
+@pytest.mark.slow
+def test_a_model_with_dropout_ends_at_the_same_wherever_its_run_is_stopped(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dropping_for_test.py").write_text(
+        "from patrol_prune.models import build_model\nfrom torch import nn\n"
+        "def build(num_classes):\n"
+        "    model = build_model('small_resnet', num_classes, image_size=16)\n"
+        "    model.fc = nn.Sequential(nn.Dropout(0.5), model.fc)\n    return model\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = replace(tiny(folder, tmp_path), model="dropping_for_test:build")
+    torch.manual_seed(1)
+    whole = run(config)
+    for stage in ("prune", "finetune", "audit"):
+        def progress(now: str, sentence: str, stage: str = stage) -> None:
+            if now == stage:
+                raise KeyboardInterrupt
+
+        torch.manual_seed(2)
+        other = replace(config, name=stage)
+        with pytest.raises(KeyboardInterrupt):
+            run(other, progress=progress)
+        torch.manual_seed(3)
+        assert run(other).audit.per_image == whole.audit.per_image
+
+
 @pytest.mark.slow
 def test_a_renamed_run_goes_by_its_new_name(
     finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -392,6 +507,57 @@ def test_what_is_no_finished_run_is_refused(folder: Path, tmp_path: Path) -> Non
         audit_again(tmp_path / "a")
     with pytest.raises(RunDirectoryError, match="Expected a finished run"):
         rewrite_report(tmp_path / "a")
+
+
+def test_images_may_lie_elsewhere_if_they_are_the_same(
+    finished: RunResult, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    moved = Path(shutil.copytree(folder, tmp_path / "moved"))
+    monkeypatch.setattr(pipeline, "finetune", None)
+    monkeypatch.setattr(pipeline, "audit", None)
+    monkeypatch.setattr(pipeline.Work, "attack_again", lambda work: work.config.data)
+    config = replace(tiny(moved, tmp_path))
+    assert run(config).summary.pruned == finished.summary.pruned
+    assert audit_again(copied, data=moved) == str(moved)
+    Image.new("RGB", (16, 16), "white").save(moved / "train" / "red" / "000.png")
+    for call in (lambda: run(config), lambda: audit_again(copied, data=moved)):
+        with pytest.raises(RunDirectoryError, match="not those that the run.*with --data"):
+            call()
+    shutil.rmtree(moved)
+    settings = yaml.safe_load((copied / "config.yaml").read_text())
+    (copied / "config.yaml").write_text(yaml.safe_dump({**settings, "data": str(moved)}))
+    for call in (lambda: run(config), lambda: audit_again(copied)):
+        with pytest.raises(RunDirectoryError, match="Put them back, or say .*--data FOLDER"):
+            call()
+
+
+def test_weights_are_not_asked_for_once_the_dense_model_is_kept(
+    finished: RunResult, folder: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "mine.safetensors"
+    config = replace(tiny(folder, tmp_path), weights=str(file), normalization="dataset")
+
+    def open_again(done: bool) -> None:
+        with pipeline._opened(config, False, None, False) as work:
+            assert work.folder.done("model") is done
+            work.check_incoming()
+
+    for stage, done in (("model", False), ("prune", True)):
+        shutil.copyfile(finished.directory / pipeline.DENSE / "weights.safetensors", file)
+
+        def progress(now: str, sentence: str, stage: str = stage) -> None:
+            if now == stage:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            run(config, progress=progress)
+        file.unlink()
+        if not done:
+            with pytest.raises(InputError, match="no file of weights"):
+                open_again(done)
+        else:
+            open_again(done)
 
 
 def test_changed_images_are_noticed(tmp_path: Path, write_folder: Writer) -> None:

@@ -73,6 +73,31 @@ def _pictures(script: Any, count: int) -> Any:
                                        truth)
 
 
+def test_what_a_stage_draws_hangs_on_the_seed_and_the_stage_alone(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[dict[str, float]] = [{}, {}]
+    stages = sys.modules["stages"]
+    for first, into in enumerate(drawn):
+        def draw(work: Any, *_: Any, into: dict[str, float] = into) -> None:
+            into[work.stage] = float(torch.rand(()))
+
+        for name in ("data", "plan", "dense", "pruned", "audit", "result"):
+            monkeypatch.setattr(stages.Work, f"do_{name}", draw)
+        monkeypatch.setattr(stages.Work, "result", lambda work: {})
+        monkeypatch.setattr(stages.Work, "check_pictures", lambda work: None)
+        config = sys.modules["settings"].ReidRun(data="rendered", device="cpu")
+        with RunDirectory(tmp_path / str(first), {}) as folder:
+            if first:  # stopped before, and in another process
+                for stage in ("data", "plan", "dense"):
+                    folder.finish(stage)
+            torch.manual_seed(first)
+            stages.Work(config, folder, lambda *_: None, object()).go()
+    whole, resumed = drawn
+    assert len(resumed) > 2 and resumed == {stage: whole[stage] for stage in resumed}
+    assert len(set(whole.values())) == len(whole)
+
+
 def test_pictures_keep_their_truth_when_parted_and_joined(script: Any) -> None:
     every = _pictures(script, 12)
     again = every.subset([0, 5, 7]).and_then(every.subset([11]))

@@ -68,6 +68,21 @@ def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
         assert run.resumed
 
 
+def test_what_lies_elsewhere_may_differ_where_it_was_noted(tmp_path: Path) -> None:
+    noted = {"data": ("data", "digest"), "weights": ("data", "sha")}
+    with RunDirectory(tmp_path / "a", {"data": "x", "weights": "w"}):
+        pass
+    with pytest.raises(RunDirectoryError, match="data: 'x' there, 'y' now"):
+        RunDirectory(tmp_path / "a", {"data": "y", "weights": "w"}, noted=noted)
+    with RunDirectory(tmp_path / "a", {"data": "x", "weights": "w"}) as run:
+        run.finish("data", digest="0a", sha=None)
+    with RunDirectory(tmp_path / "a", {"data": "y", "weights": "w"}, noted=noted) as run:
+        assert run.resumed and run.digests("data") == {}
+    for weights in (None, "v"):  # left out, or of an earlier release that noted none
+        with pytest.raises(RunDirectoryError, match="weights: 'w' there"):
+            RunDirectory(tmp_path / "a", {"data": "y", "weights": weights}, noted=noted)
+
+
 def test_an_interrupted_overwrite_is_gone_on_with(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

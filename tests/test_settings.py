@@ -10,12 +10,14 @@ import pytest
 import torch
 import yaml
 
+from patrol_prune.audit_model import ModelAudit
 from patrol_prune.errors import InputError
 from patrol_prune.settings import (
     AuditConfig,
     PrivacyConfig,
     RunConfig,
     ScoreConfig,
+    build,
     resolve_device,
 )
 
@@ -101,6 +103,29 @@ def test_numbers_may_stand_for_words_and_whole_numbers_for_fractions(tmp_path: P
     config = RunConfig.from_yaml(tmp_path / "c.yaml")
     assert config.edge_macs == "0.5"
     assert config.privacy == PrivacyConfig(beta=3.0)
+
+
+def test_a_tilde_in_a_path_is_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "c.yaml").write_text(
+        "data: ~/photos\nedge_macs: 0.5\nruns: ~/runs\nweights: ~/w.safetensors\nname: ~a\n")
+    config = RunConfig.from_yaml(tmp_path / "c.yaml")
+    assert (config.data, config.runs, config.weights, config.name) == (
+        "/home/me/photos", "/home/me/runs", "/home/me/w.safetensors", "~a")
+    audit = build(ModelAudit, {"model": "m:f", "at": "x", "data": "~", "out": "~/a.json"}, "here")
+    assert (audit.data, audit.out) == ("/home/me", "/home/me/a.json")
+
+
+@pytest.mark.parametrize(("group", "name", "value"), [
+    ("attacker", "epochs", 0), ("attacker", "batch_size", 0), ("rmle", "steps", 0),
+    ("finetune", "lr", 0.0), ("audit", "victims", 1)])
+def test_a_setting_out_of_range_is_named_with_its_group(
+    group: str, name: str, value: float
+) -> None:
+    with pytest.raises(InputError, match=rf"^{group}\.{name}: "):
+        build(RunConfig, {"data": "x", "edge_macs": "1M", group: {name: value}}, "a: file")
 
 
 def test_devices() -> None:

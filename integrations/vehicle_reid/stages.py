@@ -30,6 +30,7 @@ from patrol_prune.run_summary import versions
 from patrol_prune.rundir import RunDirectory
 from patrol_prune.settings import resolve_device
 from patrol_prune.storage import atomic_write_json, sha256_of
+from patrol_prune.training_state import draws_for
 
 logger = logging.getLogger("vehicle_reid")
 
@@ -107,7 +108,8 @@ class Work:
             for later, _ in stages[number + 1:]:  # they began with what this stage left before
                 self.folder.remove(f"checkpoints/{later}-epochs")
             self.folder.event("stage begins", stage=stage)
-            do()
+            with draws_for(self.device, self.config.seed, stage):
+                do()
         return self.result()
 
     def say(self, sentence: str) -> None:
