@@ -96,7 +96,7 @@ def show(options: dict[str, Any], out: Callable[[str], None]) -> None:
         raise InputError(
             f"Expected at least 2 classes and a positive image size, came {classes} and {size}."
         )
-    file = None if options["plot"] is None else Path(options["plot"])
+    file = None if options["plot"] is None else Path(options["plot"]).expanduser()
     if file is not None and (file.suffix != ".png" or file.is_dir()
                              or not file.absolute().parent.is_dir()):
         raise InputError(f"Expected --plot as a .png file in a folder that exists, came {file}.")

@@ -73,7 +73,10 @@ Example:
   patrol-prune run --data photos --model resnet18 --image-size 128 --edge-macs 200M --name photos
 
 Every setting can stand in a file: `--print-config` writes one, `--config FILE` reads it, and
-options after it change it. The same settings resume a run that was interrupted.""",
+options after it change it. The same settings resume a run that was interrupted, after the last
+epoch of a training, or in its audit after the attacks that had ended; --data and --weights may be
+in another place by then. (A decoder is trained once more where rmle is still to come, which may
+begin at its answer.)""",
     "tune": """Search beta, alpha, the split and how much of the budget to use, for your own model,
 images and limits. What is asked for is that of `run`, and limits:
 
@@ -93,6 +96,8 @@ ranks, and only the full run says what an attacker sees.
 It needs Optuna: pip install 'optuna>=4'""",
     "audit": """Attack an edge with fresh attackers: the finished one of a run, whose report is
 written anew, or that of any model, ours or not, cut where you say.
+
+The same command goes on after the attacks on a run that had ended before it was interrupted.
 
 Examples, three attackers; every kind of attack; a model of your own:
   patrol-prune audit runs/photos --seeds 0 1 2
@@ -127,7 +132,10 @@ class _Parser(ArgumentParser):  # type: ignore[misc]
         named = re.sub(rf"(?<!value: )(?<![\w./\\'-])(?:{prefixes})\.([a-z])", r"--\1", message)
         named = re.sub(r'Parser key "(?:--)?([a-z][\w.]*)"', r"--\1", named)
         named += " Write a list as [a,b]." * ("'tuple'" in named)
-        _complain(_dashed(named) + f"\nSee: {self.prog.replace('[options] ', '')} --help")
+        see = self.prog.replace("[options] ", "")
+        if named.endswith("arguments are required: --run"):  # of `report`, where it is no option
+            named, see = named.replace("--run", "RUN, a run's folder"), f"{see} report"
+        _complain(_dashed(named) + f"\nSee: {see} --help")
         raise SystemExit(BAD_INPUT)
 
 
@@ -269,7 +277,14 @@ def _tune(options: Namespace) -> None:
 
 
 def _audit(options: Namespace) -> None:
-    attack(options.as_dict(), _tell, _conclude)
+    try:
+        attack(options.as_dict(), _tell, _conclude)
+    except KeyboardInterrupt:
+        kept = ("The run and its earlier audit are as they were. Attacks that had ended are kept; "
+                "the same command goes on from there.")
+        _complain(f"Interrupted. {kept}" if options.run else
+                  "Interrupted. No report was written; the same command begins anew.")
+        raise SystemExit(INTERRUPTED) from None
 
 
 def _report(options: Namespace) -> None:
@@ -294,11 +309,10 @@ def demo_config(name: str, runs: str, data: Path, *, seed: int, device: str) -> 
 
 
 def _demo(options: Namespace) -> None:
-    images = Path(options.runs) / f"{options.name}-vehicles"
-    config = demo_config(
-        options.name, options.runs, images, seed=options.seed, device=options.device
-    )
-    make_folder(options.runs)
+    runs = str(Path(options.runs).expanduser())
+    images = Path(runs) / f"{options.name}-vehicles-{options.seed}"
+    config = demo_config(options.name, runs, images, seed=options.seed, device=options.device)
+    make_folder(runs)
     _tell("images", f"Drawing vehicles into {images}.")
     write_vehicles(images, train=1200, test=200, size=64, seed=options.seed)
     _whole_path(config, options.overwrite)

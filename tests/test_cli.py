@@ -86,6 +86,10 @@ def test_no_command_shows_the_help(capsys: Capture) -> None:
          "Did you mean: rmle"),
         (["audit", "--model", "m:f", "--at", "x", "--data", "y", "--out", "a.txt"], ".json"),
         (["report", "nowhere"], "finished run"),
+        (["report"], "RUN, a run's folder\nSee: patrol-prune report --help"),
+        (["audit", "nowhere", "--data", "photos"], "holds no run"),
+        (["run", "--data", "x", "--edge-macs", "1M", "--attacker.batch-size", "0"],
+         "attacker.batch_size: Expected"),
     ],
 )
 def test_bad_calls_exit_with_2_and_one_message(
@@ -251,6 +255,35 @@ def test_demo_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(commands, "write_vehicles", lambda *a, **k: tmp_path)
     assert main(["demo", "--runs", str(tmp_path), "--seed", "4"]) == 0
     assert seen[0].seed == 4 and seen[0].runs == str(tmp_path)
+
+
+def test_a_demo_s_vehicles_are_those_of_its_seed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[RunConfig] = []
+    monkeypatch.setattr(commands, "_whole_path", lambda config, overwrite: seen.append(config))
+    drawn: list[str] = []
+    monkeypatch.setattr(commands, "write_vehicles", lambda folder, **_: drawn.append(str(folder)))
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for seed in "01":
+        assert main(["demo", "--runs=~/runs", "--seed", seed, "--overwrite"]) == 0
+    assert drawn == [config.data for config in seen] and len(set(drawn)) == 2
+    assert drawn[0].startswith(f"{tmp_path}/runs/")
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["runs/a"], "are kept; the same command goes on"),
+    (["--model", "m:f", "--at", "x", "--data", "y"], "the same command begins anew"),
+])
+def test_an_interrupted_audit_says_what_is_true_of_it(
+    arguments: list[str], message: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "attack", stop)
+    assert main(["audit", *arguments]) == 130
+    assert message in capsys.readouterr().err
 
 
 def test_interrupted_says_how_to_go_on(
