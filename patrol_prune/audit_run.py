@@ -115,9 +115,11 @@ class AuditRun:
                 near = near_duplicates(self.victim, own.pixels).tolist()
                 if near:
                     which = ", ".join([*map(str, near[:_NAMED]), *["..."] * (len(near) > _NAMED)])
-                    meaning = (f"{len(near)} of the victim's {len(self.victim)} pictures are almost "
-                               "the attacker's own, or mirror images of them (victim_data[i] with "
-                               f"i {which}).")
+                    meaning = (
+                        f"{len(near)} of the victim's {len(self.victim)} pictures are nearly the "
+                        "attacker's own, or mirror images of them (victim_data[i] with "
+                        f"i {which})."
+                    )
                     self.flag([dataclasses.replace(NEAR_DUPLICATES, meaning=meaning)], "edge", None,
                               None, own)
 
