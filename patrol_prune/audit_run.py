@@ -21,10 +21,11 @@ from patrol_prune.attacks import (
     check_draws,
     check_features,
     check_more_data,
+    check_owned,
     check_slopes,
     self_test,
 )
-from patrol_prune.attacks.checks import NEAR_DUPLICATES, NO_GRADIENT, SELF_TESTS
+from patrol_prune.attacks.checks import NO_GRADIENT, SELF_TESTS
 from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_attack import Observer, Outcome, broken_off, carried_out, shown, told
 from patrol_prune.audit_choice import Factory, Owned
@@ -41,7 +42,6 @@ from patrol_prune.warm_start import WarmStarts
 logger = logging.getLogger("patrol_prune.audit")
 
 _CHECKED = 128
-_NAMED = 10
 _THUMBNAIL_PIXELS = 5_000_000
 _ASKED = 32
 """Images of each side that tell how the edge answers."""
@@ -113,15 +113,7 @@ class AuditRun:
         for own in self.attackers:
             if own.data == "shifted" or own is self.attackers[0]:
                 near = near_duplicates(self.victim, own.pixels).tolist()
-                if near:
-                    which = ", ".join([*map(str, near[:_NAMED]), *["..."] * (len(near) > _NAMED)])
-                    meaning = (
-                        f"{len(near)} of the victim's {len(self.victim)} pictures are nearly the "
-                        "attacker's own, or mirror images of them (victim_data[i] with "
-                        f"i {which})."
-                    )
-                    self.flag([dataclasses.replace(NEAR_DUPLICATES, meaning=meaning)], "edge", None,
-                              None, own)
+                self.flag(check_owned(near, len(self.victim)), "edge", None, None, own)
 
     def subject(
         self, subject: str, edge: nn.Module, cloud: nn.Module | None, made: list[Factory]

@@ -49,6 +49,23 @@ def test_end_points_of_ms_ssim_and_gmsd() -> None:
         metrics.ms_ssim(x[..., :175], x[..., :175])
 
 
+@pytest.mark.parametrize("level", [0.3, 0.7, 0.95, 1.0])
+def test_a_picture_is_like_itself_where_it_is_flat(level: float) -> None:
+    """Variances as differences of squares would drown in float32's rounding."""
+    x = torch.full((2, 3, 64, 64), level)
+    x[1, :, 20:24, 10:50] = 0.1  # a line on paper
+    assert metrics.ssim(x, x).tolist() == pytest.approx([1.0, 1.0], abs=1e-7)
+    near = (x + 1e-3).clamp(0, 1)
+    assert metrics.ssim(near, x).min() > 0.999 > metrics.ssim(x, 0.5 * x).max()
+
+
+def test_the_narrow_form_is_the_same_on_ordinary_pictures() -> None:
+    x, y = images(0), images(1)
+    narrow = metrics.ssim(x, y, wide=False)
+    torch.testing.assert_close(metrics.ssim(x, y), narrow, atol=1e-5, rtol=0)
+    assert metrics.ssim(x, y).dtype == torch.float32
+
+
 def test_low_contrast_is_measured_against_the_true_range() -> None:
     # With data_range taken from the reconstruction, this would come out near 1.
     grey = 0.5 + 0.01 * (images(0) - 0.5)

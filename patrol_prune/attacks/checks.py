@@ -31,6 +31,7 @@ _MORE_HELPS = 0.05
 _CHANCE = 1e-3
 _NEGLIGIBLE = 1e-3
 _BLOCKED = 0.01
+_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,16 @@ def check_boxes(white: Sequence[float], black: Sequence[float]) -> list[Flag]:
 def check_more_data(fewer: float, more: float) -> list[Flag]:
     """Flag an attack whose mean squared error `more` images lowered by over 5% from `fewer`."""
     return [MORE_DATA_HELPS] if more < (1.0 - _MORE_HELPS) * fewer else []
+
+
+def check_owned(near: Sequence[int], images: int) -> list[Flag]:
+    """Flag those of so many victims' pictures, by their places, that the attacker nearly owns."""
+    if not near:
+        return []
+    named = ", ".join([*map(str, near[:_NAMED]), *["..."] * (len(near) > _NAMED)])
+    return [replace(NEAR_DUPLICATES, meaning=(
+        f"{len(near)} of the victim's {images} pictures are nearly the attacker's own, or mirror "
+        f"images of them (victim_data[i] with i {named})."))]
 
 
 @torch.no_grad()

@@ -295,7 +295,9 @@ def gradient_norm(edge: EdgeFunction, z: Tensor, start: Tensor, draws: int) -> f
 
 def error_by(criterion: str, originals: Tensor, guesses: Tensor) -> Tensor:
     """Each image's error by a criterion, `[N]`: MSE, or `1 - SSIM`; smaller is closer."""
-    return mse(originals, guesses) if criterion == "mse" else 1.0 - ssim(originals, guesses)
+    if criterion == "mse":
+        return mse(originals, guesses)
+    return 1.0 - ssim(originals, guesses, wide=False)
 
 
 def tuning_part(
