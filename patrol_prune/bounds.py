@@ -23,7 +23,7 @@ from torch import Tensor
 
 from patrol_prune.covariance import gaussian_information, shrinkage_intensity
 from patrol_prune.errors import InputError
-from patrol_prune.given import is_number
+from patrol_prune.given import check_count, check_number, is_number
 from patrol_prune.jacobian import (
     blocked_outputs,
     checked_edge,
@@ -246,8 +246,7 @@ def conditional_entropy_bound(
         InputError: on arguments outside the above, or on NaN.
     """
     _check_sigma(sigma)
-    if levels is not None and levels < 2:
-        raise InputError(f"Expected at least 2 grey levels (256 for 8 bits), came {levels}.")
+    check_count(levels, "levels, the grey levels (256 for 8 bits),", 2, optional=True)
     flat = _check_features(z, pixel_values, shrinkage)
     _check_entropy(entropy, pixel_values, levels)
     labels = _check_groups(groups, len(flat), flat.device)
@@ -271,9 +270,8 @@ def capped_information(power: float, sigma: float, dimensions: int) -> float:
     `||z - c||^2 <= k P` for a fixed `c` before the noise, it holds for whatever images come.
     """
     _check_sigma(sigma)
-    if not (0 <= power < math.inf and dimensions >= 1):
-        raise InputError("Expected a mean squared value from 0 upwards and at least 1 dimension, "
-                         f"came power={power}, dimensions={dimensions}.")
+    check_number(power, "power, the mean squared value,")
+    check_count(dimensions, "dimensions", 1)
     return 0.5 * dimensions * math.log1p(power / sigma**2)
 
 
@@ -287,10 +285,9 @@ def dithered_entropy(bits: float, pixel_values: int, levels: int = 256) -> float
     Raises:
         InputError: more bits than the grey levels can carry, or fewer than none.
     """
-    if levels < 2 or pixel_values < 1:
-        raise InputError("Expected at least 2 grey levels (256 for 8 bits) and 1 pixel value, came "
-                         f"levels={levels}, pixel_values={pixel_values}.")
-    if not 0 <= bits <= math.log2(levels):
+    check_count(levels, "levels, the grey levels (256 for 8 bits),", 2)
+    check_count(pixel_values, "pixel_values", 1)
+    if not is_number(bits) or not 0 <= bits <= math.log2(levels):
         raise InputError(f"Expected bits per value from 0 to {math.log2(levels):.4g}, what "
                          f"{levels} grey levels carry, came {bits}. Give the entropy of one value, "
                          "not of the image.")
@@ -351,9 +348,8 @@ def _check_features(z: Tensor, pixel_values: int, shrinkage: float | Literal["au
             f"Expected features [N, ...] of at least 2 images, came {came}. "
             "A spread needs several images."
         )
-    if pixel_values < 1:
-        raise InputError(f"Expected pixel_values of at least 1, came {pixel_values}. Give C*H*W.")
-    if shrinkage != "auto" and not (isinstance(shrinkage, (int, float)) and 0 <= shrinkage <= 1):
+    check_count(pixel_values, "pixel_values, C * H * W of an image,", 1)
+    if shrinkage != "auto" and not (is_number(shrinkage) and 0 <= float(shrinkage) <= 1):
         raise InputError(f'Expected shrinkage on [0, 1] or "auto", came {shrinkage!r}.')
     flat = z.detach().flatten(1)
     if not flat.is_floating_point() or not bool(torch.isfinite(flat).all()):

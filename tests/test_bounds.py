@@ -362,8 +362,14 @@ class TestEntropy:
             (dict(groups=torch.tensor([0, 0, 0, 1, 1, 2])), "a group of 1"),
             (dict(groups=torch.zeros(5, dtype=torch.long)), "one integer group"),
             (dict(entropy=math.nan), "finite and at most"),
-            (dict(entropy=0.0, levels=1), "2 grey levels"),
+            (dict(entropy=0.0, levels=1), "grey levels .* at least 2"),
+            (dict(shrinkage=True), "shrinkage on"),
+            (dict(shrinkage=math.nan), "shrinkage on"),
+            (dict(levels=2.5), "grey levels"),
         ]
+        for pixels in (27.5, True, "27", 0):
+            with pytest.raises(InputError, match=r"pixel_values, C \* H \* W"):
+                conditional_entropy_bound(z, 0.5, pixels)  # type: ignore[arg-type]
         for arguments, message in cases:
             with pytest.raises(InputError, match=message):
                 conditional_entropy_bound(z, 1.0, 3, **arguments)  # type: ignore[arg-type]
@@ -404,9 +410,9 @@ class TestFewImagesAndGroups:
         for bits, levels in ((20.0, 256), (math.nan, 256), (1.0, 1), (-1.0, 256)):
             with pytest.raises(InputError):
                 dithered_entropy(bits, d, levels)
-        for arguments in ((-1.0, 0.1, 4), (1.0, 0.5, -10)):
+        for arguments in ((-1.0, 0.1, 4), (1.0, 0.5, -10), (1.0, 0.5, 2.5), (True, 0.5, 3)):
             with pytest.raises(InputError):
-                capped_information(*arguments)
+                capped_information(*arguments)  # type: ignore[arg-type]
 
 
 class TestEffectiveRank:
