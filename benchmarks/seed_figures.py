@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
+from audit_figures import UNFINISHED, improving
 from depth_figures import STRONG, trained_with
 from row_names import (
     AGAINST_PRESSED_MARK,
@@ -33,6 +34,7 @@ COLUMNS = {"seed": "training seed", "dense": "dense", "defence": "trained on wit
 
 
 UNMEASURED = "–"
+STILL = "\\* a run behind it was still improving: a longer attack would see more."
 GOAL = 0.22
 """For the SSIM at an accuracy within a point of the dense model."""
 LEGEND = (
@@ -96,7 +98,7 @@ def legend_of(rows: list[Row]) -> str:
 
 def marks(rows: list[Row]) -> list[str]:
     """What the marks mean that stand on some rows."""
-    return [*[PRESSED_TEXT] * any(map(pressed, rows)),
+    return [*[STILL] * any(map(improving, rows)), *[PRESSED_TEXT] * any(map(pressed, rows)),
             *[AGAINST_PRESSED_TEXT] * any(map(against_pressed, rows))]
 
 
@@ -126,7 +128,7 @@ def often(rows: list[Row]) -> str:
     """What any number of uploads come to: nothing new where the edge draws nothing."""
     if not draws(rows[0]):
         return "as one"
-    return part_of(rows, [r["often"]["ssim"] for r in rows if r["often"]])
+    return part_of(rows, [r["often"] for r in rows if r["often"]])
 
 
 def place(row: Row) -> str:
@@ -262,8 +264,8 @@ def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
         "seed": "mean", "dense": mean([100 * r["dense_accuracy"] for r in rows], 1) + "%",
         "defence": name_of(rows[0]),
         "accuracy": mean([100 * r["accuracy"] for r in rows], 1) + "%",
-        "lost": mean([lost(r) for r in rows], 2), "ssim": mean([r["ssim"] for r in rows], 3),
-        "long": part_of(rows, [r["ssim"] for r in longer]),
+        "lost": mean([lost(r) for r in rows], 2), "ssim": part_of(rows, rows),
+        "long": part_of(rows, longer),
         "often": often(rows),
         "worst": mean([r["ssim_worst5"] for r in rows], 3),
         "named": percent([r["rank1"] for r in rows]),
@@ -272,10 +274,15 @@ def mean_line(rows: list[Row], longer: list[Row]) -> dict[str, str]:
     }
 
 
-def part_of(rows: list[Row], values: list[float]) -> str:
-    """Their mean, and how many they are where not every row has one."""
-    count = f" [{len(values)}]" if 0 < len(values) < len(rows) else ""
-    return mean_and_deviation(values, 3) + count if values else UNMEASURED
+def part_of(rows: list[Row], seen: list[Row]) -> str:
+    """The mean SSIM of what was seen, how many that is where not every row has one, and whether
+    one of these attacks was still improving.
+    """
+    if not seen:
+        return UNMEASURED
+    count = f" [{len(seen)}]" if len(seen) < len(rows) else ""
+    mark = UNFINISHED * any(map(improving, seen))
+    return mean_and_deviation([row["ssim"] for row in seen], 3) + count + mark
 
 
 def compared(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) -> str:
