@@ -7,7 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from frontier_methods import BEST_BEFORE, CONTROL, DEEPER_BEST
+from frontier_methods import BEST_BEFORE, CONTROL, DEEPER_BEST, DEEPER_EPOCHS
+from frontier_recipes import RECIPES
 from row_names import (
     DEFENCES,
     INSIDE,
@@ -81,6 +82,7 @@ def strongest(record: dict[str, Any], circumstances: str) -> str:
             "method": METHODS[method] + " †" * (row.get("base") == "earlier"),
             "split": row["split"] + PRESSED_MARK * pressed(row),
             "accuracy": f"{100 * row['accuracy']:.1f}%",
+            "tuned": "" if tuned_on(row) is None else str(round((tuned_on(row) or 0) / 1000)),
             "macs": f"{row['edge_macs'] / 1e6:.2f} M",
             "bytes": f"{row['feature_bytes'] / 1024:.0f} KiB",
             "ssim": f"{row['first_ssim']:.3f}", "attack": best + UNFINISHED * improving(row),
@@ -91,7 +93,8 @@ def strongest(record: dict[str, Any], circumstances: str) -> str:
     floor = next(row for each in groups.values() for row in each.values()
                  if row.get("victim_images") == first["first_images"])
     worst_floor = floor.get("floor_ssim_worst5")
-    columns = {"method": "model", "split": "split after", "accuracy": "accuracy",
+    columns = {"method": "model", "split": "split after", "tuned": "fine-tuned on, thousand images",
+               "accuracy": "accuracy",
                "macs": "edge MACs", "bytes": "uploaded", "ssim": "SSIM under the strongest attack",
                "attack": "which attack", "worst": "worst 5%", "mse": "smallest MSE",
                "tried": "attacks tried"}
@@ -203,11 +206,12 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
     if ours.get("base") == taylor.get("base"):
         lines.append(f"against {cut}: {beside(ours, taylor)}; "
                      f"{ours['feature_bytes'] / 1024:.3g} KiB uploaded instead of "
-                     f"{taylor['feature_bytes'] / 1024:.3g}.")
+                     f"{taylor['feature_bytes'] / 1024:.3g}{training_beside(ours, taylor)}.")
     else:
         lines.append(f"not beside {cut}: {apart}")
     if same := found.get("patrol"):
-        lines.append(f"cut after {same['split']} itself, against {cut}: {beside(same, taylor)}.")
+        lines.append(f"cut after {same['split']} itself, against {cut}: {beside(same, taylor)}"
+                     f"{training_beside(same, taylor)}.")
     mark = PRESSED_MARK * pressed(ours)
     return (f"PATROL, cut after {ours['split']}{mark}, at equal edge MACs, each model under the "
             "strongest of the attacks on it:\n\n" + "\n".join(f"- {line}" for line in lines))
@@ -224,6 +228,31 @@ def beside(ours: Row, other: Row) -> str:
     return (f"**SSIM {ours['ssim']:.3f} instead of {other['ssim']:.3f} "
             f"({ours['ssim'] / other['ssim']:.2f} times), "
             f"{100 * (ours['accuracy'] - other['accuracy']):+.1f} points of accuracy**")
+
+
+def tuned_on(row: Row) -> int | None:
+    """Images, counted anew each time, that the model was trained on after it was pruned; None where
+    the row does not name its settings.
+    """
+    made = row.get("made_with")
+    if made is None or "train_images" not in made:
+        return None
+    if row["method"] == "dense":
+        return 0
+    if not row.get("defence"):
+        return int(made["finetune_epochs"] * made["train_images"])
+    before = DEEPER_EPOCHS if row["split"] != USUAL_SPLIT else made["finetune_epochs"]
+    times = RECIPES[row["recipe"]].epochs if row.get("recipe") else 1
+    return int(before * made["train_images"]
+               + times * made["sweep_epochs"] * made["sweep_images"])
+
+
+def training_beside(ours: Row, other: Row) -> str:
+    """How much longer the one was trained after pruning, where it was."""
+    mine, others = tuned_on(ours), tuned_on(other)
+    if not mine or not others or mine == others:
+        return ""
+    return f"; fine-tuned on {mine:,} images instead of {others:,} ({mine / others:.1f} times)"
 
 
 def defence_name(row: Row) -> str:

@@ -77,6 +77,19 @@ def test_every_attack_stands_in_a_row_of_its_own(figures: ModuleType) -> None:
     assert "0.250 *" in lines[5]
 
 
+def test_unequal_training_is_told(figures: ModuleType) -> None:
+    made = {"train_images": 100, "finetune_epochs": 5, "sweep_epochs": 2, "sweep_images": 50}
+    rows = [{**r, "made_with": made} for r in ROWS]
+    # 8 epochs of 100 before, and thrice 2 of 50 with the defence, beside 5 of 100.
+    assert [figures.tuned_on(r) for r in (rows[0], rows[4], rows[6])] == [500, 1100, 1100]
+    text = figures.strongest({"rows": rows}, "here")
+    told = "fine-tuned on 1,100 images instead of 500 (2.2 times)"
+    assert text.count(told) == 1 and "fine-tuned on, thousand images" in text
+    against = next(line for line in text.splitlines() if told in line)
+    assert against.startswith("- against Taylor pruning cut after layer3")
+    assert told not in figures.strongest({"rows": ROWS}, "here")
+
+
 def test_a_model_under_one_attack_alone_is_left_out(figures: ModuleType) -> None:
     text = figures.strongest({"rows": [*ROWS[:2], ROWS[2]]}, "here")
     assert "Taylor pruning" in text and "PATROL" not in text
