@@ -280,8 +280,8 @@ def _audit(options: Namespace) -> None:
     try:
         attack(options.as_dict(), _tell, _conclude)
     except KeyboardInterrupt:
-        kept = ("The run and its earlier audit are as they were. Attacks that had ended are kept; "
-                "the same command goes on from there.")
+        kept = ("The run's earlier audit counts until the new one is whole. Attacks that had ended "
+                "are kept; the same command goes on from there.")
         _complain(f"Interrupted. {kept}" if options.run else
                   "Interrupted. No report was written; the same command begins anew.")
         raise SystemExit(INTERRUPTED) from None

@@ -378,7 +378,6 @@ class Work:
         self.folder.forget(STAGES[STAGES.index("audit"):])
         found.to_json(self.folder / "audit.json")
         self.finish_audit()
-        self.folder.remove(AUDITING)
 
     def finish_audit(self) -> None:
         """Record the audit with what a page on it has to say, whoever makes that page."""
@@ -389,6 +388,7 @@ class Work:
         if not self.folder.notes("audit"):  # an earlier release kept nothing with it
             self.finish_audit()
         self.say(f"The report is {write_page(self.config, self.folder, self.notes)}.")
+        self.folder.remove(AUDITING)
 
 
 def _budget(made: Plan) -> int:

@@ -357,6 +357,7 @@ def test_a_page_made_anew_is_of_the_audit_that_it_shows(
         with pytest.raises(KeyboardInterrupt):
             audit_again(copied, attacks=("linear_inverse",), seeds=(3,), uploads=8)
     page = rewrite_report(copied).read_bytes()
+    assert (copied / "checkpoints/audit").exists()  # the same command does not attack again
     (copied / "report.html").unlink()
     assert run(tiny(folder, tmp_path)).report.read_bytes() == page
     assert not (copied / "checkpoints/audit").exists()
