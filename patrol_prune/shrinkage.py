@@ -155,7 +155,8 @@ class Shrinker:
     def step(
         self, values: Mapping[str, Tensor], force: float, shares: Mapping[str, Tensor], target: int
     ) -> Shrunk:
-        """One proximal step, cut short where it would bring the edge below `target` MACs.
+        """One proximal step, its threshold cut short where it would bring the edge below `target`
+        MACs; masks that the gradient alone took below zero become zeros all the same.
 
         Args:
             values: masks behind the gradient step, of any sign.

@@ -799,7 +799,8 @@ def test_blocks_go_under_the_budget_and_the_page_names_them(
         audit=replace(config.audit, undefended=False),
     ))
     summary, gone = result.summary, result.summary.removed_blocks
-    assert len(gone) >= 2 and set(gone) <= {"layer1.0", "layer1.1", "layer2.1"}
+    assert len(gone) >= (2 if alone else 1)
+    assert set(gone) <= {"layer1.0", "layer1.1", "layer2.1"}
     split = load(
         result.directory / "edge.patrol", lambda: build_model("small_resnet", 3, image_size=16)
     )

@@ -85,7 +85,7 @@ def test_what_a_stage_draws_hangs_on_the_seed_and_the_stage_alone(
         for name in ("data", "plan", "dense", "pruned", "audit", "result"):
             monkeypatch.setattr(stages.Work, f"do_{name}", draw)
         monkeypatch.setattr(stages.Work, "result", lambda work: {})
-        monkeypatch.setattr(stages.Work, "check_pictures", lambda work: None)
+        monkeypatch.setattr(stages.Work, "check_incoming", lambda work: None)
         config = sys.modules["settings"].ReidRun(data="rendered", device="cpu")
         with RunDirectory(tmp_path / str(first), {}) as folder:
             if first:  # stopped before, and in another process
