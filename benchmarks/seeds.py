@@ -58,10 +58,10 @@ def gathered(works: tuple[Path, ...]) -> list[dict[str, Any]]:
 
 
 def with_earlier(rows: list[dict[str, Any]], earlier: dict[str, Any]) -> list[dict[str, Any]]:
-    """The rows, and those of the earlier record's other training seeds, with its device."""
-    seeds = {row["train_seed"] for row in rows}
+    """The rows, and the earlier record's of other training seeds or cuts, with its device."""
+    now = {(row["train_seed"], row["split"]) for row in rows}
     kept = [{"device": earlier["device"], **row} for row in earlier["rows"]
-            if row["train_seed"] not in seeds]
+            if (row["train_seed"], row["split"]) not in now]
     return [*kept, *rows]
 
 
@@ -70,7 +70,7 @@ def main(works: tuple[Path, ...], earlier: bool = False) -> None:
 
     Args:
         works: working directories of `frontier.py`, one for each training seed.
-        earlier: keep the rows of the record's other training seeds.
+        earlier: keep the record's rows of other training seeds or cuts.
     """
     rows = gathered(works)
     if earlier:
