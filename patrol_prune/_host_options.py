@@ -81,7 +81,8 @@ def checked_score(importance: Any, scored: Callable[[], Any]) -> Tensor | None:
 def check_schedule(ratios: Any, steps: int) -> list[float]:
     """What a schedule of pruning ratios gave: the start and one for every step."""
     values = list(ratios) if isinstance(ratios, Iterable) else []
-    if len(values) != steps + 1 or not all(is_number(r) and math.isfinite(r) for r in values):
+    used = values[: steps + 1]
+    if len(used) <= steps or not all(is_number(r) and math.isfinite(r) for r in used):
         raise InputError(
             f"Expected of iterative_pruning_ratio_scheduler {steps + 1} finite numbers, the start "
             f"and one for each of {steps} steps, came {ratios!r}."

@@ -25,6 +25,7 @@ _SIDE, _LOOKED, _MOST_PLACES, _AT_ONCE = 8, 64, 1024, 32
 _ODD, _CLEAR = 0.05, 0.3
 _MOVED, _FAR = 0.2, 2
 _RIDGE = 0.05
+_OUT_OF_STEP = 0.5
 
 LAYOUT_GUESSED = Flag(
     "layout_guessed",
@@ -149,7 +150,20 @@ def arranged(
         z, some = sample(query, pixels, PROXY)
         if helps(z, order(z), some):
             return order, SCRAMBLED_LAYOUT
-    return None, NOT_PUT_IN_ORDER if odd > _CLEAR else None
+    odd_for_certain = odd > _CLEAR and not _in_step(scores, kept[chosen], size)
+    return None, NOT_PUT_IN_ORDER if odd_for_certain else None
+
+
+def _in_step(scores: Tensor, numbers: Tensor, size: tuple[int, int]) -> bool:
+    """Whether places prefer cells nearer to the middle, but in their own order: so do those of
+    convolutions without padding, of which a picture's border is seen from the middle alone."""
+    width, preferred, own = min(size[1], _SIDE), scores.argmax(1), _coarse(size)[numbers]
+    for a, b in ((preferred // width, own // width), (preferred % width, own % width)):
+        a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
+        slope = (a * b).sum() / b.square().sum().clamp_min(1e-12)
+        if slope <= 0 or (a - slope * b).abs().mean() > _OUT_OF_STEP:
+            return False
+    return True
 
 
 def _some_of(count: int) -> Tensor:

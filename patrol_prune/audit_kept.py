@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +21,8 @@ from patrol_prune.storage import load_state, save_state, to_json
 from patrol_prune.warm_start import WarmStarts
 
 logger = logging.getLogger("patrol_prune.audit")
+
+_OURS = re.compile("[0-9a-f]{16}")
 
 
 class KeptAttacks:
@@ -49,7 +52,7 @@ class KeptAttacks:
     def put(self, name: str, tensors: Mapping[str, Tensor], content: Mapping[str, Any]) -> None:
         """Keep it, whole or not at all."""
         for other in self.folder.iterdir() if self.folder.is_dir() else ():
-            if other != self.place:
+            if other != self.place and other.is_dir() and _OURS.fullmatch(other.name):
                 shutil.rmtree(other)
         save_state(self.place / name, tensors, content)
 
@@ -80,18 +83,19 @@ class KeptAudit(AuditRun):
         """See `AuditRun.attack`; None of an attack that is not made again."""
         name = _name(subject, factory, seed, own)
         found = None if self.is_start(subject, factory, own) else self.kept.get(name)
-        if found is not None:
+        if found is not None and len(found[0]["shown"]) == len(self.index):
             self.say(f"{factory.name} had ended before: its outcome is taken.")
             self.take(subject, *found)
             return None
-        records, flags = len(self.result.records), len(self.result.flags)
-        before, rows = self.best.get(subject), set(self.result.per_image)
+        flags = len(self.result.flags)
+        before, rows = self.best.pop(subject, None), set(self.result.per_image)
         attack = super().attack(subject, factory, seed, warm, known, z_victim, own)
-        if factory.box is None or len(self.result.records) == records:
+        made = self.best.get(subject)
+        if before is not None and (made is None or made[0] <= before[0]):
+            self.best[subject] = before
+        if factory.box is None or made is None:
             return attack  # nobody knows what one's own hangs on; one that broke off may not again
-        best = self.best[subject]
-        shown = {} if best is before else {
-            "shown": (best[1][self.index] * 255).round().to(torch.uint8)}
+        shown = {"shown": (made[1][self.index] * 255).round().to(torch.uint8)}
         self.kept.put(name, shown, {
             "record": self.result.records[-1], "flags": self.result.flags[flags:],
             "per_image": {k: v for k, v in self.result.per_image.items() if k not in rows},
@@ -116,11 +120,15 @@ class KeptAudit(AuditRun):
         self.result.records.append(content["record"])
         self.result.flags += content["flags"]
         self.result.per_image.update(content["per_image"])
-        if "shown" in tensors:
+        reached = float(content["record"]["ssim"])
+        if subject not in self.best or reached > self.best[subject][0]:
             guess = torch.zeros_like(self.victim)
             guess[self.index] = tensors["shown"].float() / 255.0
-            self.best[subject] = float(content["record"]["ssim"]), guess
+            self.best[subject] = reached, guess
 
 
 def _name(subject: str, factory: Factory, seed: int, own: Owned) -> str:
-    return f"{subject}-{factory.name}-{seed}-{own.data}-{own.count}"
+    said = re.sub(r"[^A-Za-z0-9_]", "_", factory.name)[:60]
+    if said != factory.name:  # it has to be a file's name, and no two the same
+        said += "-" + hashlib.sha256(factory.name.encode()).hexdigest()[:8]
+    return f"{subject}-{said}-{seed}-{own.data}-{own.count}"

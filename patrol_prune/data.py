@@ -125,7 +125,8 @@ def near_duplicates(images: Tensor, others: Tensor) -> Tensor:
         for start in range(0, len(images), _NEAR_CHUNK):
             part = images[start : start + _NEAR_CHUNK]
             these = _thumbnails(part.flip(3) if mirrored else part)
-            most = (_NEAR * these.std(1)).clamp_min(_NEAR_LEVELS / 255.0) ** 2 * these.shape[1]
+            each = these.unflatten(1, (-1, _THUMBNAIL**2)).var(2).mean(1).sqrt()  # no colour cast
+            most = (_NEAR * each).clamp_min(_NEAR_LEVELS / 255.0) ** 2 * these.shape[1]
             squares = torch.cdist(these - centre, those) ** 2
             near[start : start + _NEAR_CHUNK] |= (squares <= most[:, None]).any(1)
     return near.nonzero().flatten()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from numbers import Integral, Real
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from patrol_prune.errors import InputError, UnsupportedModelError, nearest
 
-_QUANTISED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.nn.quantized")
+_QUANTISED = ("torch.ao.nn.quantized.modules", "torch.ao.nn.intrinsic.quantized.modules")
 _HALVES = ("model", "edge", "cloud", "example_inputs")
 
 
@@ -198,27 +198,39 @@ def check_targets(logits: Tensor, y: object) -> None:
 
 
 def check_readable(model: nn.Module) -> None:
-    """Refuse by name the forms of a model that cannot be read or changed.
+    """Refuse by name the forms of a model that cannot be followed.
 
     Raises:
-        UnsupportedModelError: a scripted, compiled, quantised or meta model, or inference tensors.
+        UnsupportedModelError: a scripted model, or one on the meta device.
     """
-    came = None
-    lazy = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
-    tensors = [t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, lazy)]
     if isinstance(model, torch.jit.ScriptModule):
-        came = "torch.jit.script around it", "Hand over the model before it was scripted"
-    elif any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
-        came = "a part that compile() was called on", "Compile it after it was cut and pruned"
-    elif any(type(m).__module__.startswith(_QUANTISED) for m in model.modules()):
-        came = "quantised layers", "Quantise it after it was cut and pruned"
-    elif any(t.is_meta for t in tensors):
-        came = "tensors on the meta device", "Load its weights first"
-    elif any(t.is_inference() for t in tensors):
-        came = "tensors made under torch.inference_mode()", "Make it outside, or under no_grad()"
-    if came is not None:
-        raise UnsupportedModelError(f"Expected a model whose layers can be followed and changed, "
-                                    f"came {type(model).__name__} with {came[0]}. {came[1]}.")
+        raise _unreadable(model, "torch.jit.script around it", "Give it as it was before")
+    if any(t.is_meta for t in _tensors_of(model)):
+        raise _unreadable(model, "tensors on the meta device", "Load its weights first")
+
+
+def check_changeable(model: nn.Module) -> None:
+    """Refuse by name the forms of a model that cannot be pruned.
+
+    Raises:
+        UnsupportedModelError: as `check_readable`; statically quantised layers, inference tensors.
+    """
+    check_readable(model)
+    if any(type(m).__module__.startswith(_QUANTISED) for m in model.modules()):
+        raise _unreadable(model, "quantised layers", "Quantise it after it was pruned")
+    if any(t.is_inference() for t in _tensors_of(model)):
+        raise _unreadable(model, "tensors made under torch.inference_mode()",
+                          "Make it outside, or under no_grad()")
+
+
+def _tensors_of(model: nn.Module) -> list[Tensor]:
+    lazy = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+    return [t for t in (*model.parameters(), *model.buffers()) if not isinstance(t, lazy)]
+
+
+def _unreadable(model: nn.Module, came: str, advice: str) -> UnsupportedModelError:
+    return UnsupportedModelError("Expected a model whose layers can be followed and changed, came "
+                                 f"{type(model).__name__} with {came}. {advice}.")
 
 
 def check_loss_value(value: object) -> None:
@@ -229,14 +241,19 @@ def check_loss_value(value: object) -> None:
                          "the mean over the batch, with its gradient.")
 
 
-def check_like(x: Tensor, example: Tensor) -> None:
-    """An InputError where a batch has another type, or other dimensions but its sizes, than what
-    the model was cut with."""
-    if x.dim() != example.dim() or x.shape[1:2] != example.shape[1:2] or x.dtype != example.dtype:
+@contextlib.contextmanager
+def told_if_unlike(x: Tensor, example: Tensor) -> Iterator[None]:
+    """An InputError where a model fails inside on a batch that is unlike what it was cut with."""
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if x.shape[1:] == example.shape[1:] and x.dtype == example.dtype:
+            raise
         raise InputError(
             f"Expected a batch like the split's example inputs, {tuple(example.shape)} "
-            f"{example.dtype}, came {tuple(x.shape)} {x.dtype}. Give what the model takes."
-        )
+            f"{example.dtype}, came {tuple(x.shape)} {x.dtype}, on which the model fails: "
+            f"{(str(error).splitlines() or [''])[0]}. Give what the model takes."
+        ) from error
 
 
 def check_task_loss(task_loss: object) -> None:

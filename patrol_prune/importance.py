@@ -195,7 +195,8 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         self._check_labels(y)
         if self.adv_weight > 0:
             warn_if_unfitted(self.objective)
-        with in_mode(self.objective.split.model, self.training), torch.enable_grad():
+        mode = in_mode(self.objective.split.model, self.training, self._batches)
+        with mode, torch.enable_grad():
             with masks.per_image(len(x)) as copies:
                 terms = self.objective.terms(x, y, masks=masks)
                 shares = self._gradients(terms, copies)

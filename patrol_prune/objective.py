@@ -24,7 +24,6 @@ from patrol_prune.errors import InputError
 from patrol_prune.given import (
     check_among,
     check_count,
-    check_like,
     check_loss_value,
     check_normalization,
     check_number,
@@ -33,6 +32,7 @@ from patrol_prune.given import (
     check_task_loss,
     input_and_target,
     share_outside,
+    told_if_unlike,
 )
 from patrol_prune.lipschitz import (
     LipschitzForm,
@@ -279,10 +279,10 @@ class PatrolObjective:
             masks: soft masks through which everything is computed, where structures are scored.
             beta_scale: a factor on `beta`, for a warm-up.
         """
-        check_like(x, self.split.example_inputs)
         attached = contextlib.nullcontext() if masks is None else masks.attached()
         with attached:
-            with autocast(x.device, self.precision):
+            with (told_if_unlike(x, self.split.example_inputs),
+                  autocast(x.device, self.precision)):
                 if masks is None:
                     z = self.split.edge(x)
                     logits = self.split.cloud(z)

@@ -23,7 +23,8 @@ _ROUNDED, _SCALES = 1e4, 3.0
 LEVELLED_PER_IMAGE = Flag(
     "levelled_per_image",
     "The uploads differ between pictures by a factor, or by a constant that is far larger than all "
-    "else in them. The attacks got each on one level, as any attacker would bring them to.",
+    "else in them. The attacks got each on one level, as any attacker would bring them to; those "
+    "through the cloud read other logits there than the cloud gives.",
     "Nothing, if that is meant. It hides no more than how bright a picture is.",
 )
 

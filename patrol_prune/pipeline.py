@@ -94,7 +94,7 @@ def run(
         overwrite: start anew if the directory holds another run.
         progress: called with each stage and what happens in it.
         bars: show progress bars while training.
-        notes: what the page has to say besides, a sentence each; kept with the page alone.
+        notes: what the page has to say besides, a sentence each; kept with the audit and its page.
 
     Raises:
         PatrolError: whatever is wrong with the settings, the images, the model or the directory,
@@ -208,6 +208,7 @@ class Work:
     def check_incoming(self) -> None:
         """Refuse other images and weights than those that the run began with."""
         refuse_changed(self.config, self.images, self.folder.notes("data"), self.folder.path)
+        self.folder.moved(self.config.data)
 
     def do_data(self) -> None:
         images = self.images

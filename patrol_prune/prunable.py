@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from patrol_prune.errors import UnsupportedModelError
-from patrol_prune.given import check_readable
+from patrol_prune.given import check_changeable
 from patrol_prune.groups import CONV
 
 WIDTHS = (
@@ -64,7 +64,7 @@ def check_prunable(model: nn.Module) -> None:
     Raises:
         UnsupportedModelError: see `GroupTable.build`.
     """
-    check_readable(model)
+    check_changeable(model)
     seen = False
     for name, module in model.named_modules():
         if isinstance(module, (CONV, nn.Linear)):
@@ -125,14 +125,18 @@ def preserved(model: nn.Module, *, trainable: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def in_mode(model: nn.Module, training: bool) -> Iterator[None]:
+def in_mode(model: nn.Module, training: bool, turn: int = 0) -> Iterator[None]:
     """The model in one mode; each module's own mode, every buffer and what dropout draws from stand
-    afterwards as they stood before."""
+    afterwards as they stood before. It draws otherwise in each turn."""
     buffers = [(b, b.clone()) for b in model.buffers()] if training else []
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.is_cuda})
     with preserved(model), torch.random.fork_rng(devices=devices):
         try:
             model.train(training)
+            if training:
+                for generator in (torch.default_generator,
+                                  *(torch.cuda.default_generators[d] for d in devices)):
+                    generator.manual_seed(torch.initial_seed() + turn)
             yield
         finally:
             with torch.no_grad():

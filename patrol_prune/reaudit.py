@@ -78,6 +78,7 @@ def audit_again(
             work.notes = (f"The edge was attacked again: {_command(path, own, who)}",)
         # The dense model was saved: the file that its weights came from is not read again.
         refuse_changed(replace(chosen, weights=None), images, folder.notes("data"), path)
+        folder.moved(chosen.data)
         return work.attack_again()
 
 

@@ -146,6 +146,8 @@ def level_of(edge: EdgeFunction, pixels: Tensor) -> tuple[Level | None, Level | 
     z = sample(edge, pixels)[0]
     near = not_outlying(z)
     z = z if near is None else z[near]
+    if len(z) < 3:  # two say nothing of how much a value varies
+        return None, None
     shape = tuple(z.shape[1:])
     channel = channel_dim(shape, tuple(pixels.shape[1:])) if len(shape) > 1 else 1
     grouped = z.movedim(channel, 1).flatten(2) if len(shape) > 1 else z[:, :, None]

@@ -121,7 +121,8 @@ def rewrite_report(directory: str | Path) -> Path:
         if run.done("plan") and run.done("audit") and run.notes("audit"):
             config = RunConfig.from_yaml(folder / CONFIG)
             name, runs = place_of(folder, config.to_dict())
-            return write_page(replace(config, name=name, runs=runs), run)
+            notes = read_summary(folder).notes if run.done("report") else ()
+            return write_page(replace(config, name=name, runs=runs), run, notes)
         summary = read_summary(folder)  # of a run that is not finished, or of an earlier release
         name, runs = place_of(folder, summary.config)
         summary = replace(summary, name=name, command=run_command(folder),

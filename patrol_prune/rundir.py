@@ -144,6 +144,13 @@ class RunDirectory:
             self._stages.pop(stage, None)
         self._write_manifest()
 
+    def moved(self, data: str) -> None:
+        """Note where the images lie now, once it is known that they are the same."""
+        config = read_config(self / CONFIG)
+        if config.get("data") != data:
+            atomic_write_text(self / CONFIG, yaml.safe_dump(
+                {**config, "data": data}, sort_keys=False, allow_unicode=True))
+
     def _write_manifest(self) -> None:
         atomic_write_json(self / MANIFEST, {"version": 1, "stages": self._stages})
 

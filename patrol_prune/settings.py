@@ -190,8 +190,9 @@ class AuditConfig:
         check_uploads(self.uploads, "audit.uploads")
         if self.victims < 2 or self.examples < 1 or not 0.0 < self.attacker_share < 1.0:
             raise InputError(
-                "Expected at least 2 victims, at least 1 example and an attacker_share in (0, 1), "
-                f"came {self.victims}, {self.examples} and {self.attacker_share}."
+                "Expected audit.victims of at least 2, audit.examples of at least 1 and "
+                f"audit.attacker_share in (0, 1), came {self.victims}, {self.examples} and "
+                f"{self.attacker_share}."
             )
         if min(self.attacker_images, default=20) < 20 or len(set(self.attacker_images)) < len(
             self.attacker_images
@@ -339,10 +340,11 @@ def build(
     try:
         return kind(**typed)
     except InputError as error:
-        named = re.search(rf"\b({'|'.join(fields)})\b", str(error)) if group else None
-        if named is None or f"{group}." in str(error):
+        named = set(re.findall(rf"\b({'|'.join(fields)})\b", str(error))) if group else set()
+        if not named or f"{group}." in str(error):
             raise
-        raise InputError(f"{group}.{named[0]}: {error}") from error
+        whose = f"{group}.{named.pop()}" if len(named) == 1 else group
+        raise InputError(f"{whose}: {error}") from error
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:

@@ -194,7 +194,7 @@ class UploadReader:
         if corners is not None:
             parts.append(self._around(grid, corners))
         if name == "texture":
-            parts.append(texture(grid, sides))
+            parts.append(torch.cat([texture(some, sides) for some in grid.split(16)]))
         return torch.cat(parts, 1)
 
     def _around(self, grid: Tensor, corners: Tensor) -> Tensor:

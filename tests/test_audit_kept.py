@@ -15,7 +15,7 @@ from torch import nn
 from patrol_prune.attacks.checks import smooth_images
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.audit import audit
-from patrol_prune.audit_kept import KeptAttacks
+from patrol_prune.audit_kept import KeptAttacks, _name
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.defences.dropout import Dropper
 
@@ -94,3 +94,15 @@ def test_what_was_kept_of_another_audit_or_was_harmed_is_not_taken(tmp_path: Pat
     assert not any("had ended before" in s for s in told)
     assert content(after) == content(before)
     assert first.get(names[1]) is None  # thrown away
+
+
+def test_only_folders_of_its_own_are_thrown_away_and_names_are_no_paths(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "note.txt").write_text("mine")
+    kept = KeptAttacks(tmp_path, {"a": 1})
+    kept.put("first", {}, {})
+    again = KeptAttacks(tmp_path, {"a": 2})
+    again.put("first", {}, {})
+    assert {p.name for p in tmp_path.iterdir()} == {"thesis", "note.txt", again.place.name}
+    factory = SimpleNamespace(name="x/../../y")
+    assert "/" not in _name("edge", factory, 0, SimpleNamespace(data="same", count=3))

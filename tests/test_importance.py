@@ -428,6 +428,10 @@ def test_scoring_in_training_mode_leaves_the_global_generator() -> None:
     split = Split(model, torch.randn(1, 3, 16, 16), at="3")
     importance = PatrolImportance(PatrolObjective(split, functional.cross_entropy, beta=0.0),
                                   training=True)
+    dropped: list[Tensor] = []
+    model[2].register_forward_hook(lambda m, args, out: dropped.append(out == 0))
     before = torch.get_rng_state()
-    importance.accumulate(*batch())
+    for _ in range(2):
+        importance.accumulate(*batch())
     assert torch.equal(torch.get_rng_state(), before)
+    assert not torch.equal(dropped[-2], dropped[-1])

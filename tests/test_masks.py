@@ -454,3 +454,17 @@ def test_last_group_is_the_output() -> None:
     assert [n for n, g in table.groups.items() if g.is_output] == ["fc"]
     with pytest.raises(InputError, match="lose all"):
         remove_channels(table, {"conv1": range(16)})
+
+
+def test_quantised_and_inference_models_are_refused_for_pruning_alone() -> None:
+    def network() -> nn.Sequential:
+        return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1))
+
+    x = torch.randn(1, 3, 4, 4)
+    with torch.inference_mode():
+        inference = network()
+    with pytest.raises(UnsupportedModelError, match="inference_mode"):
+        build_graph(inference, x)
+    compiled = network()
+    compiled[2].compile(backend="eager")
+    assert Split(compiled, x, at="1").feature_shape == (4, 4, 4)
