@@ -15,8 +15,13 @@ from typing import Any
 
 import torch
 
+import patrol_prune
+
 PACKAGES = ("torch", "torchvision", "torch-pruning", "fvcore", "torchmetrics", "accelerate")
 ROOT = Path(__file__).resolve().parent
+if Path(patrol_prune.__file__).resolve().parent != ROOT.parent / "patrol_prune":
+    raise SystemExit("The package that would be measured is of another checkout than this script, "
+                     f"and so the commit that is written down: set PYTHONPATH={ROOT.parent}.")
 
 
 def cpu_name() -> str:

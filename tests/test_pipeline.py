@@ -521,6 +521,7 @@ def test_images_may_lie_elsewhere_if_they_are_the_same(
     config = replace(tiny(moved, tmp_path))
     assert run(config).summary.pruned == finished.summary.pruned
     assert audit_again(copied, data=moved) == str(moved)
+    assert yaml.safe_load((copied / "config.yaml").read_text())["data"] == str(moved)
     Image.new("RGB", (16, 16), "white").save(moved / "train" / "red" / "000.png")
     for call in (lambda: run(config), lambda: audit_again(copied, data=moved)):
         with pytest.raises(RunDirectoryError, match="not those that the run.*with --data"):
