@@ -60,7 +60,7 @@ def seeds(record: dict[str, Any], measured: str) -> str:
     return "\n\n".join([
         intro, *(at_place([row for row in rows if place(row) == where],
                           [row for row in more if place(row) == where]) for where in places),
-        *marks(rows), " ".join([measured, *elsewhere(rows)]),
+        *marks(rows), " ".join([measured, *elsewhere(rows, record.get("device"))]),
     ])
 
 
@@ -89,7 +89,7 @@ def means(record: dict[str, Any], measured: str) -> str:
               f"decoder (MSE + SSIM); floor: the mean image. {legend_of(rows)}")
     return "\n\n".join([render_table(lines, columns).strip(), legend, "\n".join(texts),
                         *marks(rows), *left_out([row for row in every if row not in rows]),
-                        " ".join([measured, *elsewhere(rows)])])
+                        " ".join([measured, *elsewhere(rows, record.get("device"))])])
 
 
 def legend_of(rows: list[Row]) -> str:
@@ -210,14 +210,14 @@ def rank(row: Row) -> int:
         "none", "patrol") else 2
 
 
-def elsewhere(rows: list[Row]) -> list[str]:
-    """Which training seeds were measured on another machine than the record's last."""
+def elsewhere(rows: list[Row], device: str | None = None) -> list[str]:
+    """Which training seeds were measured on another machine than the record's last, the device."""
     seeds: dict[str, set[int]] = {}
     for row in rows:
-        if "device" in row:
+        if row.get("device", device) != device:
             seeds.setdefault(row["device"], set()).add(row["train_seed"])
-    return [f"Training seeds {', '.join(map(str, sorted(each)))}: on {device}."
-            for device, each in seeds.items()]
+    return [f"Training seed{'s' * (len(each) > 1)} {', '.join(map(str, sorted(each)))}: on {other}."
+            for other, each in seeds.items()]
 
 
 def name_of(row: Row) -> str:

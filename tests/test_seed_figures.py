@@ -179,7 +179,8 @@ def test_other_training_seeds_of_the_record_stay(
     new = [row("none", 1, 0.5, 0.8)]
     rows = modules[0].with_earlier(new, old)
     assert [(r["train_seed"], r["ssim"]) for r in rows] == [(0, 0.4), (1, 0.5)]
-    assert modules[1].elsewhere(rows) == ["Training seeds 0: on another."]
+    assert modules[1].elsewhere(rows) == ["Training seed 0: on another."]
+    assert modules[1].elsewhere(rows, "another") == []
     again = modules[0].with_earlier(new, {"device": "third", "rows": rows})
     assert again[0]["device"] == "another"
 
