@@ -46,7 +46,7 @@ def swin() -> nn.Module:
 
 BACKBONES = [
     ("resnet18", 32, "layer3", 4),  # layer1.0, layer1.1, layer2.1, layer3.1
-    ("mobilenet_v2", 32, "features.10", 6),
+    pytest.param("mobilenet_v2", 32, "features.10", 6, marks=pytest.mark.slow),
     pytest.param("mobilenet_v3_small", 32, "features.8", 4, marks=pytest.mark.slow),
     pytest.param("efficientnet_b0", 32, "features.4", 4, marks=pytest.mark.slow),
     ("regnet_y_400mf", 32, "trunk_output.block2", 2),

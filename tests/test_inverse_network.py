@@ -76,7 +76,8 @@ def test_an_edge_of_one_convolution_is_inverted_far_beyond_the_mean_image(family
     assert record.mean_image_loss == pytest.approx(FLOOR, rel=0.2)
 
 
-@pytest.mark.parametrize(("shape", "family"), [("tokens", "unet"), ("vector", "residual")])
+@pytest.mark.parametrize(("shape", "family"), [
+    pytest.param("tokens", "unet", marks=pytest.mark.slow), ("vector", "residual")])
 def test_tokens_and_vectors_are_inverted_too(shape: str, family: str) -> None:
     def edge(x: Tensor) -> Tensor:
         patches = torch.nn.functional.pixel_unshuffle(x, 4)  # [N, 48, 4, 4]

@@ -117,8 +117,8 @@ def test_a_test_part_that_is_none_is_told(
     assert "no image of red: the accuracy" in notes
 
 
-@pytest.mark.parametrize("unit", [
-    "heads", pytest.param("dimensions", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["heads", "dimensions"])
 def test_a_vision_transformer_loses_heads(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit: str
 ) -> None:
@@ -785,7 +785,8 @@ def test_the_model_is_trained_between_two_pruning_steps(
     assert abs(halfway - (dense + budget) / 2) < 0.05 * dense
 
 
-@pytest.mark.parametrize("structures", [pytest.param("blocks", marks=pytest.mark.slow), "both"])
+@pytest.mark.slow
+@pytest.mark.parametrize("structures", ["blocks", "both"])
 def test_blocks_go_under_the_budget_and_the_page_names_them(
     finished: RunResult, folder: Path, tmp_path: Path, structures: str
 ) -> None:

@@ -100,8 +100,9 @@ def test_no_sampled_constant_of_a_block_is_above_its_bound(seed: int) -> None:
 
 
 @pytest.mark.parametrize("name", [
-    "resnet18", pytest.param("vgg11_bn", marks=pytest.mark.slow), "mobilenet_v2", "densenet121",
-    "googlenet", "shufflenet_v2_x1_0", "squeezenet1_1"])
+    "resnet18", pytest.param("vgg11_bn", marks=pytest.mark.slow), "mobilenet_v2",
+    pytest.param("densenet121", marks=pytest.mark.slow),
+    pytest.param("googlenet", marks=pytest.mark.slow), "shufflenet_v2_x1_0", "squeezenet1_1"])
 def test_common_backbones_are_read(name: str) -> None:
     arguments = {"init_weights": False} if name == "googlenet" else {}
     model = _seeded(lambda: torchvision.models.get_model(name, weights=None, **arguments))

@@ -141,6 +141,7 @@ def test_two_processes_share_one_journal(tmp_path: Path) -> None:
     assert len(ran) == 8 and len({pid for pid, _ in ran}) == 2
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_database(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'study.db'}"
     in_processes(share, tmp_path, url, 4)
@@ -157,7 +158,8 @@ def hang(folder: Path, storage: str | None) -> None:
     opened(folder, storage).work(forever, 5)
 
 
-@pytest.mark.parametrize("kind", ["journal", "database"])
+@pytest.mark.parametrize("kind", [
+    "journal", pytest.param("database", marks=pytest.mark.slow)])
 def test_a_killed_worker_s_trial_fails_and_does_not_count(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
