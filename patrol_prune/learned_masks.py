@@ -292,14 +292,14 @@ class _MaskTrainer(Trainer):
         """The masks' proximal gradient step, and gamma's."""
         if self.frozen:
             return
-        moved = self._gradient_step()
+        now, moved = self.values(), self._gradient_step()
         if step % self.config.refresh == 0 or not self.shares:
             self.shares = self.shrinker.shares(self.values())
         dense, budget = self.shrinker.costs.dense, self.shrinker.budget
         steps, passed = self.end - self.start, step + 1 - self.start
         target = scheduled_macs(passed, steps, dense, budget)
         force = self.config.mask_lr * self.gamma if passed > 0 else 0.0
-        done = self.shrinker.step(moved, force, self.shares, target)
+        done = self.shrinker.step(moved, force, self.shares, target, now=now)
         if passed > 0:
             error = (done.unlimited - target) / max(1, dense - budget)
             self.gamma = adapted(self.gamma, error, self.config.gain, steps)

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -153,16 +153,18 @@ class Shrinker:
         return {name: s / total for name, s in saved.items()}
 
     def step(
-        self, values: Mapping[str, Tensor], force: float, shares: Mapping[str, Tensor], target: int
+        self, values: Mapping[str, Tensor], force: float, shares: Mapping[str, Tensor],
+        target: int, *, now: Mapping[str, Tensor] | None = None,
     ) -> Shrunk:
-        """One proximal step, its threshold cut short where it would bring the edge below `target`
-        MACs; masks that the gradient alone took below zero become zeros all the same.
+        """One proximal step, cut short where it would bring the edge below `target` MACs: first its
+        threshold, then the gradient step itself where that alone takes too many masks below zero.
 
         Args:
             values: masks behind the gradient step, of any sign.
             force: eta * gamma.
             shares: as `shares` gave them.
             target: the schedule's edge MACs.
+            now: the masks before the gradient step; without them that is never cut short.
         """
         channels, blocks = _parted(values)
         tied = {n: _tied(v, self._group(n).tie) for n, v in channels.items()}
@@ -178,11 +180,24 @@ class Shrinker:
 
         whole = shrunk(1.0)
         unlimited = self.macs(whole)
-        if unlimited >= target or force == 0:
+        if unlimited >= target:
             return Shrunk(whole, unlimited, unlimited)
-        part = _largest(lambda p: self.macs(shrunk(p)) >= target)
-        values = shrunk(part)
-        return Shrunk(values, self.macs(values), unlimited)
+        part = _largest(lambda p: self.macs(shrunk(p)) >= target) if force else 0.0
+        found = shrunk(part)
+        if now is not None and self.macs(found) < target:
+            return replace(self._between(now, values, shares, target), unlimited=unlimited)
+        return Shrunk(found, self.macs(found), unlimited)
+
+    def _between(
+        self, now: Mapping[str, Tensor], values: Mapping[str, Tensor],
+        shares: Mapping[str, Tensor], target: int,
+    ) -> Shrunk:
+        """As much of the way from `now` to `values` as keeps the edge at `target` MACs."""
+        def at(part: float) -> Shrunk:
+            return self.step({n: m + part * (values[n] - m) for n, m in now.items()}, 0.0,
+                             shares, target)
+
+        return at(_largest(lambda p: at(p).macs >= target))
 
     def project(self, values: Mapping[str, Tensor]) -> Values:
         """The masks at the budget: of the smallest per MAC as many are zeroed as are too many.

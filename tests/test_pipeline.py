@@ -790,19 +790,19 @@ def test_the_model_is_trained_between_two_pruning_steps(
 def test_blocks_go_under_the_budget_and_the_page_names_them(
     finished: RunResult, folder: Path, tmp_path: Path, structures: str
 ) -> None:
-    """Blocks alone in one step; blocks and channels, for less than channels could reach, in two."""
+    """Blocks alone in one step; blocks and channels in two, for less than channels can reach with
+    all blocks (0.141) or without any one of them (0.076)."""
     config = tiny(folder, tmp_path)
     dense = finished.directory / "checkpoints" / "dense" / "weights.safetensors"
     alone = structures == "blocks"
     result = run(replace(
-        config, edge_macs="0.6" if alone else "0.15", weights=str(dense), normalization="dataset",
+        config, edge_macs="0.6" if alone else "0.07", weights=str(dense), normalization="dataset",
         score=replace(config.score, structures=structures, steps=1 if alone else 2),
         finetune=replace(config.finetune, epochs=1),
         audit=replace(config.audit, undefended=False),
     ))
     summary, gone = result.summary, result.summary.removed_blocks
-    assert len(gone) >= (2 if alone else 1)
-    assert set(gone) <= {"layer1.0", "layer1.1", "layer2.1"}
+    assert len(gone) >= 2 and set(gone) <= {"layer1.0", "layer1.1", "layer2.1"}
     split = load(
         result.directory / "edge.patrol", lambda: build_model("small_resnet", 3, image_size=16)
     )

@@ -106,6 +106,17 @@ def test_a_step_stops_at_the_schedule() -> None:
     assert done.unlimited < target <= done.macs <= target + 1.1 * dearest
 
 
+@pytest.mark.parametrize("force", [0.0, 1.0])
+def test_a_gradient_that_goes_too_far_is_cut_short(force: float) -> None:
+    made, values = shrinker(cifar_resnet(width=8), "layer2")
+    now, target = drawn(values), round(0.7 * made.costs.dense)
+    beyond = {name: value - 10.0 for name, value in now.items()}
+    shares = made.shares(values)
+    assert made.step(beyond, force, shares, target).macs < target
+    done = made.step(beyond, force, shares, target, now=now)
+    assert done.unlimited < target <= done.macs < made.costs.dense
+
+
 def test_floors_and_ties_hold_under_any_force() -> None:
     made, values = shrinker(
         backbone("regnet_y_400mf"), "trunk_output.block2", size=32, budget=0.9,
