@@ -16,7 +16,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import FlopCounterMode
 
 from patrol_prune.cost import draws_restored, evaluating, no_fused_attention
-from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.errors import UnsupportedModelError
+from patrol_prune.given import does_not_run
 from patrol_prune.prunable import WIDTHS
 
 logger = logging.getLogger(__name__)
@@ -169,11 +170,7 @@ def run_on(model: nn.Module, x: Tensor) -> Any:
     try:
         return model(x)
     except Exception as error:
-        raise InputError(
-            f"Expected example_inputs that {type(model).__name__} can run on, came shape "
-            f"{tuple(x.shape)} ({x.dtype}) and the forward pass failed: {error}. Give a batch of "
-            "the size and type the model takes."
-        ) from error
+        raise does_not_run(model, x, error) from error
 
 
 def attribute_of(module: nn.Module, path: str) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
-from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.errors import UnsupportedModelError
+from patrol_prune.given import does_not_run
 from patrol_prune.groups import CONV
 from patrol_prune.local_groups import failed, find_parts
 from patrol_prune.operators import doubtful, has_shuffle
@@ -121,14 +121,7 @@ def _check_runs(
             model.eval()
             forward(model, example_inputs)
     except Exception as error:
-        shapes = [tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
-                  for x in tree_leaves(example_inputs)]
-        raise InputError(
-            f"Expected example_inputs that {type(model).__name__} can run on, came "
-            f"{', '.join(map(str, shapes)) or 'none'} and the forward pass failed: "
-            f"{(str(error).splitlines() or [''])[0]}. Give a batch of the size and type the model "
-            "takes."
-        ) from error
+        raise does_not_run(model, example_inputs, error) from error
 
 
 def _changing(

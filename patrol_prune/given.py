@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from patrol_prune.errors import InputError, UnsupportedModelError, nearest
 
@@ -221,6 +222,16 @@ def check_changeable(model: nn.Module) -> None:
     if any(t.is_inference() for t in _tensors_of(model)):
         raise _unreadable(model, "tensors made under torch.inference_mode()",
                           "Make it outside, or under no_grad()")
+
+
+def does_not_run(model: nn.Module, example_inputs: Any, error: Exception) -> InputError:
+    """What to raise where a model fails on its example inputs."""
+    came = ", ".join(f"shape {tuple(x.shape)} ({x.dtype})" if isinstance(x, Tensor)
+                     else type(x).__name__ for x in tree_leaves(example_inputs))
+    return InputError(
+        f"Expected example_inputs that {type(model).__name__} can run on, came {came or 'none'} "
+        f"and the forward pass failed: {error}. Give a batch of the size and type the model takes."
+    )
 
 
 def _tensors_of(model: nn.Module) -> list[Tensor]:
