@@ -270,30 +270,6 @@ def under_one_attack(record: dict[str, Any]) -> list[Row]:
             and row.get("victim_images", 1_000) >= 1_000]
 
 
-def surrogate_gap(circumstances: str) -> str:
-    """What the attackers inside believed against what a fresh one got."""
-    rows = [r for r in under_one_attack(load("frontier")) if r.get("surrogate_ssim") is not None]
-    if not rows:
-        return "Not measured yet."
-    table = [{
-        "defence": defence_name(row) + PRESSED_MARK * pressed(row),
-        "strength": STRENGTHS.get(row["defence"], "").format(row["strength"]),
-        "believed": f"{row['surrogate_mse']:.4f}", "mse": f"{row['mse']:.4f}",
-        "gap": f"{row['surrogate_mse'] / row['mse']:.2f}",
-        "ssim": f"{row['surrogate_ssim']:.3f} / {row['ssim']:.3f}",
-    } for row in rows]
-    marked = PRESSED_TEXT * any(map(pressed, rows))
-    columns = {"defence": "trained against", "strength": "strength",
-               "believed": "MSE the surrogates get", "mse": "MSE the fresh attacker gets",
-               "gap": "ratio", "ssim": "SSIM, surrogates / fresh attacker"}
-    near = sum(row["surrogate_mse"] <= 1.25 * row["mse"] for row in rows)
-    return "\n\n".join([
-        "The best surrogate of each image against the fresh residual decoder (MSE + SSIM), over "
-        f"the same 1,000 test images. Within the goal of 25% in {near} of {len(rows)} rows.",
-        render_table(table, columns).strip(), *[marked] * bool(marked), circumstances,
-    ])
-
-
 def sweep(circumstances: str) -> str:
     """Every defence at each strength: accuracy against the attacker's SSIM."""
     record = load("frontier")

@@ -16,6 +16,7 @@ from typing import Any
 import audit_figures
 import backbone_figures
 import depth_figures
+import gap_figures
 import matplotlib
 import published_figures
 import reid_figures
@@ -118,6 +119,14 @@ def of_every_attack() -> tuple[dict[str, Any], str]:
         before = circumstances(record)
         told_of_it += f" Rows with †: {before[0].lower()}{before[1:]}"
     return {**newest, "rows": rows}, told_of_it
+
+
+def surrogate_gap() -> str:
+    """The table of every record in which surrogates say what they believe."""
+    names = [name for name in ("strongest", "seeds", "frontier")
+             if (RESULTS / f"{name}.json").exists()]
+    return gap_figures.surrogate_gap({name: load(name) for name in names},
+                                     {name: source(name) for name in names})
 
 
 def is_swept(row: Row) -> bool:
@@ -349,7 +358,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "strongest": ("frontier", lambda: audit_figures.strongest(*of_every_attack())),
     "every-attack": ("frontier", lambda: audit_figures.every_attack(*of_every_attack())),
     "sweep": ("frontier", lambda: audit_figures.sweep(of_frontier(is_swept))),
-    "gap": ("frontier", lambda: audit_figures.surrogate_gap(source("frontier"))),
+    "gap": ("frontier", surrogate_gap),
     "depth": ("frontier", lambda: depth_figures.depth(load("frontier"), of_frontier(is_deeper))),
     "seeds": ("seeds", lambda: seed_figures.seeds(*told("seeds"))),
     "seed-means": ("seeds", lambda: seed_figures.means(*told("seeds"))),
