@@ -172,6 +172,7 @@ ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-patrol@longer-10-layer4",
                    "with-patrol@half-longer-light-dropout-10-avgpool",
                    "with-patrol@half-longer-whole-10-avgpool",
                    "with-patrol@half-longer-whole-30-avgpool",
+                   "with-patrol@half-longest-whole-60-avgpool",
                    "with-patrol@half-longer-whole-light-dropout-10-avgpool")
 """What is compared with the best of these, so that its longest attack has others beside it."""
 SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@longer-1-layer4",
@@ -188,6 +189,7 @@ CONTROL = "with-none@longer-0-layer4"
 MET_BY_OTHERS = ("with-patrol@half-longer-10-avgpool",
                  "with-patrol@half-longer-whole-10-avgpool",
                  "with-patrol@half-longer-whole-30-avgpool",
+                 "with-patrol@half-longest-whole-60-avgpool",
                  "with-patrol@half-longer-light-dropout-10-avgpool",
                  "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-layer4",
                  CONTROL)
@@ -257,6 +259,7 @@ def deeper(args: Frontier) -> list[Method]:
                       start=half.key, recipe=recipe) for recipe, strength in (
                           ("half-longer", 10.0), ("half-longer-light-dropout", 10.0),
                           ("half-longer-whole", 10.0), ("half-longer-whole", 30.0),
+                          ("half-longest-whole", 60.0),
                           ("half-longer-whole-light-dropout", 10.0)))]
     shallow = Method("taylor", "layer3", "taylor", epochs=DEEPER_EPOCHS, recipe="half",
                      max_pruning_ratio=0.5)

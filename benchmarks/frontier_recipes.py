@@ -80,6 +80,7 @@ RECIPES: dict[str, Recipe] = {
     "half-longer-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
     "longer-whole": Recipe(epochs=3),
     "half-longer-whole": Recipe(epochs=3),
+    "half-longest-whole": Recipe(epochs=6),
     "half-longer-whole-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
     "taylor": Recipe(),
     "lipschitz-paper": Recipe(alpha=0.02, lipschitz_form="paper"),

@@ -76,6 +76,8 @@ INSIDE = {
     "longer-whole": "attackers inside that read it whole, three times as long",
     "half-longer-whole":
         "attackers inside that read it whole, with a larger budget, three times as long",
+    "half-longest-whole":
+        "attackers inside that read it whole, with a larger budget, six times as long",
     "half-longer-whole-light-dropout":
         f"{BEHIND['half-longer-whole-light-dropout']}, attackers inside that read it whole, with a "
         "larger budget, three times as long",

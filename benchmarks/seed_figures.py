@@ -52,8 +52,8 @@ def seeds(record: dict[str, Any], measured: str) -> str:
     places = places_of(rows)
     intro = (
         "Everything anew for each training seed: the parts of the images, the dense model, the "
-        "pruned one, the defence, the attackers. Every row is trained three times as long as the "
-        f"sweep's; {rows[0]['victim_images']:,} test images; residual decoder (MSE + SSIM). Floor: "
+        "pruned one, the defence, the attackers. Where no other length is named, a row is trained "
+        f"three times as long as the sweep's; {rows[0]['victim_images']:,} test images; residual decoder (MSE + SSIM). Floor: "
         f"the mean image. {legend_of(rows)}"
     )
     more = [row for row in record["rows"] if row not in rows]
@@ -223,7 +223,9 @@ def elsewhere(rows: list[Row], device: str | None = None) -> list[str]:
 def name_of(row: Row) -> str:
     strength = STRENGTHS.get(row["defence"], "").format(row["strength"])
     name = ", ".join(filter(None, (trained_with(row), strength)))
-    name = " ".join(filter(None, (name, BEHIND.get(row.get("recipe") or ""))))
+    recipe = row.get("recipe") or ""
+    name = " ".join(filter(None, (name, BEHIND.get(recipe))))
+    name += ", six times as long" * ("longest" in recipe)
     return name + AGAINST_PRESSED_MARK * against_pressed(row)
 
 
