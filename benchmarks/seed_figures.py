@@ -53,8 +53,8 @@ def seeds(record: dict[str, Any], measured: str) -> str:
     intro = (
         "Everything anew for each training seed: the parts of the images, the dense model, the "
         "pruned one, the defence, the attackers. Where no other length is named, a row is trained "
-        f"three times as long as the sweep's; {rows[0]['victim_images']:,} test images; residual decoder (MSE + SSIM). Floor: "
-        f"the mean image. {legend_of(rows)}"
+        f"three times as long as the sweep's; {rows[0]['victim_images']:,} test images; residual "
+        f"decoder (MSE + SSIM). Floor: the mean image. {legend_of(rows)}"
     )
     more = [row for row in record["rows"] if row not in rows]
     return "\n\n".join([
