@@ -52,8 +52,8 @@ STRONG = "inverse_network_ssim"
 far below it on adversarially trained features."""
 WHITE = ("inverse_network", "rmle")
 LEARNED = ("linear_inverse", "unet", "inverse_network_ssim")
-OTHER_FAMILIES = ("linear_inverse", "unet_ssim", "transposed_ssim")
-MORE_LEARNED = ("nearest_image", "transposed", "unet_ssim", "transposed_ssim")
+OTHER_FAMILIES = ("linear_inverse", "unet_ssim", "transposed_ssim", "whitened_ssim")
+MORE_LEARNED = ("nearest_image", "transposed", "unet_ssim", "transposed_ssim", "whitened_ssim")
 WITHOUT_QUERIES = ("query_free_same", "query_free_other", "query_free_match")
 QUERY_FREE_IMAGES = 4_000
 FEWER = (100, 1_000)
@@ -114,7 +114,8 @@ def steps(args: Frontier) -> list[Step]:
         thorough += [Step(m, name, (name,), fewer=QUERY_FREE_IMAGES)
                      for name in WITHOUT_QUERIES[1:]]
     thorough += [Step(m, "long", (STRONG,)) for m in rows if m.key in ATTACKED_LONGER]
-    thorough += [Step(m, "unet_long", ("unet_ssim",)) for m in rows if m.key == DEEPER_BEST]
+    thorough += [Step(m, f"{name}_long", (f"{name}_ssim",)) for name in ("whitened", "unet")
+                 for m in rows if m.key == DEEPER_BEST]
     thorough += [Step(m, "white_strong", (STRONG, "rmle"), optimised=True)
                  for m in rows if m.key in MET_BY_OTHERS]
     thorough += [Step(m, name, (name,)) for m in rows if m.key in MET_BY_OTHERS

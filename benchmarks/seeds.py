@@ -31,7 +31,8 @@ WHERE_THERE = tuple(
     f"{key}-{attack}-0" for key in (DEEPER_BEST, *ATTACKED_LONGER, *BEHIND_THE_POOLING)
     for attack in ("ssim", "long", "silenced")
 ) + tuple(f"{key}-{attack}-0" for key in MET_BY_OTHERS
-          for attack in ("white_strong", "linear_inverse", "unet_ssim", "transposed_ssim"))
+          for attack in ("white_strong", "linear_inverse", "unet_ssim", "transposed_ssim",
+                         "whitened_ssim"))
 RESULTS = ROOT / "results" / "seeds.json"
 
 

@@ -21,6 +21,7 @@ ATTACKS = {
     "transposed_ssim": "a transposed-convolution decoder trained for likeness",
     "unet": "a U-shaped decoder trained on the attacker's own pictures",
     "unet_ssim": "a U-shaped decoder trained for likeness",
+    "whitened_ssim": "a decoder network trained for likeness on the uploads' whitened channels",
     "linear_inverse": "the best linear decoder, by least squares on the attacker's own pictures",
     "nearest_image": "answering with the attacker's own picture whose upload is nearest",
     "rmle": "white-box optimisation of the picture (rMLE)",

@@ -26,7 +26,8 @@ ORDER = [
     "budget", "_search", "choice", "metrics", "covariance", "jacobian", "bounds",
     "edge_sizes", "plan_limits", "plan_rows", "_mask_hooks", "masks", "folding", "shrinkage",
     "lipschitz", "spectral_rules",
-    "spectral", "decoder_blocks", "decoders", "ridge", "upload_reader", "surrogate", "objective",
+    "spectral", "decoder_blocks", "decoders", "whitening", "ridge", "upload_reader", "surrogate",
+    "objective",
     "survivors", "importance", "mask_importance", "origins", "regularizer", "_host_options",
     "prune_result", "pruner", "pruned_edges", "plan_choice", "plan",
     "training_state", "evaluation",
@@ -43,8 +44,8 @@ ORDER = [
     "commands", "cli",
     "__main__", "__init__",
 ]
-ATTACKS_MAY_IMPORT = {"split", "decoders", "metrics", "errors", "precision", "symmetric",
-                      "ridge", "attacks"}
+ATTACKS_MAY_IMPORT = {"split", "decoders", "whitening", "metrics", "errors", "precision",
+                      "symmetric", "ridge", "attacks"}
 # Only these import the named third party at all.
 DOORS = {
     "torch_pruning": {"_tp"},

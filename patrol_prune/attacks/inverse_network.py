@@ -24,6 +24,7 @@ from patrol_prune.decoders import FAMILIES, FeatureStandardizer, channel_dim, ma
 from patrol_prune.errors import InputError, TrainingError, nearest
 from patrol_prune.metrics import ssim_loss
 from patrol_prune.precision import PRECISIONS, autocast
+from patrol_prune.whitening import FeatureWhitener
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ class InverseNetworkConfig:
         width: channels of the decoder; more see more, and take longer.
         depth: residual blocks of the decoder; the transposed family has none.
         loss: `"mse"`, or `"mse+ssim"` which favours structure over the exact shade.
+        whiten: read uncorrelated channels (`FeatureWhitener`) instead of standardised ones: faint
+            directions of a feature are learnt sooner.
         epochs: length of the schedule (linear warm-up, then cosine).
         lr: peak learning rate of AdamW; extensions restart at half of it.
         weight_decay: of AdamW.
@@ -77,6 +80,7 @@ class InverseNetworkConfig:
     width: int = 64
     depth: int = 8
     loss: str = "mse"
+    whiten: bool = False
     epochs: int = 30
     lr: float = 2e-3
     weight_decay: float = 1e-4
@@ -114,8 +118,9 @@ SUITE: dict[str, InverseNetworkConfig] = {
     "transposed_ssim": InverseNetworkConfig(family="transposed", loss="mse+ssim"),
     "unet": InverseNetworkConfig(family="unet"),
     "unet_ssim": InverseNetworkConfig(family="unet", loss="mse+ssim"),
+    "whitened_ssim": InverseNetworkConfig(loss="mse+ssim", whiten=True),
 }
-"""Every family with every loss, by name: none of them is the strongest on every edge."""
+"""Every family with every loss, and one that whitens, by name: none is the strongest everywhere."""
 
 
 class InverseNetwork:
@@ -170,7 +175,8 @@ class InverseNetwork:
         if not pairs.mirrored or config.mirror is None:
             trains[False] = own
         dim = channel_dim(pairs.feature_shape, pairs.image_shape)
-        self.standardizer = FeatureStandardizer(pairs.feature_shape, dim=dim).to(self.device)
+        reader = FeatureWhitener if config.whiten else FeatureStandardizer
+        self.standardizer = reader(pairs.feature_shape, dim=dim).to(self.device)
         self.standardizer.fit(pairs.features())
         floor = self._mean_image_loss(pairs, own, self.held_out)
         initial, runs = math.inf, dict[bool, _Run]()

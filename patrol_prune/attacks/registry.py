@@ -43,12 +43,13 @@ class AttackKind:
 
 
 def _learned(name: str) -> AttackKind:
-    """A decoder: the name gives its family and loss, except where it is the plain one's."""
+    """A decoder: the name gives its family, loss and input, except where it is the plain one's."""
     named = SUITE[name]
 
     def make(config: InverseNetworkConfig, device: str, _: Attack | None) -> Attack:
         if name != "inverse_network":
-            config = dataclasses.replace(config, family=named.family, loss=named.loss)
+            config = dataclasses.replace(config, family=named.family, loss=named.loss,
+                                         whiten=config.whiten or named.whiten)
         return InverseNetwork(config, device=device)
 
     return AttackKind("black", named, make)

@@ -1,0 +1,87 @@
+"""Whitened features: uncorrelated channels, so that what a feature says faintly counts too."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from patrol_prune.decoders import FeatureStandardizer
+from patrol_prune.errors import InputError
+
+MOST_CHANNELS = 2_048
+"""With more of them, features are standardised alone: the matrix has the square of it."""
+_FLOOR = 1e-8
+
+
+class FeatureWhitener(FeatureStandardizer):
+    """Standardised channels made uncorrelated, `W (z - mean) / std`: ZCA whitening.
+
+        W = V diag((lambda + eps mean(lambda)) ** -1/2) V^T,    R = V diag(lambda) V^T
+
+    with `R` the correlation matrix of the channels over images and places. A network's features
+    have a few strong directions; what else they say of the picture lies in faint ones, which a
+    decoder of standardised channels learns last. An invertible mix of the channels changes the
+    whitened ones by a rotation alone, but for `eps`.
+
+    `eps = max(1e-8, (channels / samples)^4)`, a sample being one place of one image: directions
+    that so few samples cannot tell from nothing are left faint. A feature of more than
+    `MOST_CHANNELS` channels is standardised alone.
+
+    Args:
+        feature_shape: the feature's shape without the batch.
+        dim: as of `FeatureStandardizer`.
+
+    Attributes:
+        matrix: `W`, `[C, C]`.
+    """
+
+    matrix: Tensor
+
+    def __init__(self, feature_shape: tuple[int, ...], *, dim: int | None = None) -> None:
+        super().__init__(feature_shape, dim=dim)
+        channels = len(self.mean)
+        self.whitens = channels <= MOST_CHANNELS
+        self.register_buffer("matrix", torch.eye(channels if self.whitens else 0))
+
+    @torch.no_grad()
+    def fit(self, z: Tensor | Iterable[Tensor]) -> FeatureWhitener:
+        """Take the exact statistics of `z [N, *feature_shape]`, or of parts, each read once."""
+        parts = [z] if isinstance(z, Tensor) else z
+        if not self.whitens:
+            super().fit(parts)
+            return self
+        count, mean, scatter = self._moments(parts)
+        self._set(mean, scatter.diagonal() / count)
+        gain = self.gain().double()
+        eigenvalues, vectors = torch.linalg.eigh(scatter / count * gain * gain.unsqueeze(1))
+        eigenvalues = eigenvalues.clamp_min(0.0)
+        eps = max(_FLOOR, (len(gain) / count) ** 4)
+        floor = (eps * eigenvalues.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+        whitening = (vectors * torch.rsqrt(eigenvalues + floor)) @ vectors.T
+        self.matrix.copy_(whitening * (gain > 0))
+        return self
+
+    def _moments(self, parts: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
+        """Samples, their mean `[C]` and scatter `[C, C]`, merged as Chan et al. (1979)."""
+        count, mean, scatter = 0, torch.zeros((), dtype=torch.double), torch.zeros(())
+        for chunk in (c for part in parts for c in torch.split(self._checked(part).detach(), 512)):
+            rows = chunk.movedim(self.dim, -1).flatten(0, -2).double()
+            centre = rows.mean(0)
+            count += len(rows)
+            step, share = centre - mean.to(centre.device), len(rows) / count
+            mean = centre if len(rows) == count else mean + share * step
+            rows = rows - centre
+            between = share * (count - len(rows)) * torch.outer(step, step)
+            scatter = scatter.to(rows) + rows.T @ rows + between
+        if count == 0:
+            raise InputError("Expected at least one part of features, came none. Give some.")
+        return count, mean, scatter
+
+    def forward(self, z: Tensor) -> Tensor:
+        """`z [N, *feature_shape]` whitened; gradients flow to `z`, not to the statistics."""
+        standard = super().forward(z)
+        if not self.whitens:
+            return standard
+        return (standard.movedim(self.dim, -1) @ self.matrix).movedim(-1, self.dim)
