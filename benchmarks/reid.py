@@ -49,7 +49,9 @@ class Reid:
         beta: weight of PATROL's adversarial term.
         edge_macs: the device's budget: a fraction of the dense edge at the cut, or a count, which
             can be the same at several cuts.
-        epochs: of fine-tuning, where not the usual ones.
+        epochs: of fine-tuning; 8, as the record began with, or 5 for photographs where None.
+        decoder: width, residual blocks and epochs of the learned attacks, where not the usual
+            32, 3 and 10: after layer3 that many channels hold half of an upload.
         threads: of torch.
         seed: of everything.
     """
@@ -60,6 +62,7 @@ class Reid:
     beta: float = 40.0
     edge_macs: str = "0.5"
     epochs: int | None = None
+    decoder: tuple[int, int, int] | None = None
     threads: int = 1
     seed: int = 0
 
@@ -68,11 +71,15 @@ def config_of(args: Reid) -> ReidRun:
     """The settings of the run."""
     work = str(args.work.expanduser())
     budget = "" if args.edge_macs == Reid.edge_macs else f"-{args.edge_macs}"
+    budget += "" if args.epochs is None else f"-{args.epochs}-epochs"
+    if args.decoder is not None:
+        budget += "-decoder-" + "-".join(map(str, args.decoder))
     other = ("" if usual(args) else f"-{args.at}-beta-{args.beta:g}") + budget
     plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at,
                     edge_macs=args.edge_macs)
     plain = replace(plain, privacy=replace(plain.privacy, beta=args.beta), finetune=replace(
-        plain.finetune, epochs=args.epochs or plain.finetune.epochs))
+        plain.finetune, epochs=args.epochs or 8))
+    plain = replace(plain, attacker=attacker_of(args, plain.attacker))
     if args.photographs is None:
         return plain
     small = replace(
@@ -82,9 +89,15 @@ def config_of(args: Reid) -> ReidRun:
     return replace(
         small, train=FinetuneConfig(epochs=15, distill_weight=0.0),
         finetune=replace(small.finetune, epochs=args.epochs or 5),
-        attacker=InverseNetworkConfig(width=32, depth=3, epochs=8, batch_size=32,
-                                      max_extensions=1),
+        attacker=attacker_of(args, InverseNetworkConfig(width=32, depth=3, epochs=8, batch_size=32,
+                                                        max_extensions=1)),
     )
+
+
+def attacker_of(args: Reid, usual: InverseNetworkConfig) -> InverseNetworkConfig:
+    """The settings of the learned attacks."""
+    width, depth, epochs = args.decoder or (usual.width, usual.depth, usual.epochs)
+    return replace(usual, width=width, depth=depth, epochs=epochs)
 
 
 def usual(args: Reid) -> bool:
@@ -166,7 +179,8 @@ def main(args: Reid) -> None:
              "device": cpu_name(), "command": command(), "versions": versions(),
              "minutes": round(minutes(Path(config.runs) / config.name), 1),
              "budget": args.edge_macs,
-             "epochs": [config.train.epochs, config.finetune.epochs]}
+             "epochs": [config.train.epochs, config.finetune.epochs],
+             **({} if args.decoder is None else {"decoder": list(args.decoder)})}
             for row in rows(result, dataset)]
     target = ROOT / "results" / "reid.json"
     before = json.loads(target.read_text()) if target.exists() else {"rows": []}

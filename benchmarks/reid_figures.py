@@ -35,7 +35,7 @@ def reid(record: dict[str, Any]) -> str:
 def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What the rows of one run have in common, and those of another have not."""
     return (row["dataset"], row["split"], row["beta"], row.get("budget", "0.5"),
-            row["train_seed"], tuple(row["epochs"]))
+            row["train_seed"], tuple(row["epochs"]), tuple(row.get("decoder", ())))
 
 
 def same_budget(rows: list[dict[str, Any]]) -> str:
@@ -107,10 +107,19 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"pictures of {counts['test_identities']} identities.{closed} The attacker owns "
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
         "attacked. Floor: the mean image or the attacker's picture with the nearest upload, "
-        f"whichever is closer. One training seed{seed}, one attack seed."
+        f"whichever is closer.{decoder_of(first)} One training seed{seed}, one attack seed."
         + UPLOADS_UNREAD * (not first.get("uploads_read"))
         + f" {PRESSED_TEXT.removeprefix('§ ').capitalize()}" * pressed(first)
     )
+
+
+def decoder_of(row: dict[str, Any]) -> str:
+    """How large the attackers' decoders are, where not as usual here."""
+    if "decoder" not in row:
+        return ""
+    width, blocks, epochs = row["decoder"]
+    return (f" Attacked by larger decoders, of {width} channels and {blocks} residual blocks, "
+            f"trained for {epochs} epochs and half as many more.")
 
 
 def budget_of(row: dict[str, Any]) -> str:

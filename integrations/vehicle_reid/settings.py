@@ -140,7 +140,7 @@ class ReidRun:
     score: ScoreConfig = field(default_factory=lambda: ScoreConfig(batches=10, surrogate_steps=60))
     privacy: PrivacyConfig = field(default_factory=lambda: PrivacyConfig(beta=10.0))
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(
-        epochs=8, lr=0.03, inner_steps=2, surrogate_warmup_steps=60))
+        epochs=24, lr=0.03, inner_steps=2, surrogate_warmup_steps=60))
     attackers: Attackers = field(default_factory=Attackers)
     attacker: InverseNetworkConfig = field(default_factory=lambda: InverseNetworkConfig(
         width=32, depth=3, epochs=10, batch_size=32, max_extensions=1))
