@@ -29,6 +29,47 @@ def test_one_wide_convolution_is_undone_to_the_last_digits() -> None:
     assert float(psnr(VICTIM, attack.reconstruct(convolution(VICTIM))).min()) > 80
 
 
+@pytest.mark.parametrize(("size", "options"), [
+    ((13, 12), {"stride": 2, "padding": 1}),  # the last block hangs out below
+    ((13, 11), {"stride": 2, "padding": 1}),  # and to the right
+    ((12, 12), {}),  # without padding: a pixel around all positions
+    ((13, 13), {"stride": 2}),  # one below and to the right
+    ((13, 12), {"stride": (2, 1), "padding": (1, 0)}),  # both
+])
+def test_it_is_undone_where_positions_and_image_do_not_match(
+    size: tuple[int, int], options: dict[str, int]
+) -> None:
+    """No pixel that nobody saw, and no feature between two others, is learnt from."""
+    weight = torch.randn(30, 3, 3, 3, generator=torch.Generator().manual_seed(0))
+    images = IMAGES[:80, :, : size[0], : size[1]]
+    z = functional.conv2d(images, weight, **options)
+    attack = LinearInverse(LinearInverseConfig(whole=False, decades=(-12.0, -6.0)))
+    attack.fit(Knowledge(images[:60], z=z[:60]))
+    assert float(psnr(images[60:], attack.reconstruct(z[60:])).min()) > 80
+
+
+@pytest.mark.parametrize("stretch", [True, False])
+@pytest.mark.parametrize("side", [5, 6, 7, 8, 14])
+def test_pixels_come_back_from_targets_and_parts_tell_which_are_pixels(
+    side: int, stretch: bool
+) -> None:
+    image = torch.rand(2, 3, 16, 15, generator=torch.Generator().manual_seed(0))
+    layout = Layout.of((4, side, 6), (3, 16, 15), 3, stretch=stretch)
+    rows = layout.targets(image)
+    assert torch.equal(layout.images(rows, 2), image.double())
+    assert rows.shape == (2 * layout.positions, layout.outputs)
+    # Whatever hangs out of the image repeats a pixel: of many all different, each is there once.
+    numbers = torch.arange(16 * 15 * 3.0).view(1, 3, 16, 15)
+    known = torch.zeros(layout.positions, layout.outputs, dtype=torch.bool)
+    for positions, outputs in layout.parts():
+        assert not known[:, outputs].any()
+        known |= positions[:, None] & outputs
+    seen = layout.targets(numbers)[known]
+    assert len(seen.unique()) == numbers.numel()
+    if layout.margin == (0, 0):
+        assert len(seen) == numbers.numel()
+
+
 @pytest.mark.parametrize("shape", ["map", "odd map", "large map", "tokens", "vector"])
 def test_every_shape_of_feature_is_inverted_when_it_is_the_image_itself(shape: str) -> None:
     def edge(x: Tensor) -> Tensor:

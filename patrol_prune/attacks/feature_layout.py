@@ -28,6 +28,8 @@ class Layout:
         tokens: the grid that tokens lie on, `(rows, columns)`; None for other features.
         leading: class and register tokens before these.
         width: inputs of one position.
+        margin: pixels around the blocks of all positions, `(height, width)`; a position predicts
+            its block and as many pixels around it, of which those at the border count.
     """
 
     image_shape: tuple[int, int, int]
@@ -39,9 +41,11 @@ class Layout:
     tokens: tuple[int, int] | None
     leading: int
     width: int
+    margin: tuple[int, int] = (0, 0)
 
     @classmethod
-    def of(cls, feature: tuple[int, ...], image: tuple[int, ...], kernel: int) -> Layout:
+    def of(cls, feature: tuple[int, ...], image: tuple[int, ...], kernel: int, *,
+           stretch: bool = True) -> Layout:
         """The layout of a feature and an image, both without the batch.
 
         Channels-last maps are read as maps. Tokens on a grid of the image's aspect ratio, or a
@@ -51,6 +55,8 @@ class Layout:
             feature: `(C, H, W)`, `(H, W, C)`, `(T, D)` or anything else, which is taken whole.
             image: `(channels, height, width)`.
             kernel: 1 is taken instead where it would give more than 2,304 inputs.
+            stretch: whether a map that falls short of the image, as behind convolutions without
+                padding, is interpolated to cover it, or keeps its positions and has a margin.
         """
         channels, height, width = image
         dim = channel_dim(feature, image) if len(feature) in (2, 3) else 1
@@ -64,11 +70,14 @@ class Layout:
             return cls.whole(feature, image)
         block = (max(1, round(height / size[0])), max(1, round(width / size[1])))
         grid = (math.ceil(height / block[0]), math.ceil(width / block[1]))
+        if not stretch:
+            grid = (min(grid[0], size[0]), min(grid[1], size[1]))
+        margin = (max(0, height - grid[0] * block[0]), max(0, width - grid[1] * block[1]))
         inputs = wide * math.ceil(size[0] / grid[0]) * math.ceil(size[1] / grid[1])
         kernel = kernel if inputs * kernel**2 <= _LARGEST_PATCH else 1
         width = inputs * kernel**2 + leading * wide
         return cls((channels, height, image[2]), grid, block, kernel, True, dim, tokens, leading,
-                   width)
+                   width, margin)
 
     @classmethod
     def whole(cls, feature: tuple[int, ...], image: tuple[int, ...]) -> Layout:
@@ -84,10 +93,38 @@ class Layout:
         return self.grid[0] * self.grid[1]
 
     @property
+    def patch(self) -> tuple[int, int]:
+        """The pixels that one position predicts, `(height, width)`."""
+        if not self.is_map:
+            return self.image_shape[1:]
+        return self.block[0] + self.margin[0], self.block[1] + self.margin[1]
+
+    @property
     def outputs(self) -> int:
-        """Pixel values behind one position."""
-        pixels = self.block if self.is_map else self.image_shape[1:]
-        return self.image_shape[0] * math.prod(pixels)
+        """Pixel values that one position predicts."""
+        return self.image_shape[0] * math.prod(self.patch)
+
+    @property
+    def overhang(self) -> tuple[int, int]:
+        """How far the last positions reach out of the image, `(below, to the right)`."""
+        if not self.is_map:
+            return 0, 0
+        below, right = (g * b + m for g, b, m in zip(self.grid, self.block, self.margin,
+                                                     strict=True))
+        return below - self.image_shape[1], right - self.image_shape[2]
+
+    def parts(self) -> list[tuple[Tensor, Tensor]]:
+        """Which positions know which outputs: `[positions]` and `[outputs]`, booleans, for each
+        set of outputs that is inside of the image at the same positions.
+        """
+        lines = []
+        for cells, size, out in zip(self.grid, self.patch, self.overhang, strict=True):
+            last = torch.arange(cells) == cells - 1
+            beyond = torch.arange(size) >= size - out
+            lines.append([(torch.ones_like(last), ~beyond), (~last, beyond)][: 1 + (out > 0)])
+        return [((rows[:, None] & columns).flatten(),
+                 (high[:, None] & wide).expand(self.image_shape[0], -1, -1).flatten())
+                for rows, high in lines[0] for columns, wide in lines[1]]
 
     def inputs(self, z: Tensor) -> Tensor:
         """Features `[N, ...]` to one row per position, `[N * positions, inputs]`, float64."""
@@ -112,17 +149,33 @@ class Layout:
         return patches.transpose(1, 2).reshape(-1, patches.shape[1]).double()
 
     def targets(self, pixels: Tensor) -> Tensor:
-        """Images `[N, C, H, W]` to `[N * positions, C * block]`, float64."""
+        """Images `[N, C, H, W]` to `[N * positions, C * patch]`, float64.
+
+        What hangs out of the image repeats its border (`parts` tells it from the image).
+        """
         if not self.is_map:
             return pixels.flatten(1).double()
-        blocks = _unshuffle(self._padded(pixels), *self.block)
+        below, right = self.overhang
+        padded = functional.pad(pixels, (0, right, 0, below), mode="replicate")
+        if any(self.margin):
+            patches = functional.unfold(padded, self.patch, stride=self.block)
+            return patches.transpose(1, 2).reshape(-1, self.outputs).double()
+        blocks = _unshuffle(padded, *self.block)
         return blocks.flatten(2).transpose(1, 2).reshape(-1, blocks.shape[1]).double()
 
     def images(self, rows: Tensor, count: int) -> Tensor:
-        """The inverse of `targets`, without its padding."""
+        """The inverse of `targets`, without what hangs out; each pixel from the block it is in, or
+        that is nearest.
+        """
         channels, height, width = self.image_shape
         if not self.is_map:
             return rows.reshape(count, channels, height, width)
+        if any(self.margin):
+            patches = rows.reshape(count, *self.grid, channels, *self.patch)
+            row, y = self._nearest(0)
+            column, x = self._nearest(1)
+            image = patches[:, row[:, None], column, :, y[:, None], x]
+            return image.permute(2, 3, 0, 1).contiguous()
         high, wide = self.block
         blocks = rows.reshape(count, *self.grid, channels, high, wide)
         image = blocks.permute(0, 3, 1, 4, 2, 5).reshape(
@@ -130,10 +183,12 @@ class Layout:
         )
         return image[:, :, :height, :width]
 
-    def _padded(self, pixels: Tensor) -> Tensor:
-        bottom = self.grid[0] * self.block[0] - pixels.shape[2]
-        right = self.grid[1] * self.block[1] - pixels.shape[3]
-        return functional.pad(pixels, (0, right, 0, bottom), mode="replicate")
+    def _nearest(self, side: int) -> tuple[Tensor, Tensor]:
+        """The position that predicts each row (or column) of the image, and where in its patch."""
+        pixel = torch.arange(self.image_shape[1 + side])
+        place = (pixel - self.margin[side] // 2).div(self.block[side], rounding_mode="floor")
+        place = place.clamp(0, self.grid[side] - 1)
+        return place, pixel - place * self.block[side]
 
 
 def _unshuffle(images: Tensor, high: int, wide: int) -> Tensor:

@@ -7,10 +7,12 @@ squares finds that map to the last bit, where a trained decoder stops at 30 to 4
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -91,13 +93,85 @@ class _Solution:
         return self.layout.images(rows, len(z)).clamp(0.0, 1.0).float()
 
 
+@dataclass
+class _Sums:
+    """Normal equations of shifted inputs and targets, summed over examples."""
+
+    gram: Tensor
+    cross: Tensor
+    inputs: Tensor
+    targets: Tensor
+    count: int
+
+    @classmethod
+    def none(cls, inputs: Tensor, targets: Tensor) -> _Sums:
+        """Of no example yet; `[M]` and `[K]` say how wide and where they are."""
+        gram = inputs.new_zeros(len(inputs), len(inputs))
+        cross = inputs.new_zeros(len(inputs), len(targets))
+        return cls(gram, cross, inputs * 0.0, targets * 0.0, 0)
+
+    def add(self, inputs: Tensor, targets: Tensor) -> None:
+        """Take in examples `[R, M]` and `[R, K]`."""
+        self.gram.addmm_(inputs.T, inputs)
+        self.cross.addmm_(inputs.T, targets)
+        self.inputs += inputs.sum(0)
+        self.targets += targets.sum(0)
+        self.count += len(inputs)
+
+    def plus(self, other: _Sums) -> _Sums:
+        """Over the examples of both."""
+        return _Sums(self.gram + other.gram, self.cross + other.cross, self.inputs + other.inputs,
+                     self.targets + other.targets, self.count + other.count)
+
+    def of(self, outputs: Tensor) -> _Sums:
+        """Of these outputs alone."""
+        return replace(self, cross=self.cross[:, outputs], targets=self.targets[outputs])
+
+    def system(self, shift_in: Tensor, shift_out: Tensor, *, standardise: bool) -> _System:
+        """What is to be solved; the shifts are those of the examples.
+
+        Inputs that never change (dead channels, what lies outside of a small map) stay out.
+        """
+        mean_in, mean_out = self.inputs / self.count, self.targets / self.count
+        gram = self.gram / self.count - torch.outer(mean_in, mean_in)
+        cross = self.cross / self.count - torch.outer(mean_in, mean_out)
+        mean_in, mean_out = mean_in + shift_in, mean_out + shift_out
+        _check_finite(gram)
+        gain = _gain(gram.diagonal(), mean_in) if standardise else torch.ones_like(mean_in)
+        alive = gain > 0
+        gram = gram[alive][:, alive] * torch.outer(gain[alive], gain[alive])
+        cross = cross[alive] * gain[alive].unsqueeze(1)
+        return _System(mean_in, mean_out, gain, gram, cross)
+
+
+@dataclass
+class _System:
+    """Normal equations of the inputs that change, standardised; `gain` is 0 for the others."""
+
+    mean_in: Tensor
+    mean_out: Tensor
+    gain: Tensor
+    gram: Tensor
+    cross: Tensor
+
+    def weights(self, ridges: Sequence[float]) -> Iterator[Tensor]:
+        """One for each ridge weight, of inputs as they come."""
+        alive = self.gain > 0
+        for part in ridge_solutions(self.gram, self.cross, ridges):
+            weight = part.new_zeros(len(alive), part.shape[1])
+            weight[alive] = part * self.gain[alive].unsqueeze(1)
+            yield weight
+
+
 class LinearInverse:
     """Ridge regression `min_W mean ||W patch(z) - block(x)||^2 + lambda ||W||^2`.
 
     `patch(z)` is the `kernel x kernel` neighbourhood of features at a position, `block(x)` the
     pixels behind that position. Tokens on a grid are read as a map; features that are no map are
     taken whole. So are, in a second try, those of at most 2,048 values, which finds pixels wherever
-    they went; held-out images decide. Every input is standardised, so that rescaling a channel
+    they went; held-out images decide. A map that falls short of the image, as behind convolutions
+    without padding, is stretched over it, and in another try left where it is, its border positions
+    standing for what is beyond them too. Every input is standardised, so that rescaling a channel
     changes nothing. The weight `lambda` is the one with the smallest error on held-out images.
     Where the edge is random, every image enters with a fresh draw.
 
@@ -135,6 +209,9 @@ class LinearInverse:
         held_out, train = order[: min(held, 500)], order[held:]
         shapes = tuple(self._features(known, order[:1]).shape[1:]), tuple(known.pixels.shape[1:])
         layouts = [Layout.of(*shapes, self.config.kernel)]
+        short = Layout.of(*shapes, self.config.kernel, stretch=False)
+        if any(short.margin) and short.outputs <= short.width:
+            layouts.append(short)
         if self.config.whole and layouts[0].is_map and math.prod(shapes[0]) <= _MOST_WHOLE and (
                 math.prod(shapes[0]) * math.prod(shapes[1]) <= _MOST_WEIGHTS):
             layouts.append(Layout.whole(*shapes))
@@ -144,7 +221,7 @@ class LinearInverse:
         history: list[float] = []
         best: tuple[float, _Solution] | None = None
         for layout in layouts:
-            # The second has to be clearly better on what may be few held-out images.
+            # A later one has to be clearly better on what may be few held-out images.
             below = math.inf if best is None else _CLEARLY * best[0]
             if below < _EXACT * floor:
                 break
@@ -192,39 +269,49 @@ class LinearInverse:
     def _solve(self, known: Knowledge, layout: Layout, train: Tensor) -> Iterator[_Solution]:
         """One solution for each ridge weight, relative to the variance of a standardised input.
 
-        Inputs that never change (dead channels, what lies outside of a small map) stay out.
+        Outputs that hang out of the image at some positions are learnt from the others.
         """
         projection = None
         if layout.width > min(len(train) * layout.positions, _MOST_INPUTS):
             projection = self._projection(known, layout, train)
+        parts = layout.parts()
+        systems = self._systems(known, layout, train, projection, parts)
+        mean_in, mean_out = systems[0].mean_in, systems[0].mean_out
+        ridges = [10.0**decade for decade in self.config.decades]
+        for weights in zip(*(system.weights(ridges) for system in systems), strict=True):
+            weight = weights[0]
+            if len(parts) > 1:
+                weight = weight.new_zeros(len(mean_in), layout.outputs)
+                mean_out = weight.new_zeros(layout.outputs)
+                for (_, outputs), system, own in zip(parts, systems, weights, strict=True):
+                    weight[:, outputs] = own
+                    mean_out[outputs] = system.mean_out - (system.mean_in - mean_in) @ own
+            yield _Solution(layout, projection, mean_in, mean_out, weight)
+
+    def _systems(
+        self, known: Knowledge, layout: Layout, train: Tensor, projection: _Projection | None,
+        parts: list[tuple[Tensor, Tensor]],
+    ) -> list[_System]:
+        """The normal equations of each part's outputs, over the positions that know them."""
         shift_in, shift_out = self._first_means(known, layout, train, projection)
-        gram = shift_in.new_zeros(len(shift_in), len(shift_in))
-        cross = shift_in.new_zeros(len(shift_in), len(shift_out))
-        sum_in, sum_out, count = shift_in * 0.0, shift_out * 0.0, 0
+        known_by, group = torch.stack([at for at, _ in parts]).unique(dim=1, return_inverse=True)
+        sums = [_Sums.none(shift_in, shift_out) for _ in known_by.T]
         for inputs, targets in self._rows(known, layout, train):
             inputs = inputs if projection is None else projection(inputs)
             inputs, targets = inputs - shift_in, targets - shift_out
-            gram.addmm_(inputs.T, inputs)
-            cross.addmm_(inputs.T, targets)
-            sum_in += inputs.sum(0)
-            sum_out += targets.sum(0)
-            count += len(inputs)
-        mean_in, mean_out = sum_in / count, sum_out / count
-        gram = gram / count - torch.outer(mean_in, mean_in)
-        cross = cross / count - torch.outer(mean_in, mean_out)
-        mean_in, mean_out = mean_in + shift_in, mean_out + shift_out
-        _check_finite(gram)
-        gain = torch.ones_like(mean_in)
-        if projection is None:
-            gain = _gain(gram.diagonal(), mean_in)
-        alive = gain > 0
-        gram = gram[alive][:, alive] * torch.outer(gain[alive], gain[alive])
-        cross = cross[alive] * gain[alive].unsqueeze(1)
-        ridges = [10.0**decade for decade in self.config.decades]
-        for part in ridge_solutions(gram, cross, ridges):
-            weight = part.new_zeros(len(alive), part.shape[1])
-            weight[alive] = part * gain[alive].unsqueeze(1)
-            yield _Solution(layout, projection, mean_in, mean_out, weight)
+            if len(sums) == 1:
+                sums[0].add(inputs, targets)
+                continue
+            of = group.repeat(len(inputs) // layout.positions).to(inputs.device)
+            for number, own in enumerate(sums):
+                own.add(inputs[of == number], targets[of == number])
+        if len(sums) == 1:
+            return [sums[0].system(shift_in, shift_out, standardise=projection is None)]
+        return [
+            functools.reduce(_Sums.plus, itertools.compress(sums, groups)).of(outputs).system(
+                shift_in, shift_out[outputs], standardise=projection is None)
+            for (_, outputs), groups in zip(parts, known_by.tolist(), strict=True)
+        ]
 
     def _first_means(
         self, known: Knowledge, layout: Layout, train: Tensor, projection: _Projection | None
