@@ -328,10 +328,10 @@ def _check_slope(edge: Callable[[Tensor], Tensor], pixels: Tensor, dfil: Tensor)
             "Expected an edge with a finite slope at every image, came NaN or infinity. Look for a "
             "root, a norm or a logarithm at 0 in the edge; there the bound is unknown, not large."
         )
-    if len(pixels) < 2:
-        return
-    some = pixels[:_SLOPE_IMAGES]
-    varying, blocked = blocked_outputs(edge, some, size=_SLOPE_BATCH)
+    varying, blocked = blocked_outputs(edge, pixels[:_SLOPE_IMAGES], size=_SLOPE_BATCH)
+    if not bool(varying.any()):  # one image, or the same again: as in `checked_edge`
+        pair = torch.cat([pixels[:1], 1.0 - pixels[:1]])
+        varying, blocked = blocked_outputs(edge, pair, size=_SLOPE_BATCH)
     if bool(blocked.any()):
         raise InputError(
             "Expected an edge whose gradient is its true slope, came one whose gradient is zero "

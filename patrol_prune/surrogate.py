@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from patrol_prune.decoders import FeatureStandardizer, channel_dim, make_decoder
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.given import check_among, check_number
+from patrol_prune.lipschitz import frozen_statistics
 from patrol_prune.metrics import SSIM_SIDE, ssim_values
 from patrol_prune.precision import autocast
 
@@ -139,12 +140,17 @@ class SurrogateEnsemble(nn.Module):
         ])
 
     def strongest(self, z: Tensor, pixels: Tensor, *, precision: str = "auto") -> Tensor:
-        """`L_adv` per image, shape `[B]`; gradients flow to `z`, never to the decoders."""
+        """`L_adv` per image, shape `[B]`; gradients flow to `z`, never to the decoders.
+
+        As in `step`, a batch is normalised together, so that an image's value depends on the others
+        (in training mode). The decoders' running statistics stay as they are.
+        """
         trainable = [p for p in self.decoders.parameters() if p.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:
-            errors = self.errors(z, pixels, precision=precision)
+            with frozen_statistics(self.decoders):
+                errors = self.errors(z, pixels, precision=precision)
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)

@@ -13,6 +13,7 @@ from patrol_prune.attacks import (
     InverseNetwork,
     InverseNetworkConfig,
     Knowledge,
+    NearestImage,
     check_features,
     check_fit,
     check_reconstructions,
@@ -96,6 +97,18 @@ def test_random_edges_are_told_from_fixed_ones() -> None:
         return pixels + torch.randn(pixels.shape, generator=generator)
 
     assert draws_differ(noisy, KNOWN[:2]) and not draws_differ(torch.Tensor.clone, KNOWN[:2])
+
+
+def test_the_nearest_image_is_found_among_many_of_its_kind() -> None:
+    """Two kinds of images far apart, and the images of a kind a ten-thousandth of that."""
+    generator = torch.Generator().manual_seed(0)
+    kind = torch.arange(200).remainder(2).mul(2).sub(1).view(-1, 1)
+    z = kind + 3e-4 * torch.randn(200, 512, generator=generator)
+    pixels = torch.arange(200.0).view(200, 1, 1, 1) / 200
+    attack = NearestImage()
+    attack.fit(Knowledge(pixels, z=z))
+    asked = z + 1e-4 * torch.randn(200, 512, generator=generator)
+    assert torch.equal(attack.reconstruct(asked), pixels)
 
 
 def test_fewer_images_are_picked_at_random_and_all_else_stays() -> None:

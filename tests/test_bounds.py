@@ -224,6 +224,17 @@ class TestFisher:
         assert int(varying.sum()) == 64  # of 72, as many as are asked
         assert not bool(blocked[:50].any()) and torch.equal(blocked[50:], varying[50:])
 
+    @pytest.mark.parametrize("images", [1, 2])
+    def test_one_image_or_the_same_again_proves_no_more(self, images: int) -> None:
+        x = torch.rand(1, 2, 6, 6, generator=gen(0)).expand(images, -1, -1, -1)
+        with pytest.raises(InputError, match="true slope"):
+            diagonal_fisher_information(lambda v: (9 * v).round().flatten(1), x, 1.0)
+        with pytest.raises(InputError, match="72 of the 144 outputs"):
+            diagonal_fisher_information(
+                lambda v: torch.cat([v.flatten(1), v.detach().flatten(1)], 1), x, 1.0)
+        assert diagonal_fisher_information(lambda v: 2.0 * v, x, 1.0).mse_bound == 0.25
+        assert diagonal_fisher_information(lambda v: 0.0 * v, x, 1.0).mse_bound == math.inf
+
     def test_edges_that_prove_nothing_are_refused(self) -> None:
         edge, x = self.edge(), torch.rand(3, 2, 6, 6)
         with pytest.raises(InputError, match="edge without noise"):

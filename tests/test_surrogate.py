@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from patrol_prune import metrics
 from patrol_prune.errors import InputError
@@ -78,6 +79,27 @@ def test_belief_is_the_figure_of_the_best_surrogate_on_each_image() -> None:
         best = guesses[errors.index(min(errors))][one]
         torch.testing.assert_close(mse[one], metrics.mse(pixels[one], best))
         torch.testing.assert_close(ssim[one], metrics.ssim(pixels[one], best))
+
+
+def test_the_strongest_is_asked_without_a_trace_in_the_decoders() -> None:
+    """Its value and slope are those of training mode; what `step` learnt is left as it is."""
+    z, pixels = _pair()
+    ensemble = _ensemble().train()
+    for _ in range(3):
+        ensemble.step(z, pixels, precision="fp32")
+    before = {k: v.clone() for k, v in ensemble.state_dict().items()}
+    other = (3.0 * z).requires_grad_()
+    found = ensemble.strongest(other, pixels, precision="fp32")
+    (slope,) = torch.autograd.grad(found.sum(), other)
+    assert all(torch.equal(v, before[k]) for k, v in ensemble.state_dict().items())
+    assert all(m.momentum == 0.1 for m in ensemble.modules() if isinstance(m, nn.BatchNorm2d))
+    own = ensemble.errors(other, pixels, precision="fp32").min(0).values
+    mean = reconstruction_error(pixels, ensemble.mean_image.expand_as(pixels), ensemble.loss)
+    assert torch.equal(found, torch.minimum(own, mean))
+    assert torch.equal(slope, torch.autograd.grad(torch.minimum(own, mean).sum(), other)[0])
+    ensemble.step(z, pixels, precision="fp32")
+    moved = ensemble.state_dict()
+    assert any(not torch.equal(moved[k], v) for k, v in before.items() if "running_mean" in k)
 
 
 def test_the_weakest_starts_anew_and_the_other_goes_on() -> None:

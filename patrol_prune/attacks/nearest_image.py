@@ -43,7 +43,8 @@ class NearestImage:
     """`x[argmin_i sum_d ((z_d - z_id) / std_d)^2]` over the attacker's images `i`.
 
     Each coordinate of the feature is divided by its standard deviation over the attacker's images,
-    so that rescaling a channel changes nothing.
+    so that rescaling a channel changes nothing. Distances are computed in float64, as images of one
+    kind may be far nearer to each other than to the mean of all.
     """
 
     def __init__(self, config: NearestImageConfig | None = None, *, device: str = "cpu") -> None:
@@ -84,12 +85,14 @@ class NearestImage:
         """Features `[N, ...]` to images of the attacker's, `[N, C, H, W]`, on z's device."""
         if self._known is None:
             raise InputError("This attack has no images yet. Call fit(known) first.")
-        wanted = self._scaled(z.to(self.device).float())
-        best = torch.full((len(z),), torch.inf, device=self.device)
+        wanted = z.to(self.device).float()
+        best = torch.full((len(z),), torch.inf, dtype=torch.float64, device=self.device)
         choice = torch.zeros(len(z), dtype=torch.long, device=self.device)
         for part in self._index():
             own = self._scaled(self._features(part))
-            distance, index = torch.cdist(wanted, own).min(dim=1)
+            distance, index = torch.cat([
+                torch.cdist(self._scaled(some), own) for some in wanted.split(_CHUNK)
+            ]).min(dim=1)
             closer = distance < best
             best = torch.where(closer, distance, best)
             choice = torch.where(closer, part.to(self.device)[index], choice)
@@ -100,7 +103,7 @@ class NearestImage:
         return torch.arange(len(self._known.pixels)).split(_CHUNK)
 
     def _scaled(self, z: Tensor) -> Tensor:
-        return ((z - self._mean) * self._gain).flatten(1)
+        return ((z.double() - self._mean) * self._gain).flatten(1)
 
     @torch.no_grad()
     def _features(self, part: Tensor) -> Tensor:
