@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,6 +184,7 @@ class FeatureStandardizer(nn.Module):
     mean: Tensor
     var: Tensor
     fitted: Tensor
+    largest: Tensor
 
     def __init__(
         self, feature_shape: tuple[int, ...], *, dim: int | None = None, eps: float = 1e-8
@@ -199,6 +201,7 @@ class FeatureStandardizer(nn.Module):
         self.register_buffer("mean", torch.zeros(channels))
         self.register_buffer("var", torch.ones(channels))
         self.register_buffer("fitted", torch.tensor(False))
+        self.register_buffer("largest", torch.tensor(0))
 
     @torch.no_grad()
     def fit(self, z: Tensor | Iterable[Tensor]) -> FeatureStandardizer:
@@ -211,11 +214,16 @@ class FeatureStandardizer(nn.Module):
 
     @torch.no_grad()
     def update(self, z: Tensor, momentum: float = 0.1) -> FeatureStandardizer:
-        """Move the statistics towards those of the batch `z`; the first batch sets them."""
+        """Move the statistics towards those of the batch `z`; the first batch sets them.
+
+        A batch of fewer images than the largest so far counts less, in proportion.
+        """
         mean, var = self._statistics([z])
+        self.largest.clamp_(min=len(z))
         if bool(self.fitted):
-            mean = torch.lerp(self.mean, mean, momentum)
-            var = torch.lerp(self.var, var, momentum)
+            weight = momentum * (len(z) / int(self.largest))
+            mean = torch.lerp(self.mean, mean, weight)
+            var = torch.lerp(self.var, var, weight)
         self._set(mean, var)
         return self
 
@@ -230,6 +238,11 @@ class FeatureStandardizer(nn.Module):
         gain = torch.rsqrt(self.var + self.eps * self.var.mean())
         noise = (torch.finfo(torch.float32).eps * self.mean) ** 2
         return torch.where(self.var > noise, gain, torch.zeros_like(gain))
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # States of before do not tell; the next batch will.
+        state_dict.setdefault(prefix + "largest", torch.tensor(0))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _set(self, mean: Tensor, var: Tensor) -> None:
         self.mean.copy_(mean)

@@ -51,6 +51,8 @@ def batch_hard_triplet(features: Tensor, identities: Tensor, *, margin: float = 
     from pytorch_metric_learning.reducers import MeanReducer
 
     distance = LpDistance(normalize_embeddings=False)
+    # Distances come of products, which lose them far from the origin.
+    features = features - features.mean(0).detach()
     triplets = BatchHardMiner(distance=distance)(features, identities)
     loss = TripletMarginLoss(margin=margin, distance=distance, reducer=MeanReducer())
     value: Tensor = loss(features, identities, triplets)

@@ -277,6 +277,31 @@ def test_running_statistics_start_at_the_first_batch_and_then_follow() -> None:
     assert torch.equal(restored(first), running(first))
 
 
+def test_a_smaller_batch_counts_in_proportion_to_its_images() -> None:
+    z = features((6,))
+    own = FeatureStandardizer((6,)).update(z[:64], momentum=0.25)
+    before = [own.mean.clone(), own.var.clone()]
+    resumed = FeatureStandardizer((6,))
+    resumed.load_state_dict(own.state_dict())
+    for one in (own, resumed):
+        one.update(z[64:80], momentum=0.25)
+        last = FeatureStandardizer((6,)).fit(z[64:80])
+        torch.testing.assert_close(one.mean, torch.lerp(before[0], last.mean, 0.25 / 4))
+        torch.testing.assert_close(one.var, torch.lerp(before[1], last.var, 0.25 / 4))
+    # A state of before, which does not know how large batches are, learns it from the next one.
+    older = own.state_dict()
+    del older["largest"]
+    resumed.load_state_dict(older)
+    assert torch.equal(resumed.mean, own.mean) and int(resumed.largest) == 0
+    resumed.update(z[80:90], momentum=0.25)
+    torch.testing.assert_close(
+        resumed.mean, torch.lerp(own.mean, FeatureStandardizer((6,)).fit(z[80:90]).mean, 0.25))
+    # A single image at the end of each epoch has no spread, and takes hardly any.
+    for batch in [*z.split(64)[:9], z[576:577]] * 8:
+        own.update(batch)
+    torch.testing.assert_close(own.gain(), torch.full((6,), 0.5), atol=0.05, rtol=0)
+
+
 def test_the_gradient_reaches_the_feature() -> None:
     z = features((4, 3, 3))
     standardizer = FeatureStandardizer((4, 3, 3)).fit(z)

@@ -61,6 +61,17 @@ def test_triplet_loss_is_the_slow_double_loop() -> None:
     assert found == pytest.approx(float(np.mean(losses)), rel=1e-5)
 
 
+def test_triplet_loss_far_from_the_origin_is_that_at_it() -> None:
+    f = 0.01 * torch.randn(64, 32, generator=torch.Generator().manual_seed(5))
+    y = torch.arange(64) // 4
+    near, far = f.clone().requires_grad_(), (f + 100.0).requires_grad_()
+    losses = [batch_hard_triplet(features, y) for features in (near, far)]
+    assert losses[1].item() == pytest.approx(losses[0].item(), abs=1e-4)
+    slopes = [torch.autograd.grad(loss, at)[0]
+              for loss, at in zip(losses, (near, far), strict=True)]
+    assert float((slopes[1] - slopes[0]).abs().median()) < 1e-4
+
+
 def test_a_batch_without_a_triplet_costs_nothing() -> None:
     f = torch.randn(3, 2)
     assert float(batch_hard_triplet(f, torch.tensor([0, 1, 2]))) == 0.0

@@ -102,6 +102,14 @@ def test_the_strongest_is_asked_without_a_trace_in_the_decoders() -> None:
     assert any(not torch.equal(moved[k], v) for k, v in before.items() if "running_mean" in k)
 
 
+def test_a_state_without_the_size_of_batches_is_taken() -> None:
+    ensemble, other = _ensemble(), _ensemble(seed=1)
+    state = ensemble.state_dict()
+    assert int(state.pop("standardizer.largest")) == 6
+    other.load_state_dict(state)
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in state.items())
+
+
 def test_the_weakest_starts_anew_and_the_other_goes_on() -> None:
     z, pixels = _pair()
     ensemble = _ensemble()
