@@ -106,6 +106,23 @@ def test_class_accuracy_counts_and_leaves_the_classifier_as_it_was() -> None:
     assert class_accuracy(lambda x: x.mean((2, 3)), images, labels) == pytest.approx(4 / 6)
 
 
+def test_a_classifier_that_says_nothing_is_right_by_chance() -> None:
+    for label in range(4):
+        labels = torch.full((40,), label)
+        assert class_accuracy(lambda x: torch.zeros(len(x), 4), IMAGES, labels) == 0.25
+    tied = torch.tensor([1.0, 2.0, 2.0, 0.0])
+    labels = torch.tensor([0, 1, 2, 3]).repeat(10)
+    assert class_accuracy(lambda x: tied.expand(len(x), 4), IMAGES, labels) == 0.25
+    assert class_accuracy(lambda x: tied.expand(len(x), 4), IMAGES, torch.ones(40).long()) == 0.5
+
+
+def test_embeddings_that_say_nothing_rank_in_the_middle_rounded_to_the_front() -> None:
+    for count in (1, 2, 3, 4, 41):
+        same = torch.ones(count, 3)
+        ranks = identification_ranks(same, same, torch.arange(count))
+        assert ranks.tolist() == [(count - 1) // 2] * count
+
+
 def test_the_modes_come_back_after_an_error() -> None:
     classifier = nn.Sequential(nn.Flatten(), nn.Linear(5, 2))
     with pytest.raises(RuntimeError):

@@ -51,8 +51,9 @@ def identification_ranks(
     """At which place of each query's list its true candidate stands, nearest first, from 0.
 
     `rank_n = #{g : s_ng > s_nt} + floor(#{g != t : s_ng = s_nt} / 2)` with the similarity
-    `s = q . g`: among equals the truth stands in the middle, so that embeddings that say nothing
-    (all alike) rank by chance, not first.
+    `s = q . g`: among equals the truth stands in the middle, rounded to the front. Embeddings that
+    say nothing (all alike) rank by chance but for that: of two candidates the truth comes first.
+    `identify` counts equals by their probability instead.
 
     Args:
         queries: embeddings `[N, D]`.
@@ -143,6 +144,8 @@ def class_accuracy(
 ) -> float:
     """Share of reconstructions whose class the classifier names, on [0, 1].
 
+    Of several largest logits each is named with the probability of a guess between them.
+
     Args:
         classifier: pixels `[N, C, H, W]` on [0, 1] to logits `[N, classes]`; bring the
             normalisation along. A module is run in evaluation mode and left as it was.
@@ -174,7 +177,9 @@ def class_accuracy(
             f"Expected logits [N, classes] with one for every label, came {tuple(logits.shape)} "
             f"and labels up to {int(wanted.max())}."
         )
-    return float((logits.argmax(1) == wanted).double().mean())
+    largest = logits == logits.amax(1, keepdim=True)
+    named = largest.gather(1, wanted.long()[:, None])[:, 0]
+    return float((named.double() / largest.sum(1).clamp_min(1)).mean())
 
 
 def _embed(pixels: Tensor, embed: Embed | None, chunk: int) -> Tensor:

@@ -39,8 +39,8 @@ class RMLEConfig:
         lambda_tv: weights of the total variation to try.
         lambda_start: weights of `mean((x - x_0)^2)` to try behind a warm start `x_0`: between
             trusting the decoder (large) and the features (0).
-        lambda_2: weights of `mean(v^2)` to try instead, `v` being the coordinates of the space; in
-            `"pixels"` that is `mean(x^2)`.
+        lambda_2: weights of the coordinates' power to try instead: of `mean(x^2)` in `"pixels"`, of
+            `mean(v^2) / (H W)` in `"spectral"`.
         spaces: to try: `"spectral"` descends in coordinates in which the attacker's images are
             white (see `Spectrum`; better for deep edges), `"pixels"` in normalised pixels (better
             for shallow ones).

@@ -45,8 +45,9 @@ class RMLE:
     """Optimises images until their features are the uploaded ones; seeded and deterministic.
 
     For each image on its own, in the normalised space of the attacker's images,
-    `min_v error(f(x), z) + lambda_tv TV(x) + lambda_2 mean(v^2) + lambda_start mean((x - x_0)^2)`,
-    where `v` are the coordinates of `x`: normalised pixels, or whitened (`RMLEConfig.spaces`).
+    `min_v error(f(x), z) + lambda_tv TV(x) + lambda_2 P(v) + lambda_start mean((x - x_0)^2)`,
+    where `v` are the coordinates of `x` (`RMLEConfig.spaces`): normalised pixels, with
+    `P(v) = mean(v^2)`, or whitened ones, with `P(v) = mean(v^2) / (H W)`.
 
     Args:
         config: its settings.
