@@ -20,13 +20,27 @@ def row(method: str, **more: Any) -> dict[str, Any]:
 
 
 def test_each_goal_is_told_by_its_own_number(figures: ModuleType) -> None:
-    rows = [row("dense"), row("taylor"), row("patrol", map=0.781, ssim=0.3, characters_rate=0.1)]
+    rows = [row("dense", characters_rate=0.9), row("taylor"),
+            row("patrol", map=0.781, ssim=0.3, characters_rate=0.1)]
     assert figures.verdict(rows).count(": met") == 3
     for worse, name in (({"map": 0.779}, "mAP within"), ({"ssim": 0.31}, "SSIM at most"),
                         ({"characters_rate": 0.11}, "characters read")):
         rows[2] = row("patrol", **{"map": 0.781, "ssim": 0.3, "characters_rate": 0.1, **worse})
         goals = figures.verdict(rows).split("Goals: ")[1].split("; ")
         assert [name in goal for goal in goals] == [": not met" in goal for goal in goals]
+
+
+def test_characters_that_nobody_could_read_before_are_no_goal(figures: ModuleType) -> None:
+    rows = [row("dense", characters_rate=0.79), row("taylor"), row("patrol")]
+    assert "asked for where it is more than 80.0%" in figures.verdict(rows)
+    rows[0] = row("dense", characters_rate=0.81)
+    assert "asked for" not in figures.verdict(rows)
+
+
+def test_larger_decoders_are_told(figures: ModuleType) -> None:
+    assert "larger decoders" not in figures.about([measured("layer3", "dense")])
+    told = figures.about([measured("layer3", "dense", decoder=[64, 6, 12])])
+    assert "larger decoders, of 64 channels and 6 residual blocks, trained for 12 epochs" in told
 
 
 def test_a_goal_below_the_floor_is_called_so(figures: ModuleType) -> None:
