@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from jsonargparse import auto_cli
+from PIL import Image
 from record import ROOT, command, commit, cpu_name, versions, write
 from reid_figures import run_of
 
@@ -52,6 +54,7 @@ class Reid:
         epochs: of fine-tuning; 8, as the record began with, or 5 for photographs where None.
         decoder: width, residual blocks and epochs of the learned attacks, where not the usual
             32, 3 and 10: after layer3 that many channels hold half of an upload.
+        pictures: where to draw some originals and what is rebuilt of them, a method in a row.
         threads: of torch.
         seed: of everything.
     """
@@ -63,6 +66,7 @@ class Reid:
     edge_macs: str = "0.5"
     epochs: int | None = None
     decoder: tuple[int, int, int] | None = None
+    pictures: Path | None = None
     threads: int = 1
     seed: int = 0
 
@@ -142,6 +146,17 @@ def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
     return made
 
 
+def draw(folder: Path, methods: Sequence[str], target: Path, *, count: int = 8) -> None:
+    """A row of originals, and for each method a row of what the strongest attack makes of them."""
+    first = folder / "audits" / f"{methods[0]}_examples" / "originals.png"
+    strips = [first, *(folder / "audits" / f"{method}_examples" / "edge.png" for method in methods)]
+    side = Image.open(first).height
+    page = Image.new("RGB", (count * side, len(strips) * side))
+    for row, strip in enumerate(strips):
+        page.paste(Image.open(strip).crop((0, 0, count * side, side)), (0, row * side))
+    page.resize((2 * page.width, 2 * page.height), Image.Resampling.NEAREST).save(target)
+
+
 def minutes(folder: Path) -> float:
     """That the stages took, by the clock, pauses between two starts left out."""
     began, total = {}, 0.0
@@ -182,6 +197,8 @@ def main(args: Reid) -> None:
              "epochs": [config.train.epochs, config.finetune.epochs],
              **({} if args.decoder is None else {"decoder": list(args.decoder)})}
             for row in rows(result, dataset)]
+    if args.pictures is not None:
+        draw(Path(config.runs) / config.name, list(result["methods"]), args.pictures)
     target = ROOT / "results" / "reid.json"
     before = json.loads(target.read_text()) if target.exists() else {"rows": []}
     settings = {k: v for k, v in asdict(config).items() if k not in ("data", "runs")}

@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from PIL import Image
 
 FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
 
@@ -41,6 +42,18 @@ def test_rows_of_another_run_stay(reid: ModuleType, other: dict[str, Any]) -> No
     assert sorted(r["map"] for r in found) == [0.2, 0.3]
     # an earlier row keeps the versions of the record that it stood in
     assert {r["map"]: r["versions"]["torch"] for r in found} == {0.2: "1", 0.3: "2"}
+
+
+def test_pictures_stand_in_rows_of_a_method_each(reid: ModuleType, tmp_path: Path) -> None:
+    for shade, method in enumerate(("dense", "patrol"), 1):
+        folder = tmp_path / "audits" / f"{method}_examples"
+        folder.mkdir(parents=True)
+        Image.new("RGB", (40, 4), (shade, 0, 0)).save(folder / "edge.png")
+        Image.new("RGB", (40, 4), (9, 0, 0)).save(folder / "originals.png")
+    reid.draw(tmp_path, ["dense", "patrol"], tmp_path / "page.png", count=3)
+    page = Image.open(tmp_path / "page.png")
+    assert page.size == (2 * 3 * 4, 2 * 3 * 4)
+    assert [page.getpixel((20, y))[0] for y in (7, 8, 15, 16)] == [9, 1, 1, 2]
 
 
 def test_rendered_rows_come_first(reid: ModuleType) -> None:
