@@ -1,6 +1,6 @@
-"""The one door to Torch-Pruning: its dependency graph, and its groups as plain data.
+"""The one door to Torch-Pruning: its dependency graph, and what it has to be told of it.
 
-Nothing outside this module walks Torch-Pruning's graph; `group_table.py` keeps what is read here.
+`plain_groups.py` reads its groups as plain data, and `group_table.py` keeps these.
 
 Source: G. Fang et al., DepGraph (arXiv 2301.12900), Torch-Pruning 1.6.
 """
@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from itertools import count
+from itertools import accumulate, count
 from typing import Any
 
 import torch
@@ -30,25 +30,15 @@ from torch_pruning.pruner.importance import (
 )
 
 from patrol_prune.attention_heads import channels_followed
-from patrol_prune.channel_norms import is_removal
 from patrol_prune.errors import UnsupportedModelError
-from patrol_prune.groups import (
-    CHANNEL_NORMS,
-    ChannelGroup,
-    Halves,
-    Member,
-    blocked_by,
-    normalises,
-    place,
-    tie_of,
-)
+from patrol_prune.groups import Member
 from patrol_prune.prunable import as_forward_fn, preserved
 
 __all__ = [
     "BasePruner", "DependencyGraph", "ExplodingGroupsError", "Group", "GroupMagnitudeImportance",
     "GroupTaylorImportance", "Importance", "bounded_enumeration",
     "joined_to_the_input", "leaves", "linear_scheduler", "output_channels", "pruning_group",
-    "replay", "run_part", "to_plain", "traced", "width_of",
+    "replay", "run_part", "signed", "traced", "width_of",
 ]  # fmt: skip
 
 _layernorm = PrunerBox[tp.ops.OPTYPE.LN]
@@ -105,6 +95,8 @@ def _flattened_concatenations() -> Iterator[None]:
     before = _index_mapping.update_concat_index_mapping, _shape_infer.infer_in_channels_recursively
 
     def mapped(graph: Any, node: Any) -> None:
+        if _is_mapped(node.module):
+            return
         _map_concat(graph, node)
         sizes = node.module.concat_sizes
         if not hasattr(node.module, "flattened"):
@@ -122,6 +114,12 @@ def _flattened_concatenations() -> Iterator[None]:
         yield
     finally:
         _index_mapping.update_concat_index_mapping = before[0]
+
+
+def _is_mapped(concat: Any) -> bool:
+    """Whether a concatenation was mapped at the present widths of what it joins."""
+    sizes, offsets = concat.concat_sizes, concat.offsets
+    return None not in (sizes, offsets) and list(accumulate(sizes, initial=0)) == offsets
 
 
 def _is_flattened(concat: Any, channels: int) -> bool:
@@ -158,13 +156,30 @@ def traced(
         _flattened_concatenations(),
     ):  # fmt: skip
         warnings.simplefilter("ignore")
-        return DependencyGraph().build_dependency(
+        graph = DependencyGraph().build_dependency(
             model,
             example_inputs,
             forward_fn=forward_fn or as_forward_fn(example_inputs),
             verbose=False,
             **options,
         )
+    for node in graph.module2node.values():
+        if node.type == tp.ops.OPTYPE.SLICE:
+            size = node.grad_fn._saved_self_sym_sizes[signed(node.module.dim)]
+            node.module.start = _from_the_front(node.module.start, size)
+            node.module.end = _from_the_front(node.module.end, size)
+    return graph
+
+
+def _from_the_front(place: int, size: int) -> int:
+    """A slice's end, which may be counted from the back, of `size` values."""
+    place = signed(place)
+    return max(0, place + size) if place < 0 else place
+
+
+def signed(number: int) -> int:
+    """Autograd keeps -1 as the largest number of 64 bits."""
+    return number - 2**64 if number >= 2**63 else number
 
 
 def output_channels(module: nn.Module, x: Any, widest: int) -> list[tuple[nn.Module, Member]]:
@@ -316,85 +331,3 @@ def width_of(module: Any, direction: str, graph: Any) -> int:
     if direction == "in":
         return int(pruner.get_in_channels(module) or 0)
     return int(pruner.get_out_channels(module) or 0)
-
-
-def to_plain(
-    raw: Any, graph: Any, names: dict[Any, str], split: Halves | None = None
-) -> ChannelGroup:
-    """One Torch-Pruning group as plain data."""
-    members: list[Member] = []
-    is_output = False
-    for item in raw.items:
-        node, handler = item.dep.target, item.dep.handler
-        module = node.module
-        is_in = graph.is_in_channel_pruning_fn(handler)
-        is_out = graph.is_out_channel_pruning_fn(handler)
-        is_output = is_output or (is_out and not node.outputs)
-        if isinstance(module, nn.Parameter):
-            name, direction = graph._param_to_name[module], "parameter"
-            width = module.shape[node.pruning_dim]
-        elif module in names:
-            name = names[module]
-            direction = "through" if is_in and is_out else ("in" if is_in else "out")
-            width = width_of(module, direction, graph)
-            if direction == "through" and width == 0:
-                continue
-        else:
-            continue
-        if any(r is None for r in item.root_idxs):
-            continue
-        idxs = torch.tensor(item.idxs, dtype=torch.long)
-        roots = torch.tensor(item.root_idxs, dtype=torch.long)
-        members.append(Member(name, module, direction, width, idxs, roots))
-    root = members[0]
-    tie = tie_of(members)
-    units = root.width // tie if root.width % tie == 0 else 1
-    norms = [m for m in members if isinstance(m.module, CHANNEL_NORMS)]
-    blocked = blocked_by(members, is_output, tie) or _repeated(raw, names, members)
-    location, crossing = place(members, split)
-    return ChannelGroup(
-        name=root.layer_name,
-        channels=root.width,
-        members=tuple(members),
-        tie=root.width // units,
-        location=location,
-        crossing=crossing,
-        is_output=is_output,
-        blocked=blocked,
-        normalised=tuple(m.layer_name for m in members if normalises(m)),
-        inexact=tuple(m.layer_name for m in norms if not is_removal(m, units)),
-    )
-
-
-def _repeated(raw: Any, names: Mapping[Any, str], members: list[Member]) -> str | None:
-    """Why a group that holds one layer's channels side by side, twice, must stay whole.
-
-    Torch-Pruning follows a layer once; from a root as wide as the concatenation it misses that the
-    channels of the second place are those of the first.
-    """
-    widths = {id(m.module): m.width for m in members if m.direction in ("out", "through")}
-    for item in raw.items:
-        node = item.dep.target
-        if node.type != tp.ops.OPTYPE.CONCAT:
-            continue
-        origins = [origin for part in node.inputs for origin in _origins(part, names)]
-        for origin in origins:
-            twice = sum(other is origin for other in origins) > 1
-            if twice and 0 < widths.get(id(origin), 0) < members[0].width:
-                return f"the channels of {names[origin]!r} are concatenated twice"
-    return None
-
-
-def _origins(node: Any, names: Mapping[Any, str]) -> list[nn.Module]:
-    """The layers whose channels a node of the graph holds, each once."""
-    nodes, seen, found = [node], set(), []
-    while nodes:
-        node = nodes.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if node.module in names:
-            found.append(node.module)
-        else:
-            nodes += node.inputs
-    return found

@@ -15,7 +15,6 @@ from patrol_prune._tp import (
     joined_to_the_input,
     leaves,
     pruning_group,
-    to_plain,
     traced,
     width_of,
 )
@@ -23,6 +22,7 @@ from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.following import followed
 from patrol_prune.groups import ChannelGroup, Halves, Member
 from patrol_prune.local_groups import Parts
+from patrol_prune.plain_groups import to_plain
 from patrol_prune.prunable import as_forward_fn, check_prunable, follow_widths, preserved
 from patrol_prune.shuffles import CutAtShuffles, reason_to_keep
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from patrol_prune._tp import signed
 from patrol_prune.groups import CONV
 
 __all__ = ["doubtful", "has_shuffle"]
@@ -85,7 +86,7 @@ def _keeps_apart(name: str, grad_fn: Any, weights: set[int], convolves: bool) ->
         return len(shape) in (2, 4) and given[0] == shape[0]
     dims = getattr(grad_fn, "_saved_dim", None)
     if _OVER_POSITIONS.fullmatch(name) and isinstance(dims, (tuple, list)):
-        return convolves and len(shape) == 4 and {_signed(d) % 4 for d in dims} <= {2, 3}
+        return convolves and len(shape) == 4 and {signed(d) % 4 for d in dims} <= {2, 3}
     return False
 
 
@@ -141,8 +142,3 @@ def _wide_tensors(model: nn.Module, widths: set[int]) -> list[str]:
                   if any(isinstance(t, Tensor) and widths & set(t.shape)
                          for t in tree_leaves(value))]
     return found
-
-
-def _signed(dim: int) -> int:
-    """Autograd keeps -1 as the largest number of 64 bits."""
-    return dim - 2**64 if dim >= 2**63 else dim

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import zlib
 from collections.abc import Callable, Container
 from functools import partial
 from typing import Any
@@ -18,7 +17,6 @@ from patrol_prune._tp import (
     leaves,
     pruning_group,
     run_part,
-    to_plain,
     traced,
     width_of,
 )
@@ -26,11 +24,14 @@ from patrol_prune.attention_heads import HeadLinear
 from patrol_prune.channel_norms import Normalises, channel_norm
 from patrol_prune.errors import UnsupportedModelError
 from patrol_prune.groups import CHANNEL_NORMS, ChannelGroup, normalises
+from patrol_prune.plain_groups import to_plain
 from patrol_prune.prunable import follow_widths
 
 __all__ = ["CHANGES", "Forward", "changing_more", "removed"]
 
 Forward = Callable[[nn.Module, Any], Any]
+Removal = tuple[ChannelGroup, Tensor, Tensor]
+"""A group, its channels that are gone after a round, and those that were gone before it."""
 CHANGES = "removing channels changes more than these channels"
 _UNDECIDED = "too many trials were needed to tell whether removing channels changes more than these"
 _MOST_TRIALS = 32
@@ -98,8 +99,64 @@ def removed(
     Raises:
         UnsupportedModelError: the part gives something else each time, or nothing to compare.
     """
+    attempt = partial(_attempt, part, inputs, run=run, call=call, counting=counting)
+    tried, fine = attempt(names, _turns)
+    few = {name for name, turns in tried.items() if turns == 1}
+    if fine and few:  # of these the last unit has stayed
+        fine = attempt(few, _last_alone)[1]
+    return [*tried], fine
+
+
+def _attempt(
+    part: nn.Module, inputs: Any, names: Container[str] | None,
+    plan: Callable[[ChannelGroup, torch.Generator], list[Tensor]],
+    *, run: Forward, call: Forward, counting: bool,
+) -> tuple[dict[str, int], bool]:
+    """The groups with the number of their turns, and whether all was right; see `removed`.
+
+    Args:
+        plan: a group's turns: the channels that are gone after each of them.
+    """
     twin, inputs = _twin(part), tree_map(_as_float, inputs)
     graph = traced(twin, tree_map(_copied, inputs), run)
+    draws = torch.Generator().manual_seed(0)
+    plans = [(g, plan(g, draws)) for g in _open_groups(twin, graph, names, counting)]
+    tried = {g.name: len(turns) for g, turns in plans}
+    rounds = [[(g, turns[i], turns[i - 1] if i else turns[i][:0])
+               for g, turns in plans if i < len(turns)]
+              for i in range(max(tried.values(), default=1))]
+
+    def output(other: bool = False) -> list[Tensor]:
+        given = tree_map(_moved if other else _copied, inputs)
+        return [v for v in tree_leaves(call(twin, given)) if isinstance(v, Tensor)]
+
+    with torch.no_grad():
+        wanted = _with_zeros(twin, rounds, output)
+        if not any(v.is_floating_point() for v in wanted[0][0]):
+            raise UnsupportedModelError("its output holds no numbers to compare")
+        for removals, (expected, other) in zip(rounds, wanted, strict=True):
+            try:
+                for group, gone, before in removals:
+                    new = gone[~torch.isin(gone, before)]
+                    now = new - torch.searchsorted(before, new)  # by the numbers they have left
+                    pruning_group(graph, group.members[0].module, now.tolist()).prune()
+                follow_widths(twin)
+                got = output()
+            except Exception:  # whatever a forward does with widths that it did not expect
+                return tried, False
+            narrow = all(width_of(g.members[0].module, g.members[0].direction, graph)
+                         == g.channels - len(gone) for g, gone, _ in removals)  # fmt: skip
+            if not (narrow and _alike(got, expected, other)):
+                if not _alike(output(), got, got):
+                    raise UnsupportedModelError("it gives something else each time")
+                return tried, False
+    return tried, True
+
+
+def _open_groups(
+    twin: nn.Module, graph: Any, names: Container[str] | None, counting: bool
+) -> list[ChannelGroup]:
+    """The groups that are to be removed; where `counting`, statistics are left out of `twin`."""
     layers: dict[Any, str] = {m: n for n, m in twin.named_modules()}
     with bounded_enumeration(twin):
         found = [
@@ -111,39 +168,27 @@ def removed(
             norm = channel_norm(module) if isinstance(module, CHANNEL_NORMS) else None
             if norm is not None:
                 module.register_forward_hook(partial(_without_statistics, norm.dim))
-    groups = [
+    return [
         g for g, outside in found
         if not outside and g.blocked is None and not _is_normalised(g, counting)
         and (names is None or g.name in names)
     ]  # fmt: skip
-    tried = [g.name for g in groups]
-    removals = [(g, gone) for g in groups if len(gone := _some_channels(g))]
 
-    def output(other: bool = False) -> list[Tensor]:
-        given = tree_map(_moved if other else _copied, inputs)
-        return [v for v in tree_leaves(call(twin, given)) if isinstance(v, Tensor)]
 
-    with torch.no_grad():
-        for group, gone in removals:
+def _with_zeros(
+    twin: nn.Module, rounds: list[list[Removal]], output: Callable[[bool], list[Tensor]]
+) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """What zeros at the consumers give after each round, and what of another input; the weights
+    come back."""
+    weights = [(p, p.clone()) for p in twin.parameters()]
+    found = []
+    for removals in rounds:
+        for group, gone, _ in removals:
             _zero_consumers(group, gone)
-        expected = output()
-        if not any(v.is_floating_point() for v in expected):
-            raise UnsupportedModelError("its output holds no numbers to compare")
-        other = output(other=True)
-        try:
-            for group, gone in removals:
-                pruning_group(graph, group.members[0].module, gone.tolist()).prune()
-            follow_widths(twin)
-            got = output()
-        except Exception:  # whatever a forward does with widths that it did not expect
-            return tried, False
-    narrow = all(width_of(g.members[0].module, g.members[0].direction, graph)
-                 == g.channels - len(gone) for g, gone in removals)  # fmt: skip
-    fine = narrow and _alike(got, expected, other)
-    with torch.no_grad():
-        if not fine and not _alike(output(), got, got):
-            raise UnsupportedModelError("it gives something else each time")
-    return tried, fine
+        found.append((output(False), output(True)))
+    for parameter, weight in weights:
+        parameter.copy_(weight)
+    return found
 
 
 def _is_normalised(group: ChannelGroup, counting: bool) -> bool:
@@ -225,14 +270,25 @@ def _twin(part: nn.Module) -> nn.Module:
     return twin
 
 
-def _some_channels(group: ChannelGroup) -> Tensor:
-    """About half of a group's channels, whole units drawn at random by its name, so that no pattern
-    (the first half, the same ones as next door) passes by luck; at least two units of tied
-    channels stay."""
+def _turns(group: ChannelGroup, draws: torch.Generator) -> list[Tensor]:
+    """The channels of a group that are gone after each of two turns, in whole units.
+
+    First the first, by which all others move up; then half of all, the last among them, a quarter
+    side by side, so that the rest is not evenly spread, and others drawn at random, so that no
+    pattern passes by luck. As many stay as have to, but of two units one goes.
+    """
     units = group.channels // group.tie
-    count = units // 2 if group.tie == 1 else max(0, min(units // 2, units - 2))
-    generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
-    return group.units(torch.randperm(units, generator=generator)[:count])
+    beside = units // 4
+    drawn = torch.randperm(max(0, units - 2 - beside), generator=draws) + 1 + beside
+    order = torch.cat([torch.tensor([0, units - 1]), torch.arange(1, 1 + beside), drawn])
+    most = units - min(group.fewest_units, units - 1)
+    counts = sorted({min(count, most) for count in (1, max(2, units // 2))})
+    return [group.units(order[:count]) for count in counts]
+
+
+def _last_alone(group: ChannelGroup, draws: torch.Generator) -> list[Tensor]:
+    """One turn, in which the last unit goes."""
+    return [group.units(torch.tensor([group.channels // group.tie - 1]))]
 
 
 def _zero_consumers(group: ChannelGroup, gone: Tensor) -> None:

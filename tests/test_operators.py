@@ -432,3 +432,79 @@ def test_what_torch_pruning_fails_on_is_refused_in_words() -> None:
 
     with pytest.raises(UnsupportedModelError, match="came Recurrent: Torch-Pruning fails on it"):
         GroupTable.build(Recurrent(), torch.randn(1, 3, 4, 4))
+
+
+class Named(nn.Module):
+    """An operator between a convolution of some name and one that reads its channels in groups."""
+
+    def __init__(self, operator: Operator, channels: int, groups: int = 1, name: str = "a") -> None:
+        super().__init__()
+        self.operator, self.name = operator, name
+        width = operator(torch.zeros(1, channels, 2, 2)).shape[1]
+        self.add_module(name, nn.Conv2d(3, channels, 3, padding=1))
+        self.second, self.third = nn.Conv2d(width, 12, 1, groups=groups), nn.Conv2d(12, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.operator(torch.relu(self.get_submodule(self.name)(x)))
+        return self.third(torch.relu(self.second(x)))
+
+
+UNLIKE: dict[str, tuple[Operator, int, int]] = {
+    "every second": (lambda x: x[:, ::2], 8, 1),
+    "the last": (lambda x: x[:, -1:], 33, 1),
+    "the last of two": (lambda x: x[:, -1:], 2, 1),
+    "the first of two": (lambda x: x[:, :1], 2, 1),
+    "a half": (lambda x: x.chunk(2, 1)[0], 8, 1),
+    "three tied units flipped": (lambda x: x.flip(1), 12, 4),
+    "two tied units shuffled": (
+        lambda x: x.unflatten(1, (2, 4)).transpose(1, 2).flatten(1, 2), 8, 4),
+}
+
+
+@pytest.mark.parametrize("case", UNLIKE)
+def test_no_name_lets_the_wrong_channels_pass(case: str) -> None:
+    operator, channels, groups = UNLIKE[case]
+    for name in ("a", "conv1", "stem"):
+        model = Named(operator, channels, groups, name).eval()
+        group = GroupTable.build(model, torch.rand(1, 3, 4, 4)).groups[name]
+        assert group.blocked is not None, name
+
+
+@pytest.mark.parametrize(("channels", "groups"), [(2, 1), (3, 1), (8, 4), (12, 4)])
+def test_few_units_that_are_kept_apart_stay_free(channels: int, groups: int) -> None:
+    model = Named(lambda x: x.flip(2), channels, groups).eval()
+    assert GroupTable.build(model, torch.rand(1, 3, 4, 4)).groups["a"].blocked is None
+
+
+@pytest.mark.parametrize("operator", [
+    lambda x: x[:, :-1] * torch.sigmoid(x[:, -1:]), lambda x: x[:, -3:], lambda x: x[:, -5:-1],
+])
+def test_slices_counted_from_the_back(operator: Operator) -> None:
+    model = Named(operator, 9).eval()
+    assert GroupTable.build(model, torch.rand(1, 3, 4, 4)).groups["a"].blocked is not None
+
+
+def test_groups_are_the_same_whatever_was_mapped_before() -> None:
+    """Torch-Pruning maps a concatenation anew for each group; here only where a width changed."""
+    model = Dense().eval()
+    x = torch.rand(1, 3, 4, 4)
+    table, removed, masked = removed_and_masked(model, x)
+    assert [g.blocked for g in table.groups.values()].count(None) == 4
+    torch.testing.assert_close(removed, masked)
+
+
+class Dense(nn.Module):
+    """Each layer reads all that came before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(3 if i == 0 else 4 * i, 4, 1) for i in range(4))
+        self.last = nn.Conv2d(16, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        held: list[Tensor] = []
+        for layer in self.layers:
+            x = torch.relu(layer(x))
+            held.append(x)
+            x = torch.cat(held, 1)
+        return self.last(x)
