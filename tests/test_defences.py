@@ -38,10 +38,12 @@ from patrol_prune.defences import (
     make_defence,
 )
 from patrol_prune.defences.base import calibration_features, wrapped
+from patrol_prune.defences.cem_patrol import lowest
 from patrol_prune.defences.disco import ChannelDropper
 from patrol_prune.defences.randomness import RandomUpload, seeded
 from patrol_prune.errors import InputError
 from patrol_prune.finetune import FinetuneConfig, finetune
+from patrol_prune.group_table import GroupTable
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
@@ -788,3 +790,12 @@ class TestStates:
         assert Disco(0.75).upload_bytes((2, 2, 768)) == 4 * 2 * 2 * 192 + 96
         assert Disco(0.75).upload_bytes((768, 2, 2)) == 4 * 2 * 2 * 192 + 96
         assert Disco(0.75).upload_bytes((16, 16, 12)) == 4 * 16 * 12 * 4 + 2  # as `apply` reads it
+
+
+@pytest.mark.parametrize(("groups", "left"), [(1, 1), (4, 2)])
+def test_as_many_tied_channels_stay_as_have_to(groups: int, left: int) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 12, 1), nn.Conv2d(12, 12, 1, groups=groups),
+                          nn.Conv2d(12, 2, 1))
+    group = GroupTable.build(model, torch.zeros(1, 3, 4, 4)).groups["0"]
+    gone = lowest(group, torch.arange(12.0), ratio=0.99)
+    assert 12 - len(gone) == left * groups

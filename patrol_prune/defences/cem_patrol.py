@@ -67,9 +67,11 @@ class CemPatrol(AdversarialOnly):
 
 
 def lowest(group: ChannelGroup, score: Tensor, ratio: float) -> Tensor:
-    """The channels of the lowest score, `C - int(C (1 - ratio))` of them; tied ones together."""
+    """The channels of the lowest score, `C - int(C (1 - ratio))` of them; tied ones together, as
+    many of which stay as have to."""
     units = score.view(group.tie, -1).sum(0)
-    count = min(len(units) - 1, len(units) - int(len(units) * (1.0 - ratio)))
+    most = max(0, len(units) - group.fewest_units)
+    count = min(most, len(units) - int(len(units) * (1.0 - ratio)))
     return group.units(units.argsort()[:count])
 
 
