@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,12 +64,14 @@ def read_blocks(blocks: Sequence[nn.Module], x: Tensor) -> list[BlockSteps]:
     for index, block in enumerate(blocks):
         if type(block).__module__.startswith("torch.nn.modules."):
             block = nn.Sequential(block)  # so that a layer is called, not looked into
-        graph = block.graph if isinstance(block, fx.GraphModule) else trace(block, x).graph
+        traced = None if isinstance(block, fx.GraphModule) else trace(block, x)
+        graph = block.graph if traced is None else traced.graph
+        constants = {} if traced is None else traced.constants
         with evaluating(block), torch.no_grad():
             after = block(x.clone())  # its hooks put stale constants right
-            run = fx.Interpreter(block, garbage_collect_values=False, graph=graph)
+            run = _Interpreter(block, graph, constants)
             run.run(x.clone())
-        read.append(_read(_Reader(block, index, run.env), graph))
+        read.append(_read(_Reader(block, index, run), graph))
         x = after
     return read
 
@@ -77,23 +79,68 @@ def read_blocks(blocks: Sequence[nn.Module], x: Tensor) -> list[BlockSteps]:
 def _read(reader: _Reader, graph: fx.Graph) -> BlockSteps:
     first = last = next(iter(graph.nodes))
     known = {first}
+    now: dict[fx.Node, fx.Node] = {}  # a value that was written into -> the node that did
     steps = []
     for node in graph.nodes:
         leaves = tree_leaves((node.args, node.kwargs))  # a node as often as it is used
         sources = tuple(leaf for leaf in leaves if isinstance(leaf, fx.Node) and leaf in known)
         if node.op == "output":
-            last = sources[0]
+            last = now.get(sources[0], sources[0])
         elif sources and reader.is_tensor(node):
-            steps.append(Step(node, sources, reader.effect(node, sources)))
+            given = tuple(now.get(source, source) for source in sources)
+            steps.append(Step(node, given, reader.effect(node, sources)))
             known.add(node)
+            now |= dict.fromkeys(reader.overwritten(node), node)
     return BlockSteps(first, tuple(steps), last)
+
+
+class _Interpreter(fx.Interpreter):
+    """Runs a block's graph, keeps all values and remembers what each node wrote into.
+
+    Args:
+        constants: tensors that the trace found and that are no attribute of the block.
+    """
+
+    def __init__(self, block: nn.Module, graph: fx.Graph, constants: Mapping[str, Tensor]) -> None:
+        super().__init__(block, garbage_collect_values=False, graph=graph)
+        self.constants = constants
+        self.written: dict[fx.Node, set[fx.Node]] = {}
+
+    def fetch_attr(self, target: str) -> Any:
+        return self.constants[target] if target in self.constants else super().fetch_attr(target)
+
+    def run_node(self, n: fx.Node) -> Any:
+        versions = {node: _version(value) for node, value in self.env.items()}
+        result = super().run_node(n)
+        self.written[n] = {node for node, version in versions.items()
+                           if _version(self.env[node]) != version}
+        return result
+
+
+def _is_one_tensor(a: Any, b: Any) -> bool:
+    return (isinstance(a, Tensor) and isinstance(b, Tensor) and a.data_ptr() == b.data_ptr()
+            and a.shape == b.shape and a.stride() == b.stride())
+
+
+def _version(value: Any) -> tuple[int, ...]:
+    return tuple(v._version for v in tree_leaves(value) if isinstance(v, Tensor))
 
 
 class _Reader:
     """Effects of the nodes of one block; `values` are those of one run."""
 
-    def __init__(self, block: nn.Module, index: int, values: dict[fx.Node, Any]) -> None:
-        self.block, self.index, self.values = block, index, values
+    def __init__(self, block: nn.Module, index: int, run: _Interpreter) -> None:
+        self.block, self.index, self.run, self.values = block, index, run, run.env
+        self.order = {node: i for i, node in enumerate(run.graph.nodes)}
+
+    def overwritten(self, node: fx.Node) -> list[fx.Node]:
+        """The values that are the node's own from here on, as it wrote into them and they are read
+        again; where one is but a part of it, or more, the node is refused."""
+        found = [old for old in self.run.written[node]
+                 if any(self.order[user] > self.order[node] for user in old.users)]
+        if not all(_is_one_tensor(self.values[old], self.values[node]) for old in found):
+            raise self._unknown(node)
+        return found
 
     def is_tensor(self, node: fx.Node) -> bool:
         """Whether the value is one or several floating-point tensors, not a size."""
@@ -113,12 +160,15 @@ class _Reader:
         elif len(sources) == 1:
             found = self._function(node, sources[0])
         if found is None:
-            raise UnsupportedModelError(
-                f'lipschitz_form="spectral" knows no Lipschitz constant of {self._name(node)} in '
-                f"edge block {self.index}. Use \"scale_free\" or \"paper\", which sample it, or "
-                "another split point."
-            )
+            raise self._unknown(node)
         return found
+
+    def _unknown(self, node: fx.Node) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f'lipschitz_form="spectral" knows no Lipschitz constant of {self._name(node)} in '
+            f"edge block {self.index}. Use \"scale_free\" or \"paper\", which sample it, or "
+            "another split point."
+        )
 
     def _name(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -204,6 +254,8 @@ class _Reader:
             return _times(abs(1.0 / other if divides else other) * spread)
         if isinstance(other, fx.Node) and other.op == "get_attr" and not divides:
             path = str(other.target)
+            if path in self.run.constants:
+                return _times(float(self.run.constants[path].abs().max()) * spread)
             return lambda k: attribute_of(self.block, path).abs().max() * spread * k
         return None
 

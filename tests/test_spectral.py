@@ -354,3 +354,37 @@ def test_fixed_maps_have_their_whole_norm(layer: nn.Module) -> None:
         matrix = torch.stack([layer(e.view(x.shape)).flatten() for e in torch.eye(x.numel())], 1)
     norm = float(torch.linalg.matrix_norm(matrix.double(), 2))
     assert float(SpectralBounds([layer], x)()) == pytest.approx(norm, rel=2e-4)
+
+
+class InPlace(nn.Module):
+    """An identity whose value is written into, by an operator whose result nobody takes."""
+
+    def __init__(self, write: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1, bias=False)
+        nn.init.dirac_(self.layer.weight)
+        self.write = write
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        self.write(y, x)
+        return y
+
+
+@pytest.mark.parametrize(("write", "grows"), [
+    (lambda y, x: y.add_(x), 2.0), (lambda y, x: y.mul_(4.0), 4.0), (lambda y, x: F.relu_(y), 1.0),
+    (lambda y, x: F.relu(y.mul_(3.0), inplace=True), 3.0), (lambda y, x: y.mul(4.0), 1.0),
+    (lambda y, x: y.mul_(torch.tensor(3.0)), 3.0),
+])
+def test_what_is_written_in_place_counts(
+    write: Callable[[Tensor, Tensor], object], grows: float
+) -> None:
+    block, x = InPlace(write).eval(), torch.ones(1, 3, 4, 4)
+    assert float(_converged([block], x, 50)[0]) == pytest.approx(grows)
+    seen = (block(1.1 * x) - block(x)).norm() / (0.1 * x).norm()
+    assert float(seen.detach()) == pytest.approx(grows, rel=1e-4)
+
+
+def test_a_part_that_is_written_in_place_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="mul_"):
+        SpectralBounds([InPlace(lambda y, x: y[:, :1].mul_(4.0))], torch.ones(1, 3, 4, 4))
