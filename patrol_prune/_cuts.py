@@ -63,6 +63,7 @@ class CutGraph:
         self.order = list(traced.graph.nodes)
         self.index = {node: i for i, node in enumerate(self.order)}
         self.end = len(self.order) - 1
+        self.writers = [i for i, node in enumerate(self.order) if self.facts[node].mutates]
         self.crossings = self._crossings()
         self.cuts = self._cuts()
 
@@ -83,12 +84,30 @@ class CutGraph:
         work = [i for i, n in enumerate(self.order[:-1]) if i and n not in self.free]
         for i in work[:-1]:  # after the last one nothing is left to compute
             alive = self.crossings[i]
-            if len(alive) == 1 and alive[0] not in cuts and self._can_cross(alive[0]):
+            if (len(alive) == 1 and alive[0] not in cuts and self._can_cross(alive[0])
+                    and i >= self._settled(alive[0])):
                 tensor = self.facts[alive[0]].tensor
                 assert tensor is not None
                 names = self.names[alive[0]]
                 cuts[alive[0]] = Cut(alive[0], i, names, tuple(tensor.shape[1:]))
         return list(cuts.values())
+
+    def _settled(self, node: fx.Node) -> int:
+        """The position of the last operator that writes into a value inside a module that made and
+        returns it; 0 without one."""
+        made_in = self.owner.get(node, "")
+        paths = {call.path for call in self.calls
+                 if call.value is node and f"{made_in}.".startswith(f"{call.path}.")}
+        start, last, shared = self.index[node], 0, {node}
+        inside = [i for i in self.writers if i > start and any(
+            f"{self.owner[self.order[i]]}.".startswith(f"{path}.") for path in paths)]
+        for i in range(start + 1, max(inside, default=start) + 1):
+            facts = self.facts[self.order[i]]
+            if i in inside and facts.mutates & shared:
+                last = i
+            if facts.aliases & shared:
+                shared.add(self.order[i])
+        return last
 
     def _can_cross(self, node: fx.Node) -> bool:
         tensor = self.facts[node].tensor

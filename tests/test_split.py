@@ -652,3 +652,27 @@ def test_models_that_cannot_be_read_are_refused_by_name() -> None:
             Split(model, torch.randn(1, 3, 4, 4), at="1")
         with pytest.raises(UnsupportedModelError, match=message):
             split_points(model, torch.randn(1, 3, 4, 4))
+
+
+class WritesInto(nn.Module):
+    """A block that ends in an operator in place, whose result nobody takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x)
+        y.mul_(4.0)
+        return y
+
+
+def test_a_split_sends_what_its_module_gives_where_that_is_written_in_place() -> None:
+    model = nn.Sequential(WritesInto(), WritesInto(), nn.Conv2d(3, 2, 1)).eval()
+    x, given = torch.randn(2, 3, 4, 4), []
+    model[1].register_forward_hook(lambda *told: given.append(told[2].clone()))
+    expected = model(x)
+    split = Split(model, x, at="1")
+    feature = split.edge(x)
+    torch.testing.assert_close(feature, given[0])
+    torch.testing.assert_close(split.cloud(feature), expected)
