@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TERMS = ("task", "lipschitz", "adversarial")
+_IGNORED = -100
+"""The label that PyTorch's losses leave out."""
 TaskChange = Literal["second_order", "absolute"]
 
 
@@ -44,18 +46,19 @@ def first_order_change(gradient: Tensor, mask: Tensor) -> Tensor:
     return -gradient * mask
 
 
-def second_order_change(shares: Tensor, mask: Tensor) -> Tensor:
+def second_order_change(shares: Tensor, mask: Tensor, counted: int | None = None) -> Tensor:
     """`-g m + mean_i (g_i m)^2 / 2`, for every structure.
 
     Args:
         shares: of each image in the gradient of a mean over images, `g_i / B`, `[B, ...]`.
         mask: at which it was taken, `[...]`.
+        counted: of how many images it is the mean, where some have no part in it; else all, B.
 
     Source:
         the diagonal of the empirical Fisher information for the Hessian, as in Theis et al.,
         Faster gaze prediction with dense networks and Fisher pruning, 2018 (arXiv 1801.05787).
     """
-    curvature = len(shares) * shares.square().sum(0)
+    curvature = (len(shares) if counted is None else counted) * shares.square().sum(0)
     return first_order_change(shares.sum(0), mask) + curvature * mask.square() / 2
 
 
@@ -139,6 +142,8 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         self._sums: dict[str, dict[str, Tensor]] = {}
         self._block_sums: dict[str, dict[str, Tensor]] = {}
         self._batches = 0
+        self._weight = 0.0  # of all batches, that of the first being 1
+        self._first_size = 1
         self._stale: str | None = None
         self._scores: dict[str, Tensor] | None = None
         self._tracker: SurvivorTracker | None = None
@@ -200,13 +205,17 @@ class PatrolImportance(Importance):  # type: ignore[misc]
             with masks.per_image(len(x)) as copies:
                 terms = self.objective.terms(x, y, masks=masks)
                 shares = self._gradients(terms, copies)
+        if self._batches == 0:
+            self._first_size = len(x)
+        weight, counted = len(x) / self._first_size, _counted(y)
         for term, values in shares.items():
-            changes = [self._change(term, g, m.detach())
+            changes = [self._change(term, g, m.detach(), counted) * weight
                        for g, m in zip(values, masks.parameters(), strict=True)]
             _add(self._sums.setdefault(term, {}), masks.channels, changes)
             _add(self._block_sums.setdefault(term, {}), masks.blocks,
                  changes[len(masks.channels):])
         self._batches += 1
+        self._weight += weight
         self._scores = None
         return terms
 
@@ -264,7 +273,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         for term, values in raw.items():
             scale = self._scale(term, values, over)
             sums = self._block_sums.get(term, {})
-            terms[term] = {n: sums.get(n, torch.zeros(())) / self._batches / scale for n in blocks}
+            terms[term] = {n: sums.get(n, torch.zeros(())) / self._weight / scale for n in blocks}
         return {name: float(score) for name, score in self._combined(terms).items()}
 
     def _combined(self, terms: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -291,7 +300,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
 
     @property
     def raw(self) -> dict[str, dict[str, Tensor]]:
-        """Term -> group name -> `[C]` predicted change on removal, averaged over batches."""
+        """Term -> group name -> `[C]` predicted change on removal, averaged over images."""
         if self._batches == 0:
             raise InputError(
                 "Expected calibration data, came none: call accumulate(x, y) on at least one "
@@ -299,13 +308,13 @@ class PatrolImportance(Importance):  # type: ignore[misc]
             )
         zero = {n: torch.zeros_like(m.detach()) for n, m in self.masks.channels.items()}
         return {
-            term: {n: v / self._batches for n, v in self._sums.get(term, zero).items()}
+            term: {n: v / self._weight for n, v in self._sums.get(term, zero).items()}
             for term in TERMS
         }
 
     def _check_labels(self, y: Tensor) -> None:
         """Class numbers lie inside the model's outputs, before a device-side assert finds out."""
-        if y.is_floating_point() or y.dim() != 1:
+        if not _are_classes(y):
             return
         if self._classes is None:
             split = self.objective.split
@@ -313,7 +322,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
                 logits = split.cloud(split.edge(split.example_inputs[:1]))
             is_vector = isinstance(logits, Tensor) and logits.dim() == 2
             self._classes = logits.shape[1] if is_vector else 0
-        valid = y[y != -100]
+        valid = y[y != _IGNORED]
         low, high = (int(valid.min()), int(valid.max())) if len(valid) else (0, 0)
         if self._classes and (low < 0 or high >= self._classes):
             raise InputError(
@@ -328,12 +337,12 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         reference = [v for n, v in values.items() if n in over] or list(values.values())
         return float(_NORMALIZERS[self.normalizer](torch.cat(reference))) or 1.0
 
-    def _change(self, term: str, shares: Tensor, mask: Tensor) -> Tensor:
+    def _change(self, term: str, shares: Tensor, mask: Tensor, counted: int) -> Tensor:
         if term != "task":
             return first_order_change(shares.sum(0), mask)
         if self.task_change == "absolute":
             return first_order_change(shares.sum(0), mask).abs()
-        return second_order_change(shares, mask)
+        return second_order_change(shares, mask, counted)
 
     def _edge_groups(self) -> set[str]:
         groups = self.masks.table.groups
@@ -374,6 +383,15 @@ _NORMALIZERS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "sum": lambda values: values.abs().sum(),
     "max": lambda values: values.abs().max(),
 }
+
+
+def _are_classes(y: Tensor) -> bool:
+    return not y.is_floating_point() and y.dim() == 1
+
+
+def _counted(y: Tensor) -> int:
+    """The images whose label counts in a mean over them."""
+    return int((y != _IGNORED).sum()) if _are_classes(y) else len(y)
 
 
 def _add(sums: dict[str, Tensor], names: Iterable[str], changes: Sequence[Tensor]) -> None:

@@ -435,3 +435,28 @@ def test_scoring_in_training_mode_leaves_the_global_generator() -> None:
         importance.accumulate(*batch())
     assert torch.equal(torch.get_rng_state(), before)
     assert not torch.equal(dropped[-2], dropped[-1])
+
+
+def task_changes(split: Split, *batches: tuple[Tensor, Tensor]) -> Tensor:
+    objective = PatrolObjective(split, functional.cross_entropy, precision="fp32")
+    importance = PatrolImportance(objective, adv_weight=0, lip_weight=0, normalizer=None)
+    for x, y in batches:
+        importance.accumulate(x, y)
+    return torch.cat([*importance.raw["task"].values()])
+
+
+def test_every_image_counts_alike_in_batches_of_any_size() -> None:
+    split = Split(cifar_resnet(width=8), torch.randn(1, 3, 16, 16), at="layer2")
+    x, y = batch(8)
+    whole = task_changes(split, (x, y))
+    parts = task_changes(split, (x[:7], y[:7]), (x[7:], y[7:]))
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5 * float(whole.abs().max()))
+
+
+def test_images_without_a_label_change_nothing() -> None:
+    split = Split(cifar_resnet(width=8), torch.randn(1, 3, 16, 16), at="layer2")
+    x, y = batch(8)
+    few = task_changes(split, (x[:3], y[:3]))
+    y = torch.where(torch.arange(8) < 3, y, -100)
+    torch.testing.assert_close(
+        task_changes(split, (x, y)), few, rtol=1e-3, atol=1e-5 * float(few.abs().max()))
