@@ -249,15 +249,34 @@ def _attention(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _einsum(inputs: list[Any], outputs: list[Any]) -> int:
-    """Two operands: the product of every index's size; more: fvcore's optimal path."""
+    """One operand: nothing; two: the product of every index's size; more: fvcore's optimal path."""
     equation = inputs[0].toIValue().replace(" ", "")
     shapes = [get_shape(value) for value in inputs[1].node().inputs()]
     terms = equation.split("->")[0].split(",")
+    if len(shapes) == 1:
+        return 0
     if len(shapes) != 2 or "." in equation:
         return int(einsum_flop_jit(inputs, outputs))
     pairs = zip(terms, shapes, strict=True)
     sizes = {s: n for term, shape in pairs for s, n in zip(term, shape, strict=True)}
     return math.prod(sizes.values())
+
+
+def _tensordot(inputs: list[Any], outputs: list[Any]) -> int:
+    """`[A, K]` times `[K, B]` gives `[A, B]`, each of several dimensions: A K B."""
+    sizes = (math.prod(get_shape(value)) for value in (*inputs[:2], *outputs))
+    return math.isqrt(math.prod(sizes))
+
+
+def _addbmm(inputs: list[Any], outputs: list[Any]) -> int:
+    """A sum of matrix products: each is as large as the output."""
+    count, _, contracted = get_shape(inputs[1])
+    return math.prod(get_shape(outputs[0])) * count * contracted
+
+
+def _bilinear(inputs: list[Any], outputs: list[Any]) -> int:
+    """`sum_ij x_i W_kij y_j`, for every output as many products as pairs."""
+    return math.prod(get_shape(outputs[0])) * math.prod(get_shape(inputs[2])[1:])
 
 
 _HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
@@ -272,6 +291,10 @@ _HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
     "aten::addmm": _product(1),
     "aten::addmv": _product(1),
     "aten::baddbmm": _product(1),
+    "aten::addbmm": _addbmm,
+    "aten::inner": _product(0),
+    "aten::tensordot": _tensordot,
+    "aten::bilinear": _bilinear,
     "aten::einsum": _einsum,
     "aten::scaled_dot_product_attention": _attention,
 }

@@ -183,3 +183,26 @@ def test_parameters_bytes_and_edge() -> None:
 def test_example_inputs_are_checked(bad: object) -> None:
     with pytest.raises(InputError, match="one tensor"):
         count_macs(nn.Linear(4, 4), bad)  # type: ignore[arg-type]
+
+
+class Product(nn.Module):
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form, self.pairs = form, nn.Bilinear(5, 5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.form == "tensordot":
+            return torch.tensordot(x, torch.zeros(3, 5, 7), dims=([2, 1], [1, 0]))
+        if self.form == "inner":
+            return torch.inner(x, torch.zeros(4, 5))
+        if self.form == "addbmm":
+            return torch.addbmm(torch.zeros(3, 3), x, x.transpose(1, 2))
+        return self.pairs(x, x) if self.form == "bilinear" else torch.einsum("bij->bji", x)
+
+
+@pytest.mark.parametrize(("form", "expected"), [
+    ("tensordot", 3 * 5 * 7), ("inner", 3 * 4 * 5), ("addbmm", 3 * 3 * 5),
+    ("bilinear", 3 * 4 * 5 * 5), ("einsum", 0),
+])
+def test_other_products(form: str, expected: int) -> None:
+    assert total(Product(form), 1, 3, 5) == expected
