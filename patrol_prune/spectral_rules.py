@@ -65,7 +65,7 @@ def read_blocks(blocks: Sequence[nn.Module], x: Tensor) -> list[BlockSteps]:
         if type(block).__module__.startswith("torch.nn.modules."):
             block = nn.Sequential(block)  # so that a layer is called, not looked into
         traced = None if isinstance(block, fx.GraphModule) else trace(block, x)
-        graph = block.graph if traced is None else traced.graph
+        graph: Any = block.graph if traced is None else traced.graph
         constants = {} if traced is None else traced.constants
         with evaluating(block), torch.no_grad():
             after = block(x.clone())  # its hooks put stale constants right
