@@ -165,12 +165,13 @@ def drive(
     if directory is not None and not resume:
         _refuse_earlier(directory)
     result = FinetuneResult(optimizer=trainer.optimizer)
+    loaders = _loaders(trainer, train_batches)
     nets = [model] if trainer.teacher is None else [model, trainer.teacher]
     modes = [(module, module.training) for net in nets for module in net.modules()]
     try:
         trainer.open()
         if resume and directory is not None:
-            _resume(trainer, result, directory, drawing)
+            _resume(trainer, result, directory, drawing, loaders)
         if result.resumed_from == 0:
             trainer.warm_up_surrogates(train_batches)
         for epoch in range(result.resumed_from, trainer.config.epochs):
@@ -182,7 +183,7 @@ def drive(
             result.history.append(record)
             log.info("epoch %d: %s", epoch + 1, record)
             if directory is not None and trainer.is_main:
-                _save(trainer, result, directory, epoch + 1, drawing)
+                _save(trainer, result, directory, epoch + 1, drawing, loaders)
     finally:
         trainer.close()
         for module, mode in modes:
@@ -191,8 +192,17 @@ def drive(
     return result
 
 
+def _loaders(trainer: Trainer, train_batches: TrainBatches) -> dict[str, TrainBatches]:
+    """The batches whose generators a checkpoint keeps: of one process, as several would have to
+    agree on theirs."""
+    if trainer.accelerator is not None:
+        return {}
+    pool = {} if trainer.pool is None else {"surrogate_batches": trainer.pool.batches}
+    return {"train_batches": train_batches, **pool}
+
+
 def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int,
-          drawing: Drawing) -> None:
+          drawing: Drawing, loaders: dict[str, TrainBatches]) -> None:
     surrogates = None
     if trainer.objective is not None and trainer.objective.beta > 0:
         surrogates = trainer.objective.surrogates
@@ -203,7 +213,7 @@ def _save(trainer: Trainer, result: FinetuneResult, directory: Path, epoch: int,
     if trainer.replay is not None:
         tensors["replay.z"], tensors["replay.x"] = trainer.replay
     tensors.update(more)
-    tensors.update(pack_draws(trainer.device))
+    tensors.update(pack_draws(trainer.device, loaders))
     meta.update(about, epoch=epoch, history=result.history, config=asdict(trainer.config),
                 **_circumstances(trainer, _steady(drawing, trainer.model)))
     directory.mkdir(parents=True, exist_ok=True)
@@ -216,9 +226,15 @@ def _circumstances(trainer: Trainer, drawing: Drawing) -> dict[str, Any]:
     return {
         "batches": trainer.batches, "teacher": trainer.distiller is not None,
         "surrogate_batches": trainer.pool is not None, "precision": trainer.precision,
-        "drawing": drawing,
+        "drawing": drawing, "trained": _trained(trainer),
         "objective": None if objective is None else objective.settings(),
     }
+
+
+def _trained(trainer: Trainer) -> dict[str, bool]:
+    """Of every parameter, in order, whether it learns."""
+    learns = {id(p) for group in trainer.optimizer.param_groups for p in group["params"]}
+    return {name: id(p) in learns for name, p in trainer.model.named_parameters()}
 
 
 def _steady(drawing: Drawing, model: nn.Module) -> Drawing:
@@ -252,7 +268,8 @@ def _refuse_earlier(directory: Path) -> None:
         )
 
 
-def _resume(trainer: Trainer, result: FinetuneResult, directory: Path, drawing: Drawing) -> None:
+def _resume(trainer: Trainer, result: FinetuneResult, directory: Path, drawing: Drawing,
+            loaders: dict[str, TrainBatches]) -> None:
     newest = newest_whole(directory) if directory.is_dir() else None
     if newest is None:
         return
@@ -266,6 +283,10 @@ def _resume(trainer: Trainer, result: FinetuneResult, directory: Path, drawing: 
         changed += ["dropout or noise in the model"] * any(
             now["drawing"].get(name, {}).get(k, v) != v
             for name, values in meta.get("drawing", {}).items() for k, v in values.items())
+        here, there = now["trained"], meta.get("trained", {})  # other names: another model
+        changed += ["the parameters that are trained"] * (
+            [item for item in here.items() if item[0] in there]
+            != [item for item in there.items() if item[0] in here])
         old, new = (about["objective"] or {} for about in (meta, now))
         changed += ["objective"] * (bool(old) != bool(new))
         changed += [f"the objective's {k}" for k in old if k in new and old[k] != new[k]]
@@ -286,7 +307,7 @@ def _resume(trainer: Trainer, result: FinetuneResult, directory: Path, drawing: 
                           tensors["replay.x"].to(trainer.device))
     trainer.load_extra(tensors, meta, str(newest))
     if trainer.is_main:  # the checkpoint is of the main process; others draw on
-        unpack_draws(tensors, trainer.device)
+        unpack_draws(tensors, trainer.device, loaders)
     result.history = list(meta["history"])
     result.resumed_from = int(meta["epoch"])
     log.info("resumed from %s", newest)

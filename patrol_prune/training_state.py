@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,23 @@ def unpack_state(
         )
 
 
-def pack_draws(device: torch.device) -> dict[str, Tensor]:
-    """Where torch's own generators stand, from which dropout and shuffled loaders draw."""
+def pack_draws(device: torch.device, loaders: Mapping[str, object]) -> dict[str, Tensor]:
+    """Where torch's own generators stand, from which dropout and shuffled loaders draw, and those
+    that the loaders were given."""
     states = {"draws.cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["draws.cuda"] = torch.cuda.get_rng_state(device)
-    return states
+    own = _loader_generators(loaders)
+    return {**states, **{f"draws.{name}": g.get_state() for name, g in own.items()}}
 
 
-def unpack_draws(tensors: dict[str, Tensor], device: torch.device) -> None:
+def unpack_draws(
+    tensors: dict[str, Tensor], device: torch.device, loaders: Mapping[str, object]
+) -> None:
     """Put back what `pack_draws` took, as far as it is there."""
+    for name, generator in _loader_generators(loaders).items():
+        if f"draws.{name}" in tensors:
+            generator.set_state(tensors[f"draws.{name}"].cpu())
     if "draws.cpu" in tensors:
         torch.set_rng_state(tensors["draws.cpu"].cpu())
     if "draws.cuda" in tensors and device.type == "cuda":
@@ -91,6 +98,20 @@ def draws_for(device: torch.device, *who: object) -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
+
+
+def _loader_generators(loaders: Mapping[str, object]) -> dict[str, torch.Generator]:
+    """The generators of each loader and of its samplers, by where they are."""
+    found = {}
+    for name, loader in loaders.items():
+        for path in ("", "sampler", "batch_sampler", "batch_sampler.sampler"):
+            holder = loader
+            for part in path.split(".") if path else ():
+                holder = getattr(holder, part, None)
+            generator = getattr(holder, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[".".join(filter(None, (name, path)))] = generator
+    return found
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import patrol_prune as pp
 from patrol_prune.data import Batches, ImageSet
@@ -29,6 +29,7 @@ from patrol_prune.finetune import (
 )
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.objective import PatrolObjective
+from patrol_prune.storage import load_state, save_state
 from patrol_prune.surrogate import SurrogateSpec
 
 SPECS = (SurrogateSpec("residual", 8, 1), SurrogateSpec("transposed", 8))
@@ -278,32 +279,62 @@ class _Drops(Net):
         return super().forward(F.dropout(x, 0.3, self.training))
 
 
+class _Killed(Exception):
+    pass
+
+
+class _Dies(DataLoader):  # type: ignore[type-arg]
+    left = 2
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        self.left -= 1
+        if self.left < 0:
+            raise _Killed
+        return super().__iter__()
+
+
+def _data(count: int = 64) -> TensorDataset:
+    images = _images(count)
+    return TensorDataset(images.images.float() / 255, images.labels)
+
+
 def test_a_resumed_run_draws_on_where_dropout_and_shuffling_stood(tmp_path: Path) -> None:
-    images = _images()
-    data = TensorDataset(images.images.float() / 255, images.labels)
-
-    class Killed(Exception):
-        pass
-
-    class Dies(DataLoader):  # type: ignore[type-arg]
-        left = 2
-
-        def __iter__(self):  # type: ignore[no-untyped-def]
-            self.left -= 1
-            if self.left < 0:
-                raise Killed
-            return super().__iter__()
-
     def train(loader: type, **more: object) -> nn.Module:
         torch.manual_seed(1)
         model = _Drops()
-        finetune(model, loader(data, batch_size=16, shuffle=True), config=CONFIG, progress=False,
+        finetune(model, loader(_data(), batch_size=16, shuffle=True), config=CONFIG, progress=False,
                  **more)
         return model
 
     whole = train(DataLoader)
-    with pytest.raises(Killed):
-        train(Dies, checkpoint_dir=tmp_path)
+    with pytest.raises(_Killed):
+        train(_Dies, checkpoint_dir=tmp_path)
+    resumed = train(DataLoader, checkpoint_dir=tmp_path, resume=True)
+    assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
+
+
+@pytest.mark.parametrize("owner", ["loader", "sampler", "pool"])
+def test_a_resumed_run_draws_on_where_a_loaders_own_generator_stood(
+    tmp_path: Path, owner: str
+) -> None:
+    def loader(kind: type, seed: int, sampled: bool) -> DataLoader:  # type: ignore[type-arg]
+        own = torch.Generator().manual_seed(seed)
+        data = _data(32)
+        order = {"sampler": RandomSampler(data, generator=own)} if sampled else {
+            "shuffle": True, "generator": own}
+        return kind(data, batch_size=16, **order)
+
+    def train(kind: type, **more: object) -> nn.Module:
+        split = _split()
+        pool = {"objective": _objective(split), "surrogate_batches": loader(DataLoader, 8, False)}
+        finetune(split, loader(kind, 7, owner == "sampler"), config=config, progress=False,
+                 **(pool if owner == "pool" else {}), **more)
+        return split.model
+
+    config = dataclasses.replace(CONFIG, surrogate_warmup_steps=1)
+    whole = train(DataLoader)
+    with pytest.raises(_Killed):
+        train(_Dies, checkpoint_dir=tmp_path)
     resumed = train(DataLoader, checkpoint_dir=tmp_path, resume=True)
     assert all(map(torch.equal, whole.state_dict().values(), resumed.state_dict().values()))
 
@@ -345,6 +376,27 @@ assert mine.gradient_accumulation_steps == 4
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True,
                           text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_resume_refuses_other_frozen_parameters(tmp_path: Path) -> None:
+    def train(frozen: str, resume: bool = True) -> int:
+        model = nn.Sequential(*(nn.Conv2d(3, 3, 1) for _ in range(3)), nn.Flatten(),
+                              nn.Linear(192, 2))
+        model.get_submodule(frozen).requires_grad_(False)
+        return finetune(model, Batches(_images(), 16), config=config, progress=False,
+                        checkpoint_dir=tmp_path, resume=resume).resumed_from
+
+    config = dataclasses.replace(CONFIG, epochs=1)
+    train("0", resume=False)
+    for other in ("1", "4"):  # of the same shapes, and of others
+        with pytest.raises(CheckpointError, match=r"other settings \(the parameters that are"):
+            train(other)
+    assert train("0") == 1
+    tensors, meta = load_state(tmp_path / "epoch-0001")
+    del meta["trained"]  # as an earlier release wrote it
+    save_state(tmp_path / "epoch-0001", {k: v for k, v in tensors.items()
+                                         if not k.startswith("draws.train")}, meta)
+    assert train("0") == 1
 
 
 def test_resume_refuses_another_lipschitz_form(tmp_path: Path) -> None:
