@@ -171,14 +171,32 @@ class Split:
         if not isinstance(at, str):
             raise InputError(f"Expected at= as the name of a split point, came {at!r}.")
         self.model, self.at, self.blocks = model, at, ()
-        self._inputs = as_single_tensor(inputs)
+        self._inputs, self._type = as_single_tensor(inputs), _first_type(model)
         self._handles: list[RemovableHandle] = []
         self._likeness: Likeness | None = None
 
     @property
     def example_inputs(self) -> Tensor:
-        """The example batch, on the model's device."""
-        return self._inputs.to(device_of(self.model, self._inputs))
+        """The example batch on the model's device, in its type where the model was cast since."""
+        x = self._inputs.to(device_of(self.model, self._inputs))
+        now = _first_type(self.model)
+        if now in (None, self._type) or not x.is_floating_point():
+            return x
+        if self._takes(x):
+            self._type = now
+            return x
+        return x.to(now)
+
+    def _takes(self, x: Tensor) -> bool:
+        """Whether a model of several types runs on `x`; one of a single type is not asked."""
+        if len({p.dtype for p in self.model.parameters() if p.is_floating_point()}) == 1:
+            return False
+        with evaluating(self.model), draws_restored(self.model), torch.no_grad():
+            try:
+                run_on(self.model, x[:1])
+            except InputError:
+                return False
+        return True
 
     def protected_layers(self) -> list[nn.Module]:
         """The cloud's layers, to pass as Torch-Pruning's `ignored_layers`."""
@@ -196,7 +214,7 @@ class Split:
         if isinstance(self.model, Composed):
             self._refresh_composed(self.model)
             return
-        self._take(CutGraph(self.model, _sample(self.model, self._inputs)))
+        self._take(CutGraph(self.model, _sample(self.model, self.example_inputs)))
 
     def _take(self, graph: CutGraph) -> None:
         cut = graph.find(self.at)
@@ -215,7 +233,7 @@ class Split:
         """Whether the trace is the one that was checked; then the sizes are read again."""
         if likeness(self.model) != self._likeness:
             return False
-        x = _sample(self.model, self._inputs)
+        x = _sample(self.model, self.example_inputs)
         plain = {name: self.edge_layers[name] for name in self.positions or ()}
         with evaluating(self.model), draws_restored(self.model), torch.no_grad():
             try:
@@ -232,7 +250,7 @@ class Split:
         return True
 
     def _refresh_composed(self, model: Composed) -> None:
-        x = _sample(model, self._inputs)
+        x = _sample(model, self.example_inputs)
         with evaluating(model), draws_restored(model), torch.no_grad():
             z = run_on(model.edge, x.clone())
             _check_feature(z, x)
@@ -283,10 +301,10 @@ class Split:
     def __reduce__(self) -> tuple[Any, ...]:
         if isinstance(self.model, Composed):
             made: tuple[Any, ...] = Split.from_modules, (
-                self.model.edge, self.model.cloud, self._inputs
+                self.model.edge, self.model.cloud, self.example_inputs
             )
         else:
-            made = Split, (self.model, self._inputs, self.at)
+            made = Split, (self.model, self.example_inputs, self.at)
         history = {"pruning_history": list(self.pruning_history),
                    "removed_blocks": list(self.removed_blocks)}
         return *made, history
@@ -299,6 +317,11 @@ def _sample(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Tens
     check_readable(model)
     x = as_single_tensor(example_inputs)
     return x[:1].detach().to(device_of(model, x))
+
+
+def _first_type(model: nn.Module) -> torch.dtype | None:
+    """The type of the model's first parameter of real numbers."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
 def _check_feature(z: Any, x: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from torchvision import models
 from patrol_prune import _tp
 from patrol_prune.blocks import residual_blocks
 from patrol_prune.checkpoint import load, read_info, save
-from patrol_prune.cost import count_macs
+from patrol_prune.cost import count_macs, edge_macs
 from patrol_prune.errors import CheckpointError, UnsupportedModelError
 from patrol_prune.group_table import GroupTable, remove_channels
 from patrol_prune.models import SmallResNet
@@ -29,6 +30,11 @@ FILES = ("weights.safetensors", "architecture.json", "split.json", "manifest.jso
 
 def small() -> nn.Module:
     return SmallResNet(5, width=8)
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3),
+                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
 
 
 def mobilenet() -> nn.Module:
@@ -125,6 +131,25 @@ def test_dtype_mode_and_memory_layout_come_back(tmp_path: Path) -> None:
     for name, tensor in split.model.state_dict().items():
         other = loaded.model.state_dict()[name]
         assert other.dtype == tensor.dtype and other.stride() == tensor.stride(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_model_that_was_cast_after_it_was_pruned_comes_back_in_its_type(
+    tmp_path: Path, dtype: torch.dtype
+) -> None:
+    split = trained_split(plain, "3", pruned=True)
+    before, macs = split.example_inputs, edge_macs(split)
+    split.model.to(dtype)
+    x = split.example_inputs
+    save(split, tmp_path / "edge.patrol")
+    loaded = load(tmp_path / "edge.patrol", plain)
+    split.refresh()
+    for other in (split, loaded, copy.deepcopy(split)):
+        assert x.dtype == other.example_inputs.dtype == dtype
+        assert torch.equal(other.cloud(other.edge(x)), split.model(x))
+        assert edge_macs(other) == macs
+    split.model.float()
+    assert torch.equal(split.example_inputs, before)
 
 
 def test_each_module_s_mode_and_what_is_frozen_come_back(tmp_path: Path) -> None:

@@ -134,9 +134,8 @@ class TestRefresh:
         traced: list[int] = []
         graph = splits.CutGraph
         monkeypatch.setattr(splits, "CutGraph", lambda *a: traced.append(1) or graph(*a))
-        split._inputs = x.to(next(model.parameters()).dtype)
         split.refresh()
-        assert traced and split.positions == Split(model, split._inputs, "2").positions
+        assert traced and split.positions == Split(model, split.example_inputs, "2").positions
 
     def test_positions_that_are_channels_follow_them(self) -> None:
         """A linear layer over the tokens runs once for each channel."""

@@ -302,6 +302,23 @@ class TestSharing:
             assert copied.edge.conv1 is copied.model.conv1
             assert torch.equal(copied.cloud(copied.edge(x)), model(x))
 
+    def test_inputs_of_a_model_cast_in_part_change_where_they_have_to(self) -> None:
+        class Net(nn.Module):
+            def __init__(self, casts: bool) -> None:
+                super().__init__()
+                self.first, self.last, self.casts = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1), casts
+
+            def forward(self, x: Tensor) -> Tensor:
+                x = x.to(self.first.weight.dtype) if self.casts else x
+                return self.last(self.first(x).float())
+
+        for casts, dtype in ((False, torch.float64), (True, torch.float32)):
+            split = Split(Net(casts), torch.ones(1, 1, 3, 3), "first")
+            split.model.first.double()
+            assert split.example_inputs.dtype == dtype
+            split.refresh()
+            assert split.edge(split.example_inputs).dtype == torch.float64
+
     def test_the_model_is_left_as_found(self) -> None:
         model, x = build("resnet18")
         model.train()
