@@ -11,6 +11,7 @@ Nothing here unpickles: tensors go through safetensors, everything else through 
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import hashlib
 import json
@@ -39,6 +40,9 @@ META = "meta.json"
 WRITE_ERRORS = (OSError, SafetensorError)
 """What a full or read-only disk raises."""
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_TOLD_ERRNO = re.compile(r"(?:os error|code:) (\d+)")  # as safetensors writes it
+
 _ours: set[str] = set()  # names of the temporaries of this process
 
 
@@ -62,6 +66,20 @@ def _fsync(path: Path) -> None:
         logger.debug("Could not fsync %s: %s", path, error)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """A disk that takes nothing more is an OSError that names `path`, from whatever wrote there."""
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        found = _TOLD_ERRNO.search(str(error)) if isinstance(error, SafetensorError) else None
+        number = int(found.group(1)) if found else getattr(error, "errno", None)
+        if number is None or (not found and number not in _FULL):
+            raise
+        raise OSError(number, f"{os.strerror(number)}. Make room or give another place; what was "
+                      "there before is kept, and this is not written", str(path)) from error
 
 
 def _temporary(path: Path, kind: str) -> Path:
@@ -119,7 +137,7 @@ def atomic_write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     clean_temporaries(path)
     temporary = _temporary(path, "tmp")
     try:
-        with open(temporary, "wb") as file:
+        with _told(path), open(temporary, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -154,7 +172,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields the temporary directory. When the block ends well, `manifest.json` is written, all is
     fsynced and `path` becomes the new directory, whatever stood there before; when it raises,
-    `path` is as it was.
+    `path` is as it was. A disk that is full is told as an OSError that names `path`.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
@@ -164,8 +182,9 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = _temporary(path, "tmp")
     temporary.mkdir()
     try:
-        yield temporary
-        _write_manifest(temporary)
+        with _told(path):
+            yield temporary
+            _write_manifest(temporary)
         _put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
+import patrol_prune as pp
 from patrol_prune.errors import CheckpointError, InputError
 from patrol_prune.storage import (
     atomic_directory,
@@ -67,6 +72,29 @@ def test_nothing_changes_when_the_writer_fails(tmp_path: Path) -> None:
         raise RuntimeError("disk")
     assert load_state(tmp_path / "state")[1] == {"value": 1}
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("write", [
+    lambda path, tensors: save_state(path, tensors, {}),
+    lambda path, tensors: atomic_write_json(path / "file.json", ["a" * 5000]),
+    lambda path, tensors: pp.save(pp.Split(nn.Sequential(nn.Conv2d(3, 99, 3), nn.ReLU(), nn.Conv2d(
+        99, 1, 1)), torch.zeros(1, 3, 4, 4), "1"), path),
+])
+def test_a_full_disk_is_told_with_the_place_and_leaves_nothing(
+    tmp_path: Path, write: Callable[[Path, dict[str, torch.Tensor]], None]
+) -> None:
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"Make room .*{re.escape(str(tmp_path))}") as told:
+            write(tmp_path / "new", {"many": torch.zeros(2000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert told.value.errno == errno.EFBIG
+    assert not [p for p in tmp_path.rglob("*") if p.name != "new"]
 
 
 def test_meta_must_be_json(tmp_path: Path) -> None:
