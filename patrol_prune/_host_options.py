@@ -17,6 +17,7 @@ from patrol_prune.given import (
     check_count,
     check_model,
     check_number,
+    check_readable,
     check_split,
     is_number,
 )
@@ -41,6 +42,7 @@ def check_pruner(
     """
     check_split(split)
     check_model(model, "model")
+    check_readable(model)  # type: ignore[arg-type]
     if getattr(split, "model", None) is not model:
         raise InputError(
             "Expected a split of this model, came one of another model. Give split.model, which is "
@@ -126,11 +128,16 @@ def _check_kinds(kwargs: dict[str, Any]) -> None:
             raise InputError(f"Expected customized_pruners to map {owner!r} to an object with "
                              f"prune_out_channels, as Torch-Pruning's pruners, came {given!r}.")
     unwrapped = kwargs.get("unwrapped_parameters") or ()
-    pairs = unwrapped.items() if isinstance(unwrapped, dict) else unwrapped
+    pairs = _pairs(unwrapped)
     if not all(isinstance(pair, (tuple, list)) and len(pair) == 2 for pair in pairs):
         raise InputError("Expected unwrapped_parameters as pairs of a parameter and the dimension "
                          f"that is pruned, came {type(unwrapped).__name__}. Give "
                          "[(model.scale, 0)], say.")
+
+
+def _pairs(unwrapped: Any) -> list[Any]:
+    """Parameters with the dimension that is pruned; Torch-Pruning tells of a dictionary of them."""
+    return list(unwrapped.items() if isinstance(unwrapped, dict) else unwrapped)
 
 
 def host_options(kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +161,8 @@ def host_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     options = {k: v for k, v in kwargs.items() if k not in dropped}
     if options.get("root_module_types") is None:
         options.pop("root_module_types", None)
+    if options.get("unwrapped_parameters"):
+        options["unwrapped_parameters"] = _pairs(options["unwrapped_parameters"])
     for name in ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups"):
         options[name] = dict(options.get(name) or {})
     return {"forward_fn": None, **options}

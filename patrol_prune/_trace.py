@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from patrol_prune.cost import draws_restored, evaluating, no_fused_attention
 from patrol_prune.errors import UnsupportedModelError
-from patrol_prune.given import does_not_run
+from patrol_prune.given import check_uncompiled, does_not_run
 from patrol_prune.prunable import WIDTHS
 
 logger = logging.getLogger(__name__)
@@ -247,6 +247,7 @@ def _trace_graph(tracer: _Tracer, model: nn.Module) -> fx.Graph:
     try:
         graph = tracer.trace(model, concrete_args=fixed or None)
     except Exception as error:
+        check_uncompiled(model)
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be traced: {error} (control flow that depends on the "
             f"values of a tensor does this). {_BY_HAND}"

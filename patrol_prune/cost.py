@@ -19,6 +19,7 @@ from fvcore.nn.jit_handles import conv_flop_count, einsum_flop_jit, get_shape
 from torch import Tensor, nn
 
 from patrol_prune.errors import InputError
+from patrol_prune.given import check_uncompiled, does_not_run
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def count_macs(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> 
 
     Raises:
         InputError: the module cannot run on `example_inputs`.
+        UnsupportedModelError: `torch.compile` is around it.
 
     Example:
         >>> from torch import nn
@@ -77,11 +79,8 @@ def count_macs(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> 
         try:
             by_module = {name: int(macs) for name, macs in counter.by_module().items()}
         except RuntimeError as error:
-            raise InputError(
-                f"Expected example_inputs that {type(module).__name__} can run on, came shape "
-                f"{tuple(x.shape)} and the forward pass failed: {error}. Give a batch of the "
-                "size and type the model takes."
-            ) from error
+            check_uncompiled(module)
+            raise does_not_run(module, x, error) from error
         uncounted = {op.split("::")[-1]: n for op, n in counter.unsupported_ops().items()}
     return MacCount(by_module[""], by_module, uncounted)
 

@@ -16,7 +16,13 @@ from patrol_prune.cost import home_of
 from patrol_prune.errors import CheckpointError, InputError
 from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
-from patrol_prune.given import check_kind, check_model, check_objective, check_rereadable
+from patrol_prune.given import (
+    check_full_precision,
+    check_kind,
+    check_model,
+    check_objective,
+    check_rereadable,
+)
 from patrol_prune.image_pool import ImagePool, TrainBatches
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.split import Split
@@ -94,6 +100,7 @@ def finetune(
         TrainingError: a loss that is NaN or infinite, with the step and the term.
         InputError: no batch, labels outside the classes, a privacy objective without its split, a
             teacher that would be trained along.
+        UnsupportedModelError: the model is float16 or bfloat16.
         CheckpointError: `checkpoint_dir` holds an earlier training, and `resume` is not given; or
             what is to be resumed has other settings.
     """
@@ -116,10 +123,11 @@ def check_training(
     """Refuse what cannot be trained together; a split is read again, as it may have been pruned.
 
     Raises:
-        InputError: see `finetune`.
+        InputError, UnsupportedModelError: see `finetune`.
     """
     model = split.model if isinstance(split, Split) else split
     check_model(model, "split")
+    check_full_precision(model, split.example_inputs if isinstance(split, Split) else None)
     check_rereadable(train_batches, "train_batches")
     for name, buffer in model.named_buffers():
         if buffer.is_floating_point() and bool(buffer.isnan().any()):

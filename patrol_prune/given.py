@@ -71,6 +71,22 @@ def check_model(model: object, name: str) -> None:
         raise InputError(f"Expected {name} as an nn.Module, came {type(model).__name__}.{hint}")
 
 
+def check_full_precision(
+    model: nn.Module, example: Tensor | None = None, *, but: Sequence[torch.dtype] = ()
+) -> None:
+    """An UnsupportedModelError where a model that is to give gradients is of half precision, `but`
+    one that is enough: all of its real parameters, or the input it takes."""
+    kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    takes = set() if example is None or not example.is_floating_point() else {example.dtype}
+    for some in (kinds, takes):
+        if some and all(torch.finfo(kind).bits < 32 and kind not in but for kind in some):
+            raise UnsupportedModelError(
+                "Expected a model in float32 or float64 to train or to score, came "
+                f"{type(model).__name__} in {', '.join(sorted(map(str, some)))}. Train in float32, "
+                "model.float(), with precision='bf16', and cast it afterwards."
+            )
+
+
 def check_normalization(normalization: object) -> None:
     """An InputError where it is something other than a `Normalization` or None."""
     if normalization is not None and not hasattr(normalization, "to_input"):
@@ -202,12 +218,24 @@ def check_readable(model: nn.Module) -> None:
     """Refuse by name the forms of a model that cannot be followed.
 
     Raises:
-        UnsupportedModelError: a scripted model, or one on the meta device.
+        UnsupportedModelError: a scripted or compiled model, or one on the meta device.
     """
+    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
+        check_uncompiled(model)
     if isinstance(model, torch.jit.ScriptModule):
         raise _unreadable(model, "torch.jit.script around it", "Give it as it was before")
     if any(t.is_meta for t in _tensors_of(model)):
         raise _unreadable(model, "tensors on the meta device", "Load its weights first")
+
+
+def check_uncompiled(model: nn.Module) -> None:
+    """An UnsupportedModelError where torch.compile is around the model or a module inside."""
+    for name, module in model.named_modules():
+        is_around = isinstance(getattr(module, "_orig_mod", None), nn.Module)
+        if is_around or module._compiled_call_impl is not None:
+            at = f"its {name}" if name else "it"
+            raise _unreadable(model, f"torch.compile around {at}", "Give the model as it was "
+                              f"before torch.compile{', model._orig_mod' * (not name)}")
 
 
 def check_changeable(model: nn.Module) -> None:

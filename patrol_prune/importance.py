@@ -25,7 +25,13 @@ from torch import Tensor
 
 from patrol_prune._tp import Importance
 from patrol_prune.errors import InputError, nearest
-from patrol_prune.given import check_number, check_objective, input_and_target, warn_if_unfitted
+from patrol_prune.given import (
+    check_full_precision,
+    check_number,
+    check_objective,
+    input_and_target,
+    warn_if_unfitted,
+)
 from patrol_prune.masks import SoftMasks
 from patrol_prune.prunable import check_prunable, in_mode
 from patrol_prune.survivors import SurvivorTracker
@@ -181,6 +187,9 @@ class PatrolImportance(Importance):  # type: ignore[misc]
                 or infinite.
         """
         x, y = input_and_target((x, y))
+        exact, split = getattr(self.objective, "uses_lipschitz", False), self.objective.split
+        check_full_precision(split.model, split.example_inputs,
+                             but=() if exact else (torch.bfloat16,))  # small differences
         if not isinstance(y, Tensor) or min(x.dim(), y.dim()) < 1:
             raise InputError(
                 "Expected x and y as tensors [B, ...], came targets of type "

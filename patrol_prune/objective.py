@@ -24,6 +24,7 @@ from patrol_prune.errors import InputError
 from patrol_prune.given import (
     check_among,
     check_count,
+    check_full_precision,
     check_loss_value,
     check_normalization,
     check_number,
@@ -318,6 +319,7 @@ class PatrolObjective:
         The model's mode and running statistics are left as they are.
         """
         check_count(steps, "steps", 1)
+        check_full_precision(self.split.model, self.split.example_inputs, but=(torch.bfloat16,))
         self.split.refresh()  # a pruner may have been at work
         edge = self.split.edge
         device = next(self.split.model.parameters()).device

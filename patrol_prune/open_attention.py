@@ -27,7 +27,7 @@ from patrol_prune.attention_heads import (
 )
 from patrol_prune.cost import as_single_tensor, device_of, evaluating, no_fused_attention
 from patrol_prune.errors import InputError, UnsupportedModelError, nearest
-from patrol_prune.given import check_model
+from patrol_prune.given import check_model, check_readable
 
 __all__ = ["OpenedAttention", "open_as_recorded", "open_attention", "opened_attention"]
 
@@ -93,6 +93,7 @@ def open_attention(
     """
     check_unit(unit)
     check_model(model, "model")
+    check_readable(model)
     x = as_single_tensor(example_inputs)[:1].detach().to(device_of(model, example_inputs))
     if x.is_floating_point() and not bool(x.count_nonzero()):  # zeros would hide a wrong order
         x = torch.rand(x.shape, generator=torch.Generator().manual_seed(0)).to(x)

@@ -180,8 +180,7 @@ class Trainer:
         Without one, the first step is on this batch and the others on the one before.
         """
         assert self.objective is not None
-        pixels = self.objective.normalization.to_pixels(x)
-        self.objective.surrogates.observe(z, pixels)
+        self.objective.surrogates.observe(z, self.objective.pixels(x))
         if self.pool is not None:
             edge = self.objective.split.edge
             for _ in range(self.config.inner_steps):

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 import torch_pruning as tp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import patrol_prune as pp
 from patrol_prune.attacks import FitRecord, Knowledge
-from patrol_prune.errors import CheckpointError, InputError, TrainingError
+from patrol_prune.errors import CheckpointError, InputError, TrainingError, UnsupportedModelError
 from patrol_prune.finetune import check_training
 from patrol_prune.models import SmallResNet
 from patrol_prune.surrogate import SurrogateSpec
@@ -193,6 +193,8 @@ def test_weights_of_other_precisions_are_scored_and_audited(kind: torch.dtype) -
     importance.accumulate(x, y)
     assert importance.scores
     assert audit(cut).strongest()["ssim"] is not None
+    if kind == torch.float64:
+        assert pp.finetune(cut, [(x, y)], objective=made, config=QUICK, progress=False).history
 
 
 def test_a_look_before_training_draws_nothing() -> None:
@@ -245,6 +247,65 @@ def test_a_forgotten_normalization_is_told_once() -> None:
         warnings.simplefilter("error")
         wrong.fit_surrogates([(inputs, torch.zeros(8))], 1)
         right.fit_surrogates([(inputs, torch.zeros(8))], 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_model_is_refused_before_it_is_trained_or_scored(dtype: torch.dtype) -> None:
+    """In bfloat16 surrogates learn, and what has no small differences is scored."""
+    cut = split()
+    of = objective(cut, alpha=0.1)
+    for whole in (True, False):  # and one whose normalisation is in float32
+        cut.model.to(dtype)
+        if not whole:
+            cut.model.bn1.float()
+        before = copy.deepcopy(cut.model.state_dict())
+        fits = [] if dtype == torch.bfloat16 else [lambda: of.fit_surrogates(batches(), 1)]
+        for work in (
+            *fits,
+            lambda: pp.PatrolImportance(of).accumulate(*batches()[0]),
+            lambda: pp.finetune(cut, batches(), objective=of, config=QUICK, progress=False),
+            lambda: pp.learn_masks(cut, batches(), of, edge_macs=0.9, progress=False),
+        ):
+            with pytest.raises(UnsupportedModelError, match=r"model\.float\(\), with precision"):
+                work()
+        assert all(map(torch.equal, before.values(), cut.model.state_dict().values()))
+
+
+class Compiled(nn.Module):
+    """What torch.compile makes, as far as others see it; importing all of it takes seconds."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.jit.is_tracing() or not isinstance(x, Tensor):
+            raise RuntimeError("Detected that you are tracing a dynamo-optimized function")
+        return self._orig_mod(x)
+
+
+@pytest.mark.parametrize("made", [
+    Compiled, pytest.param(lambda m: torch.compile(m, backend="eager"), marks=pytest.mark.slow)])
+def test_a_compiled_model_is_told_wherever_it_is_taken(
+    made: Callable[[nn.Module], nn.Module]
+) -> None:
+    cut, x = split(), torch.zeros(1, 3, 16, 16)
+    compiled, inside = made(cut.model), split().model
+    inside.layer1 = made(inside.layer1)
+    importance = tp.importance.MagnitudeImportance()
+    works: dict[str, list[Callable[[], object]]] = {
+        r"around it\. .* model\._orig_mod\.": [
+            lambda: pp.Split(compiled, x, at="layer1"), lambda: pp.split_points(compiled, x),
+            lambda: pp.residual_blocks(compiled, x), lambda: pp.SoftMasks(compiled, x),
+            lambda: pp.open_attention(compiled, x), lambda: pp.count_macs(compiled, x),
+            lambda: pp.PatrolPruner(compiled, x, importance, split=cut, edge_macs=0.5)],
+        r"around its layer1\. .* before torch\.compile\.": [
+            lambda: pp.Split(inside, x, at="layer1"), lambda: pp.count_macs(inside, x)],
+    }
+    for words, calls in works.items():
+        for call in calls:
+            with pytest.raises(UnsupportedModelError, match=words):
+                call()
 
 
 def test_attackers_that_learnt_nothing_are_told() -> None:

@@ -120,11 +120,14 @@ def test_a_parameter_is_not_cut_along_its_positions(size: int) -> None:
     assert model(x).shape == (2, 5)
 
 
-def test_where_the_caller_says_so_its_channels_go_and_the_file_is_loaded(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", [list, dict])
+def test_where_the_caller_says_so_its_channels_go_and_the_file_is_loaded(
+    tmp_path: Path, kind: type
+) -> None:
     model = positioned()
     split = pp.Split(model, X, at="c")
     pp.PatrolPruner(model, X, Random(), split=split, edge_macs=0.5,
-                    unwrapped_parameters=[(model.pos, 1)]).step()
+                    unwrapped_parameters=kind([(model.pos, 1)])).step()
     assert model.pos.shape[1] == model.a.out_channels < 8 and model.pos.shape[2:] == (16, 16)
     pp.save(split, tmp_path / "a")
     assert torch.equal(pp.load(tmp_path / "a", positioned).model(X), model(X))
