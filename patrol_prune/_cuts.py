@@ -21,6 +21,9 @@ from patrol_prune.errors import InputError, UnsupportedModelError, nearest
 
 # Normalisations whose weights may have several dimensions and still mix no features.
 _NORMS = (nn.LayerNorm, nn.RMSNorm)
+# Torch's own modules of several layers, which a trace takes for one.
+_TRANSFORMERS = (nn.TransformerEncoder, nn.TransformerDecoder, nn.Transformer,
+                 nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 # Layers whose multiply-adds are channel pairs times positions; modules of layers, and operators of
 # several tensors, that have none.
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
@@ -125,7 +128,9 @@ class CutGraph:
             elif node.op != "call_module":
                 continue
             module = self.model.get_submodule(path)
-            if node.op == "call_module" or (path and not list(module.children())):
+            if isinstance(module, _TRANSFORMERS):
+                found.update(childless(path, module))
+            elif node.op == "call_module" or (path and not list(module.children())):
                 found[path] = module
         return found
 
@@ -291,6 +296,17 @@ class CutGraph:
         name = self.names[node][0] if self.names[node] else "the input"
         tensor = self.facts[node].tensor
         return f"{name} {list(tensor.shape) if tensor is not None else '(no tensor)'}"
+
+
+def childless(prefix: str, part: nn.Module) -> dict[str, nn.Module]:
+    """Its layers; attention is one, as in a graph, and not the projection inside it."""
+    whole = {m for m in part.modules() if isinstance(m, nn.MultiheadAttention)}
+    inside = {child for m in whole for child in m.children()}
+    return {
+        f"{prefix}.{name}" if name else prefix: module
+        for name, module in part.named_modules()
+        if module in whole or (next(module.children(), None) is None and module not in inside)
+    }
 
 
 DEFENDED = ("features", "upload")

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+_SHORT = 0.03  # of the expected MACs, from which less is told
+
 
 @dataclass(frozen=True)
 class PruneResult:
@@ -43,8 +45,16 @@ class PruneResult:
         return sum(total - kept for kept, total in self.kept.values())
 
 
-def warn_if_above(result: PruneResult) -> None:
-    """Say so where groups were skipped, or taken before they were pruned."""
+def warn_if_off(result: PruneResult, expected: int | None) -> None:
+    """Say so where groups were skipped, or taken before they were pruned; and where far more went
+    than the closed form had told."""
+    if expected is not None and result.edge_macs < (1 - _SHORT) * expected:
+        warnings.warn(
+            f"The edge has {result.edge_macs:,} MACs, of which {expected:,} were to stay: what its "
+            "forward multiplies by itself shrank too, which nothing but a count tells. Prune the "
+            "model as it was with a larger edge_macs, or keep layers in ignored_layers.",
+            stacklevel=3,
+        )
     if result.edge_macs > result.budget:
         warnings.warn(
             f"The edge has {result.edge_macs:,} MACs, the budget is {result.budget:,}: of the "

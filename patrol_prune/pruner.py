@@ -34,7 +34,7 @@ from patrol_prune.group_table import GroupTable, rebuilt_graph
 from patrol_prune.groups import ChannelGroup
 from patrol_prune.origins import recording
 from patrol_prune.prunable import check_prunable, follow_widths, preserved, whole_or_not_at_all
-from patrol_prune.prune_result import PruneResult, warn_if_above, weight_shapes
+from patrol_prune.prune_result import PruneResult, warn_if_off, weight_shapes
 from patrol_prune.regularizer import ChannelDecay
 from patrol_prune.removal import remove_blocks
 
@@ -356,7 +356,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 self.split.pruning_history = [*self._earlier, *self.DG.pruning_history()]
             removed_blocks = self._remove_blocks(gone)
         self._decay = None
-        if after is None or self._costs.constant or self._costs.has_other_positions(self.split):
+        expected, counted = after, self._costs.constant or self.split.positions is None
+        if after is None or counted or self._costs.has_other_positions(self.split):
             after = count_macs(self.split.edge, self.split.example_inputs).total
         now = weight_shapes(self.split.cloud_layers)
         self.last_result = PruneResult(
@@ -371,7 +372,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         )
         if self.current_step >= self.iterative_steps and hasattr(self.importance, "mark_stale"):
             self.importance.mark_stale("the model was pruned with them")
-        warn_if_above(self.last_result)
+        warn_if_off(self.last_result, expected)
         logger.info("edge MACs %d -> %d (budget %d)", before, after, budget)
 
     def _reason_to_keep(self, group: ChannelGroup) -> str | None:

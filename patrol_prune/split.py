@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
-from patrol_prune._cuts import Cut, CutGraph, Parts, parts_of
+from patrol_prune._cuts import Cut, CutGraph, Parts, childless, parts_of
 from patrol_prune._halves import Composed, Follow, OnCopy
 from patrol_prune._trace import Likeness, likeness, run_on
 from patrol_prune.cost import (
@@ -262,8 +262,8 @@ class Split:
             self.cloud = model.cloud
         elif not isinstance(getattr(self, "cloud", None), OnCopy):
             self.cloud = OnCopy(model.cloud)
-        self.edge_layers = _childless("edge", model.edge)
-        self.cloud_layers = _childless("cloud", model.cloud)
+        self.edge_layers = childless("edge", model.edge)
+        self.cloud_layers = childless("cloud", model.cloud)
         self.blocks = self._chain(parts_of(model.edge, x), None)
 
     def _chain(self, parts: Parts, stop: Cut | None) -> tuple[nn.Module, ...]:
@@ -332,17 +332,6 @@ def _check_feature(z: Any, x: Tensor) -> None:
         "Expected an edge that returns one floating-point tensor [N, ...], came "
         f"{came} for an input of shape {tuple(x.shape)}. Cut where a single tensor crosses."
     )
-
-
-def _childless(prefix: str, half: nn.Module) -> dict[str, nn.Module]:
-    """Its layers; attention is one, as in a graph, and not the projection inside it."""
-    whole = {m for m in half.modules() if isinstance(m, nn.MultiheadAttention)}
-    inside = {child for m in whole for child in m.children()}
-    return {
-        f"{prefix}.{name}" if name else prefix: module
-        for name, module in half.named_modules()
-        if module in whole or (next(module.children(), None) is None and module not in inside)
-    }
 
 
 def _edge_macs(graph: CutGraph, example_inputs: Tensor | Sequence[Tensor]) -> list[int]:

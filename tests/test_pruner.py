@@ -14,7 +14,7 @@ from pruning_helpers import HandMadeObjective, backbone, cifar_resnet
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patrol_prune.cost import count_macs
+from patrol_prune.cost import MacCount, count_macs
 from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.importance import PatrolImportance
 from patrol_prune.objective import PatrolObjective
@@ -561,3 +561,58 @@ def test_what_an_interactive_step_did_is_read_from_the_layers() -> None:
     assert pruner.last_result.kept == widths
     assert sum(kept < total for kept, total in widths.values()) == 1
     assert pruner.last_result.edge_macs == count_macs(split.edge, x).total
+
+
+class Tokens(nn.Module):
+    """Torch's own transformer layers, on both sides of a cut, or as one encoder."""
+
+    def __init__(self, stack: bool) -> None:
+        super().__init__()
+        layers = [nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+                  for _ in range(3)]
+        self.patches = nn.Conv2d(3, 32, 4, 4)
+        self.layers = nn.TransformerEncoder(layers[0], 2) if stack else nn.Sequential(*layers)
+        self.head = nn.Linear(32, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layers(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+
+@pytest.mark.parametrize(("boundary", "share"), [("keep", 0.95), ("keep", 0.7), ("prune", 0.7)])
+@pytest.mark.parametrize("stack", [False, True])
+def test_torchs_own_transformer_layers_shrink_inside_to_the_budget(
+    stack: bool, boundary: str, share: float
+) -> None:
+    torch.manual_seed(0)
+    model, x = Tokens(stack).eval(), torch.rand(2, 3, 16, 16)
+    split = Split(model, x, "layers" if stack else "layers.1")
+    cloud = copy.deepcopy(split.cloud.state_dict())
+    importance = tp.importance.GroupMagnitudeImportance()
+    pruner = PatrolPruner(model, x, importance, split=split, edge_macs=share, boundary=boundary)
+    inner = [g for n, g in pruner.table.groups.items() if n.endswith("linear1")]
+    assert [g.location for g in inner].count("edge") == 2
+    assert [m.layer_name for g in inner for m in g.members if m.direction == "out"] == [
+        g.name for g in inner]
+    predicted = pruner.costs.macs(pruner.choose())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = pruner.step()
+    assert result.edge_macs == predicted == count_macs(split.edge, x).total
+    assert 0.99 * result.budget <= result.edge_macs <= result.budget
+    assert torch.equal(split.cloud(split.edge(x)), model(x))
+    same = all(map(torch.equal, cloud.values(), split.cloud.state_dict().values()))
+    assert same == (boundary == "keep")
+
+
+def test_an_edge_far_below_what_was_expected_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    for share, told in ((0.98, False), (0.9, True)):
+        model, x = Tokens(True).eval(), torch.rand(2, 3, 16, 16)
+        split = Split(model, x, "layers")
+        pruner = PatrolPruner(model, x, tp.importance.RandomImportance(), split=split,
+                              edge_macs=0.7)
+        counted = MacCount(int(share * pruner.costs.macs(pruner.choose())))
+        with monkeypatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            patch.setattr("patrol_prune.pruner.count_macs", lambda *_, counted=counted: counted)
+            pruner.step()
+        assert any("were to stay" in str(w.message) for w in caught) == told
