@@ -33,6 +33,13 @@ from patrol_prune.given import (
     warn_if_unfitted,
 )
 from patrol_prune.masks import SoftMasks
+from patrol_prune.predicted_change import (
+    IGNORED,
+    are_classes,
+    counted_labels,
+    first_order_change,
+    second_order_change,
+)
 from patrol_prune.prunable import check_prunable, in_mode
 from patrol_prune.survivors import SurvivorTracker
 
@@ -42,30 +49,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TERMS = ("task", "lipschitz", "adversarial")
-_IGNORED = -100
-"""The label that PyTorch's losses leave out."""
 TaskChange = Literal["second_order", "absolute"]
-
-
-def first_order_change(gradient: Tensor, mask: Tensor) -> Tensor:
-    """`L(m_s = 0) - L(m_s)` to first order: `-dL/dm_s * m_s`, for every s."""
-    return -gradient * mask
-
-
-def second_order_change(shares: Tensor, mask: Tensor, counted: int | None = None) -> Tensor:
-    """`-g m + mean_i (g_i m)^2 / 2`, for every structure.
-
-    Args:
-        shares: of each image in the gradient of a mean over images, `g_i / B`, `[B, ...]`.
-        mask: at which it was taken, `[...]`.
-        counted: of how many images it is the mean, where some have no part in it; else all, B.
-
-    Source:
-        the diagonal of the empirical Fisher information for the Hessian, as in Theis et al.,
-        Faster gaze prediction with dense networks and Fisher pruning, 2018 (arXiv 1801.05787).
-    """
-    curvature = (len(shares) if counted is None else counted) * shares.square().sum(0)
-    return first_order_change(shares.sum(0), mask) + curvature * mask.square() / 2
 
 
 def combine_terms(
@@ -216,7 +200,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
                 shares = self._gradients(terms, copies)
         if self._batches == 0:
             self._first_size = len(x)
-        weight, counted = len(x) / self._first_size, _counted(y)
+        weight, counted = len(x) / self._first_size, counted_labels(y)
         for term, values in shares.items():
             changes = [self._change(term, g, m.detach(), counted) * weight
                        for g, m in zip(values, masks.parameters(), strict=True)]
@@ -323,7 +307,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
 
     def _check_labels(self, y: Tensor) -> None:
         """Class numbers lie inside the model's outputs, before a device-side assert finds out."""
-        if not _are_classes(y):
+        if not are_classes(y):
             return
         if self._classes is None:
             split = self.objective.split
@@ -331,7 +315,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
                 logits = split.cloud(split.edge(split.example_inputs[:1]))
             is_vector = isinstance(logits, Tensor) and logits.dim() == 2
             self._classes = logits.shape[1] if is_vector else 0
-        valid = y[y != _IGNORED]
+        valid = y[y != IGNORED]
         low, high = (int(valid.min()), int(valid.max())) if len(valid) else (0, 0)
         if self._classes and (low < 0 or high >= self._classes):
             raise InputError(
@@ -392,15 +376,6 @@ _NORMALIZERS: dict[str | None, Callable[[Tensor], Tensor]] = {
     "sum": lambda values: values.abs().sum(),
     "max": lambda values: values.abs().max(),
 }
-
-
-def _are_classes(y: Tensor) -> bool:
-    return not y.is_floating_point() and y.dim() == 1
-
-
-def _counted(y: Tensor) -> int:
-    """The images whose label counts in a mean over them."""
-    return int((y != _IGNORED).sum()) if _are_classes(y) else len(y)
 
 
 def _add(sums: dict[str, Tensor], names: Iterable[str], changes: Sequence[Tensor]) -> None:

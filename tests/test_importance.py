@@ -13,14 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from patrol_prune.errors import InputError
-from patrol_prune.importance import (
-    PatrolImportance,
-    combine_terms,
-    first_order_change,
-    second_order_change,
-)
+from patrol_prune.importance import PatrolImportance, combine_terms
 from patrol_prune.masks import SoftMasks
 from patrol_prune.objective import PatrolObjective
+from patrol_prune.predicted_change import first_order_change, second_order_change
 from patrol_prune.split import Split
 
 
