@@ -342,7 +342,25 @@ def within_a_point(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], 
     verdict = "met" if ssim <= GOAL else "not met"
     return (f"within a point of the dense model the most private row is {name}: SSIM {ssim:.3f} "
             f"under the attack {attack}{once}; the goal of {GOAL} is {verdict} under this kind of "
-            "attack.")
+            f"attack.{steady(near, longer) * draws(rows[0])}")
+
+
+def steady(near: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) -> str:
+    """What is the most private where each picture may be uploaded any number of times, each under
+    the longest attack on it."""
+    known = {}
+    for name, rows in near.items():
+        seen = [row["often"] if draws(row) else longer.get((name, row["train_seed"]), row)
+                for row in rows]
+        if all(seen):
+            known[name] = statistics.mean(row["ssim"] for row in seen if row)
+    if not known:
+        return ""
+    name = min(known, key=lambda n: known[n])
+    seeds = len(near[name])
+    return (f" Uploaded any number of times it is {name}, under the longest attack on it: SSIM "
+            f"{known[name]:.3f} ({seeds} training seed{'s' * (seeds > 1)}); the goal is "
+            f"{'met' if known[name] <= GOAL else 'not met'} there.")
 
 
 def sentence_case(text: str) -> str:

@@ -104,6 +104,21 @@ def test_the_goal_is_judged_by_the_longer_attack_within_a_point(
     assert "No mean is within a point" in page()
 
 
+def test_what_holds_for_any_number_of_uploads_is_told_beside_what_draws(
+    modules: tuple[ModuleType, ModuleType]
+) -> None:
+    drops = {**row("feature_dropout", 0, 0.20, 0.895), "plateau": True}
+    often = {**drops, "silenced": True, "ssim": 0.35}
+    rows = [row("patrol", 0, 0.21, 0.895), drops, often]
+    told = "times it is PATROL's fine-tuning, β 10, under the longest attack on it: SSIM {} (1"
+    for ssim, verdict in (("0.210", "met there"), ("0.230", "not met there")):
+        page = modules[1].seeds({"rows": rows}, "here")
+        assert told.format(ssim) in page and f"the goal is {verdict}" in page
+        rows.append(row("patrol", 0, 0.23, 0.895, times=3))
+    page = modules[1].seeds({"rows": rows[:1]}, "here")
+    assert "any number of times it is" not in page
+
+
 def test_many_uploads_of_a_picture_stand_beside_one(
     modules: tuple[ModuleType, ModuleType]
 ) -> None:
