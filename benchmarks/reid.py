@@ -154,7 +154,8 @@ def draw(folder: Path, methods: Sequence[str], target: Path, *, count: int = 8) 
     page = Image.new("RGB", (count * side, len(strips) * side))
     for row, strip in enumerate(strips):
         page.paste(Image.open(strip).crop((0, 0, count * side, side)), (0, row * side))
-    page.resize((2 * page.width, 2 * page.height), Image.Resampling.NEAREST).save(target)
+    page = page.resize((2 * page.width, 2 * page.height), Image.Resampling.NEAREST)
+    page.quantize(256).save(target, optimize=True)
 
 
 def minutes(folder: Path) -> float:

@@ -51,7 +51,7 @@ def test_pictures_stand_in_rows_of_a_method_each(reid: ModuleType, tmp_path: Pat
         Image.new("RGB", (40, 4), (shade, 0, 0)).save(folder / "edge.png")
         Image.new("RGB", (40, 4), (9, 0, 0)).save(folder / "originals.png")
     reid.draw(tmp_path, ["dense", "patrol"], tmp_path / "page.png", count=3)
-    page = Image.open(tmp_path / "page.png")
+    page = Image.open(tmp_path / "page.png").convert("RGB")
     assert page.size == (2 * 3 * 4, 2 * 3 * 4)
     assert [page.getpixel((20, y))[0] for y in (7, 8, 15, 16)] == [9, 1, 1, 2]
 
