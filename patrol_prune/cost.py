@@ -267,6 +267,11 @@ def _tensordot(inputs: list[Any], outputs: list[Any]) -> int:
     return math.isqrt(math.prod(sizes))
 
 
+def _inner(inputs: list[Any], outputs: list[Any]) -> int:
+    """Over the last dimensions of both; by a number it is no product of matrices."""
+    return _product(0)(inputs, outputs) if all(map(get_shape, inputs[:2])) else 0
+
+
 def _addbmm(inputs: list[Any], outputs: list[Any]) -> int:
     """A sum of matrix products: each is as large as the output."""
     count, _, contracted = get_shape(inputs[1])
@@ -291,7 +296,7 @@ _HANDLES: dict[str, Callable[[list[Any], list[Any]], int]] = {
     "aten::addmv": _product(1),
     "aten::baddbmm": _product(1),
     "aten::addbmm": _addbmm,
-    "aten::inner": _product(0),
+    "aten::inner": _inner,
     "aten::tensordot": _tensordot,
     "aten::bilinear": _bilinear,
     "aten::einsum": _einsum,

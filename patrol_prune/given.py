@@ -75,16 +75,15 @@ def check_full_precision(
     model: nn.Module, example: Tensor | None = None, *, but: Sequence[torch.dtype] = ()
 ) -> None:
     """An UnsupportedModelError where a model that is to give gradients is of half precision, `but`
-    one that is enough: all of its real parameters, or the input it takes."""
+    one that is enough: in all of its parameters, or in some and in the input that it takes."""
     kinds = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    takes = set() if example is None or not example.is_floating_point() else {example.dtype}
-    for some in (kinds, takes):
-        if some and all(torch.finfo(kind).bits < 32 and kind not in but for kind in some):
-            raise UnsupportedModelError(
-                "Expected a model in float32 or float64 to train or to score, came "
-                f"{type(model).__name__} in {', '.join(sorted(map(str, some)))}. Train in float32, "
-                "model.float(), with precision='bf16', and cast it afterwards."
-            )
+    half = {kind for kind in kinds if torch.finfo(kind).bits < 32 and kind not in but}
+    if half and (half == kinds or (example is not None and example.dtype in half)):
+        raise UnsupportedModelError(
+            "Expected a model in float32 or float64 to train or to score, came "
+            f"{type(model).__name__} in {', '.join(sorted(map(str, half)))}. Train in float32, "
+            "model.float(), with precision='bf16', and cast it afterwards."
+        )
 
 
 def check_normalization(normalization: object) -> None:

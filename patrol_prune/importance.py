@@ -171,9 +171,10 @@ class PatrolImportance(Importance):  # type: ignore[misc]
                 or infinite.
         """
         x, y = input_and_target((x, y))
-        exact, split = getattr(self.objective, "uses_lipschitz", False), self.objective.split
+        exact = getattr(self.objective, "uses_lipschitz", False)  # takes small differences
+        split = self.objective.split
         check_full_precision(split.model, split.example_inputs,
-                             but=() if exact else (torch.bfloat16,))  # small differences
+                             but=() if exact else (torch.bfloat16,))
         if not isinstance(y, Tensor) or min(x.dim(), y.dim()) < 1:
             raise InputError(
                 "Expected x and y as tensors [B, ...], came targets of type "

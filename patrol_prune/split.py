@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any
 
 import torch
@@ -189,7 +189,7 @@ class Split:
 
     def _takes(self, x: Tensor) -> bool:
         """Whether a model of several types runs on `x`; one of a single type is not asked."""
-        if len({p.dtype for p in self.model.parameters() if p.is_floating_point()}) == 1:
+        if len(_types(self.model)) == 1:
             return False
         with evaluating(self.model), draws_restored(self.model), torch.no_grad():
             try:
@@ -320,8 +320,14 @@ def _sample(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Tens
 
 
 def _first_type(model: nn.Module) -> torch.dtype | None:
-    """The type of the model's first parameter of real numbers."""
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    """The type of the model's first real numbers, parameters before buffers."""
+    return next(iter(_types(model)), None)
+
+
+def _types(model: nn.Module) -> dict[torch.dtype, None]:
+    """Of its real numbers, each once."""
+    values = chain(model.parameters(), model.buffers())
+    return dict.fromkeys(v.dtype for v in values if v.is_floating_point())
 
 
 def _check_feature(z: Any, x: Tensor) -> None:

@@ -18,7 +18,7 @@ _FLOOR = 1e-8
 class FeatureWhitener(FeatureStandardizer):
     """Standardised channels made uncorrelated, `W (z - mean) / std`: ZCA whitening.
 
-        W = V diag((lambda + eps mean(lambda)) ** -1/2) V^T,    R = V diag(lambda) V^T
+        W = V diag(((lambda + eps mean(lambda)) / (1 + eps)) ** -1/2) V^T,    R = V diag(lambda) V^T
 
     with `R` the correlation matrix of the channels over images and places. A network's features
     have a few strong directions; what else they say of the picture lies in faint ones, which a
@@ -59,9 +59,15 @@ class FeatureWhitener(FeatureStandardizer):
         eigenvalues = eigenvalues.clamp_min(0.0)
         eps = max(_FLOOR, (len(gain) / count) ** 4)
         floor = (eps * eigenvalues.mean()).clamp_min(torch.finfo(torch.float32).tiny)
-        whitening = (vectors * torch.rsqrt(eigenvalues + floor)) @ vectors.T
+        gains = torch.rsqrt((eigenvalues + floor) / (1.0 + eps))
+        whitening = (vectors * gains) @ vectors.T
         self.matrix.copy_(whitening * (gain > 0))
         return self
+
+    def update(self, z: Tensor, momentum: float = 0.1) -> FeatureWhitener:
+        """Refused: running statistics of one batch say little of faint directions. Use `fit`."""
+        raise InputError("Expected FeatureWhitener.fit with all features, came update. A batch "
+                         "alone does not tell how faint directions vary.")
 
     def _moments(self, parts: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
         """Samples, their mean `[C]` and scatter `[C, C]`, merged as Chan et al. (1979)."""
@@ -84,4 +90,5 @@ class FeatureWhitener(FeatureStandardizer):
         standard = super().forward(z)
         if not self.whitens:
             return standard
-        return (standard.movedim(self.dim, -1) @ self.matrix).movedim(-1, self.dim)
+        turned = standard.movedim(self.dim, -1) @ self.matrix.to(standard.dtype)
+        return turned.movedim(-1, self.dim)

@@ -152,6 +152,18 @@ def test_a_model_that_was_cast_after_it_was_pruned_comes_back_in_its_type(
     assert torch.equal(split.example_inputs, before)
 
 
+def test_a_split_follows_numbers_that_are_no_parameters() -> None:
+    split = trained_split(plain, "3", pruned=False)
+    for module in list(split.model.modules()):
+        for name, value in list(module.named_parameters(recurse=False)):
+            delattr(module, name)
+            module.register_buffer(name, value.detach())
+    split.refresh()
+    split.model.double()
+    assert split.example_inputs.dtype == torch.double
+    split.refresh()
+
+
 def test_each_module_s_mode_and_what_is_frozen_come_back(tmp_path: Path) -> None:
     split = trained_split(small, "layer2", pruned=False)
     split.model.train()

@@ -195,6 +195,8 @@ class Product(nn.Module):
             return torch.tensordot(x, torch.zeros(3, 5, 7), dims=([2, 1], [1, 0]))
         if self.form == "inner":
             return torch.inner(x, torch.zeros(4, 5))
+        if self.form == "inner by a number":
+            return torch.inner(x, torch.tensor(2.0))
         if self.form == "addbmm":
             return torch.addbmm(torch.zeros(3, 3), x, x.transpose(1, 2))
         return self.pairs(x, x) if self.form == "bilinear" else torch.einsum("bij->bji", x)
@@ -202,7 +204,7 @@ class Product(nn.Module):
 
 @pytest.mark.parametrize(("form", "expected"), [
     ("tensordot", 3 * 5 * 7), ("inner", 3 * 4 * 5), ("addbmm", 3 * 3 * 5),
-    ("bilinear", 3 * 4 * 5 * 5), ("einsum", 0),
+    ("bilinear", 3 * 4 * 5 * 5), ("einsum", 0), ("inner by a number", 0),
 ])
 def test_other_products(form: str, expected: int) -> None:
     assert total(Product(form), 1, 3, 5) == expected

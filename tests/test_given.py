@@ -271,6 +271,21 @@ def test_a_half_model_is_refused_before_it_is_trained_or_scored(dtype: torch.dty
         assert all(map(torch.equal, before.values(), cut.model.state_dict().values()))
 
 
+def test_a_model_in_float32_may_take_compact_images() -> None:
+    class Widens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.LazyLinear(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x.float())  # type: ignore[no-any-return]
+
+    model, x = Widens(), images(8).half()
+    model(x)
+    cut = pp.Split(model, x[:1], at="net.1")
+    assert pp.finetune(cut, [(x, torch.arange(8) % 5)], config=QUICK, progress=False).history
+
+
 class Compiled(nn.Module):
     """What torch.compile makes, as far as others see it; importing all of it takes seconds."""
 
