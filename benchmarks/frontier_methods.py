@@ -190,6 +190,7 @@ MET_BY_OTHERS = ("with-patrol@half-longer-10-avgpool",
                  "with-patrol@half-longer-whole-10-avgpool",
                  "with-patrol@half-longer-whole-30-avgpool",
                  "with-patrol@half-longest-whole-60-avgpool",
+                 "with-patrol@half-longer-whole-light-dropout-10-avgpool",
                  "with-patrol@half-longer-light-dropout-10-avgpool",
                  "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-layer4",
                  CONTROL)
