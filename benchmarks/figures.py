@@ -121,14 +121,6 @@ def of_every_attack() -> tuple[dict[str, Any], str]:
     return {**newest, "rows": rows}, told_of_it
 
 
-def surrogate_gap() -> str:
-    """The table of every record in which surrogates say what they believe."""
-    names = [name for name in ("strongest", "seeds", "frontier")
-             if (RESULTS / f"{name}.json").exists()]
-    return gap_figures.surrogate_gap({name: load(name) for name in names},
-                                     {name: source(name) for name in names})
-
-
 def is_swept(row: Row) -> bool:
     return bool(row.get("defence"))
 
@@ -358,7 +350,8 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "strongest": ("frontier", lambda: audit_figures.strongest(*of_every_attack())),
     "every-attack": ("frontier", lambda: audit_figures.every_attack(*of_every_attack())),
     "sweep": ("frontier", lambda: audit_figures.sweep(of_frontier(is_swept))),
-    "gap": ("frontier", surrogate_gap),
+    "gap": ("frontier", lambda: gap_figures.surrogate_gap(
+        [told(name) for name in gap_figures.RECORDS if (RESULTS / f"{name}.json").exists()])),
     "depth": ("frontier", lambda: depth_figures.depth(load("frontier"), of_frontier(is_deeper))),
     "seeds": ("seeds", lambda: seed_figures.seeds(*told("seeds"))),
     "seed-means": ("seeds", lambda: seed_figures.means(*told("seeds"))),

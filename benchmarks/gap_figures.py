@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from audit_figures import USUAL_SPLIT, improving, name_in_the_table
@@ -20,6 +21,7 @@ from row_names import (
 
 from patrol_prune.report import render_table
 
+RECORDS = ("strongest", "seeds", "frontier")
 GOAL = 1.25
 """As much smaller than believed may the strongest attacker's error be."""
 COLUMNS = {"model": "trained against", "split": "split after", "seed": "training seed",
@@ -28,15 +30,15 @@ COLUMNS = {"model": "trained against", "split": "split after", "seed": "training
 STILL = "\\* was still improving: a longer attack would see more."
 
 
-def surrogate_gap(records: dict[str, dict[str, Any]], measured: dict[str, str]) -> str:
+def surrogate_gap(told: Sequence[tuple[dict[str, Any], str]]) -> str:
     """What the attackers inside believed against the fresh attacker that gets closest, in MSE.
 
     Args:
-        records: by name, the newest first; a model in several counts once, with all its attacks.
-        measured: under which circumstances each was made.
+        told: records, and under which circumstances each was made; a model that is in several
+            counts once, with all its attacks.
     """
     groups: dict[tuple[Any, ...], list[Row]] = {}
-    for record in records.values():
+    for record, _ in told:
         for row in filter(is_told, record["rows"]):
             groups.setdefault(model_of(row), []).append(row)
     if not groups:
@@ -53,7 +55,7 @@ def surrogate_gap(records: dict[str, dict[str, Any]], measured: dict[str, str]) 
         f"{len(elsewhere)}.",
         render_table([line(row) for row in rows], COLUMNS).strip(),
         *[STILL] * any(map(improving, rows)), *[PRESSED_TEXT] * any(map(pressed, rows)),
-        " ".join(measured[name] for name in records),
+        " ".join(measured for _, measured in told),
     ])
 
 

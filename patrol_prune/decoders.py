@@ -250,10 +250,29 @@ class FeatureStandardizer(nn.Module):
         self.fitted.fill_(True)
 
     def _statistics(self, parts: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean and variance of every channel in double precision, merged as Chan et al. (1979)."""
+        """Mean and variance of every channel."""
+        count, mean, squares = self._moments(parts)
+        return mean.to(self.mean), (squares / count).to(self.var)
+
+    def _within(self, values: Tensor, centre: Tensor) -> Tensor:
+        """Of one part, the sum of each channel's squared distances from its mean, `[C]`."""
+        shape, others = self._axes()
+        return ((values - centre.view(shape)) ** 2).sum(others)
+
+    def _square(self, step: Tensor) -> Tensor:
+        """As `_within`, of one sample at `step [C]` from the mean."""
+        return step**2
+
+    def _axes(self) -> tuple[list[int], list[int]]:
+        """The shape in which a vector lies along the channels, and all other dimensions."""
         shape = [1] * (len(self.feature_shape) + 1)
         shape[self.dim] = -1
-        others = [d for d in range(len(shape)) if d != self.dim]
+        return shape, [d for d in range(len(shape)) if d != self.dim]
+
+    def _moments(self, parts: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
+        """Samples, their mean and the sum of squares about it, in double precision, merged as Chan
+        et al. (1979)."""
+        _, others = self._axes()
         count, mean, squares = 0, torch.zeros((), dtype=torch.double), torch.zeros(())
         for chunk in (c for part in parts for c in torch.split(self._checked(part).detach(), 512)):
             values = chunk.double()
@@ -262,11 +281,11 @@ class FeatureStandardizer(nn.Module):
             count += more
             step, share = centre - mean.to(centre.device), more / count
             mean = centre if more == count else mean + share * step
-            within = ((values - centre.view(shape)) ** 2).sum(others)
-            squares = squares.to(within) + within + share * (count - more) * step**2
+            within = self._within(values, centre)
+            squares = squares.to(within) + within + share * (count - more) * self._square(step)
         if count == 0:
             raise InputError("Expected at least one part of features, came none. Give some.")
-        return mean.to(self.mean), (squares / count).to(self.var)
+        return count, mean, squares
 
     def _checked(self, z: Tensor) -> Tensor:
         if tuple(z.shape[1:]) != self.feature_shape or len(z) == 0:

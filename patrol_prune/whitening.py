@@ -54,7 +54,7 @@ class FeatureWhitener(FeatureStandardizer):
             return self
         count, mean, scatter = self._moments(parts)
         self._set(mean, scatter.diagonal() / count)
-        gain = self.gain().double()
+        gain = self.gain().to(scatter)  # features may lie on another device
         eigenvalues, vectors = torch.linalg.eigh(scatter / count * gain * gain.unsqueeze(1))
         eigenvalues = eigenvalues.clamp_min(0.0)
         eps = max(_FLOOR, (len(gain) / count) ** 4)
@@ -69,21 +69,15 @@ class FeatureWhitener(FeatureStandardizer):
         raise InputError("Expected FeatureWhitener.fit with all features, came update. A batch "
                          "alone does not tell how faint directions vary.")
 
-    def _moments(self, parts: Iterable[Tensor]) -> tuple[int, Tensor, Tensor]:
-        """Samples, their mean `[C]` and scatter `[C, C]`, merged as Chan et al. (1979)."""
-        count, mean, scatter = 0, torch.zeros((), dtype=torch.double), torch.zeros(())
-        for chunk in (c for part in parts for c in torch.split(self._checked(part).detach(), 512)):
-            rows = chunk.movedim(self.dim, -1).flatten(0, -2).double()
-            centre = rows.mean(0)
-            count += len(rows)
-            step, share = centre - mean.to(centre.device), len(rows) / count
-            mean = centre if len(rows) == count else mean + share * step
-            rows = rows - centre
-            between = share * (count - len(rows)) * torch.outer(step, step)
-            scatter = scatter.to(rows) + rows.T @ rows + between
-        if count == 0:
-            raise InputError("Expected at least one part of features, came none. Give some.")
-        return count, mean, scatter
+    def _within(self, values: Tensor, centre: Tensor) -> Tensor:
+        """Of one part, the scatter matrix of its channels about their means, `[C, C]`."""
+        if not self.whitens:
+            return super()._within(values, centre)
+        rows = values.movedim(self.dim, -1).flatten(0, -2) - centre
+        return rows.T @ rows
+
+    def _square(self, step: Tensor) -> Tensor:
+        return torch.outer(step, step) if self.whitens else super()._square(step)
 
     def forward(self, z: Tensor) -> Tensor:
         """`z [N, *feature_shape]` whitened; gradients flow to `z`, not to the statistics."""

@@ -24,8 +24,8 @@ def row(believed: float, mse: float, *, split: str = "layer4", **more: Any) -> d
 
 
 def table(figures: ModuleType, **records: list[dict[str, Any]]) -> str:
-    return str(figures.surrogate_gap({name: {"rows": rows} for name, rows in records.items()},
-                                     {name: f"measured in {name}" for name in records}))
+    return str(figures.surrogate_gap([({"rows": rows}, f"measured in {name}")
+                                      for name, rows in records.items()]))
 
 
 def test_a_model_counts_once_under_the_attack_that_gets_closest(figures: ModuleType) -> None:
