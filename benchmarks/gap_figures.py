@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from audit_figures import USUAL_SPLIT, improving, name_in_the_table
+from audit_figures import STILL, UNFINISHED, USUAL_SPLIT, improving, name_in_the_table
 from depth_figures import trained_with
 from row_names import (
     INSIDE,
@@ -27,7 +27,6 @@ GOAL = 1.25
 COLUMNS = {"model": "trained against", "split": "split after", "seed": "training seed",
            "believed": "MSE the surrogates get", "mse": "smallest MSE of a fresh attacker",
            "attack": "which attack", "gap": "ratio", "ssim": "SSIM, surrogates / that attacker"}
-STILL = "\\* was still improving: a longer attack would see more."
 
 
 def surrogate_gap(told: Sequence[tuple[dict[str, Any], str]]) -> str:
@@ -85,6 +84,6 @@ def line(row: Row) -> dict[str, str]:
     return {
         "model": name, "split": row["split"] + PRESSED_MARK * pressed(row),
         "seed": str(row.get("train_seed", 0)), "believed": f"{row['surrogate_mse']:.4f}",
-        "mse": f"{row['mse']:.4f}", "attack": attack_name(row) + " *" * improving(row),
+        "mse": f"{row['mse']:.4f}", "attack": attack_name(row) + UNFINISHED * improving(row),
         "gap": f"{gap_of(row):.2f}", "ssim": f"{row['surrogate_ssim']:.3f} / {row['ssim']:.3f}",
     }
