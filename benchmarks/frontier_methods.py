@@ -210,7 +210,6 @@ DEEPEST = "with-patrol@longest-10-avgpool"
 INSIDE: dict[str, tuple[float, ...]] = {
     "mse": (40.0,), "large": (40.0, 160.0), "renewed": (40.0,), "pool": (40.0,),
     "features": (40.0,), "long": (40.0,), "narrow-16": (40.0, 10.0), "narrow-8": (40.0,),
-    "lipschitz-paper": (0.0,), "lipschitz-scale-free": (0.0,), "lipschitz-spectral": (0.0,),
 }
 """PATROL's fine-tuning with other attackers inside (`frontier_recipes`) and its strengths."""
 

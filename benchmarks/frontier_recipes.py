@@ -16,6 +16,12 @@ LARGE = (
 )
 
 
+LIPSCHITZ: dict[LipschitzForm, tuple[float, ...]] = {
+    "paper": (0.2, 2.0, 0.02), "scale_free": (0.2, 2.0, 0.02), "spectral": (0.002, 0.02, 0.0002),
+}
+"""Each form of the Lipschitz term and its weights; with the first they cost about as much."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One setting of the inner problem.
@@ -83,9 +89,8 @@ RECIPES: dict[str, Recipe] = {
     "half-longest-whole": Recipe(epochs=6),
     "half-longer-whole-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
     "taylor": Recipe(),
-    "lipschitz-paper": Recipe(alpha=0.02, lipschitz_form="paper"),
-    "lipschitz-scale-free": Recipe(alpha=0.02),
-    "lipschitz-spectral": Recipe(alpha=0.002, lipschitz_form="spectral"),
+    **{f"{form}-{alpha:g}": Recipe(alpha=alpha, lipschitz_form=form)
+       for form, alphas in LIPSCHITZ.items() for alpha in alphas},
 }
 """By name; "" is what every defence with an adversarial term gets. "whole": with attackers inside
 that read the whole of a small feature, where those of the recipes before them pressed it."""

@@ -84,9 +84,6 @@ INSIDE = {
         "larger budget, three times as long",
     "taylor": "on Taylor pruning",
     "long": "larger surrogates, three times as long",
-    "lipschitz-paper": "the paper's Lipschitz term alone",
-    "lipschitz-scale-free": "the scale-free Lipschitz term alone",
-    "lipschitz-spectral": "the spectral Lipschitz term alone",
 }
 STRENGTHS = {
     "patrol": "β {:g}", "adversarial_only": "β {:g}", "gaussian_noise": "σ {:g} of the RMS",
