@@ -19,13 +19,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from beginning import planned
 from jsonargparse import ArgumentParser
 from page import HEADINGS, comparison, unmatched
 from pictures import everybody
 from rich.console import Console
 from rich.table import Table
 from settings import ReidRun
-from stages import OUTPUTS, PAGE, Work, planned
+from stages import OUTPUTS, PAGE, Work
 
 from patrol_prune.errors import PatrolError
 from patrol_prune.rundir import CONFIG, RunDirectory

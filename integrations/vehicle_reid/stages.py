@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch_pruning as tp
+from beginning import model_of, planned
 from leak_checks import LeakChecks, row_name
 from page import write_page
 from pictures import Everybody, Pictures, everybody
@@ -23,9 +24,7 @@ import patrol_prune as pp
 from patrol_prune.access import Repeated, compute_features
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import RunDirectoryError
-from patrol_prune.models import build_model, load_weights
 from patrol_prune.preparation import dropout_notes, refuse_changed_weights, with_dropout
-from patrol_prune.reid_model import add_bnneck
 from patrol_prune.run_summary import versions
 from patrol_prune.rundir import RunDirectory
 from patrol_prune.settings import resolve_device
@@ -44,32 +43,6 @@ _CHUNK = 200
 def methods(config: ReidRun) -> tuple[str, ...]:
     """What is compared."""
     return (DENSE, TAYLOR, PATROL) if config.compare else (DENSE, PATROL)
-
-
-def model_of(config: ReidRun, people: Everybody) -> nn.Module:
-    """The model before its training; its weights from the file where one is named."""
-    identities = len(people.defender.classes)
-    if config.weights is None:
-        return pp.build_reid_model(config.model, identities, image_size=config.image_size,
-                                   seed=config.seed)
-    model = build_model(config.model, identities, image_size=config.image_size, seed=config.seed)
-    load_weights(model, config.weights)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(config.seed)
-        return add_bnneck(model, identities)
-
-
-def planned(config: ReidRun, people: Everybody) -> pp.Plan:
-    """Where the model is cut and how far its edge is pruned.
-
-    Raises:
-        PatrolError: no such place, or a budget that cannot be met there.
-    """
-    return pp.plan(
-        model_of(config, people), people.example(), edge_macs=config.edge_macs, at=config.at,
-        boundary="keep", max_pruning_ratio=config.score.max_pruning_ratio,
-        min_channels=config.score.min_channels, round_to=config.score.round_to,
-    )
 
 
 class Work:
