@@ -9,6 +9,7 @@ from row_names import PRESSED_TEXT, pressed
 from patrol_prune.report import render_table
 
 NAMES = {"dense": "dense, not pruned", "taylor": "Taylor pruning", "patrol": "**PATROL**"}
+USUAL_DECODER = (32, 3, 10)
 LEGIBLE = 0.8
 """Where the dense model's upload gives away no more of the characters, no goal is set for them."""
 KINDS = {"plates": "plates read", "characters": "characters", "scenes": "places"}
@@ -28,7 +29,7 @@ def reid(record: dict[str, Any]) -> str:
     for row in record["rows"]:
         runs.setdefault(run_of(row), []).append(row)
         sets.setdefault(row["dataset"], []).append(row)
-    blocks += [same_budget(rows) for rows in sets.values()]
+    blocks += [overview(list(runs.values())), *map(same_budget, sets.values())]
     for rows in runs.values():
         blocks += [about(rows), verdict(rows), costs(rows), leaks(rows), measured(record, rows)]
     return "\n\n".join(block for block in blocks if block)
@@ -38,6 +39,36 @@ def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What the rows of one run have in common, and those of another have not."""
     return (row["dataset"], row["split"], row["beta"], row.get("budget", "0.5"),
             row["train_seed"], tuple(row["epochs"]), tuple(row.get("decoder", ())))
+
+
+def overview(runs: list[list[dict[str, Any]]]) -> str:
+    """A line for each run: what PATROL costs and hides beside the dense model and Taylor's."""
+    table = []
+    for rows in runs if len(runs) > 1 else []:
+        found, first = {row["method"]: row for row in rows}, rows[0]
+        each = [found[method] for method in NAMES if method in found]
+        width, blocks, _ = first.get("decoder", USUAL_DECODER)
+        line = {"set": first["dataset"].split(",")[0], "split": first["split"] + budget_of(first),
+                "seed": str(first["train_seed"]), "epochs": str(first["epochs"][1]),
+                "beta": f"{first['beta']:g}", "decoder": f"{width} channels, {blocks} blocks"}
+        for name, of in (("map", lambda row: percent(row["map"])),
+                         ("ssim", lambda row: f"{row['ssim']:.3f}"),
+                         ("characters", lambda row: percent(row["characters_rate"]) or "–")):
+            line[name] = " / ".join(map(of, each))
+        table.append(line)
+    if not table:
+        return ""
+    several = len({line["seed"] for line in table}) > 1
+    return "\n\n".join([
+        "**Every run in one line**, dense / Taylor pruning / PATROL. Each stands below with its "
+        "circumstances and what else was read.",
+        render_table(table, {
+            "set": "set", "split": "cut after", **({"seed": "seed"} if several else {}),
+            "epochs": "fine-tuned, epochs", "beta": "β", "decoder": "attackers' decoders",
+            "map": "mAP", "ssim": "SSIM under the strongest attack",
+            "characters": "characters read",
+        }).strip(),
+    ])
 
 
 def same_budget(rows: list[dict[str, Any]]) -> str:

@@ -74,6 +74,17 @@ def measured(split: str, method: str, dataset: str = "rendered", **more: Any) ->
     }
 
 
+def test_every_run_has_a_line_with_its_three_models(figures: ModuleType) -> None:
+    runs = [[measured("layer3", m, decoder=decoder, map=value, epochs=[20, epochs])
+             for m, value in (("patrol", 0.7), ("taylor", 0.8), ("dense", 0.9))]
+            for epochs, decoder in ((8, (32, 3, 10)), (24, (64, 6, 12)))]
+    told = figures.overview(runs)
+    lines = [line for line in told.splitlines() if "90.0% / 80.0% / 70.0%" in line]
+    assert len(lines) == 2
+    assert "| 24 |" in lines[1] and "64 channels, 6 blocks" in lines[1]
+    assert figures.overview(runs[:1]) == ""  # the run itself follows
+
+
 def lost(text: str) -> list[str]:
     """The column of points below the dense model."""
     cells = [line.split("|") for line in text.splitlines() if line.startswith("|")]
