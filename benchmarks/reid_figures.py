@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from audit_figures import STILL, UNFINISHED, improving
 from row_names import PRESSED_TEXT, pressed
 
 from patrol_prune.report import render_table
@@ -31,7 +32,8 @@ def reid(record: dict[str, Any]) -> str:
         sets.setdefault(row["dataset"], []).append(row)
     blocks += [overview(list(runs.values())), *map(same_budget, sets.values())]
     for rows in runs.values():
-        blocks += [about(rows), verdict(rows), costs(rows), leaks(rows), measured(record, rows)]
+        blocks += [about(rows), verdict(rows), costs(rows), STILL * any(map(improving, rows)),
+                   leaks(rows), measured(record, rows)]
     return "\n\n".join(block for block in blocks if block)
 
 
@@ -52,7 +54,7 @@ def overview(runs: list[list[dict[str, Any]]]) -> str:
                 "seed": str(first["train_seed"]), "epochs": str(first["epochs"][1]),
                 "beta": f"{first['beta']:g}", "decoder": f"{width} channels, {blocks} blocks"}
         for name, of in (("map", lambda row: percent(row["map"])),
-                         ("ssim", lambda row: f"{row['ssim']:.3f}"),
+                         ("ssim", lambda row: f"{row['ssim']:.3f}" + UNFINISHED * improving(row)),
                          ("characters", lambda row: percent(row["characters_rate"]) or "–")):
             line[name] = " / ".join(map(of, each))
         table.append(line)
@@ -206,7 +208,8 @@ def costs(rows: list[dict[str, Any]]) -> str:
         "method": NAMES[row["method"]], "macs": f"{row['edge_macs'] / 1e6:.2f} M",
         "bytes": f"{row['feature_bytes'] / 1024:.3g} KiB",
         **{k: percent(row[k]) for k in ("map", "rank1", "rank5", "minp")},
-        "ssim": row["ssim"], "floor": row["floor_ssim"], "attack": row["attack"],
+        "ssim": f"{row['ssim']:.3f}" + UNFINISHED * improving(row), "floor": row["floor_ssim"],
+        "attack": row["attack"],
         "ssim_worst5": row["ssim_worst5"],
         "mse": row["mse"],
     } for row in rows]

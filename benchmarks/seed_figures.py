@@ -296,11 +296,13 @@ def compared(by_name: dict[str, list[Row]], longer: dict[tuple[str, int], Row]) 
         pairs = paired(rows, plain)
         if rows is plain or not pairs:
             continue
+        control = "nothing" + " for half as many epochs" * (
+            "longest" in (rows[0].get("recipe") or ""))
         careful = [longer[key]["ssim"] / other["ssim"] for row, other in pairs
                    if (key := (name, row["train_seed"])) in longer]
         ratios, costs = ratios_and_points(pairs)
         parts.append(
-            f"{sentence_case(name)} against nothing, under the attack of usual length: "
+            f"{sentence_case(name)} against {control}, under the attack of usual length: "
             f"{span(ratios)} times the SSIM, for "
             f"{span([0.0 - cost for cost in costs])} points of accuracy."
             + (f" Its longest attack against the usual one on nothing: {span(careful)} times."

@@ -217,6 +217,12 @@ def headline(summary: RunSummary, audit: Audit) -> str:
         who = f"the strongest of the {tried} attacks tried, {edge['attack']},"
     if ceiling is None:
         text = f"From what the device uploads, {who} rebuilds pictures to {seen}"
+    elif floor is not None and max(ceiling["ssim"], edge["ssim"]) < floor["ssim"] - AT_THE_FLOOR:
+        text = (
+            "Not even from the undefended upload does an attack tried rebuild pictures to a "
+            f"likeness (SSIM) of more than {ceiling['ssim']:.2f}; after pruning it is "
+            f"{edge['ssim']:.2f}"
+        )
     elif floor is not None and max(ceiling["ssim"], edge["ssim"]) - floor["ssim"] < AT_THE_FLOOR:
         text = (
             "Cut this deep, even from the undefended upload no attack tried rebuilds pictures to "
@@ -292,7 +298,8 @@ def story(summary: RunSummary, audit: Audit) -> list[tuple[str, str]]:
             f" Of the likeness that the undefended upload gives away beyond the average picture, "
             f"{100 * left:.0f}% is left."
         )
-    sees += as_thumbnail(audit)
+    if not is_below_the_floor(audit):
+        sees += as_thumbnail(audit)
     sees += " SSIM 1 is the same picture."
     return [("What was cut", cut), ("What it costs the device", cost), ("What is seen", sees)]
 

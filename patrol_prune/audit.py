@@ -129,6 +129,7 @@ def audit(
             attack, or an attack that needs a cloud, labels or more images than there are, or less
             than one upload; before any attack, on an edge that cannot run on the images, or
             features that are not finite.
+        TrainingError: every attack on the edge broke off, so that nothing is known of it.
     """
     check_uploads(uploads)
     check_normalization(normalization)

@@ -287,7 +287,8 @@ class AuditRun:
             if own is not None:
                 where |= {"attacker_data": own.data, "attacker_images": own.count}
             self.result.flags.append(where | dataclasses.asdict(flag))
-            logger.warning("%s, %s, seed %s: %s", subject, attack, seed, flag.meaning)
+            told = [subject] if attack is None else [subject, attack, f"seed {seed}"]
+            logger.warning("%s: %s", ", ".join(told), flag.meaning)
 
     def record(
         self,

@@ -2,7 +2,7 @@
 
 A block is removable when its output is `shortcut + branch(x)` and the shortcut is `x` itself:
 
-    y = act(x + m * branch(x)),    m = 1 at first,    m = 0:  y = act(x)          (METHOD.md 2.2)
+    y = act(x + m * branch(x)),    m = 1 at first,    m = 0:  y = act(x)
 
 Where a module computes nothing but that, it gives way to its shortcut, behind the activation unless
 `x` is known not to be negative and the activation is a ReLU. Where the addition stands in a forward

@@ -118,8 +118,9 @@ def near_duplicates(images: Tensor, others: Tensor) -> Tensor:
         images: `[N, C, H, W]` on [0, 1].
         others: `[M, C, H, W]`, likewise.
     """
-    centre = _thumbnails(others).mean(0)  # against cancellation in the distances
-    those = _thumbnails(others) - centre
+    theirs = _thumbnails(others)
+    centre = theirs.mean(0)  # against cancellation in the distances
+    those = theirs - centre
     near = torch.zeros(len(images), dtype=torch.bool)
     for mirrored in (False, True):
         for start in range(0, len(images), _NEAR_CHUNK):
@@ -319,8 +320,14 @@ class Batches:
         image_set: where the images come from.
         batch_size: images in a batch; the last batch may be smaller, never a single image
             while training (`shuffle`), where BatchNorm would fail.
+        normalization: of the pixels on [0, 1]; none without.
         augment: random horizontal flips and shifts of up to an eighth of the side.
+        shuffle: another order each epoch.
+        seed: of order and augmentation.
         indices: only these images.
+
+    Raises:
+        InputError: no image, or no positive batch size.
     """
 
     def __init__(

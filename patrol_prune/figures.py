@@ -173,6 +173,7 @@ def training(history: Sequence[Mapping[str, Any]]) -> bytes:
             if keys[i] in record
         ]
         xs, ys = zip(*points, strict=True)
+        axes.set_xlim(min(xs) - 0.5, max(xs) + 0.5)
         axes.plot(xs, ys, color=ACCENT, linewidth=1.6, marker="o", markersize=2.5)
         axes.set_title(_literal(_TERMS.get(keys[i], keys[i])), fontsize=8, color=INK, loc="left")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -4,10 +4,10 @@
 
 where `dL_t = L_t(m_s = 0) - L_t(m_s = 1)`, predicted from the gradient `g = dL_t/dm_s` at the
 present mask `m`, and every term is divided by its mean absolute value over all structures first
-(METHOD.md 2.3). The privacy terms are predicted to first order, `-g m`, and keep their sign: a
-channel whose removal raises `L_adv`, because it helps the attacker, loses score; one whose removal
-would help him gains. A trained model sits near a minimum of its task loss, where `g` says little;
-the task term therefore takes the curvature as well, from every image's own gradient `g_i`:
+(docs/method.md, choice 2). The privacy terms are predicted to first order, `-g m`, and keep their
+sign: a channel whose removal raises `L_adv`, because it helps the attacker, loses score; one whose
+removal would help him gains. A trained model sits near a minimum of its task loss, where `g` says
+little; the task term therefore takes the curvature as well, from every image's own gradient `g_i`:
 
     dL_task = -g m + mean_i (g_i m)^2 / 2
 

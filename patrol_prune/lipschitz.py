@@ -55,6 +55,9 @@ def block_lipschitz(
     Returns:
         `k`, shape `[N]`, non-negative; 0 for a constant block, 1 for an isometry.
 
+    Raises:
+        InputError: another form or reduction, or a perturbation of another shape.
+
     Source:
         Ding et al., PATROL, WACV 2024; the scale-free form is ours.
     """
@@ -89,7 +92,11 @@ def block_lipschitz(
 
 
 def lipschitz_loss(k: Tensor, alpha: float | Sequence[float] | Tensor) -> Tensor:
-    """`L_lip = sum_i alpha_i k_i`; one `alpha` for all blocks, or one for each."""
+    """`L_lip = sum_i alpha_i k_i`; one `alpha` for all blocks, or one for each.
+
+    Raises:
+        InputError: as many as neither.
+    """
     weights = torch.as_tensor(alpha, dtype=k.dtype, device=k.device)
     if weights.dim() and weights.shape != k.shape:
         raise InputError(

@@ -14,7 +14,7 @@ from patrol_prune.survivors import SurvivorTracker
 
 
 class MaskImportance(Importance):  # type: ignore[misc]
-    """`I_s = |m_s|`, as the masks are now (METHOD.md 2.4).
+    """`I_s = |m_s|`, as the masks are now (docs/method.md, choice 13).
 
     A channel whose mask is zero scores exactly 0 and goes first; after `fold_masks` its removal
     changes no output, and neither does leaving it where the budget has room. The scores are a

@@ -3,7 +3,7 @@
 The mask `m` of a group multiplies the *input* of every layer that consumes the group's channels,
 and the transmitted feature where the group crosses the split:
 
-    x_consumer <- x_consumer * m[root_idxs]          (METHOD.md 2.1)
+    x_consumer <- x_consumer * m[root_idxs]          (docs/method.md, choice 1)
 
 `m = 1` changes no bit; `m_c = 0` equals the removal of channel c, in evaluation and in training
 mode. A layer that normalises over the group's channels (LayerNorm, GroupNorm) takes its statistics
@@ -13,7 +13,7 @@ over the live ones, with the weights `m` (`channel_norms.py`), and so does atten
 still count a masked channel (`SoftMasks.inexact`).
 
 The mask of a residual block is one number; it multiplies the output of the layer that gives the
-branch's value (METHOD.md 2.2). 1 changes no bit, 0 equals `remove_blocks`.
+branch's value (docs/method.md, choice 11). 1 changes no bit, 0 equals `remove_blocks`.
 """
 
 from __future__ import annotations

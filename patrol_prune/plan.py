@@ -136,7 +136,8 @@ def plan(
 
     Recommended is the deepest split that keeps to the budget and to every limit, needs at most
     `max_channel_ratio` of the channels removed, and still transmits more than a vector (the last
-    layers before the classifier give least away, but hardly anything is left for the cloud to do).
+    layers before the classifier give least away, but hardly anything is left for the cloud to do),
+    unless nothing else keeps to the limits.
 
     Parameters and bytes are those left when the same share of every group is gone; scores that
     spread the removal otherwise meet the same MACs with other numbers of parameters. A latency is

@@ -67,12 +67,12 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         round_to: kept numbers are multiples of this, or the full width.
         iterative_steps: steps to the budget, equal ones in MACs; scores may be refreshed between.
         ignored_layers: layers, or parameters of layers, whose groups stay whole.
+        structures: what may go, "channels", "blocks" or "both"; blocks need their scores.
         reg: decay of `regularize`.
         **kwargs: `BasePruner`'s other arguments.
 
     Raises:
-        InputError: a budget that is no budget or above the dense edge, a split of another model,
-            an argument that contradicts the budget.
+        InputError: no budget or one above the dense edge, another model's split, a contradiction.
         BudgetError: no choice of channels meets the budget; it says what can be reached.
         UnsupportedModelError: see `GroupTable.build`.
 

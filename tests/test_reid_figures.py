@@ -43,6 +43,12 @@ def test_larger_decoders_are_told(figures: ModuleType) -> None:
     assert "larger decoders, of 64 channels and 6 residual blocks, trained for 12 epochs" in told
 
 
+def test_an_attack_that_was_still_improving_is_marked(figures: ModuleType) -> None:
+    rows = [measured("layer3", "dense"), measured("layer3", "patrol", ssim=0.4, plateau=False)]
+    told = figures.costs(rows)
+    assert "0.400 *" in told and "0.500 |" in told
+
+
 def test_a_goal_below_the_floor_is_called_so(figures: ModuleType) -> None:
     rows = [row("dense"), row("taylor", ssim=0.3), row("patrol", ssim=0.25)]
     assert "0.150, which lies below the floor" in figures.verdict(rows)
@@ -62,6 +68,7 @@ def measured(split: str, method: str, dataset: str = "rendered", **more: Any) ->
         "beta": 10.0, "budget": "36.4M", "train_seed": 0, "epochs": [20, 8],
         "edge_macs": 73_000_000 if method == "dense" else 36_400_000, "feature_bytes": 2048,
         "map": 0.9 if method == "dense" else 0.8, "ssim": 0.5, "floor_ssim": 0.2, "mse": 0.1,
+        "plateau": True,
         "rank1": 0.9, "rank5": 0.9, "minp": 0.5, "attack": "rmle", "ssim_worst5": 0.6,
         "counts": {"defender": 9, "identities": 3, "inverter": 5, "reader": 4, "query": 3,
                    "gallery": 6, "test_identities": 3, "victims": 3},

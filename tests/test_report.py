@@ -358,6 +358,15 @@ def test_a_defence_that_fails_is_called_that() -> None:
     assert "hides nothing" not in headline(make_summary(), make_audit())
 
 
+def test_attacks_that_fail_on_both_edges_do_not_show_a_deep_cut() -> None:
+    audit = make_audit(thumbnails=LADDER, records=[
+        record("edge", 0, 0.23), record("undefended", 0, 0.24),
+        record("floor", None, 0.4, attack="mean_image")])
+    text = headline(make_summary(), audit)
+    assert "Cut this deep" not in text and "more than 0.24" in text and "has failed" in text
+    assert "thumbnail" not in " ".join(text for _, text in story(make_summary(), audit))
+
+
 def test_a_cut_that_leaks_nothing_to_begin_with_is_said_to() -> None:
     audit = make_audit()
     floor = next(r["ssim"] for r in audit.records if r["subject"] == "floor")
