@@ -13,15 +13,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import answer_figures
 import audit_figures
 import backbone_figures
 import depth_figures
 import gap_figures
+import lipschitz_figures
 import matplotlib
 import published_figures
 import reid_figures
 import score_figures
 import seed_figures
+import time_figures
 import yardstick_figures
 
 from patrol_prune.report import render_table
@@ -269,40 +272,6 @@ def budget_notes(row: Row) -> list[str]:
     return [note for note in (ours, "" if host == "ok" else f"Torch-Pruning: {host}") if note]
 
 
-def step_cost() -> str:
-    record = load("step_cost")
-    macs, batch = record["macs"], record["batch"]
-    text = (
-        f"{record['model']} at {record['image_size']}x{record['image_size']}, batch {batch}, split "
-        f"after {record['split']}, pruned; per image and forward, in millions of multiply-adds: "
-        f"edge {macs['edge'] / 1e6:.1f}, cloud {macs['cloud'] / 1e6:.1f}, teacher "
-        f"{macs['teacher'] / 1e6:.1f}, surrogates {macs['surrogates'] / 1e6:.1f}. Medians of the "
-        "ratios within a turn, by the wall clock and by processor time."
-    )
-    blocks = [text]
-    for threads in sorted({row["threads"] for row in record["rows"]}):
-        rows = [row for row in record["rows"] if row["threads"] == threads]
-        table = [{
-            "terms": row["terms"].replace("adversarial", "adversarial term").replace("+", ", ")
-            .replace("scale_free", "scale-free"),
-            "inner": row["inner_steps"] or "", "images": row["adversarial_images"] or "",
-            "measured": row["measured"],
-            "cpu": row["measured_cpu"], "predicted": row["predicted"],
-            "quotient": row["measured_over_predicted"],
-        } for row in rows]
-        columns = {"terms": "privacy terms", "inner": "inner steps", "images": "surrogates' images",
-                   "measured": "times a plain step",
-                   "cpu": "by processor time", "predicted": "predicted",
-                   "quotient": "measured / predicted"}
-        over = sum(row["measured_over_predicted"] > 1.15 for row in rows)
-        blocks += [
-            f"{threads} thread{'s' * (threads > 1)}, {rows[0]['turns']} turns; "
-            f"{len(rows) - over} of {len(rows)} rows within 1.15 times the prediction:",
-            render_table(table, columns).strip(),
-        ]
-    return "\n\n".join([*blocks, circumstances(record)])
-
-
 def grocery() -> str:
     record = load("grocery")
     first = record["rows"][0]
@@ -324,29 +293,11 @@ def grocery() -> str:
     return "\n\n".join([text, render_table(table, columns).strip(), circumstances(record)])
 
 
-def throughput(circumstances: str) -> str:
-    """Milliseconds per image of rMLE, together and one at a time."""
-    record = load("throughput")
-    columns = {"edge": "edge", "precision": "precision", "images": "together",
-               "ms_per_image_together_wall": "ms per image",
-               "ms_per_image_alone_wall": "one at a time, ms", "times_faster_wall": "times faster",
-               "times_faster_cpu": "in CPU time", "mse_together": "MSE together",
-               "mse_alone": "MSE one at a time"}
-    steps, threads = record["rows"][0]["steps"], record["threads"]
-    met = [row for row in record["rows"] if row["times_faster_wall"] >= 5.0]
-    return "\n\n".join([
-        f"rMLE, {steps} steps, {threads} threads, both ways in turns within one process; medians. "
-        "The MSE is over the images that ran both ways. The goal of 5 times is met in "
-        f"{len(met)} of {len(record['rows'])} rows.",
-        render_table(record["rows"], columns).strip(), circumstances,
-    ])
-
-
 RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "frontier": ("frontier", frontier),
     "budget": ("budget", budget),
     "grocery": ("grocery", grocery),
-    "step_cost": ("step_cost", step_cost),
+    "step_cost": ("step_cost", lambda: time_figures.step_cost(*told("step_cost"))),
     "strongest": ("frontier", lambda: audit_figures.strongest(*of_every_attack())),
     "every-attack": ("frontier", lambda: audit_figures.every_attack(*of_every_attack())),
     "sweep": ("frontier", lambda: audit_figures.sweep(of_frontier(is_swept))),
@@ -362,9 +313,12 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "backbones": ("backbones",
                   lambda: backbone_figures.backbones(load("backbones"), source("backbones"))),
     "heads": ("heads", lambda: backbone_figures.heads(*told("heads"))),
+    "answers": ("answers", lambda: answer_figures.answers(load("answers"), load("seeds"),
+                                                          source("answers"))),
+    "lipschitz": ("lipschitz", lambda: lipschitz_figures.lipschitz(*told("lipschitz"))),
     "yardsticks": ("yardsticks", lambda: yardstick_figures.yardsticks(*told("yardsticks"))),
     "reid": ("reid", lambda: reid_figures.reid(load("reid"))),
-    "throughput": ("throughput", lambda: throughput(source("throughput"))),
+    "throughput": ("throughput", lambda: time_figures.throughput(*told("throughput"))),
 }
 """Name of each block to the record it needs and the function that renders it."""
 
