@@ -17,7 +17,7 @@ LARGE = (
 
 
 LIPSCHITZ: dict[LipschitzForm, tuple[float, ...]] = {
-    "paper": (0.2, 2.0, 0.02), "scale_free": (0.2, 2.0, 0.02), "spectral": (0.002, 0.02, 0.0002),
+    "paper": (0.2, 2.0, 0.02), "scale_free": (0.2, 2.0, 0.02), "spectral": (0.006, 0.02, 0.002),
 }
 """Each form of the Lipschitz term and its weights; with the first they cost about as much."""
 
