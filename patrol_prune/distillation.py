@@ -6,6 +6,7 @@ in Romero et al., FitNets, ICLR 2015, at the last linear layer's input.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,13 +36,18 @@ _LAST_LAYERS = 3
 
 
 class _Tap:
-    """Forward pre-hook of a model's linear layers: keeps what the last few that ran were given."""
+    """Forward pre-hook of a model's linear layers: keeps what the last few that ran were given.
 
-    def __init__(self, model: nn.Module) -> None:
+    What it has seen at the end of a pass is `kept`, though parts of the model may run again.
+    """
+
+    def __init__(self, model: nn.Module, ends: Sequence[nn.Module]) -> None:
         self.names: dict[nn.Module, str] = {
             m: n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
         self.layers = list(self.names)
+        self.ends = ends
         self.seen: dict[str, Tensor] = {}
+        self.kept: dict[str, Tensor] = {}
         if not self.layers:
             raise InputError(
                 f"Expected a model with a linear layer to compare features before, came "
@@ -55,6 +61,10 @@ class _Tap:
         if len(self.seen) > _LAST_LAYERS:
             del self.seen[next(iter(self.seen))]
 
+    def keep(self, *_: Any) -> None:
+        """Forward hook of what ends a pass."""
+        self.kept = dict(self.seen)
+
 
 class Distiller:
     """Both distances between a model in training and a teacher that stands still.
@@ -66,6 +76,7 @@ class Distiller:
         teacher: the dense model.
         temperature: of the softened answers.
         features: compare the inputs of the last linear layers that run too.
+        cloud: the half of the model with which its pass ends, where the halves run by themselves.
 
     Raises:
         InputError: with `features`, a model or a teacher without a linear layer, or layers that
@@ -73,13 +84,15 @@ class Distiller:
     """
 
     def __init__(
-        self, model: nn.Module, teacher: nn.Module, temperature: float, *, features: bool = False
+        self, model: nn.Module, teacher: nn.Module, temperature: float, *, features: bool = False,
+        cloud: nn.Module | None = None,
     ) -> None:
         self.teacher, self.temperature = teacher, temperature
         self.taps: tuple[_Tap, _Tap] | None = None
         self._handles: list[Any] = []
         if features:
-            self.taps = _Tap(model), _Tap(teacher)
+            ends = (model,) if cloud is None else (model, cloud)
+            self.taps = _Tap(model, ends), _Tap(teacher, (teacher,))
 
     def __call__(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
         """`(logit distance, feature distance or None)`; call it after the model ran on `x`."""
@@ -97,7 +110,7 @@ class Distiller:
         distance = logit_distance(logits, target, self.temperature)
         if self.taps is None:
             return distance, None
-        mine, dense = (tap.seen for tap in self.taps)
+        mine, dense = (tap.kept for tap in self.taps)
         same = next((name for name in reversed(mine) if name in dense), None)
         own, theirs = (None, None) if same is None else (mine[same], dense[same])
         if own is None or theirs is None or own.shape != theirs.shape:
@@ -110,12 +123,15 @@ class Distiller:
 
     def attach(self) -> None:
         """Put the hooks on both models."""
-        self._handles = [layer.register_forward_pre_hook(tap, with_kwargs=True)
-                         for tap in self.taps or () for layer in tap.layers]
+        for tap in self.taps or ():
+            self._handles += [layer.register_forward_pre_hook(tap, with_kwargs=True)
+                              for layer in tap.layers]
+            self._handles += [end.register_forward_hook(tap.keep) for end in tap.ends]
 
     def close(self) -> None:
         """Take the hooks off both models, and let go of what they saw."""
         for handle in self._handles:
             handle.remove()
+        self._handles = []
         for tap in self.taps or ():
-            tap.seen = {}
+            tap.seen, tap.kept = {}, {}

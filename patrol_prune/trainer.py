@@ -66,8 +66,10 @@ class Trainer:
         self._objective_precision = objective.precision if objective is not None else "auto"
         self.distiller: Distiller | None = None
         if teacher is not None and max(config.distill_weight, config.feature_weight) > 0:
-            self.distiller = Distiller(model, teacher, config.distill_temperature,
-                                       features=config.feature_weight > 0)
+            self.distiller = Distiller(
+                model, teacher, config.distill_temperature, features=config.feature_weight > 0,
+                cloud=None if objective is None else objective.split.cloud,
+            )
         trainable = [p for p in model.parameters() if p.requires_grad]
         if not trainable:
             raise InputError("Expected parameters to train, but every one has requires_grad=False.")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+import patrol_prune as pp
 from patrol_prune.distillation import Distiller, feature_distance, logit_distance
 from patrol_prune.errors import InputError
+from patrol_prune.lipschitz import LipschitzForm
 
 
 def _net(width: int = 5) -> nn.Sequential:
@@ -60,3 +64,28 @@ def test_other_widths_and_models_without_a_linear_layer_are_refused() -> None:
     with pytest.raises(InputError, match="with none"):
         Distiller(nn.Conv2d(3, 3, 1), _net(5), 4.0, features=True)
     assert not _net(5)[2]._forward_pre_hooks
+
+
+@pytest.mark.parametrize("form", ["scale_free", "spectral"])
+@pytest.mark.parametrize("images", [3, 6])
+@pytest.mark.parametrize("halves", [False, True])
+def test_a_lipschitz_term_that_runs_the_edge_again_leaves_the_features(
+    form: LipschitzForm, images: int, halves: bool
+) -> None:
+    """A model that equals its teacher is at no distance, on more images than the term takes too."""
+    layers = [nn.Conv2d(3, 2, 3), nn.Flatten(), nn.Linear(72, 6), nn.Tanh(), nn.Linear(6, 6),
+              nn.Tanh(), nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3)]
+    x = torch.randn(images, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    if halves:
+        split = pp.Split.from_modules(nn.Sequential(*layers[:7]), nn.Sequential(*layers[7:]), x)
+    else:
+        split = pp.Split(nn.Sequential(*layers), x, at="6")
+    objective = pp.PatrolObjective(split, F.cross_entropy, alpha=0.1, lipschitz_form=form,
+                                   lipschitz_images=4)
+    teacher = copy.deepcopy(split.model)
+    result = pp.finetune(split, [(x, torch.arange(images) % 3)], objective=objective,
+                         config=pp.FinetuneConfig(epochs=1, feature_weight=1.0, precision="fp32"),
+                         teacher=teacher, progress=False)
+    assert result.history[0]["lipschitz"] > 0 and result.history[0]["features"] == 0.0
+    hooked = [*split.model.modules(), *teacher.modules(), split.cloud]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in hooked)
