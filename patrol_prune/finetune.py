@@ -97,7 +97,7 @@ def finetune(
         device: where to train; where the model is by default.
 
     Raises:
-        TrainingError: a loss that is NaN or infinite, with the step and the term.
+        TrainingError: a loss or a gradient that is NaN or infinite, with the step and the term.
         InputError: no batch, labels outside the classes, a privacy objective without its split, a
             teacher that would be trained along.
         UnsupportedModelError: the model is float16 or bfloat16.

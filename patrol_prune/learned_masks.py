@@ -45,7 +45,7 @@ from patrol_prune.objective import ObjectiveTerms, PatrolObjective
 from patrol_prune.pruner import PatrolPruner, PruneResult
 from patrol_prune.shrinkage import BLOCK, Shrinker, adapted, block_key, scheduled_macs
 from patrol_prune.split import Split
-from patrol_prune.trainer import Trainer
+from patrol_prune.trainer import Trainer, clip_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +201,7 @@ def learn_masks(
         InputError: no batch, an objective of another model, a budget that is none, more than one
             process.
         UnsupportedModelError: nothing on the edge can carry a mask.
-        TrainingError: a loss that is NaN or infinite, with the step and the term.
+        TrainingError: a loss or a gradient that is NaN or infinite, with the step and the term.
         CheckpointError: the checkpoint to resume from is of another budget, boundary or choice of
             structures; or there is an earlier training, and `resume` is not given.
     """
@@ -292,7 +292,7 @@ class _MaskTrainer(Trainer):
         """The masks' proximal gradient step, and gamma's."""
         if self.frozen:
             return
-        now, moved = self.values(), self._gradient_step()
+        now, moved = self.values(), self._gradient_step(step)
         if step % self.config.refresh == 0 or not self.shares:
             self.shares = self.shrinker.shares(self.values())
         dense, budget = self.shrinker.costs.dense, self.shrinker.budget
@@ -355,7 +355,7 @@ class _MaskTrainer(Trainer):
         assert self.objective is not None
         return self.objective.terms(x, y, masks=self.masks, beta_scale=beta_scale)
 
-    def _gradient_step(self) -> dict[str, Tensor]:
+    def _gradient_step(self, step: int) -> dict[str, Tensor]:
         """`m - eta * dJ/dm` behind the clipped gradient, on the CPU; the gradients are used up."""
         masks = {n: self.masks.channels[n] for n in self.shrinker.names}
         masks |= {block_key(n): self.masks.blocks[n] for n in self.shrinker.costs.blocks}
@@ -363,11 +363,11 @@ class _MaskTrainer(Trainer):
             gradient = masks[name].grad
             if gradient is not None:
                 gradient.div_(pace)
-        nn.utils.clip_grad_norm_(masks.values(), self.config.clip_norm)
+        clip_gradients(masks.values(), self.config.clip_norm, step, "masks' gradient")
         moved = {}
         for name, mask in masks.items():
-            step = 0.0 if mask.grad is None else self.config.mask_lr * mask.grad
-            moved[name] = (mask.detach() - step).cpu().reshape(-1)
+            change = 0.0 if mask.grad is None else self.config.mask_lr * mask.grad
+            moved[name] = (mask.detach() - change).cpu().reshape(-1)
         for mask in self.masks.parameters():
             mask.grad = None
         return moved

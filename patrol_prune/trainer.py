@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -156,7 +156,7 @@ class Trainer:
         self._refuse_nonfinite(step, {**values, "total": loss})
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # averaged over processes by what `prepare` put around the step
-        nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
+        clip_gradients(self.model.parameters(), self.config.clip_norm, step, "gradient")
         self.optimizer.step()
         self.after_step(step)
         if self.objective is not None and self.objective.beta > 0:
@@ -222,6 +222,26 @@ class Trainer:
                     step=step,
                     term=name,
                 )
+
+
+def clip_gradients(parameters: Iterable[Tensor], most: float, step: int, term: str) -> None:
+    """Shorten the gradients together to a norm of `most`.
+
+    Raises:
+        TrainingError: one is NaN or infinite, which would make every parameter NaN. Finite ones
+            whose norm alone overflows become 0.
+    """
+    learnt = list(parameters)
+    norm = float(nn.utils.clip_grad_norm_(learnt, most))
+    if math.isfinite(norm) or all(p.grad is None or bool(p.grad.isfinite().all()) for p in learnt):
+        return
+    raise TrainingError(
+        f"The {term} became {norm} at step {step}, though the loss is finite; no step was taken "
+        "with it. The last checkpoint is kept. Look for a root, a logarithm, a norm or a division "
+        "at 0 in the model or the loss, or lower the learning rate, beta or alpha, then resume.",
+        step=step,
+        term=term,
+    )
 
 
 def _together(device: torch.device) -> Accelerator | None:

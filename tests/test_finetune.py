@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.storage import load_state, save_state
 from patrol_prune.surrogate import SurrogateSpec
+from patrol_prune.trainer import clip_gradients
 
 SPECS = (SurrogateSpec("residual", 8, 1), SurrogateSpec("transposed", 8))
 CONFIG = FinetuneConfig(epochs=3, lr=0.05, surrogate_warmup_steps=3, precision="fp32",
@@ -421,6 +423,45 @@ def test_a_nan_stops_with_step_and_term_and_keeps_the_checkpoint(tmp_path: Path)
                  checkpoint_dir=tmp_path, progress=False)
     assert caught.value.step == 5 and caught.value.term == "task"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch-0001"]
+
+
+@pytest.mark.parametrize("zero", [lambda logits: (0 * logits).sum(),
+                                  lambda logits: (logits - logits.detach()).sum()],
+                         ids=["nan", "inf"])
+def test_a_gradient_that_is_not_finite_stops_before_its_step(
+    tmp_path: Path, zero: Callable[[torch.Tensor], torch.Tensor]
+) -> None:
+    split = _split()
+    before: dict[str, torch.Tensor] = {}
+    calls = 0
+
+    def task(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls != 6:
+            return F.cross_entropy(logits, y)
+        before.update({n: p.detach().clone() for n, p in split.model.named_parameters()})
+        return F.cross_entropy(logits, y) + zero(logits).sqrt()  # a root has no slope at 0
+
+    def train(resume: bool) -> int:
+        return finetune(split, Batches(_images(), 16), config=CONFIG, progress=False,
+                        objective=PatrolObjective(split, task, precision="fp32"),
+                        checkpoint_dir=tmp_path, resume=resume).resumed_from
+
+    with pytest.raises(TrainingError, match="gradient became .* at step 5, though") as caught:
+        train(resume=False)
+    assert caught.value.step == 5 and caught.value.term == "gradient"
+    assert all(torch.equal(p, before[n]) for n, p in split.model.named_parameters())
+    assert train(resume=True) == 1
+    assert all(bool(p.isfinite().all()) for p in split.model.parameters())
+
+
+def test_finite_gradients_are_clipped_as_ever_where_their_norm_overflows() -> None:
+    weight = nn.Parameter(torch.zeros(2))
+    for gradient, clipped in (([30.0, 40.0], [3.0, 4.0]), ([3e30, 4e30], [0.0, 0.0])):
+        weight.grad = torch.tensor(gradient)
+        clip_gradients([weight], 5.0, 0, "gradient")
+        torch.testing.assert_close(weight.grad, torch.tensor(clipped))
 
 
 def test_labels_outside_the_outputs_are_refused() -> None:

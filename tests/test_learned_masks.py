@@ -16,10 +16,11 @@ from torch.nn import functional as F
 import patrol_prune as pp
 from patrol_prune.cost import count_macs
 from patrol_prune.data import Batches, ImageSet
-from patrol_prune.errors import BudgetError, CheckpointError, InputError
+from patrol_prune.errors import BudgetError, CheckpointError, InputError, TrainingError
 from patrol_prune.evaluation import accuracy
 from patrol_prune.learned_masks import LearnedMasks, MaskConfig, learn_masks
-from patrol_prune.objective import PatrolObjective
+from patrol_prune.masks import SoftMasks
+from patrol_prune.objective import ObjectiveTerms, PatrolObjective
 from patrol_prune.surrogate import SurrogateSpec
 
 SPECS = (SurrogateSpec("residual", 8, 1), SurrogateSpec("transposed", 8))
@@ -209,6 +210,26 @@ def test_resume_refuses_another_budget(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="mask_lr"):
         learn(fresh(), dataclasses.replace(config, mask_lr=0.3), checkpoint_dir=tmp_path,
               resume=True)
+
+
+def test_a_gradient_of_the_masks_that_is_not_finite_stops_before_their_step() -> None:
+    seen: list[SoftMasks] = []
+
+    class RootOfNothing(PatrolObjective):
+        def terms(self, x: Tensor, y: Tensor, *, masks: SoftMasks | None = None,
+                  beta_scale: float = 1.0) -> ObjectiveTerms:
+            assert masks is not None
+            seen.append(masks)
+            terms = super().terms(x, y, masks=masks, beta_scale=beta_scale)
+            nothing = sum((0 * m).sum() for m in masks.parameters())
+            return dataclasses.replace(terms, total=terms.total + nothing.sqrt())
+
+    split = fresh()
+    with pytest.raises(TrainingError, match="The masks' gradient became nan at step 0"):
+        learn_masks(split, Batches(images(16), 16), RootOfNothing(split, F.cross_entropy),
+                    edge_macs=0.5, config=CONFIG, progress=False)
+    kept = [*split.model.parameters(), *seen[0].parameters()]
+    assert all(bool(p.isfinite().all()) for p in kept)
 
 
 @pytest.mark.parametrize("change", [{"mask_lr": 0.0}, {"gamma": -1.0}, {"schedule_share": 1.5},
