@@ -76,6 +76,10 @@ def finetune(
     The model is trained in place; it and the teacher are left in the mode and the memory layout
     they came in.
 
+    What has `requires_grad=False` stays as it is. So do the running statistics of norms whose own
+    parameters are all frozen, which run in evaluation mode meanwhile, and of norms without any in
+    a half, edge or cloud, that is all frozen: a cloud that is deployed already answers as before.
+
     Under `accelerate launch` every process trains on its own batches, gradients are averaged, and
     each process keeps its own surrogates.
 
@@ -108,7 +112,7 @@ def finetune(
     check_kind(config, "config", FinetuneConfig, "Make one: FinetuneConfig(epochs=10).")
     model = split.model if isinstance(split, Split) else split
     check_training(split, train_batches, objective, teacher)
-    trainer = Trainer(model, objective, config, teacher, home_of(model, device), len(train_batches))
+    trainer = Trainer(split, objective, config, teacher, home_of(model, device), len(train_batches))
     if surrogate_batches is not None:
         trainer.pool = ImagePool(surrogate_batches)
     return drive(trainer, train_batches, val_batches, checkpoint_dir, resume, progress)

@@ -257,7 +257,7 @@ class _MaskTrainer(Trainer):
         device: torch.device,
         batches: int,
     ) -> None:
-        super().__init__(masks.model, objective, config, teacher, device, batches)
+        super().__init__(objective.split, objective, config, teacher, device, batches)
         if self.accelerator is not None:
             raise InputError("Expected one process: the masks' gradients are not averaged.")
         self.masks, self.shrinker = masks, shrinker

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from accelerate.state import is_initialized as accelerate_is_initialized
 from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _NormBase
 from tqdm.auto import tqdm
 
 from patrol_prune.distillation import Distiller
@@ -29,6 +30,7 @@ from patrol_prune.precision import (
     channels_last_names,
     restore_layout,
 )
+from patrol_prune.split import Split
 
 _PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are."""
@@ -51,13 +53,16 @@ class Trainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        split: Split | nn.Module,
         objective: PatrolObjective | None,
         config: FinetuneConfig,
         teacher: nn.Module | None,
         device: torch.device,
         batches: int,
     ) -> None:
+        model = split.model if isinstance(split, Split) else split
+        cut = objective.split if objective is not None else split
+        self.halves = (cut.edge, cut.cloud) if isinstance(cut, Split) else ()
         self.accelerator = _together(device)
         self.is_main = self.accelerator is None or self.accelerator.is_main_process
         self.model, self.objective, self.config, self.teacher = model, objective, config, teacher
@@ -120,6 +125,8 @@ class Trainer:
         """One pass; returns the mean of every term."""
         start_epoch(batches, epoch)
         self.model.train()
+        for layer in _settled_norms(self.model, self.halves):
+            layer.training = False
         sums: dict[str, float] = {}
         count = 0
         hidden = not progress or not self.is_main
@@ -222,6 +229,22 @@ class Trainer:
                     step=step,
                     term=name,
                 )
+
+
+def _settled_norms(model: nn.Module, halves: Sequence[nn.Module]) -> list[nn.Module]:
+    """Norms with running statistics that stay as they are, as everything that they learn is frozen.
+
+    One without parameters of its own goes by those of the halves that it stands in.
+    """
+    inside = [(set(half.modules()), list(half.parameters())) for half in halves]
+    settled: list[nn.Module] = []
+    for layer in model.modules():
+        if isinstance(layer, _NormBase) and layer.track_running_stats:
+            around = [p for layers, learnt in inside if layer in layers for p in learnt]
+            learnt = list(layer.parameters()) or around
+            if learnt and not any(p.requires_grad for p in learnt):
+                settled.append(layer)
+    return settled
 
 
 def clip_gradients(parameters: Iterable[Tensor], most: float, step: int, term: str) -> None:

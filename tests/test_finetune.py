@@ -162,6 +162,54 @@ def test_the_models_come_back_in_the_mode_and_layout_they_came_in() -> None:
         assert [m.training for m in teacher.modules()] == [True, True, False, True, True]
 
 
+def _with_norms() -> pp.Split:
+    """Cut behind "2": the norm "1" on the edge, in the cloud "4", and "5" without parameters."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4),
+        nn.BatchNorm2d(4, affine=False), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 2),
+    )
+    return pp.Split(model, torch.zeros(1, 3, 8, 8), at="2")
+
+
+def _train_norms(split: pp.Split, how: str) -> None:
+    config = dataclasses.replace(CONFIG, epochs=1)
+    objective = PatrolObjective(split, F.cross_entropy, alpha=0.01, beta=1.0, surrogates=SPECS,
+                                precision="fp32")
+    if how == "masks":
+        pp.learn_masks(split, Batches(_images(32), 16), objective, edge_macs=0.9, boundary="prune",
+                       progress=False, config=pp.MaskConfig(epochs=1, surrogate_warmup_steps=3))
+        return
+    finetune(split.model if how == "model" else split, Batches(_images(32), 16), config=config,
+             objective=objective if how == "objective" else None, progress=False,
+             val_batches=Batches(_images(32), 32))
+
+
+@pytest.mark.parametrize(("how", "frozen", "kept"), [
+    ("split", ["3", "4", "9"], {"3", "4", "5", "9"}),  # all of the cloud
+    ("objective", ["3", "4", "9"], {"3", "4", "5", "9"}),
+    ("masks", ["3", "4", "9"], {"3", "4", "5", "9"}),
+    ("model", ["3", "4", "9"], {"3", "4", "9"}),  # where no half is known
+    ("split", ["0", "1"], {"0", "1"}),  # all of the edge
+    ("split", ["4"], {"4"}),
+    ("split", ["3", "4.bias", "9"], {"3", "9"}),
+    ("split", [], set()),
+])
+def test_what_is_frozen_stays_as_it_is(how: str, frozen: list[str], kept: set[str]) -> None:
+    split = _with_norms()
+    for name, parameter in split.model.named_parameters():
+        parameter.requires_grad_(not name.startswith(tuple(frozen)))
+    split.model.train().get_submodule("1").eval()
+    before = copy.deepcopy(split.model)
+    _train_norms(split, how)
+    now = split.model.state_dict()
+    layers = [n for n, m in before.named_children() if m.state_dict()]
+    assert kept == {n for n in layers if all(
+        torch.equal(v, now[f"{n}.{k}"]) for k, v in before.get_submodule(n).state_dict().items())}
+    modes = [m.training for m in before.modules()]
+    assert [m.training for m in split.model.modules()] == modes
+
+
 def test_a_teacher_that_shares_parameters_is_refused() -> None:
     model = _split().model
     teacher = copy.deepcopy(model)
