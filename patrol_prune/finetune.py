@@ -103,7 +103,7 @@ def finetune(
     Raises:
         TrainingError: a loss or a gradient that is NaN or infinite, with the step and the term.
         InputError: no batch, labels outside the classes, a privacy objective without its split, a
-            teacher that would be trained along.
+            teacher that would be trained along, a task loss with parameters to learn of its own.
         UnsupportedModelError: the model is float16 or bfloat16.
         CheckpointError: `checkpoint_dir` holds an earlier training, and `resume` is not given; or
             what is to be resumed has other settings.
@@ -157,9 +157,27 @@ def check_training(
             f"The objective watches the upload after {objective.split.at!r}, but the split is cut "
             f"after {split.at!r}. Build it on the same Split."
         )
+    if objective is not None:
+        _refuse_unlearnt_loss(model, objective)
     for cut in {id(s): s for s in (split, objective and objective.split)}.values():
         if isinstance(cut, Split):
             cut.refresh()
+
+
+def _refuse_unlearnt_loss(model: nn.Module, objective: PatrolObjective) -> None:
+    """Refuse a task loss with something to learn of its own: the model alone is trained."""
+    loss = getattr(objective, "task_loss", None)
+    if not isinstance(loss, nn.Module):
+        return
+    known = {id(p) for p in model.parameters()}
+    own = [n for n, p in loss.named_parameters() if p.requires_grad and id(p) not in known]
+    if own:
+        raise InputError(
+            "Expected a task_loss that learns nothing beside the model, came "
+            f"{type(loss).__name__} with {len(own)} parameters of its own ({own[0]} is the "
+            "first), which would stay as they are. Put that layer into the model, which is "
+            "trained and saved, or freeze it: task_loss.requires_grad_(False)."
+        )
 
 
 def drive(

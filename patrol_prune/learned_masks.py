@@ -198,8 +198,8 @@ def learn_masks(
 
     Raises:
         BudgetError: the groups at their floors cost more than the budget.
-        InputError: no batch, an objective of another model, a budget that is none, more than one
-            process.
+        InputError: no batch, an objective of another model, a task loss with parameters to learn
+            of its own, a budget that is none, more than one process.
         UnsupportedModelError: nothing on the edge can carry a mask.
         TrainingError: a loss or a gradient that is NaN or infinite, with the step and the term.
         CheckpointError: the checkpoint to resume from is of another budget, boundary or choice of

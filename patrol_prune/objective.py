@@ -105,7 +105,7 @@ class PatrolObjective:
 
     Args:
         split: the cut model. Pruning it changes what the objective sees, as it should.
-        task_loss: `task_loss(logits, y) -> scalar`.
+        task_loss: `task_loss(logits, y) -> scalar`; only the model's parameters are trained.
         alpha: weight of the block-wise Lipschitz constants, one or one per block; 0 leaves them
             out.
         beta: weight of the adversarial reconstruction error; 0 leaves it out.

@@ -219,6 +219,33 @@ def test_a_teacher_that_shares_parameters_is_refused() -> None:
             finetune(model, Batches(_images(), 16), config=CONFIG, teacher=shares, progress=False)
 
 
+class _CentreLoss(nn.Module):
+    """Cross-entropy of logits in the distance from centres that are to be learnt."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.centres = model, nn.Parameter(torch.eye(2))
+
+    def forward(self, logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(-torch.cdist(logits, self.centres), y)
+
+
+def test_a_task_loss_with_something_to_learn_is_refused_before_any_work() -> None:
+    split = _split()
+    loss = _CentreLoss(split.model)  # the model's parameters are trained
+    objective = PatrolObjective(split, loss, precision="fp32")
+    before = copy.deepcopy(split.model.state_dict())
+    config = dataclasses.replace(CONFIG, epochs=1)
+    words = r"came _CentreLoss with 1 parameters of its own \(centres is the first\)"
+    with pytest.raises(InputError, match=words):
+        finetune(split, Batches(_images(16), 16), objective=objective, config=config,
+                 progress=False)
+    assert all(torch.equal(v, before[k]) for k, v in split.model.state_dict().items())
+    loss.centres.requires_grad_(False)
+    finetune(split, Batches(_images(16), 16), objective=objective, config=config, progress=False)
+    assert not torch.equal(split.model.fc.weight, before["fc.weight"])
+
+
 def test_surrogates_learn_from_the_pool_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
     step = PatrolObjective.update_surrogates
