@@ -20,7 +20,8 @@ from patrol_prune.settings import build
 from patrol_prune.tables import attack_table, flag_lines
 
 _WHO = ("attacks", "seeds", "victims", "attacker_images", "check_attacks", "uploads")
-_OF_A_RUN = ("attacks", "seeds", "attacker_images", "check_attacks", "uploads", "device", "data")
+_OF_A_RUN = ("model", "attacks", "seeds", "attacker_images", "check_attacks", "uploads", "device",
+             "data")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -28,7 +29,8 @@ def add_options(parser: ArgumentParser) -> None:
     known = ", ".join(ATTACKS)
     for name, kind, about in (
         ("run", str, "a run's folder, as in runs/photos"),
-        ("--model", str, "any torchvision classifier, or module:function of your own"),
+        ("--model", str, "any torchvision classifier, or module:function of your own; beside "
+                         "a run of your own model, the one in its settings, to have it imported"),
         ("--at", str, "where the model is cut, the last layer on the device"),
         ("--data", str, "images: train/ and val/ or test/, one folder per class in each; of a run, "
                         "where its images lie now"),
@@ -70,10 +72,9 @@ def attack(
         PatrolError: options that do not go together, or whatever is wrong with the run or model.
     """
     given = {k: v for k, v in options.items() if v is not None and v is not False}
-    if ("run" in given) == ("model" in given):
+    if "run" not in given and "model" not in given:
         raise InputError(
-            "Expected either a run's folder or --model with --at and --data, came "
-            f"{'both' if 'run' in given else 'neither'}."
+            "Expected either a run's folder or --model with --at and --data, came neither."
         )
     if "run" not in given:
         _audit_model(given, tell)
@@ -83,7 +84,7 @@ def attack(
     if odd:
         raise InputError(
             f"{', '.join(odd)} of a run cannot be changed: another audit would not compare. Leave "
-            "it out, or audit the model by --model."
+            "it out, or audit the model by --model without the run."
         )
     conclude(audit_again(run_folder, progress=tell, **given))
 

@@ -97,7 +97,8 @@ It needs Optuna: pip install 'optuna>=4'""",
     "audit": """Attack an edge with fresh attackers: the finished one of a run, whose report is
 written anew, or that of any model, ours or not, cut where you say.
 
-The same command goes on after the attacks on a run that had ended before it was interrupted.
+The same command goes on after the attacks on a run that had ended before it was interrupted. A run
+of a module:function imports it only where --model names it again.
 
 Examples, three attackers; every kind of attack; a model of your own:
   patrol-prune audit runs/photos --seeds 0 1 2

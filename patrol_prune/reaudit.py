@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from patrol_prune.errors import RunDirectoryError
+from patrol_prune.errors import InputError, RunDirectoryError
 from patrol_prune.pipeline import DENSE, Progress, RunResult, Work
 from patrol_prune.preparation import images_of, refuse_changed
 from patrol_prune.rundir import CONFIG, RunDirectory, place_of, read_config, run_command
@@ -17,6 +17,7 @@ from patrol_prune.settings import AuditConfig, RunConfig, resolve_device
 def audit_again(
     directory: str | Path,
     *,
+    model: str | None = None,
     attacks: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     attacker_images: Sequence[int] | None = None,
@@ -32,6 +33,8 @@ def audit_again(
 
     Args:
         directory: of the run.
+        model: of a run of the user's own model, the `module:function` in its settings: it is
+            imported only where it is named here, because whoever wrote the folder chose it.
         attacks: names; those of the run without.
         seeds: one fresh attacker for each; those of the run without.
         attacker_images: attack once more with only so many images each; as in the run without.
@@ -42,6 +45,7 @@ def audit_again(
         progress: called with each stage and what happens in it.
 
     Raises:
+        InputError: the run's model is of a module of one's own, and `model` does not name it.
         RunDirectoryError: there is no run, it has no finished edge yet, the dense model that it
             is held against is gone, or the images are others.
     """
@@ -49,6 +53,7 @@ def audit_again(
     if not (path / CONFIG).is_file():
         raise RunDirectoryError(f"{path} holds no run: it has no {CONFIG}. Give a run's folder.")
     config = RunConfig.from_yaml(path / CONFIG)
+    _refuse_unnamed(path, config.model, model)
     own = config.audit
     who = replace(
         own, attacks=tuple(attacks or own.attacks),
@@ -75,22 +80,40 @@ def audit_again(
             )
         work = Work(chosen, folder, images, where, progress, False)
         if who != own:
-            work.notes = (f"The edge was attacked again: {_command(path, own, who)}",)
+            work.notes = (f"The edge was attacked again: {_command(chosen, path, own)}",)
         # The dense model was saved: the file that its weights came from is not read again.
         refuse_changed(replace(chosen, weights=None), images, folder.notes("data"), path)
         folder.moved(chosen.data)
         return work.attack_again()
 
 
-def _command(path: Path, own: AuditConfig, who: AuditConfig) -> str:
+def _refuse_unnamed(path: Path, name: str, given: str | None) -> None:
+    """Refuse to import a model's module that a run's folder names and the user does not."""
+    type_it = f"--model {shlex.quote(name)} (in Python, model={name!r})"
+    if given is None and ":" in name:
+        raise InputError(
+            f"The model of the run in {path} is {name!r}, a module that this audit would import, "
+            f"which runs its code. If you trust it, say so: {type_it}."
+        )
+    if given not in (None, name):
+        raise InputError(
+            f"Expected the model of the run in {path}, which is {name!r}, came {given!r}. Leave it "
+            f"out, or give {type_it}. Without a run's folder, --model audits any model."
+        )
+
+
+def _command(config: RunConfig, path: Path, own: AuditConfig) -> str:
     """What to type to have the same attackers once more; in Python where no option says it."""
+    who, named = config.audit, ":" in config.model
     if own.check_attacks > who.check_attacks or (own.attacker_images and not who.attacker_images):
         return (
-            f"patrol_prune.reaudit.audit_again({str(path)!r}, attacks={who.attacks}, "
+            f"patrol_prune.reaudit.audit_again({str(path)!r}, "
+            + f"model={config.model!r}, " * named + f"attacks={who.attacks}, "
             f"seeds={who.seeds}, attacker_images={who.attacker_images}, "
             f"check_attacks={who.check_attacks}, uploads={who.uploads})"
         )
-    told = ["patrol-prune", "audit", str(path), "--attacks", *who.attacks,
+    told = ["patrol-prune", "audit", str(path), *(["--model", config.model] * named),
+            "--attacks", *who.attacks,
             "--seeds", *map(str, who.seeds), "--uploads", str(who.uploads)]
     if who.attacker_images:
         told += ["--attacker-images", *map(str, who.attacker_images)]

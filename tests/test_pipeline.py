@@ -16,7 +16,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import save_file
 
-from patrol_prune import pipeline
+from patrol_prune import commands, pipeline
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.checkpoint import load, read_info
 from patrol_prune.cli import main
@@ -31,7 +31,7 @@ from patrol_prune.errors import (
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
 from patrol_prune.pipeline import RunResult, run
-from patrol_prune.preparation import normalization_kind, read_images
+from patrol_prune.preparation import fresh_model, normalization_kind, read_images
 from patrol_prune.reaudit import audit_again
 from patrol_prune.run_summary import audit_notes, read_summary, rewrite_report
 from patrol_prune.rundir import RunDirectory, read_config
@@ -341,6 +341,35 @@ def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) ->
     page = again.report.read_bytes()
     again.report.unlink()
     assert rewrite_report(copied).read_bytes() == page
+
+
+def test_code_that_a_run_s_folder_names_runs_only_where_it_is_named_again(
+    finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    copied = Path(shutil.copytree(finished.directory, tmp_path / "a"))
+    settings = yaml.safe_load((copied / "config.yaml").read_text())
+    settings["model"] = name = "a.theirs_for_test:build"
+    (copied / "config.yaml").write_text(yaml.safe_dump(settings))
+    (copied / "theirs_for_test.py").write_text(
+        "from pathlib import Path\nfrom patrol_prune.models import build_model\n"
+        "Path('ran').touch()\n"
+        "def build(num_classes):\n"
+        "    return build_model('small_resnet', num_classes, image_size=16)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="Expected the model of the run.*came 'resnet18'"):
+        audit_again("a", model="resnet18")
+    assert main(["audit", "a"]) == 2
+    assert f"--model {name} (in Python, model='{name}')" in capsys.readouterr().err
+    assert not Path("ran").exists()
+    seen: list[tuple[str, ...]] = []
+    monkeypatch.setattr(commands, "_conclude", seen.append)
+    monkeypatch.setattr(pipeline.Work, "attack_again",
+                        lambda work: (fresh_model(work.config, 3), work.notes)[1])
+    assert main(["audit", "a", "--model", name, "--attacks", "linear_inverse"]) == 0
+    assert Path("ran").exists()
+    assert f"audit a --model {name} --attacks linear_inverse" in seen[0][0]
 
 
 def test_a_page_made_anew_is_of_the_audit_that_it_shows(
