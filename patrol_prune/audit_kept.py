@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from patrol_prune.attacks import Attack, Knowledge
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_run import AuditRun
 from patrol_prune.errors import CheckpointError
-from patrol_prune.storage import load_state, save_state, to_json
+from patrol_prune.storage import discard, load_state, save_state, to_json
 from patrol_prune.warm_start import WarmStarts
 
 logger = logging.getLogger("patrol_prune.audit")
@@ -53,7 +52,7 @@ class KeptAttacks:
         """Keep it, whole or not at all."""
         for other in self.folder.iterdir() if self.folder.is_dir() else ():
             if other != self.place and other.is_dir() and _OURS.fullmatch(other.name):
-                shutil.rmtree(other)
+                discard(other)
         save_state(self.place / name, tensors, content)
 
 

@@ -114,7 +114,7 @@ def save(
 
     Args:
         split: the model, pruned or not, with its cut.
-        path: a directory; `edge.patrol` by custom.
+        path: a directory, `edge.patrol` by custom; a link to one stays a link.
         history: how the model was pruned since it was built, as `pruner.DG.pruning_history()` of
             any Torch-Pruning pruner tells it. Without it, and without one that `load` left on the
             split, only the sizes of the layers are recorded, which is enough to load them.

@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shlex
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -23,7 +22,7 @@ from typing import Any
 import yaml
 
 from patrol_prune.errors import InputError, RunDirectoryError
-from patrol_prune.storage import atomic_write_json, atomic_write_text, sha256_of
+from patrol_prune.storage import atomic_write_json, atomic_write_text, discard, sha256_of
 
 try:
     import fcntl
@@ -189,11 +188,7 @@ class RunDirectory:
 
     def remove(self, name: str) -> None:
         """Delete a file or folder of the run; of a link, the link alone."""
-        path = self / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+        discard(self / name)
 
     def _clear(self) -> None:
         """The settings go last: they make the folder a run's until all else is gone."""

@@ -1,9 +1,10 @@
 """Files that are written whole or not at all, and read only after their sha256 agrees.
 
 A directory is filled beside its final place, its files and itself are fsynced, and one rename
-puts it there. `manifest.json`, written last, holds the sha256 of every other file, so that a
-torn or changed file is refused by name instead of being read. The hashes are not keyed: they
-find accidents and careless edits, not a forger who rewrites the manifest as well.
+puts it there; a link to a directory stays one, and its target is replaced. `manifest.json`,
+written last, holds the sha256 of every other file, so that a torn or changed file is refused by
+name instead of being read. The hashes are not keyed: they find accidents and careless edits, not
+a forger who rewrites the manifest as well.
 
 Nothing here unpickles: tensors go through safetensors, everything else through JSON.
 """
@@ -103,13 +104,26 @@ def _is_being_written(name: str) -> bool:
     return True
 
 
+def _place(path: str | os.PathLike[str]) -> Path:
+    """Where a directory lies that is written to `path`: a link's target, there or not yet."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
+def discard(path: Path) -> None:
+    """Delete a file or folder where there is one; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def clean_temporaries(path: str | os.PathLike[str]) -> list[Path]:
     """Undo what a killed writer of `path` left beside it, and say what was removed.
 
     A directory that was moved aside for its replacement is moved back when the replacement never
     arrived; half-written temporaries are deleted. Those of a process still alive stay.
     """
-    path = Path(path)
+    path = _place(path)
     removed: list[Path] = []
     for kind in ("old", "tmp"):
         for stray in sorted(path.parent.glob(f".{glob.escape(path.name)}.{kind}-*")):
@@ -119,7 +133,7 @@ def clean_temporaries(path: str | os.PathLike[str]) -> list[Path]:
                 os.rename(stray, path)
                 logger.warning("Put back %s, whose replacement was interrupted.", path)
                 continue
-            shutil.rmtree(stray) if stray.is_dir() else stray.unlink()
+            discard(stray)
             removed.append(stray)
             logger.info("Removed %s, left by an interrupted write.", stray)
     return removed
@@ -170,11 +184,13 @@ def to_json(value: Any, where: str | os.PathLike[str]) -> str:
 def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Fill a directory beside `path`, then put it there in one rename with its manifest.
 
+    Where `path` is a link, it stays one, and what it points at is the directory that is meant.
+
     Yields the temporary directory. When the block ends well, `manifest.json` is written, all is
     fsynced and `path` becomes the new directory, whatever stood there before; when it raises,
     `path` is as it was. A disk that is full is told as an OSError that names `path`.
     """
-    path = Path(path)
+    path = _place(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; a checkpoint is a directory. Give another path.")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -320,9 +336,9 @@ def keep_newest(parent: str | os.PathLike[str]) -> None:
     newest = newest_whole(parent)
     if newest is None:
         return
-    for entry in Path(parent).iterdir():
-        if entry != newest and entry.is_dir():
-            shutil.rmtree(entry)
+    kept = newest.resolve()
+    for entry in [e for e in Path(parent).iterdir() if e.is_dir() and e.resolve() != kept]:
+        discard(entry)
 
 
 def newest_whole(parent: str | os.PathLike[str]) -> Path | None:

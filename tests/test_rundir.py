@@ -95,7 +95,7 @@ def test_an_interrupted_overwrite_is_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("patrol_prune.rundir.shutil.rmtree", stop)
+        patch.setattr("patrol_prune.storage.shutil.rmtree", stop)
         with pytest.raises(KeyboardInterrupt):
             RunDirectory(tmp_path / "a", {"seed": 1}, overwrite=True)
     assert read_config(tmp_path / "a" / "config.yaml") == {"seed": 0}

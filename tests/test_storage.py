@@ -26,6 +26,7 @@ from patrol_prune.storage import (
     atomic_directory,
     atomic_write_json,
     atomic_write_text,
+    keep_newest,
     load_state,
     newest_whole,
     read_whole,
@@ -63,6 +64,45 @@ def test_replacing_leaves_the_new_one_alone(tmp_path: Path) -> None:
         save_state(tmp_path / "state", state(value), {"value": value})
     assert load_state(tmp_path / "state")[1] == {"value": 2.0}
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+@pytest.mark.parametrize("there", ["folder", "not yet", "interrupted"])
+def test_a_link_stays_one_and_leads_to_what_was_saved_last(tmp_path: Path, there: str) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    target, link = tmp_path / "elsewhere" / "real", tmp_path / "latest"
+    link.symlink_to(target)
+    old = {"folder": target, "interrupted": target.with_name(f".real.old-{process.pid}-00aa")}
+    if there in old:
+        save_state(old[there], state(), {"value": 0})
+    if there == "interrupted":
+        assert load_state(link)[1] == {"value": 0}
+    for value in (1.0, 2.0):
+        save_state(link, state(value), {"value": value})
+        assert load_state(target)[1] == load_state(link)[1] == {"value": value}
+    assert link.readlink() == target and not target.is_symlink()
+    assert {p.name for p in tmp_path.rglob("*") if p.parent != target} == {
+        "latest", "elsewhere", "real"}
+
+
+def test_a_link_left_by_an_interrupted_write_is_cleaned_alone(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", "pass"])
+    process.wait()
+    save_state(tmp_path / "mine", {}, {"value": 1})
+    save_state(tmp_path / "state", {}, {})
+    stray = tmp_path / f".state.old-{process.pid}-00aa"
+    stray.symlink_to(tmp_path / "mine")
+    save_state(tmp_path / "state", {}, {})
+    assert not stray.is_symlink() and load_state(tmp_path / "mine")[1] == {"value": 1}
+
+
+def test_links_among_checkpoints(tmp_path: Path) -> None:
+    for epoch in (1, 2):
+        save_state(tmp_path / f"epoch-{epoch}", state(), {"epoch": epoch})
+    (tmp_path / "last-2").symlink_to("epoch-2")
+    (tmp_path / "first").symlink_to("epoch-1")
+    keep_newest(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"epoch-2", "last-2"}
 
 
 def test_nothing_changes_when_the_writer_fails(tmp_path: Path) -> None:
