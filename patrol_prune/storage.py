@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -263,10 +263,11 @@ def read_whole(directory: str | os.PathLike[str]) -> dict[str, bytes]:
 
 
 def _read_file(directory: Path, name: str, digest: str) -> bytes:
-    path = directory / name
-    if not path.resolve().is_relative_to(directory.resolve()):
+    """One file, by its name alone below the directory: the file itself may be a link."""
+    path, told = directory / name, PureWindowsPath(name)  # it takes both kinds of slash
+    if told.drive or told.root or ".." in told.parts:
         raise CheckpointError(
-            f"The manifest in {directory} names {name}, which lies outside the directory. It was "
+            f"The manifest in {directory} names {name!r}, which lies outside the directory. It was "
             "changed; do not use it.",
             path=str(path),
         )

@@ -175,15 +175,31 @@ def test_a_harmed_manifest_is_refused(tmp_path: Path, text: str) -> None:
         load_state(tmp_path / "state")
 
 
-def test_a_manifest_cannot_reach_outside(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [
+    "../secret", "a/../../secret", "/secret", "..\\secret", "C:secret", "C:\\secret", "\\secret",
+    "//host/secret", "\\\\host\\secret",
+])
+def test_a_manifest_cannot_reach_outside(tmp_path: Path, name: str) -> None:
     secret = tmp_path / "secret"
     secret.write_text("secret")
     (tmp_path / "state").mkdir()
     digest = hashlib.sha256(b"secret").hexdigest()
-    manifest = {"version": 1, "sha256": {"../secret": digest}}
+    manifest = {"version": 1, "sha256": {name: digest}}
     (tmp_path / "state" / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(CheckpointError, match="outside"):
         read_whole(tmp_path / "state")
+
+
+def test_files_may_be_links_as_caches_lay_them(tmp_path: Path) -> None:
+    save_state(tmp_path / "state", state(), {"epoch": 1})
+    (tmp_path / "blobs").mkdir()
+    for file in list((tmp_path / "state").iterdir()):
+        blob = file.rename(tmp_path / "blobs" / sha256_of(file))
+        file.symlink_to(Path("..", "blobs", blob.name))
+    assert load_state(tmp_path / "state")[1] == {"epoch": 1}
+    (tmp_path / "state" / "meta.json").resolve().write_text("{}")
+    with pytest.raises(CheckpointError, match="sha256 is not"):
+        load_state(tmp_path / "state")
 
 
 def test_what_is_no_checkpoint_says_so(tmp_path: Path) -> None:
