@@ -15,7 +15,6 @@ file.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,12 +34,22 @@ from patrol_prune.open_attention import open_as_recorded, opened_attention
 from patrol_prune.pixels import Normalization
 from patrol_prune.prunable import follow_widths, preserved
 from patrol_prune.removal import remove_blocks
+from patrol_prune.saved_description import (
+    ARCHITECTURE,
+    FORMAT,
+    SPLIT,
+    example_of,
+    lay_out,
+    normalization_of,
+    read_about,
+    read_architecture,
+    refusal,
+)
 from patrol_prune.saved_sizes import (
     cast,
     first_answers,
     fits,
     layer_sizes,
-    live_tensors,
     modes,
     put_modes,
     resize,
@@ -75,10 +84,7 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-FORMAT = "patrol-prune split, version 1"
 WEIGHTS = "weights.safetensors"
-ARCHITECTURE = "architecture.json"
-SPLIT = "split.json"
 History = list[tuple[str, bool, list[int]]]
 ModelFactory = Callable[[], nn.Module | tuple[nn.Module, nn.Module]]
 
@@ -170,14 +176,14 @@ def load(
         device: where the weights go.
 
     Raises:
-        CheckpointError: a file is missing, torn or changed, or the factory's model is not the
+        CheckpointError: a file is missing, torn, changed or odd, or the factory's model is not the
             one that was saved; `path` names the file.
     """
     built = [built_by(model_factory)]
     path = Path(path)
     files = _files(path)
-    about = json.loads(files[SPLIT])
-    architecture = json.loads(files[ARCHITECTURE])
+    about = read_about(files[SPLIT], path / SPLIT)
+    architecture = read_architecture(files[ARCHITECTURE], path / ARCHITECTURE)
     tensors = read_tensors(files[WEIGHTS], path / WEIGHTS)
     removed = [(str(name), int(at)) for name, at in architecture.get("removed_blocks", [])]
     split = _pruned(
@@ -186,7 +192,10 @@ def load(
         architecture, removed, tensors, path,
     )
     _fill(split.model, tensors, architecture["strides"], path / WEIGHTS)
-    split.refresh()
+    try:
+        split.refresh()
+    except PatrolError as error:
+        raise refusal(path / ARCHITECTURE, f"no model runs with its sizes ({error})") from error
     split.pruning_history = architecture["pruning_history"]
     split.removed_blocks = removed
     put_modes(split.model, about)
@@ -196,13 +205,13 @@ def load(
 
 def read_info(path: str | os.PathLike[str]) -> SplitInfo:
     """What a saved split says of itself, without building a model."""
-    about = json.loads(_files(Path(path))[SPLIT])
-    stats = about["normalization"]
+    place = Path(path) / SPLIT
+    about = read_about(_files(Path(path))[SPLIT], place)
     return SplitInfo(
         at=about["at"],
         example_shape=tuple(about["example"]["shape"]),
         example_dtype=about["example"]["dtype"],
-        normalization=stats and Normalization(tuple(stats["mean"]), tuple(stats["std"])),
+        normalization=normalization_of(about, place),
         extra=about["extra"],
     )
 
@@ -216,13 +225,6 @@ def _files(path: Path) -> dict[str, bytes]:
                 "written by patrol_prune.save.",
                 path=str(path / name),
             )
-    came = json.loads(files[SPLIT]).get("format")
-    if came != FORMAT:
-        raise CheckpointError(
-            f"Expected {path / SPLIT} to be a {FORMAT}, came {came!r}. It was written by another "
-            "version; load it there and save it again.",
-            path=str(path / SPLIT),
-        )
     return files
 
 
@@ -251,8 +253,7 @@ def _built(
     architecture: dict[str, Any], tensors: dict[str, Tensor], path: Path,
 ) -> Split:
     """The factory's model, cut, with the attention opened that the saved one had."""
-    dtype = getattr(torch, about["example"]["dtype"])
-    example = torch.zeros(about["example"]["shape"], dtype=dtype)
+    example = example_of(about, path / SPLIT)
     units = architecture.get("opened_attention", {})
     _open(built, units if isinstance(units, dict) else dict.fromkeys(units, "heads"), path)
     return _build(built, about, example, tensors, path)
@@ -389,9 +390,6 @@ def _fill(
                 "Give the factory of the very model that was saved.",
                 path=str(path),
             )
-    live = live_tensors(model)
-    for name, stride in strides.items():
-        tensor = tensors[name]
-        live[name].data = torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype)
+    lay_out(model, tensors, strides, path.with_name(ARCHITECTURE))
     own.update(tensors)  # keeps the layers' versions, which some of them ask for
     model.load_state_dict(own)

@@ -47,8 +47,13 @@ def layer_sizes(model: nn.Module) -> dict[str, dict[str, int | list[int]]]:
     for name, module in model.named_modules():
         values = {key: vars(module)[key] for key in WIDTHS if key in vars(module)}
         plain = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
-        found[name] = {k: v for k, v in plain.items() if isinstance(v, (int, list))}
+        found[name] = {k: v for k, v in plain.items() if isinstance(v, int) or are_ints(v)}
     return {name: sizes for name, sizes in found.items() if sizes}
+
+
+def are_ints(value: object) -> bool:
+    """Whether it is a list of whole numbers."""
+    return isinstance(value, list) and all(isinstance(v, int) for v in value)
 
 
 def resize(
@@ -58,7 +63,7 @@ def resize(
     modules = dict(model.named_modules())
     for name in layers.keys() & modules.keys():
         for key, value in layers[name].items():
-            if key in vars(modules[name]):
+            if key in vars(modules[name]) and (isinstance(value, int) or are_ints(value)):
                 setattr(modules[name], key, tuple(value) if isinstance(value, list) else value)
     new: dict[int, Tensor] = {}
     for name, old in live_tensors(model).items():

@@ -33,7 +33,7 @@ ORDER = [
     "prune_result", "pruner", "pruned_edges", "plan_choice", "plan",
     "training_state", "evaluation",
     "distillation", "image_pool", "finetune_config", "trainer", "finetune", "learned_masks",
-    "saved_sizes", "checkpoint", "defences",
+    "saved_sizes", "saved_description", "checkpoint", "defences",
     "attacks", "access", "alone", "received", "per_picture", "arrangement", "undoing", "warm_start",
     "audit_choice", "audit_scores", "audit_report", "audit_attack", "audit_run", "audit_kept",
     "audit", "_report_facts", "figures", "tables", "report", "rundir", "settings", "preparation",

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from patrol_prune.models import SmallResNet
 from patrol_prune.pixels import Normalization
 from patrol_prune.removal import remove_blocks
 from patrol_prune.split import Split
+from patrol_prune.storage import atomic_directory
 
 FILES = ("weights.safetensors", "architecture.json", "split.json", "manifest.json")
 
@@ -325,16 +328,98 @@ def _size(module: nn.Module) -> int:
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     save(trained_split(small, "layer1", pruned=False), tmp_path / "e")
-    about = json.loads((tmp_path / "e" / "split.json").read_text())
-    from patrol_prune.storage import atomic_directory
-
-    contents = {n: (tmp_path / "e" / n).read_bytes() for n in FILES if n != "manifest.json"}
-    contents["split.json"] = json.dumps({**about, "format": "of next year"}).encode()
-    with atomic_directory(tmp_path / "e") as directory:
-        for name, content in contents.items():
-            (directory / name).write_bytes(content)
+    rewritten(tmp_path / "e", "split.json", lambda about: about.update(format="of next year"))
     with pytest.raises(CheckpointError, match="of next year"):
         load(tmp_path / "e", small)
+
+
+def rewritten(folder: Path, name: str, change: Callable[[dict[str, Any]], object]) -> None:
+    """A file of JSON as somebody writes it who knows of the manifest; `change` may hand another."""
+    contents = {n: (folder / n).read_bytes() for n in FILES if n != "manifest.json"}
+    told = json.loads(contents[name])
+    other = change(told)
+    contents[name] = other if isinstance(other, bytes) else json.dumps(told).encode()
+    with atomic_directory(folder) as directory:
+        for file, content in contents.items():
+            (directory / file).write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pruned by nobody knows whom, so that the widths are taken from the file."""
+    model, x = plain(), torch.randn(2, 3, 12, 12)
+    prune(model, x)
+    place = tmp_path_factory.mktemp("saved") / "e"
+    save(Split(model, x, "2"), place, normalization=Normalization())
+    return place
+
+
+@pytest.mark.parametrize(("name", "change"), [
+    ("architecture.json", lambda a: a["layers"]["3"].update(stride=[2, 2])),
+    ("architecture.json", lambda a: a["layers"]["3"].update(padding_mode="circular")),
+    ("architecture.json", lambda a: a["layers"]["3"].update(in_channels="four")),
+    ("architecture.json", lambda a: a["layers"].update({"2": {"inplace": 1}})),
+    ("architecture.json", lambda a: a["layers"]["3"].update(groups=3)),
+    ("architecture.json", lambda a: a["layers"]["3"].update(groups=[1, 1])),
+    ("architecture.json", lambda a: a.update(layers=None)),
+    ("architecture.json", lambda a: a.pop("layers")),
+    ("architecture.json", lambda a: a.update(pruning_history=[["0", True]])),
+    ("architecture.json", lambda a: a.update(removed_blocks=[["0"]])),
+    ("architecture.json", lambda a: a.update(opened_attention={"0": 1})),
+    ("architecture.json", lambda a: a.update(answers=["yes"])),
+    ("architecture.json", lambda a: a.update(strides={"nothing.weight": [1]})),
+    ("architecture.json", lambda a: a.update(strides={"0.weight": [1]})),
+    ("architecture.json", lambda a: a.update(strides={"0.weight": [-1, 1, 1, 1]})),
+    ("architecture.json", lambda a: b"[]"),
+    ("architecture.json", lambda a: b"\xff{"),
+    ("split.json", lambda a: b"[" * 100_000),
+    ("split.json", lambda a: b"{}"),
+    ("split.json", lambda a: a["example"].update(dtype="nosuch")),
+    ("split.json", lambda a: a["example"].update(dtype="load")),
+    ("split.json", lambda a: a["example"].update(dtype="bits8")),
+    ("split.json", lambda a: a["example"].update(shape=[-1])),
+    ("split.json", lambda a: a["example"].update(shape=[10**40])),
+    ("split.json", lambda a: a.update(example=None)),
+    ("split.json", lambda a: a.update(at=3)),
+    ("split.json", lambda a: a.pop("training")),
+    ("split.json", lambda a: a.update(frozen="all")),
+    ("split.json", lambda a: a.update(normalization={"mean": [0.0], "std": "one"})),
+    ("split.json", lambda a: a.update(extra=[])),
+])
+def test_files_that_save_never_wrote_are_refused_by_name(
+    saved: Path, tmp_path: Path, name: str, change: Callable[[dict[str, Any]], object]
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "e"))
+    rewritten(folder, name, change)
+    with pytest.raises(CheckpointError, match=name) as told:
+        load(folder, plain)
+    assert told.value.path == str(folder / name)
+
+
+def test_information_of_an_odd_normalization_is_refused_by_name(
+    saved: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "e"))
+    rewritten(folder, "split.json", lambda a: a["normalization"].update(std=[0.0] * 3))
+    with pytest.raises(CheckpointError, match=r"split\.json.*positive std"):
+        read_info(folder)
+
+
+def test_files_of_an_earlier_version_lack_what_came_later(saved: Path, tmp_path: Path) -> None:
+    """And tell every list that goes by the name of a width, of whatever it is."""
+    folder = Path(shutil.copytree(saved, tmp_path / "e"))
+    rewritten(folder, "architecture.json", lambda a: [
+        a.pop(key) for key in ("removed_blocks", "opened_attention", "answers")])
+    rewritten(folder, "split.json", lambda a: [a.pop(key) for key in ("other_mode", "frozen")])
+    rewritten(folder, "architecture.json", lambda a: a["layers"].update({"2": {"groups": ["a"]}}))
+
+    def grouped() -> nn.Module:
+        model = plain()
+        model[2].groups = ("a",)
+        return model
+
+    assert load(folder, grouped).model[2].groups == ("a",)
+    assert torch.equal(outputs(load(folder, grouped))[1], outputs(load(saved, plain))[1])
 
 
 def test_state_that_is_not_tensors_is_refused(tmp_path: Path) -> None:
