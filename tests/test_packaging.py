@@ -43,6 +43,27 @@ def test_wheel_holds_the_package_alone(root: Path, monkeypatch: pytest.MonkeyPat
     assert {p.relative_to(root).as_posix() for p in templates} <= files
 
 
+def test_the_source_archive_holds_the_package_and_its_words_but_no_half_of_the_tests(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The listing of `sdist`, in a copy, where it writes."""
+    keep = shutil.ignore_patterns(".*", "runs", "benchmarks", "integrations", "__pycache__",
+                                  "build", "dist", "*.egg-info")
+    shutil.copytree(root, tmp_path / "copy", ignore=keep)
+    monkeypatch.chdir(tmp_path / "copy")
+    distribution = Distribution()
+    distribution.script_name = "setup.py"
+    distribution.parse_config_files(["setup.cfg"])
+    distribution.run_command("egg_info")
+    listed = distribution.get_command_obj("egg_info").filelist.files
+    files = {Path(name).as_posix() for name in listed}
+    assert wheel_files(root, monkeypatch) <= files
+    assert {p.relative_to(root).as_posix() for p in (root / "docs").iterdir()} <= files
+    assert {"CHANGELOG.md", "CITATION.cff", "LICENSE", "README.md", "SECURITY.md", "setup.cfg",
+            "pyproject.toml"} <= files
+    assert not [name for name in files if name.startswith("tests")]
+
+
 def test_metadata(root: Path) -> None:
     parser = config(root)
     assert parser["metadata"]["name"] == "patrol-prune"
