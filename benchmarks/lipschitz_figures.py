@@ -45,7 +45,7 @@ def is_first(row: Row) -> bool:
 
 
 def line(row: Row) -> dict[str, str]:
-    constants = {form: f"{row[f'constant_{form}']:.3g}" for form in FORMS if form}
+    constants = {form: f"{row[f'constant_{form}']:.2f}" for form in FORMS if form}
     return {"term": FORMS[row["form"]], "alpha": f"{row['alpha']:g}" if row["alpha"] else "",
             "beta": f"{row['beta']:g}" if row["beta"] else "",
             "accuracy": f"{100 * row['accuracy']:.1f}%",
