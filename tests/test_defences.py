@@ -267,6 +267,7 @@ class TestEveryDefence:
     def test_strength_is_the_swept_field(self) -> None:
         assert make_defence("quantisation", 4.0) == Quantisation(4)
         assert make_defence("patrol", 7.0, alpha=0.5) == Patrol(alpha=0.5, beta=7.0)
+        assert make_defence("patrol", 7.0) == Patrol(alpha=0.0, beta=7.0)
         assert make_defence("none") == Trained() and Trained().strength == 0.0
         for name, kind in DEFENCES.items():
             if kind.swept:

@@ -31,7 +31,7 @@ _OURS = "patrol_prune."
 class Combined(Defence):
     """Defences one behind the other, in the order in which the feature meets them.
 
-        Combined((FeatureDropout(0.5), Patrol(alpha=0.0, beta=10.0)))
+        Combined((FeatureDropout(0.5), Patrol(beta=10.0)))
 
     trains PATROL's edge against attackers who see the feature with its dropout. What draws or
     rounds is put behind the edge in that order, each calibrated on what the ones before it send,

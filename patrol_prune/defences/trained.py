@@ -29,7 +29,7 @@ class Patrol(Defence):
     Ding et al., PATROL, WACV 2024.
 
     Attributes:
-        alpha: weight of each block's Lipschitz constant.
+        alpha: weight of each block's Lipschitz constant; it hid nothing wherever it was measured.
         beta: weight of the adversarial error; more is stronger.
         lipschitz_form: "paper", "scale_free" or "spectral", see `PatrolObjective`.
         adversary: the attackers inside.
@@ -38,7 +38,7 @@ class Patrol(Defence):
     name: ClassVar[str] = "patrol"
     swept: ClassVar[str] = "beta"
 
-    alpha: float = 0.01
+    alpha: float = 0.0
     beta: float = 40.0
     lipschitz_form: LipschitzForm = "scale_free"
     adversary: Adversary = field(default_factory=Adversary)
