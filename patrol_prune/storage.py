@@ -106,7 +106,8 @@ def _is_being_written(name: str) -> bool:
 
 def _place(path: str | os.PathLike[str]) -> Path:
     """Where a directory lies that is written to `path`: a link's target, there or not yet."""
-    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+    path = Path(path)  # without the slash at its end, which would ask for the target
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def discard(path: Path) -> None:

@@ -85,6 +85,14 @@ def test_a_link_stays_one_and_leads_to_what_was_saved_last(tmp_path: Path, there
         "latest", "elsewhere", "real"}
 
 
+def test_a_link_with_a_slash_behind_it_stays_one_too(tmp_path: Path) -> None:
+    save_state(tmp_path / "real", {}, {"value": 0})
+    (tmp_path / "latest").symlink_to("real")
+    save_state(f"{tmp_path / 'latest'}/", {}, {"value": 1})
+    assert load_state(tmp_path / "real")[1] == {"value": 1}
+    assert (tmp_path / "latest").is_symlink() and len(list(tmp_path.iterdir())) == 2
+
+
 def test_a_link_left_by_an_interrupted_write_is_cleaned_alone(tmp_path: Path) -> None:
     process = subprocess.Popen([sys.executable, "-c", "pass"])
     process.wait()
