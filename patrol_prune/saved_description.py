@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +68,20 @@ def lay_out(
     for name, stride in strides.items():
         try:
             like = tensors[name]
+            _refuse_overlap(like.shape, stride)
             live[name].data = torch.empty_strided(like.shape, stride, dtype=like.dtype)
         except Exception as error:  # torch refuses layouts in many ways
             raise refusal(path, f"no {name!r} lies in memory in strides of {stride} ({error})"
                           ) from error
+
+
+def _refuse_overlap(shape: Sequence[int], strides: Sequence[int]) -> None:
+    """A ValueError for strides in which two elements would share their place in memory."""
+    reach = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1 and stride <= reach:
+            raise ValueError("elements would lie on each other")
+        reach += (size - 1) * stride
 
 
 def _parsed(content: bytes, path: Path) -> dict[str, Any]:
