@@ -287,8 +287,8 @@ class AuditRun:
             if own is not None:
                 where |= {"attacker_data": own.data, "attacker_images": own.count}
             self.result.flags.append(where | dataclasses.asdict(flag))
-            told = [subject] if attack is None else [subject, attack, f"seed {seed}"]
-            logger.warning("%s: %s", ", ".join(told), flag.meaning)
+            whose = [subject, attack, None if seed is None else f"seed {seed}"]
+            logger.warning("%s: %s", ", ".join(filter(None, whose)), flag.meaning)
 
     def record(
         self,

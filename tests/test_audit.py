@@ -19,12 +19,13 @@ from patrol_prune.attacks import (
     registry,
 )
 from patrol_prune.attacks.base import some_of
-from patrol_prune.attacks.checks import smooth_images
+from patrol_prune.attacks.checks import NO_GRADIENT, smooth_images
 from patrol_prune.attacks.query_free_config import QueryFreeConfig
 from patrol_prune.attacks.registry import ATTACKS
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.audit import audit, compute_features
 from patrol_prune.audit_report import AuditReport, mean_and_std
+from patrol_prune.audit_run import AuditRun
 from patrol_prune.errors import CheckpointError, InputError, TrainingError
 from patrol_prune.metrics import mse, ssim, thumbnail
 from patrol_prune.pixels import Normalization
@@ -70,6 +71,16 @@ def report() -> AuditReport:
         undefended=open_edge(), config=CONFIG,
         normalization=NORMALIZATION, examples=5,
     )
+
+
+@pytest.mark.parametrize(("attack", "seed", "told"), [
+    (None, None, "edge: "), ("rmle", None, "edge, rmle: "), ("rmle", 0, "edge, rmle, seed 0: ")])
+def test_a_warning_names_what_it_is_of_alone(
+    caplog: pytest.LogCaptureFixture, attack: str | None, seed: int | None, told: str
+) -> None:
+    run = AuditRun([], VICTIM, NORMALIZATION, 8, 0, None)
+    run.flag([NO_GRADIENT], "edge", attack, seed)
+    assert caplog.messages == [told + NO_GRADIENT.meaning]
 
 
 def test_the_edge_stands_between_floor_and_ceiling(report: AuditReport) -> None:
