@@ -14,7 +14,6 @@ FORMS = {"paper": "the paper's form", "scale_free": "scale-free", "spectral": "s
 POINTS = {"term": "Lipschitz term", "alpha": "`α`", "beta": "`β`", "accuracy": "accuracy",
           "ssim": "attacker's SSIM", "worst": "worst 5%", "mse": "attacker's MSE",
           "paper": "constant, paper's", "scale_free": "scale-free", "spectral": "spectral bound"}
-USUAL = "ssim"
 
 
 def lipschitz(record: dict[str, Any], measured: str) -> str:
