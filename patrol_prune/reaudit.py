@@ -96,9 +96,10 @@ def _refuse_unnamed(path: Path, name: str, given: str | None) -> None:
             f"which runs its code. If you trust it, say so: {type_it}."
         )
     if given not in (None, name):
+        advice = f"Give {type_it}" if ":" in name else "Leave it out"
         raise InputError(
-            f"Expected the model of the run in {path}, which is {name!r}, came {given!r}. Leave it "
-            f"out, or give {type_it}. Without a run's folder, --model audits any model."
+            f"Expected the model of the run in {path}, which is {name!r}, came {given!r}. "
+            f"{advice}. Without a run's folder, --model audits any model."
         )
 
 

@@ -358,8 +358,10 @@ def test_code_that_a_run_s_folder_names_runs_only_where_it_is_named_again(
         "    return build_model('small_resnet', num_classes, image_size=16)\n"
     )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError, match="Expected the model of the run.*came 'resnet18'"):
+    with pytest.raises(InputError, match=f"came 'resnet18'. Give --model {name} "):
         audit_again("a", model="resnet18")
+    with pytest.raises(InputError, match="which is 'small_resnet', came 'resnet18'. Leave it out"):
+        audit_again(finished.directory, model="resnet18")
     assert main(["audit", "a"]) == 2
     assert f"--model {name} (in Python, model='{name}')" in capsys.readouterr().err
     assert not Path("ran").exists()
