@@ -75,8 +75,8 @@ class Trainer:
                 model, teacher, config.distill_temperature, features=config.feature_weight > 0,
                 cloud=None if objective is None else objective.split.cloud,
             )
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        if not trainable:
+        self.trainable = [p for p in model.parameters() if p.requires_grad]
+        if not self.trainable:
             raise InputError("Expected parameters to train, but every one has requires_grad=False.")
         self.channels_last = channels_last_names(model)
         model.to(self.device)
@@ -85,7 +85,7 @@ class Trainer:
         if teacher is not None:
             teacher.to(self.device)
         self.optimizer = torch.optim.SGD(
-            trainable, lr=config.lr, momentum=config.momentum,
+            self.trainable, lr=config.lr, momentum=config.momentum,
             weight_decay=config.weight_decay, nesterov=config.momentum > 0,
         )
         self.step_module = _Step(model, self._terms)
@@ -163,7 +163,7 @@ class Trainer:
         self._refuse_nonfinite(step, {**values, "total": loss})
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # averaged over processes by what `prepare` put around the step
-        clip_gradients(self.model.parameters(), self.config.clip_norm, step, "gradient")
+        clip_gradients(self.trainable, self.config.clip_norm, step, "gradient")
         self.optimizer.step()
         self.after_step(step)
         if self.objective is not None and self.objective.beta > 0:

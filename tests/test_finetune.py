@@ -210,6 +210,21 @@ def test_what_is_frozen_stays_as_it_is(how: str, frozen: list[str], kept: set[st
     assert [m.training for m in split.model.modules()] == modes
 
 
+@pytest.mark.parametrize("left", [1e3, float("nan")])
+def test_a_gradient_left_on_what_is_frozen_counts_nowhere(left: float) -> None:
+    """One of a step before the layer was frozen, which no step of this training renews."""
+    found = []
+    for gradient in (None, left):
+        torch.manual_seed(0)
+        model = _with_norms().model
+        weight = model.get_submodule("0").weight.requires_grad_(False)
+        weight.grad = None if gradient is None else torch.full_like(weight, gradient)
+        finetune(model, Batches(_images(16), 16), progress=False,
+                 config=dataclasses.replace(CONFIG, epochs=1))
+        found.append(model.get_submodule("9").weight)
+    assert torch.equal(*found)
+
+
 def test_a_teacher_that_shares_parameters_is_refused() -> None:
     model = _split().model
     teacher = copy.deepcopy(model)
