@@ -176,7 +176,7 @@ def _refuse_unlearnt_loss(model: nn.Module, objective: PatrolObjective) -> None:
             "Expected a task_loss that learns nothing beside the model, came "
             f"{type(loss).__name__} with {len(own)} parameters of its own ({own[0]} is the "
             "first), which would stay as they are. Put that layer into the model, which is "
-            "trained and saved, or freeze it: task_loss.requires_grad_(False)."
+            "trained and saved, or set requires_grad=False on those alone."
         )
 
 
