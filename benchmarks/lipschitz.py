@@ -97,13 +97,12 @@ def constants(split: pp.Split, data: Data) -> dict[str, float]:
     return {f"constant_{form}": float(k.log().mean().exp()) for form, k in found.items()}
 
 
-def told(args: Frontier, data: Data, step: Step) -> list[dict[str, Any]]:
-    """The rows of a step that is done, with the term that the training had."""
-    recipe = RECIPES[step.method.recipe]
-    split, _ = defended(args, data, step.method)
-    about = {"form": recipe.lipschitz_form if recipe.alpha else None, "alpha": recipe.alpha,
-             "beta": step.method.strength, **constants(split, data)}
-    return [{**row, **about} for row in attacked(args, data, step)]
+def about(args: Frontier, data: Data, model: Method) -> dict[str, Any]:
+    """The term that the training of a finished model had, and what it did to the edge."""
+    recipe = RECIPES[model.recipe]
+    split, _ = defended(args, data, model)
+    return {"form": recipe.lipschitz_form if recipe.alpha else None, "alpha": recipe.alpha,
+            "beta": model.strength, **constants(split, data)}
 
 
 def main(args: Lipschitz) -> None:
@@ -115,16 +114,20 @@ def main(args: Lipschitz) -> None:
     dense_model(frontier, data)
     claims = frontier.work / "claims"
     claims.mkdir(parents=True, exist_ok=True)
-    rows, missing = [], []
+    rows, missing, models = [], [], {}
     for one in steps(args):
         if not args.collect and not row_path(frontier, one).exists() and claim_is_ours(
                 claims / one.key):
             attacked(frontier, data, one)
     for one in steps(args):
         if row_path(frontier, one).exists():
-            rows += told(frontier, data, one)
+            key = one.method.key
+            models[key] = models.get(key) or about(frontier, data, one.method)
+            rows += [{**row, **models[key]} for row in attacked(frontier, data, one)]
         else:
             missing.append(one.key)
+    if not rows:
+        raise SystemExit(f"Nothing is measured in {args.work.name} yet.")
     commits = dict.fromkeys(row["made_with"]["commit"] for row in rows)
     settings = {**rows[0]["made_with"], "beside": args.beside, "thorough": args.thorough}
     print(write("lipschitz", rows, commit=", ".join(commits), missing=missing,
