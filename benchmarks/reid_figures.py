@@ -10,7 +10,7 @@ from row_names import PRESSED_TEXT, pressed
 from patrol_prune.report import render_table
 
 NAMES = {"dense": "dense, not pruned", "taylor": "Taylor pruning", "patrol": "**PATROL**"}
-USUAL_DECODER = (32, 3, 10)
+USUAL_DECODER = (32, 3)
 LEGIBLE = 0.8
 """Where the dense model's upload gives away no more of the characters, no goal is set for them."""
 KINDS = {"plates": "plates read", "characters": "characters", "scenes": "places"}
@@ -48,15 +48,15 @@ def overview(runs: list[list[dict[str, Any]]]) -> str:
     table = []
     for rows in runs if len(runs) > 1 else []:
         found, first = {row["method"]: row for row in rows}, rows[0]
-        each = [found[method] for method in NAMES if method in found]
-        width, blocks, _ = first.get("decoder", USUAL_DECODER)
+        width, blocks, *epochs = first.get("decoder", USUAL_DECODER)
+        size = ", ".join([f"{width} channels, {blocks} blocks", *(f"{n} epochs" for n in epochs)])
         line = {"set": first["dataset"].split(",")[0], "split": first["split"] + budget_of(first),
                 "seed": str(first["train_seed"]), "epochs": str(first["epochs"][1]),
-                "beta": f"{first['beta']:g}", "decoder": f"{width} channels, {blocks} blocks"}
+                "beta": f"{first['beta']:g}", "decoder": size}
         for name, of in (("map", lambda row: percent(row["map"])),
                          ("ssim", lambda row: f"{row['ssim']:.3f}" + UNFINISHED * improving(row)),
                          ("characters", lambda row: percent(row["characters_rate"]) or "–")):
-            line[name] = " / ".join(map(of, each))
+            line[name] = " / ".join(of(found[m]) if m in found else "–" for m in NAMES)
         table.append(line)
     if not table:
         return ""
@@ -142,7 +142,9 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"pictures of {counts['test_identities']} identities.{closed} The attacker owns "
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
         "attacked. Floor: the mean image or the attacker's picture with the nearest upload, "
-        f"whichever is closer.{decoder_of(first)} One training seed{seed}, one attack seed."
+        f"whichever is closer.{decoder_of(first)}"
+        + f" Of the models of that training {NAMES[first['method']]} alone met this attack."
+        * (len(rows) == 1) + f" One training seed{seed}, one attack seed."
         + UPLOADS_UNREAD * (not first.get("uploads_read"))
         + f" {PRESSED_TEXT.removeprefix('§ ').capitalize()}" * pressed(first)
     )

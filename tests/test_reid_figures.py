@@ -90,6 +90,8 @@ def test_every_run_has_a_line_with_its_three_models(figures: ModuleType) -> None
     assert len(lines) == 2
     assert "| 24 |" in lines[1] and "64 channels, 6 blocks" in lines[1]
     assert figures.overview(runs[:1]) == ""  # the run itself follows
+    assert "– / – / 70.0%" in figures.overview([runs[0], runs[1][:1]])
+    assert "alone met" in figures.about(runs[1][:1]) and "alone met" not in figures.about(runs[1])
 
 
 def lost(text: str) -> list[str]:
