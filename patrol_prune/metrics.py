@@ -8,6 +8,7 @@ privacy.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -62,8 +63,8 @@ def ssim(x: Tensor, y: Tensor, *, wide: bool = True) -> Tensor:
     scores about 0.13 to 0.18 on natural images.
 
     Arguments and errors as in `mse`; images must have at least 11 pixels a side. Computed in
-    float64, on the CPU; `wide=False` is faster, in float32 where the images are, and up to 0.001
-    too low on flat ones. Returns `[N]`, float32, on [-1, 1]; 1 for identical images.
+    float64, on the CPU; `wide=False` is faster, in float32 where the images are, and coarser on
+    flat ones. Returns `[N]`, float32, on [-1, 1]; 1 for identical images.
     """
     _check_pair(x, y)
     if min(x.shape[2:]) < SSIM_SIDE:
@@ -136,40 +137,41 @@ def _ssim_wide(x: Tensor, y: Tensor) -> Tensor:
     """As `_ssim`, in float64: variances are differences of squares, which float32 rounds by more
     than they are where an image is flat. On the CPU, as not every accelerator has float64.
     """
-    a, b = x.cpu().double(), y.cpu().double()
-    mean_a, mean_b = _windowed(a), _windowed(b)
-    var_a, var_b = (_windowed(v**2) - mean**2 for v, mean in ((a, mean_a), (b, mean_b)))
-    cov = _windowed(a * b) - mean_a * mean_b
-    likeness = ((2.0 * mean_a * mean_b + _C1) * (2.0 * cov + _C2)
-                / ((mean_a**2 + mean_b**2 + _C1) * (var_a + var_b + _C2)))
-    return likeness.mean(dim=(1, 2, 3)).to(x.device, torch.float32)
-
-
-def _windowed(values: Tensor) -> Tensor:
-    """Gaussian means around every pixel, the image mirrored at its border, `[N, C, H, W]`."""
-    radius = SSIM_SIDE // 2
-    places = torch.arange(-radius, radius + 1, dtype=values.dtype)
-    weights = (torch.exp(-((places / _SSIM_SIGMA) ** 2) / 2.0)).tolist()
-    total = sum(weights)
-    values = functional.pad(values, (radius,) * 4, mode="reflect")
-    for dim in (2, 3):  # one after the other: the window is a product
-        count = values.shape[dim] - 2 * radius
-        mean = torch.zeros_like(values.narrow(dim, 0, count))
-        for place, weight in enumerate(weights):
-            mean.add_(values.narrow(dim, place, count), alpha=weight / total)
-        values = mean
-    return values
+    return _ssim(x.cpu().double(), y.cpu().double()).to(x.device, torch.float32)
 
 
 def _ssim(x: Tensor, y: Tensor) -> Tensor:
-    # Slow to import, and most commands need none of it.
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    x, y = (images if images.dtype == torch.float64 else images.float() for images in (x, y))
+    # Half-precision products would round away the variances of smooth images.
+    with torch.autocast(x.device.type, enabled=False):
+        mean_x, mean_y = _windowed(x), _windowed(y)
+        both_squared, product = mean_x**2 + mean_y**2, mean_x * mean_y
+        variances = _windowed(x**2 + y**2) - both_squared  # only their sum is needed
+        cov = _windowed(x * y) - product
+        likeness = ((2.0 * product + _C1) * (2.0 * cov + _C2)
+                    / ((both_squared + _C1) * (variances + _C2)))
+        return likeness.mean(dim=(1, 2, 3))
 
-    values = structural_similarity_index_measure(
-        y.float(), x.float(), sigma=_SSIM_SIGMA, data_range=1.0, reduction="none"
-    )
-    assert isinstance(values, Tensor)
-    return values.reshape(-1)
+
+def _windowed(values: Tensor) -> Tensor:
+    """Gaussian means around every pixel, the image mirrored at its border, `[N, C, H, W]`.
+
+    The window is a product, so that two matrices do it, faster than any convolution does here.
+    """
+    height, width = (_window_matrix(side).to(values) for side in values.shape[2:])
+    return height @ functional.linear(values, width)
+
+
+@lru_cache(maxsize=64)
+def _window_matrix(side: int) -> Tensor:
+    """Row i holds the weights with which `side` pixels enter the mean around pixel i, float64."""
+    with torch.inference_mode(False):  # kept for later calls, which may train through it
+        places = torch.arange(SSIM_SIDE, dtype=torch.float64) - SSIM_SIDE // 2
+        weights = torch.exp(-((places / _SSIM_SIGMA) ** 2) / 2.0)
+        pixels = torch.arange(side)[:, None] + places.long()
+        mirrored = (side - 1) - ((side - 1) - pixels.abs()).abs()
+        matrix = torch.zeros(side, side, dtype=torch.float64)
+        return matrix.scatter_add_(1, mirrored, (weights / weights.sum()).expand(side, -1))
 
 
 def _ms_ssim(x: Tensor, y: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ import math
 import piq
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from patrol_prune import metrics
 from patrol_prune.errors import InputError
@@ -64,6 +66,43 @@ def test_the_narrow_form_is_the_same_on_ordinary_pictures() -> None:
     narrow = metrics.ssim(x, y, wide=False)
     torch.testing.assert_close(metrics.ssim(x, y), narrow, atol=1e-5, rtol=0)
     assert metrics.ssim(x, y).dtype == torch.float32
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(11, 40), st.integers(11, 40), st.integers(1, 4), st.integers(0, 2**16))
+def test_the_loss_and_its_gradient_agree_with_torchmetrics(
+    height: int, width: int, channels: int, seed: int
+) -> None:
+    x, y = images(seed, (3, channels, height, width)), images(seed + 1, (3, channels, height, width))
+    values, gradients = [], []
+    for measure in (metrics.ssim_values, of_torchmetrics):
+        guess = y.clone().requires_grad_(True)
+        values.append(measure(x, guess))
+        gradients.append(torch.autograd.grad((values[-1] * torch.arange(1.0, 4.0)).sum(), guess)[0])
+    torch.testing.assert_close(*values, atol=2e-6, rtol=0)
+    torch.testing.assert_close(*gradients, atol=1e-5 * float(gradients[1].abs().max()), rtol=0)
+
+
+def of_torchmetrics(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    values = structural_similarity_index_measure(y, x, data_range=1.0, reduction="none")
+    assert isinstance(values, torch.Tensor)
+    return values.reshape(-1)
+
+
+def test_the_loss_stays_exact_under_autocast_and_after_inference() -> None:
+    metrics._window_matrix.cache_clear()
+    x = images(0, (2, 3, 19, 19))
+    smooth = 0.5 + 0.01 * x
+    with torch.inference_mode():
+        expected = metrics.ssim_values(smooth, 0.5 + 0.005 * x)
+    guess = (0.5 + 0.005 * x).requires_grad_(True)
+    with torch.autocast("cpu", torch.bfloat16):
+        came = metrics.ssim_values(smooth, guess)
+    torch.testing.assert_close(came, expected)
+    came.sum().backward()
+    assert guess.grad is not None and guess.grad.isfinite().all()
 
 
 def test_low_contrast_is_measured_against_the_true_range() -> None:
