@@ -7,14 +7,9 @@ from dataclasses import dataclass, replace
 from patrol_prune.defences import Adversary, FeatureDropout
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.lipschitz import LipschitzForm
-from patrol_prune.surrogate import DEFAULT_SURROGATES, SurrogateSpec
+from patrol_prune.surrogate import DEFAULT_SURROGATES, SURROGATE_SETS, SurrogateSpec
 
-LARGE = (
-    SurrogateSpec("residual", width=48, depth=4),
-    SurrogateSpec("unet", width=32, depth=4),
-    SurrogateSpec("transposed", width=48),
-)
-
+LARGE = SURROGATE_SETS["large"]
 
 LIPSCHITZ: dict[LipschitzForm, tuple[float, ...]] = {
     "paper": (0.2, 2.0, 0.02), "scale_free": (0.2, 2.0, 0.02), "spectral": (0.006, 0.02, 0.002),

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jsonargparse import auto_cli
@@ -54,6 +54,8 @@ class Reid:
         epochs: of fine-tuning; 8, as the record began with, or 5 for photographs where None.
         decoder: width, residual blocks and epochs of the learned attacks, where not the usual
             32, 3 and 10: after layer3 that many channels hold half of an upload.
+        surrogates: the attackers inside: "usual", on half of a batch with 2 steps for each of the
+            model's; or "large", which see all of it and take 4.
         pictures: where to draw some originals and what is rebuilt of them, a method in a row.
         threads: of torch.
         seed: of everything.
@@ -66,6 +68,7 @@ class Reid:
     edge_macs: str = "0.5"
     epochs: int | None = None
     decoder: tuple[int, int, int] | None = None
+    surrogates: Literal["usual", "large"] = "usual"
     pictures: Path | None = None
     threads: int = 1
     seed: int = 0
@@ -74,15 +77,21 @@ class Reid:
 def config_of(args: Reid) -> ReidRun:
     """The settings of the run."""
     work = str(args.work.expanduser())
+    large = args.surrogates == "large"
     budget = "" if args.edge_macs == Reid.edge_macs else f"-{args.edge_macs}"
     budget += "" if args.epochs is None else f"-{args.epochs}-epochs"
     if args.decoder is not None:
         budget += "-decoder-" + "-".join(map(str, args.decoder))
+    budget += "-large-surrogates" * large
     other = ("" if usual(args) else f"-{args.at}-beta-{args.beta:g}") + budget
     plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at,
                     edge_macs=args.edge_macs)
     plain = replace(plain, privacy=replace(plain.privacy, beta=args.beta), finetune=replace(
         plain.finetune, epochs=args.epochs or 8))
+    if large:
+        plain = replace(plain, batch=replace(plain.batch, adversarial_images=None),
+                        privacy=replace(plain.privacy, surrogates="large"),
+                        finetune=replace(plain.finetune, inner_steps=4))
     plain = replace(plain, attacker=attacker_of(args, plain.attacker))
     if args.photographs is None:
         return plain
@@ -196,7 +205,8 @@ def main(args: Reid) -> None:
              "minutes": round(minutes(Path(config.runs) / config.name), 1),
              "budget": args.edge_macs,
              "epochs": [config.train.epochs, config.finetune.epochs],
-             **({} if args.decoder is None else {"decoder": list(args.decoder)})}
+             **({} if args.decoder is None else {"decoder": list(args.decoder)}),
+             **({} if args.surrogates == Reid.surrogates else {"surrogates": args.surrogates})}
             for row in rows(result, dataset)]
     if args.pictures is not None:
         draw(Path(config.runs) / config.name, list(result["methods"]), args.pictures)

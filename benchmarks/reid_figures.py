@@ -40,7 +40,8 @@ def reid(record: dict[str, Any]) -> str:
 def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What the rows of one run have in common, and those of another have not."""
     return (row["dataset"], row["split"], row["beta"], row.get("budget", "0.5"),
-            row["train_seed"], tuple(row["epochs"]), tuple(row.get("decoder", ())))
+            row["train_seed"], tuple(row["epochs"]), tuple(row.get("decoder", ())),
+            row.get("surrogates", "usual"))
 
 
 def overview(runs: list[list[dict[str, Any]]]) -> str:

@@ -50,7 +50,7 @@ from patrol_prune.surrogate import (
     DEFAULT_SURROGATES,
     SurrogateEnsemble,
     SurrogateSpec,
-    check_specs,
+    checked_specs,
 )
 
 if TYPE_CHECKING:
@@ -117,7 +117,8 @@ class PatrolObjective:
             in full precision, where the rest may be mixed.
         adversarial_images: the adversarial term and the surrogates' steps take the first so many
             images of a batch; all of them where None. Fewer are cheaper and noisier.
-        surrogates: architectures of the attackers inside.
+        surrogates: architectures of the attackers inside; or "usual" or "large", see
+            `SURROGATE_SETS`.
         surrogate_lr: learning rate of the attackers inside.
         surrogate_loss: what they minimise and the model maximises: "mse" is the paper's form,
             "mse+ssim" decodes far more near the mean image, "auto" is the latter where the images
@@ -144,7 +145,7 @@ class PatrolObjective:
         lipschitz_reduction: Reduction = "max",
         lipschitz_images: int = 32,
         adversarial_images: int | None = None,
-        surrogates: Sequence[SurrogateSpec] = DEFAULT_SURROGATES,
+        surrogates: Sequence[SurrogateSpec] | str = DEFAULT_SURROGATES,
         surrogate_lr: float = 2e-3,
         surrogate_loss: str = "auto",
         normalization: Normalization | None = None,
@@ -160,7 +161,7 @@ class PatrolObjective:
         check_among(lipschitz_form, "lipschitz_form", get_args(LipschitzForm))
         check_among(lipschitz_reduction, "lipschitz_reduction", get_args(Reduction))
         check_among(precision, "precision", PRECISIONS)
-        check_specs(surrogates, surrogate_lr, surrogate_loss)
+        specs = checked_specs(surrogates, surrogate_lr, surrogate_loss)
         alphas = _numbers(alpha)
         weights = [*alphas, beta]
         if (not alphas or not all(0 <= w < math.inf for w in weights) or not noise_std > 0
@@ -178,7 +179,7 @@ class PatrolObjective:
         self.adversarial_images = None if adversarial_images is None else int(adversarial_images)
         self.normalization = normalization or Normalization()
         self.precision = precision
-        self.specs, self.surrogate_lr, self.seed = tuple(surrogates), float(surrogate_lr), seed
+        self.specs, self.surrogate_lr, self.seed = specs, float(surrogate_lr), seed
         self.surrogate_loss = surrogate_loss
         self.generator = torch.Generator().manual_seed(seed)
         self._looked = False

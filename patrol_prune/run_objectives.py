@@ -20,7 +20,8 @@ def scoring_objective(
         alpha=(privacy.alpha or 1.0) if score.lip_weight else 0.0,
         beta=(privacy.beta or 1.0) if score.adv_weight else 0.0,
         noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
-        surrogate_loss=privacy.surrogate_loss, normalization=normalization, seed=config.seed,
+        surrogates=privacy.surrogates, surrogate_loss=privacy.surrogate_loss,
+        normalization=normalization, seed=config.seed,
     )
 
 
@@ -32,6 +33,6 @@ def training_objective(
     return PatrolObjective(
         split, F.cross_entropy, alpha=privacy.alpha, beta=privacy.beta,
         noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
-        surrogate_loss=privacy.surrogate_loss, normalization=normalization,
-        seed=config.seed + 1, precision=config.finetune.precision,
+        surrogates=privacy.surrogates, surrogate_loss=privacy.surrogate_loss,
+        normalization=normalization, seed=config.seed + 1, precision=config.finetune.precision,
     )

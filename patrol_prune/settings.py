@@ -22,11 +22,12 @@ from patrol_prune.audit_choice import check_uploads
 from patrol_prune.choice import Limits
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.given import check_among
 from patrol_prune.importance import TaskChange
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.rundir import read_config
 from patrol_prune.storage import atomic_write_text
-from patrol_prune.surrogate import SURROGATE_LOSSES
+from patrol_prune.surrogate import SURROGATE_LOSSES, SURROGATE_SETS
 
 Config = TypeVar("Config")
 FREE_KEYS = ("name", "runs", "device")  # may differ when a run is resumed
@@ -111,7 +112,8 @@ class PrivacyConfig:
             training and under attack (`defences.FeatureDropout`; the report says how to put it
             behind the saved edge). Whoever sees several uploads of one picture sees the rest of
             it; see `audit.uploads`.
-        surrogate_loss: of these attackers: "mse+ssim" sees more than the paper's "mse"; "auto"
+        surrogates: these attackers, "usual" or "large" (`surrogate.SURROGATE_SETS`).
+        surrogate_loss: theirs: "mse+ssim" sees more than the paper's "mse"; "auto"
             takes it where the images have at least 11 pixels a side.
         noise_std: standard deviation of the Lipschitz perturbation, in input units.
         lipschitz_form: "scale_free"; or "paper", which scaling games can fool; or "spectral", a
@@ -121,6 +123,7 @@ class PrivacyConfig:
     alpha: float = 0.0
     beta: float = 10.0
     dropout: float = 0.0
+    surrogates: Literal["usual", "large"] = "usual"
     surrogate_loss: Literal["auto", "mse", "mse+ssim"] = "auto"
     noise_std: float = 0.1
     lipschitz_form: LipschitzForm = "scale_free"
@@ -136,16 +139,9 @@ class PrivacyConfig:
                 "Expected privacy.dropout in [0, 1), and privacy.alpha=0 beside it (a run does not "
                 f"train both), came {self.dropout} and {self.alpha}."
             )
-        if self.lipschitz_form not in get_args(LipschitzForm):
-            raise InputError(
-                f"Expected privacy.lipschitz_form out of {', '.join(get_args(LipschitzForm))}, "
-                f"came {self.lipschitz_form!r}."
-            )
-        if self.surrogate_loss not in SURROGATE_LOSSES:
-            raise InputError(
-                f"Expected privacy.surrogate_loss out of {', '.join(SURROGATE_LOSSES)}, came "
-                f"{self.surrogate_loss!r}."
-            )
+        check_among(self.lipschitz_form, "privacy.lipschitz_form", get_args(LipschitzForm))
+        check_among(self.surrogates, "privacy.surrogates", tuple(SURROGATE_SETS))
+        check_among(self.surrogate_loss, "privacy.surrogate_loss", SURROGATE_LOSSES)
 
 
 @dataclass(frozen=True)

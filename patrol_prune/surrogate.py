@@ -36,6 +36,16 @@ DEFAULT_SURROGATES = (
     SurrogateSpec("transposed", width=48),
 )
 
+SURROGATE_SETS: dict[str, tuple[SurrogateSpec, ...]] = {
+    "usual": DEFAULT_SURROGATES,
+    "large": (
+        SurrogateSpec("residual", width=48, depth=4),
+        SurrogateSpec("unet", width=32, depth=4),
+        SurrogateSpec("transposed", width=48),
+    ),
+}
+"""Ensembles by name. The large one costs several times as much; what it buys is in the docs."""
+
 
 def reconstruction_error(pixels: Tensor, guess: Tensor, loss: str = "mse") -> Tensor:
     """How far `guess` is from `pixels`, per image, shape `[B]`, differentiable.
@@ -223,23 +233,28 @@ class SurrogateEnsemble(nn.Module):
         )
 
 
-def check_specs(specs: Sequence[SurrogateSpec], lr: float, loss: str) -> None:
-    """Refuse settings of an ensemble that are something else.
+def checked_specs(
+    surrogates: Sequence[SurrogateSpec] | str, lr: float, loss: str
+) -> tuple[SurrogateSpec, ...]:
+    """The ensemble that `surrogates` gives or names; settings that are something else are refused.
 
     Raises:
-        InputError: no specs, something else among them, a rate that is not positive, an unknown
-            loss.
+        InputError: no specs, something else among them, an unknown name, a rate that is not
+            positive, an unknown loss.
     """
-    odd = [spec for spec in specs if not isinstance(spec, SurrogateSpec)]
-    if odd or isinstance(specs, str):
+    specs = SURROGATE_SETS.get(surrogates) if isinstance(surrogates, str) else surrogates
+    if specs is None or any(not isinstance(spec, SurrogateSpec) for spec in specs):
         raise InputError(
-            f"Expected surrogates as SurrogateSpec(family, width, depth) each, came {specs!r}.")
+            f"Expected surrogates as one of {', '.join(SURROGATE_SETS)}, or as "
+            f"SurrogateSpec(family, width, depth) each, came {surrogates!r}. "
+            f"{nearest(str(surrogates), tuple(SURROGATE_SETS))}")
     if not specs:
         raise InputError("Expected at least one surrogate, came none. Leave beta at 0 instead.")
     check_number(lr, "surrogate_lr")
     if not lr > 0:
         raise InputError(f"Expected surrogate_lr > 0, came {lr}.")
     check_among(loss, "surrogate_loss", SURROGATE_LOSSES)
+    return tuple(specs)
 
 
 def _chosen_loss(loss: str, image_shape: tuple[int, int, int]) -> str:

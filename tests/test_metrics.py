@@ -73,7 +73,8 @@ def test_the_narrow_form_is_the_same_on_ordinary_pictures() -> None:
 def test_the_loss_and_its_gradient_agree_with_torchmetrics(
     height: int, width: int, channels: int, seed: int
 ) -> None:
-    x, y = images(seed, (3, channels, height, width)), images(seed + 1, (3, channels, height, width))
+    shape = (3, channels, height, width)
+    x, y = images(seed, shape), images(seed + 1, shape)
     values, gradients = [], []
     for measure in (metrics.ssim_values, of_torchmetrics):
         guess = y.clone().requires_grad_(True)

@@ -13,7 +13,7 @@ from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.pixels import Normalization
 from patrol_prune.spectral import SpectralBounds
-from patrol_prune.surrogate import SurrogateEnsemble, SurrogateSpec
+from patrol_prune.surrogate import SURROGATE_SETS, SurrogateEnsemble, SurrogateSpec
 
 SPECS = (SurrogateSpec("residual", 8, 1), SurrogateSpec("transposed", 8))
 
@@ -76,6 +76,18 @@ def test_a_step_down_the_total_hurts_the_attacker() -> None:
     after = objective.terms(x, y)
     assert before.adversarial is not None and after.adversarial is not None
     assert float(after.adversarial) > float(before.adversarial.detach())
+
+
+def test_a_named_set_of_surrogates_is_the_specs_it_stands_for() -> None:
+    named = _objective(_split(), surrogates="large", beta=1.0)
+    given = _objective(_split(), surrogates=SURROGATE_SETS["large"], beta=1.0)
+    assert [d.trunk_size for d in named.surrogates.decoders] == [
+        d.trunk_size for d in given.surrogates.decoders]
+    own, other = (o.surrogates.state_dict() for o in (named, given))
+    assert all(torch.equal(own[k], other[k]) for k in own)
+    assert len(named.surrogates.decoders) == 3 and named.specs == given.specs
+    with pytest.raises(InputError, match="one of usual, large, .* Did you mean: large"):
+        _objective(_split(), surrogates="lagre")
 
 
 def test_terms_of_weight_zero_are_left_out() -> None:

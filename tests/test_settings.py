@@ -62,6 +62,7 @@ def test_frozen() -> None:
         ({"score": {"min_channels": 0}}, "min_channels as a whole number of at least 1"),
         ({"score": {"max_pruning_ratio": 1.5}}, r"max_pruning_ratio in \(0, 1\], came 1.5"),
         ({"score": {"max_pruning_ratio": 0.0}}, r"max_pruning_ratio in \(0, 1\]"),
+        ({"privacy": {"surrogates": "larg"}}, "surrogates out of usual, large, came 'larg'"),
         ({"privacy": {"surrogate_loss": "ssim"}}, r"auto, mse, mse\+ssim, came 'ssim'"),
         ({"seed": -1}, r"seed in \[0, 2\*\*63\), came -1"),
         ({"seed": 2**63}, r"seed in \[0, 2\*\*63\)"),

@@ -189,7 +189,8 @@ class Work:
         with self.loss(split.model) as loss:
             objective = pp.PatrolObjective(
                 split, loss, alpha=alpha, beta=beta, noise_std=privacy.noise_std,
-                lipschitz_form=privacy.lipschitz_form, surrogate_loss=privacy.surrogate_loss,
+                lipschitz_form=privacy.lipschitz_form, surrogates=privacy.surrogates,
+                surrogate_loss=privacy.surrogate_loss,
                 normalization=self.people.normalization, precision=config.precision,
                 adversarial_images=self.config.batch.adversarial_images,
                 seed=self.config.seed + 1,
@@ -252,8 +253,8 @@ class Work:
                 split, loss, alpha=(privacy.alpha or 1.0) if score.lip_weight else 0.0,
                 beta=(privacy.beta or 1.0) if score.adv_weight else 0.0,
                 noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
-                surrogate_loss=privacy.surrogate_loss, normalization=self.people.normalization,
-                seed=self.config.seed,
+                surrogates=privacy.surrogates, surrogate_loss=privacy.surrogate_loss,
+                normalization=self.people.normalization, seed=self.config.seed,
             )
             if score.adv_weight and score.surrogate_steps:
                 objective.fit_surrogates(self.batches(10, augment=False), score.surrogate_steps)

@@ -96,14 +96,14 @@ class Adversary:
 
     Attributes:
         images: the first so many images of a batch are attacked; all of them where None.
-        surrogates: their architectures.
+        surrogates: their architectures, or the name of a set, see `PatrolObjective`.
         lr: their learning rate.
         loss: "mse", "mse+ssim" or "auto", see `PatrolObjective`.
         precision: "auto", "fp32" or "bf16" arithmetic of edge, cloud and surrogates.
     """
 
     images: int | None = None
-    surrogates: tuple[SurrogateSpec, ...] = DEFAULT_SURROGATES
+    surrogates: tuple[SurrogateSpec, ...] | str = DEFAULT_SURROGATES
     lr: float = 2e-3
     loss: str = "auto"
     precision: str = "auto"
