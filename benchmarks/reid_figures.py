@@ -41,7 +41,7 @@ def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What the rows of one run have in common, and those of another have not."""
     return (row["dataset"], row["split"], row["beta"], row.get("budget", "0.5"),
             row["train_seed"], tuple(row["epochs"]), tuple(row.get("decoder", ())),
-            row.get("surrogates", "usual"))
+            surrogates_of(row))
 
 
 def overview(runs: list[list[dict[str, Any]]]) -> str:
@@ -53,7 +53,7 @@ def overview(runs: list[list[dict[str, Any]]]) -> str:
         size = ", ".join([f"{width} channels, {blocks} blocks", *(f"{n} epochs" for n in epochs)])
         line = {"set": first["dataset"].split(",")[0], "split": first["split"] + budget_of(first),
                 "seed": str(first["train_seed"]), "epochs": str(first["epochs"][1]),
-                "beta": f"{first['beta']:g}", "decoder": size}
+                "beta": f"{first['beta']:g}", "surrogates": surrogates_of(first), "decoder": size}
         for name, of in (("map", lambda row: percent(row["map"])),
                          ("ssim", lambda row: f"{row['ssim']:.3f}" + UNFINISHED * improving(row)),
                          ("characters", lambda row: percent(row["characters_rate"]) or "–")):
@@ -62,12 +62,14 @@ def overview(runs: list[list[dict[str, Any]]]) -> str:
     if not table:
         return ""
     several = len({line["seed"] for line in table}) > 1
+    others = ({"surrogates": "surrogates"} if len({line["surrogates"] for line in table}) > 1
+              else {})
     return "\n\n".join([
         "**Every run in one line**, dense / Taylor pruning / PATROL. Each stands below with its "
         "circumstances and what else was read.",
         render_table(table, {
             "set": "set", "split": "cut after", **({"seed": "seed"} if several else {}),
-            "epochs": "fine-tuned, epochs", "beta": "β", "decoder": "attackers' decoders",
+            "epochs": "fine-tuned, epochs", "beta": "β", **others, "decoder": "attackers' decoders",
             "map": "mAP", "ssim": "SSIM under the strongest attack",
             "characters": "characters read",
         }).strip(),
@@ -138,9 +140,9 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"**{first['dataset'][0].upper()}{first['dataset'][1:]}**: {first['model']} with a BNNeck, "
         f"cut after {first['split']}{budget_of(first)}, trained for {first['epochs'][0]} epochs on "
         f"{counts['defender']:,} pictures of {counts['identities']} identities and fine-tuned for "
-        f"{first['epochs'][1]}, PATROL at β {first['beta']:g}; {counts['query']} queries in a "
-        f"gallery of {counts['gallery']} "
-        f"pictures of {counts['test_identities']} identities.{closed} The attacker owns "
+        f"{first['epochs'][1]}, PATROL at β {first['beta']:g}{inside(first)}; "
+        f"{counts['query']} queries in a gallery of {counts['gallery']} pictures of "
+        f"{counts['test_identities']} identities.{closed} The attacker owns "
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
         "attacked. Floor: the mean image or the attacker's picture with the nearest upload, "
         f"whichever is closer.{decoder_of(first)}"
@@ -149,6 +151,17 @@ def about(rows: list[dict[str, Any]]) -> str:
         + UPLOADS_UNREAD * (not first.get("uploads_read"))
         + f" {PRESSED_TEXT.removeprefix('§ ').capitalize()}" * pressed(first)
     )
+
+
+def surrogates_of(row: dict[str, Any]) -> str:
+    """The name of the ensemble inside PATROL's training."""
+    return str(row.get("surrogates", "usual"))
+
+
+def inside(row: dict[str, Any]) -> str:
+    """How the attackers inside training were, where not as usual here."""
+    return (" against the large set of surrogates, on whole batches and with four steps of theirs "
+            "for each of the model's" if surrogates_of(row) == "large" else "")
 
 
 def decoder_of(row: dict[str, Any]) -> str:

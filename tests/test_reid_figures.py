@@ -43,6 +43,14 @@ def test_larger_decoders_are_told(figures: ModuleType) -> None:
     assert "larger decoders, of 64 channels and 6 residual blocks, trained for 12 epochs" in told
 
 
+def test_other_surrogates_inside_are_told(figures: ModuleType) -> None:
+    usual, large = measured("layer3", "patrol"), measured("layer3", "patrol", surrogates="large")
+    assert "surrogates" not in figures.about([usual]) + figures.overview([[usual], [usual]])
+    assert "large set of surrogates" in figures.about([large])
+    assert figures.run_of(usual) != figures.run_of(large)
+    assert "| large |" in figures.overview([[usual], [large]])
+
+
 def test_an_attack_that_was_still_improving_is_marked(figures: ModuleType) -> None:
     rows = [measured("layer3", "dense"), measured("layer3", "patrol", ssim=0.4, plateau=False)]
     told = figures.costs(rows)
