@@ -19,15 +19,20 @@ weights once; `B` images in a batch, `A` of them for the surrogates, `P` for the
     spectral            i (e + e) + (e + e): forward and transposed, then forward and weights,
                         on one image
     ratio               (plain + adversarial + Lipschitz) / plain
+
+Multiply-adds do not all take as long, and the sampled Lipschitz forms are computed in float32
+whatever the rest is: `pace` times each part alone, in the precision it has in a step, and says how
+long one of its multiply-adds takes beside one of a plain step.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import statistics
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,12 +40,14 @@ import torch
 import torch_pruning as tp
 from jsonargparse import auto_cli
 from record import write
+from torch import Tensor
 from torch.nn import functional as F
 
 import patrol_prune as pp
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.models import SmallResNet
+from patrol_prune.precision import autocast, has_native_bf16
 from patrol_prune.trainer import Trainer
 
 
@@ -57,6 +64,7 @@ class StepCost:
         batch: images in a step.
         turns: of both sides, for each row.
         threads: torch's, one table for each.
+        precisions: of the training, one table for each; "auto" is bfloat16 where the device has it.
         inner_steps: of the surrogates, for each step of the model.
         adversarial_images: images of a batch that the surrogates see; 0 stands for all.
         publish: whether the result is written to `results/step_cost.json`.
@@ -71,6 +79,7 @@ class StepCost:
     batch: int = 128
     turns: int = 25
     threads: tuple[int, ...] = (1, 2)
+    precisions: tuple[str, ...] = ("auto", "fp32")
     inner_steps: tuple[int, ...] = (1, 2)
     adversarial_images: tuple[int, ...] = (0, 64)
     publish: bool = True
@@ -146,17 +155,18 @@ class Side:
     """One way of training, on a copy of the model, ready for one step after another."""
 
     def __init__(
-        self, split: pp.Split, teacher: torch.nn.Module, terms: Terms | None, batch: int
+        self, split: pp.Split, teacher: torch.nn.Module, terms: Terms | None, batch: int,
+        precision: str = "auto",
     ) -> None:
         split = copy.deepcopy(split)
         self.objective = None
-        settings = FinetuneConfig(epochs=1, surrogate_warmup_steps=0)
+        settings = FinetuneConfig(epochs=1, surrogate_warmup_steps=0, precision=precision)
         if terms is not None:
             settings = replace(settings, inner_steps=terms.inner_steps)
             self.objective = pp.PatrolObjective(
                 split, F.cross_entropy, alpha=1e-3 if terms.lipschitz else 0.0,
                 beta=1.0 if terms.adversarial else 0.0, adversarial_images=terms.images,
-                lipschitz_form=terms.lipschitz or "scale_free",
+                lipschitz_form=terms.lipschitz or "scale_free", precision=precision,
             )
         self.split = split
         self.trainer = Trainer(split.model, self.objective, settings, copy.deepcopy(teacher),
@@ -188,12 +198,72 @@ def counts(split: pp.Split, teacher: torch.nn.Module) -> Macs:
     )
 
 
+def pace(
+    config: StepCost, split: pp.Split, teacher: torch.nn.Module, precision: str
+) -> dict[str, float]:
+    """Time of one multiply-add of each part, as a multiple of one of all of a plain step.
+
+    The parts run forward and back, the teacher forward, the surrogates with their loss and without,
+    in turns; `lipschitz` is the edge on as many images as its sampled forms take.
+    """
+    macs = counts(split, teacher)
+    step = Side(split, teacher, None, config.batch, precision)
+    edge, cloud, mixed = step.split.edge, step.split.cloud, autocast("cpu", precision)
+    objective = pp.PatrolObjective(split, F.cross_entropy, beta=1.0)
+    decoders = objective.surrogates
+    x, few = step.x, step.x[: objective.lipschitz_images]
+    with torch.no_grad():
+        z = edge(x)
+    z, pixels = z.requires_grad_(), torch.rand_like(x)
+    decoders.observe(z, pixels)
+
+    def backward(*outputs: Tensor) -> None:
+        torch.stack([output.float().square().mean() for output in outputs]).sum().backward()
+
+    def trained(part: torch.nn.Module, inputs: Tensor) -> None:
+        with mixed:
+            outputs = part(inputs)
+        backward(outputs)
+
+    @torch.no_grad()
+    def taught() -> None:
+        assert step.trainer.distiller is not None
+        with mixed:
+            step.trainer.distiller.teacher(x)
+
+    parts: dict[str, tuple[Callable[[], object], int, int]] = {
+        "plain step": (step.step, config.batch,
+                       3 * macs.edge + 3 * macs.cloud + macs.teacher),
+        "edge": (lambda: trained(edge, x), config.batch, 3 * macs.edge),
+        "lipschitz": (lambda: backward(edge(few)), len(few), 3 * macs.edge),
+        "cloud": (lambda: trained(cloud, z), config.batch, 3 * macs.cloud),
+        "teacher": (taught, config.batch, macs.teacher),
+        "surrogates": (lambda: backward(*decoders.guesses(z, precision=precision)), config.batch,
+                       3 * macs.surrogates),
+        "surrogates, loss": (
+            lambda: decoders.errors(z, pixels, precision=precision).sum().backward(),
+            config.batch, 3 * macs.surrogates),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    for turn in range(config.turns + 2):
+        for name, (work, _, _) in parts.items():
+            began = time.perf_counter()
+            work()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - began)
+    each = {name: statistics.median(seconds[name]) / (images * count)
+            for name, (_, images, count) in parts.items()}
+    return {name: round(value / each["plain step"], 2) for name, value in each.items()}
+
+
 def row(
-    config: StepCost, split: pp.Split, teacher: torch.nn.Module, terms: Terms, threads: int
+    config: StepCost, split: pp.Split, teacher: torch.nn.Module, terms: Terms, threads: int,
+    precision: str,
 ) -> dict[str, Any]:
     """One row: both sides in turns."""
     torch.set_num_threads(threads)
-    plain, patrol = (Side(split, teacher, which, config.batch) for which in (None, terms))
+    plain, patrol = (Side(split, teacher, which, config.batch, precision)
+                     for which in (None, terms))
     seconds: dict[str, list[tuple[float, float]]] = {"plain": [], "patrol": []}
     for turn in range(config.turns + 2):
         sides = [("plain", plain), ("patrol", patrol)]
@@ -209,7 +279,8 @@ def row(
     pairs = list(zip(seconds["plain"], seconds["patrol"], strict=True))
     wall, cpu = (statistics.median(b[i] / a[i] for a, b in pairs) for i in (0, 1))
     return {
-        "threads": threads, "terms": terms.name, "inner_steps": terms.inner_steps,
+        "threads": threads, "precision": precision,
+        "terms": terms.name, "inner_steps": terms.inner_steps,
         "adversarial_images": terms.images or (config.batch if terms.adversarial else 0),
         "lipschitz_form": terms.lipschitz, "turns": config.turns,
         "plain_ms": round(1000 * statistics.median(a[0] for a, _ in pairs), 1),
@@ -226,13 +297,15 @@ def main(config: StepCost) -> None:
     torch.set_num_threads(1)
     split, teacher = pruned_split(config)
     rows = []
-    for threads in config.threads:
+    for threads, precision in itertools.product(config.threads, config.precisions):
         for terms in measured_terms(config):
-            rows.append(row(config, split, teacher, terms, threads))
+            rows.append(row(config, split, teacher, terms, threads, precision))
             print(rows[-1], flush=True)
     if config.publish:
         torch.set_num_threads(config.threads[0])
         print(write("step_cost", rows, batch=config.batch, macs=vars(counts(split, teacher)),
+                    bf16=has_native_bf16("cpu"),
+                    pace={p: pace(config, split, teacher, p) for p in config.precisions},
                     model=f"SmallResNet(10, width={config.width})", split=config.at,
                     image_size=config.image_size))
 

@@ -6,6 +6,10 @@ from typing import Any
 
 from patrol_prune.report import render_table
 
+PARTS = {"edge": "edge", "lipschitz": "edge on the images of the Lipschitz term, in float32",
+         "cloud": "cloud", "teacher": "teacher", "surrogates": "surrogates",
+         "surrogates, loss": "surrogates with their loss"}
+
 
 def step_cost(record: dict[str, Any], measured: str) -> str:
     """Fine-tuning steps with privacy terms, as multiples of one without."""
@@ -18,8 +22,11 @@ def step_cost(record: dict[str, Any], measured: str) -> str:
         "ratios within a turn, by the wall clock and by processor time."
     )
     blocks = [text]
-    for threads in sorted({row["threads"] for row in record["rows"]}):
-        rows = [row for row in record["rows"] if row["threads"] == threads]
+    tables: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    for row in record["rows"]:
+        tables.setdefault((row["threads"], row["precision"]), []).append(row)
+    for (threads, precision), rows in tables.items():
+        mixed = precision != "fp32" and record["bf16"]
         table = [{
             "terms": row["terms"].replace("adversarial", "adversarial term").replace("+", ", ")
             .replace("scale_free", "scale-free"),
@@ -34,10 +41,16 @@ def step_cost(record: dict[str, Any], measured: str) -> str:
                    "quotient": "measured / predicted"}
         over = sum(row["measured_over_predicted"] > 1.15 for row in rows)
         blocks += [
-            f"{threads} thread{'s' * (threads > 1)}, {rows[0]['turns']} turns; "
+            f"{threads} thread{'s' * (threads > 1)}, {'bfloat16' if mixed else 'float32'}, "
+            f"{rows[0]['turns']} turns; "
             f"{len(rows) - over} of {len(rows)} rows within 1.15 times the prediction:",
             render_table(table, columns).strip(),
         ]
+    for precision, pace in record["pace"].items():
+        told = ", ".join(f"{PARTS[part]} {pace[part]:.1f}" for part in PARTS)
+        mixed = precision != "fp32" and record["bf16"]
+        blocks.append("Time of one multiply-add, each part alone, as a multiple of one of the "
+                      f"plain step, in {'bfloat16' if mixed else 'float32'}: {told}.")
     return "\n\n".join([*blocks, measured])
 
 

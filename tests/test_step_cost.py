@@ -57,6 +57,14 @@ def test_both_sides_start_from_the_same_pruned_model_and_step(step_cost: ModuleT
     assert counts.teacher > counts.edge + counts.cloud and counts.surrogates > 0
     before = [p.clone() for p in split.model.parameters()]
     terms = step_cost.Terms(True, "spectral", 1, 2)
-    row = step_cost.row(config, split, teacher, terms, torch.get_num_threads())
+    row = step_cost.row(config, split, teacher, terms, torch.get_num_threads(), "fp32")
     assert row["adversarial_images"] == 2 and row["patrol_ms"] > row["plain_ms"] > 0
     assert all(torch.equal(a, b) for a, b in zip(before, split.model.parameters(), strict=True))
+
+
+def test_each_part_has_its_pace_beside_the_plain_step(step_cost: ModuleType) -> None:
+    config = step_cost.StepCost(image_size=16, batch=4, turns=1)
+    split, teacher = step_cost.pruned_split(config)
+    pace = step_cost.pace(config, split, teacher, "fp32")
+    assert pace.pop("plain step") == 1.0 and all(value > 0 for value in pace.values())
+    assert {"edge", "cloud", "teacher", "surrogates"} <= set(pace)
