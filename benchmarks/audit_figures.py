@@ -270,6 +270,14 @@ def under_one_attack(record: dict[str, Any]) -> list[Row]:
             and row.get("victim_images", 1_000) >= 1_000]
 
 
+def epochs_with(row: Row, settings: dict[str, Any]) -> str:
+    """How long a defence of the shallower cut was trained with."""
+    if row["method"] == "patrol-more":
+        return f"{settings['finetune_epochs']} + {settings['sweep_epochs']}"
+    times = RECIPES[row.get("recipe") or ""].epochs
+    return "0" if row["defence"] == "none" else str(times * settings["sweep_epochs"])
+
+
 def sweep(circumstances: str) -> str:
     """Every defence at each strength: accuracy against the attacker's SSIM."""
     record = load("frontier")
@@ -289,9 +297,7 @@ def sweep(circumstances: str) -> str:
             "macs": f"{row['edge_macs'] / 1e6:.2f} M",
             "bytes": f"{row['feature_bytes'] / 1024:.3g} KiB",
             "plateau": "yes" if row["plateau"] else "no",
-            "epochs": "0" if row["defence"] == "none" else
-            str(settings["sweep_epochs"]) if row["method"] != "patrol-more" else
-            f"{settings['finetune_epochs']} + {settings['sweep_epochs']}",
+            "epochs": epochs_with(row, settings),
         })
     columns = {"defence": "defence", "strength": "strength", "epochs": "epochs with it",
                "accuracy": "accuracy", "ssim": "attacker's SSIM", "worst": "worst 5%",

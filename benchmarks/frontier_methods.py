@@ -131,7 +131,7 @@ def methods(args: Frontier) -> list[Method]:
 
 SWEEP: dict[str, tuple[float, ...]] = {
     "none": (0.0,),
-    "patrol": (40.0, 160.0),
+    "patrol": (40.0, 10.0, 3.0, 1.0),
     "gaussian_noise": (1.0, 0.5, 2.0),
     "bottleneck": (8.0, 2.0),
     "nopeek": (1.0, 8.0),
@@ -162,7 +162,8 @@ DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
 each pruned model: the defence, its recipe, its strengths."""
 SAME_MODEL = {"avgpool": "layer4"}
 """Splits with nothing to prune behind another: what stands there begins with that one's model."""
-ATTACKED_LONGER = ("with-none@longer-0-layer4", "with-patrol@longer-10-layer4",
+ATTACKED_LONGER = ("with-patrol-10-layer3",
+                   "with-none@longer-0-layer4", "with-patrol@longer-10-layer4",
                    "with-feature_dropout@longer-0.5-layer4",
                    "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4",
                    "with-patrol@longer-dropout-10-layer4",
@@ -186,7 +187,8 @@ SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@lon
 picture come to that."""
 CONTROL = "with-none@longer-0-layer4"
 """The pruned model of the best row there, trained on as long without attackers."""
-MET_BY_OTHERS = ("with-patrol@half-longer-10-avgpool",
+MET_BY_OTHERS = ("with-patrol-10-layer3",
+                 "with-patrol@half-longer-10-avgpool",
                  "with-patrol@half-longer-whole-10-avgpool",
                  "with-patrol@half-longer-whole-30-avgpool",
                  "with-patrol@half-longest-whole-60-avgpool",
@@ -208,8 +210,8 @@ DEEPEST = "with-patrol@longest-10-avgpool"
 
 
 INSIDE: dict[str, tuple[float, ...]] = {
-    "mse": (40.0,), "large": (40.0, 160.0), "renewed": (40.0,), "pool": (40.0,),
-    "features": (40.0,), "long": (40.0,), "narrow-16": (40.0, 10.0), "narrow-8": (40.0,),
+    "mse": (40.0,), "longer": (10.0,), "large": (10.0,), "pool": (10.0,), "renewed": (10.0,),
+    "features": (10.0,), "long": (10.0,), "narrow-16": (40.0, 10.0), "narrow-8": (40.0,),
 }
 """PATROL's fine-tuning with other attackers inside (`frontier_recipes`) and its strengths."""
 
@@ -217,11 +219,12 @@ INSIDE: dict[str, tuple[float, ...]] = {
 def swept(args: Frontier) -> list[Method]:
     """Every defence at each of its strengths on the Taylor-pruned model, PATROL's among them.
 
-    `patrol-more` goes on with PATROL's own model, which has had five epochs of it before.
+    `patrol-more` goes on with PATROL's own model, which has had five epochs of it before. PATROL's
+    first strength has the Lipschitz term as well, the others have not, as is the default now.
     """
     points = [
-        Method(f"with-{name}", "layer3", defence=name, strength=strength, alpha=args.alpha,
-               start="taylor-layer3")
+        Method(f"with-{name}", "layer3", defence=name, strength=strength, start="taylor-layer3",
+               alpha=args.alpha * (strength == strengths[0]))
         for name, strengths in SWEEP.items()
         for strength in strengths
     ]
