@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,6 +22,7 @@ _CHUNK_PIXELS = 4_000_000
 SSIM_SIDE = 11
 """The fewest pixels a side for `ssim`: its window."""
 _SSIM_SIGMA = 1.5
+_TILE = 128
 _C1, _C2 = 0.01**2, 0.03**2
 MS_SSIM_SIDE = 176
 """The fewest pixels a side for `ms_ssim`: four halvings must leave the window's 11."""
@@ -156,22 +159,40 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
 def _windowed(values: Tensor) -> Tensor:
     """Gaussian means around every pixel, the image mirrored at its border, `[N, C, H, W]`.
 
-    The window is a product, so that two matrices do it, faster than any convolution does here.
+    The window is a product, so that two matrices do it, faster than any convolution does here. They
+    grow with the square of the side, and large images are taken tile by tile.
     """
-    height, width = (_window_matrix(side).to(values) for side in values.shape[2:])
+    if max(values.shape[2:]) > _TILE:
+        return _in_tiles(_in_tiles(values).mT).mT
+    height, width = (_window_matrix(side, values) for side in values.shape[2:])
     return height @ functional.linear(values, width)
 
 
+def _in_tiles(values: Tensor) -> Tensor:
+    """Gaussian means along the last dimension; what lies outside of a tile's window is left out."""
+    side, means = values.shape[3], []
+    for start in range(0, side, _TILE):
+        low, high = max(0, start - SSIM_SIDE // 2), min(side, start + _TILE + SSIM_SIDE // 2)
+        rows = _window_matrix(high - low, values)[start - low :][:_TILE]
+        means.append(functional.linear(values[..., low:high], rows))
+    return torch.cat(means, 3)
+
+
+def _window_matrix(side: int, like: Tensor) -> Tensor:
+    """Row i holds the weights with which `side` pixels enter the mean around pixel i."""
+    return torch.from_numpy(_window_weights(side)).to(like)
+
+
 @lru_cache(maxsize=64)
-def _window_matrix(side: int) -> Tensor:
-    """Row i holds the weights with which `side` pixels enter the mean around pixel i, float64."""
-    with torch.inference_mode(False):  # kept for later calls, which may train through it
-        places = torch.arange(SSIM_SIDE, dtype=torch.float64) - SSIM_SIDE // 2
-        weights = torch.exp(-((places / _SSIM_SIGMA) ** 2) / 2.0)
-        pixels = torch.arange(side)[:, None] + places.long()
-        mirrored = (side - 1) - ((side - 1) - pixels.abs()).abs()
-        matrix = torch.zeros(side, side, dtype=torch.float64)
-        return matrix.scatter_add_(1, mirrored, (weights / weights.sum()).expand(side, -1))
+def _window_weights(side: int) -> NDArray[np.float64]:
+    """The same in NumPy: what is kept for later calls must not be a tensor of this one's mode."""
+    places = np.arange(SSIM_SIDE) - SSIM_SIDE // 2
+    weights = np.exp(-((places / _SSIM_SIGMA) ** 2) / 2.0)
+    pixels = np.arange(side)[:, None] + places
+    mirrored = (side - 1) - np.abs((side - 1) - np.abs(pixels))
+    matrix = np.zeros((side, side))
+    np.add.at(matrix, (np.arange(side)[:, None], mirrored), weights / weights.sum())
+    return matrix
 
 
 def _ms_ssim(x: Tensor, y: Tensor) -> Tensor:

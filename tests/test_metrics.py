@@ -7,6 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from patrol_prune import metrics
 from patrol_prune.errors import InputError
@@ -93,7 +95,7 @@ def of_torchmetrics(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 def test_the_loss_stays_exact_under_autocast_and_after_inference() -> None:
-    metrics._window_matrix.cache_clear()
+    metrics._window_weights.cache_clear()
     x = images(0, (2, 3, 19, 19))
     smooth = 0.5 + 0.01 * x
     with torch.inference_mode():
@@ -104,6 +106,42 @@ def test_the_loss_stays_exact_under_autocast_and_after_inference() -> None:
     torch.testing.assert_close(came, expected)
     came.sum().backward()
     assert guess.grad is not None and guess.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(128, 129), (134, 11), (11, 400), (257, 140)])
+def test_large_images_are_taken_tile_by_tile_and_come_to_the_same(size: tuple[int, int]) -> None:
+    x, y = images(0, (2, 1, *size)), images(1, (2, 1, *size))
+    guess, same = (y.clone().requires_grad_(True) for _ in range(2))
+    came, expected = metrics.ssim_values(x, guess), of_torchmetrics(x, same)
+    torch.testing.assert_close(came, expected, atol=2e-6, rtol=0)
+    torch.testing.assert_close(metrics.ssim(x, y), expected.detach(), atol=2e-6, rtol=0)
+    came.sum().backward()
+    expected.sum().backward()
+    assert guess.grad is not None and same.grad is not None
+    torch.testing.assert_close(guess.grad, same.grad, atol=1e-5 * float(same.grad.abs().max()),
+                               rtol=0)
+
+
+def test_the_cost_of_ssim_grows_with_the_pixels_alone() -> None:
+    def products(side: int) -> int:
+        x = images(0, (1, 1, side, side))
+        with FlopCounterMode(display=False) as counter:
+            metrics.ssim(x, x)
+        return counter.get_total_flops()
+
+    assert 4 * products(256) <= products(512) < 4.2 * products(256)
+
+
+def test_nothing_of_the_mode_in_which_ssim_is_first_asked_is_kept() -> None:
+    x = images(0, (1, 1, 23, 23))
+    metrics._window_weights.cache_clear()
+    with FakeTensorMode():  # as torch.export and torch.compile trace in
+        metrics.ssim_values(torch.rand(1, 1, 23, 23), torch.rand(1, 1, 23, 23))
+    assert float(metrics.ssim(x, x)) == 1.0
+    metrics._window_weights.cache_clear()
+    with torch.device("meta"):
+        assert float(metrics.ssim(x, x)) == 1.0
+    assert float(metrics.ssim(x, x)) == 1.0
 
 
 def test_low_contrast_is_measured_against_the_true_range() -> None:
