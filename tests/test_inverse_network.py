@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from patrol_prune.attacks.base import Attack, EdgeFunction, Knowledge
-from patrol_prune.attacks.checks import smooth_images
+from patrol_prune.attacks.checks import NOT_CONVERGED, check_fit, smooth_images
 from patrol_prune.attacks.inverse_network import (
     LOSSES,
     SUITE,
@@ -222,6 +222,22 @@ def test_the_quiet_end_of_a_schedule_is_no_plateau() -> None:
     assert short.history[-2] < 1.02 * short.history[-1]
     assert longer.best_loss < 0.9 * short.best_loss
     assert not short.plateau and longer.extensions == 2
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_prolonging_by_a_few_steps_tells_of_no_plateau(epochs: int) -> None:
+    config = InverseNetworkConfig(width=8, depth=0, epochs=epochs, mirror=False)
+    record = InverseNetwork(config).fit(pairs(pixels=KNOWN[:60]))
+    assert record.extensions == 2 and not record.plateau
+    assert NOT_CONVERGED in check_fit(record)
+
+
+def test_a_loss_that_rises_until_patience_runs_out_is_no_plateau() -> None:
+    config = InverseNetworkConfig(width=8, depth=0, lr=1.0, patience=4, mirror=False)
+    record = InverseNetwork(config).fit(pairs(pixels=KNOWN[:60]))
+    assert len(record.history) == record.best_epoch + 5
+    assert record.history[-1] > 2 * record.mean_image_loss
+    assert not record.plateau
 
 
 def test_features_that_say_nothing_stop_early_and_the_best_epoch_is_kept() -> None:

@@ -76,7 +76,8 @@ SEEN_ONCE = Flag(
 NOT_CONVERGED = Flag(
     "not_converged",
     "The attack was still improving when its training ended: a longer one reconstructs better.",
-    "Raise epochs or max_extensions until this flag goes; the score so far flatters the defence.",
+    "Raise epochs or max_extensions, or lower lr where the loss rose instead, until this flag goes; "
+    "the score so far flatters the defence.",
 )
 NOT_BETTER_THAN_MEAN_IMAGE = Flag(
     "not_better_than_mean_image",
@@ -297,6 +298,7 @@ SELF_TESTS: dict[str, tuple[Callable[[Tensor], Tensor], Flag]] = {
 """Edges that every attack with access to them has to invert, and the flag if it cannot."""
 
 
+@torch.enable_grad()
 def self_test(
     attack: Attack,
     *,

@@ -37,6 +37,8 @@ _NEGLIGIBLE = 1e-3
 _LAST_LR = 0.01
 _SMALLEST_SSIM_SIDE = 11
 _FEW = 5_000
+_TELLING_STEPS = 10
+_ROSE = 1.5
 _SEED_OFFSET = 7_368_787  # so that no surrogate of the same seed starts from the same weights
 
 
@@ -60,7 +62,8 @@ class InverseNetworkConfig:
         plateau_tolerance: the fit has reached its plateau when prolonging it lowered the best
             held-out loss by less than this share, when patience ran out, or when the loss is under
             a thousandth of the mean image's. A loss that stands still at the end of a schedule
-            says nothing: the learning rate is next to zero there.
+            says nothing: the learning rate is next to zero there. Neither does prolonging it by
+            under 10 steps, nor patience that ran out while the training loss rose by half.
         max_extensions: how often the schedule is prolonged by half its length, from half the peak
             learning rate; without any, only patience can tell a plateau.
         seed: of the initial weights, the held-out choice and the order of the batches.
@@ -285,6 +288,7 @@ class _Run:
         self.best_epoch, self.best_loss = -1, math.inf
         self.best_state: dict[str, Tensor] = {}
         self.marks: list[float] = []
+        self.steps = 0
         self.diverged = self.done = False
 
     def segment(self, epochs: int, peak_lr: float) -> None:
@@ -292,6 +296,7 @@ class _Run:
         config = self.config
         optimizer = torch.optim.AdamW(self.decoder.parameters(), weight_decay=config.weight_decay)
         per_epoch = math.ceil(len(self.train) / config.batch_size)
+        self.steps = epochs * per_epoch
         for epoch in range(epochs):
             self.decoder.train()
             losses: list[Tensor] = []
@@ -335,6 +340,10 @@ class _Run:
             self.best_epoch, self.best_loss = epoch, loss
             self.best_state = copy.deepcopy(self.decoder.state_dict())
         self.done = epoch - self.best_epoch >= self.config.patience
+        if self.done and train_loss > _ROSE * self.train_history[self.best_epoch]:
+            logger.warning("the attack's loss rose from epoch %d on; its weights are kept",
+                           self.best_epoch)
+            self.diverged = True
 
     def restore_best(self) -> None:
         """Put the best held-out epoch's weights back, for evaluation."""
@@ -345,7 +354,7 @@ class _Run:
         """Whether more training helps no more; `floor` is the mean image's held-out loss."""
         if self.done or self.best_loss < _NEGLIGIBLE * floor:
             return True
-        if len(self.marks) < 2:
+        if len(self.marks) < 2 or self.steps < _TELLING_STEPS:
             return False
         before, now = self.marks[-2:]
         return before - now <= self.config.plateau_tolerance * before
