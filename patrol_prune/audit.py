@@ -54,6 +54,8 @@ class HasEdge(Protocol):
         """Model input `[N, C, H, W]` to the transmitted feature `[N, ...]`."""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def audit(
     split: HasEdge,
     attacker_data: Tensor,

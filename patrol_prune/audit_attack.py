@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from patrol_prune.attacks import (
@@ -65,6 +66,7 @@ class Outcome:
         }
 
 
+@torch.enable_grad()  # and what an attack of the caller's own changes of it is not left behind
 def carried_out(
     factory: Factory,
     seed: int,
@@ -112,6 +114,7 @@ def broken_off(error: Exception, factory: Factory) -> Flag:
         f"The attack raised {told(error)}. It has no score."))
 
 
+@torch.enable_grad()
 def shown(
     observer: Observer | None, subject: str, factory: Factory, made: Outcome
 ) -> list[Flag]:

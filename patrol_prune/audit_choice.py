@@ -188,10 +188,11 @@ def pixels_of(data: Tensor, name: str) -> Tensor:
     if not isinstance(data, Tensor) or data.dim() != 4 or len(data) == 0:
         came = tuple(data.shape) if isinstance(data, Tensor) else type(data).__name__
         raise InputError(f"Expected {name} as a tensor [N, C, H, W] with N >= 1, came {came}.")
+    data = data.clone() if data.is_inference() else data.detach()  # attacks train with them
     if data.dtype == torch.uint8:
-        return data.detach().cpu().float() / 255.0
+        return data.cpu().float() / 255.0
     check_pixels(data, name)
-    return data.detach().cpu().float()
+    return data.cpu().float()
 
 
 def owned(

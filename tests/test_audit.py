@@ -773,3 +773,28 @@ def test_an_observer_gets_every_fitted_attack_and_what_it_rebuilt() -> None:
     assert [(s, n, f) for s, n, _, f in seen] == [("edge", "oracle", True),
                                                   ("undefended", "oracle", True)]
     assert torch.equal(seen[0][2], VICTIM)
+
+
+class Gradless:
+    """Turns gradients off and leaves them off."""
+
+    def fit(self, known: Knowledge) -> None:
+        torch.set_grad_enabled(False)
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return torch.full((len(z), 3, 16, 16), 0.5)
+
+
+def test_gradients_are_on_for_each_attack_wherever_the_audit_is_called_and_stay_as_they_were(
+) -> None:
+    split, config = open_edge(), dataclasses.replace(CONFIG, epochs=1)
+    attacks = {"mine": lambda seed: Gradless(), "inverse_network": "inverse_network"}
+    found = []
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.enable_grad()):
+        with mode:
+            before = torch.is_grad_enabled()
+            report = audit(split, KNOWN[:40] * 1.0, VICTIM[:4] * 1.0, attacks=attacks,
+                           config=config, examples=0)
+            assert torch.is_grad_enabled() == before
+        found.append([r["ssim"] for r in report.records])
+    assert found[0] == found[1] == found[2] and len(found[0]) == 4
