@@ -22,6 +22,7 @@ from patrol_prune.attacks import (
     check_more_data,
     self_test,
 )
+from patrol_prune.attacks.base import EdgeFunction
 from patrol_prune.attacks.checks import smooth_images
 from patrol_prune.attacks.rmle import RMLE, RMLEConfig
 from patrol_prune.audit import AttackChoice, audit
@@ -216,6 +217,24 @@ def test_noise_is_told_from_a_faint_image_and_rarely_taken_for_one() -> None:
     assert check_draws(lambda x: torch.cat([one(x).flatten(1), x[:, 0, 0, :1]], 1), KNOWN) == []
     with pytest.raises(InputError, match="at least 8 images"):
         check_draws(pure, KNOWN[:7])
+
+
+def test_signs_and_orders_that_are_drawn_are_told_from_noise() -> None:
+    generator = torch.Generator().manual_seed(2)
+
+    def signs(z: torch.Tensor) -> torch.Tensor:
+        return torch.randint(0, 2, z.shape, generator=generator) * 2.0 - 1.0
+
+    def order(x: torch.Tensor) -> torch.Tensor:
+        z = x.flatten(1) - 0.5
+        return z[:, torch.randperm(z.shape[1], generator=generator)]
+
+    edges: tuple[EdgeFunction, ...] = (
+        lambda x: x * signs(x[:, :1, :1, :1]), lambda x: x * signs(x), order)
+    for edge in edges:
+        assert check_draws(edge, KNOWN[:64]) == []
+    for noise in (signs, lambda x: 3.0e6 + signs(x)):
+        assert [flag.name for flag in check_draws(noise, KNOWN[:64])] == ["noise_only"]
 
 
 def test_a_training_that_was_cut_short() -> None:

@@ -76,7 +76,7 @@ SEEN_ONCE = Flag(
 NOT_CONVERGED = Flag(
     "not_converged",
     "The attack was still improving when its training ended: a longer one reconstructs better.",
-    "Raise epochs or max_extensions, or lower lr where the loss rose instead, until this flag goes; "
+    "Raise epochs or max_extensions until this flag goes, or lower lr where the loss rose instead; "
     "the score so far flatters the defence.",
 )
 NOT_BETTER_THAN_MEAN_IMAGE = Flag(
@@ -237,7 +237,8 @@ def check_draws(edge: EdgeFunction, pixels: Tensor, *, draws: int = 16) -> list[
     follows a chi-squared distribution. All coordinates, divided by their `sqrt(W)`: the images'
     means over one half of the draws against those over the other, `sum_i <a_i, b_i>`, as large as
     for no random pairing of the images. The flag is raised unless one of them is beyond what
-    chance gives once in 1,000 checks.
+    chance gives once in 1,000 checks; so too of the features' sizes, and of these in their own
+    order, which signs and orders that are drawn leave as they are.
 
     Raises:
         InputError: fewer than 8 images or 2 draws.
@@ -247,6 +248,13 @@ def check_draws(edge: EdgeFunction, pixels: Tensor, *, draws: int = 16) -> list[
             f"Expected at least 8 images and 2 draws to tell noise from images, came "
             f"{len(pixels)} and {draws}."
         )
+    views: tuple[EdgeFunction, ...] = (
+        edge, lambda x: edge(x).abs(), lambda x: edge(x).abs().flatten(1).sort(dim=1).values)
+    return [NOISE_ONLY] if all(_only_noise(view, pixels, draws) for view in views) else []
+
+
+def _only_noise(edge: EdgeFunction, pixels: Tensor, draws: int) -> bool:
+    """Whether what `edge` gives depends on the image by no more than chance (`check_draws`)."""
     centre = edge(pixels).double().flatten(1).mean(0)  # against cancellation in the squares
     halves, squares = [torch.zeros(()), torch.zeros(())], torch.zeros(())
     for number in range(draws):
@@ -256,13 +264,15 @@ def check_draws(edge: EdgeFunction, pixels: Tensor, *, draws: int = 16) -> list[
     within = ((squares - draws * means**2) / (draws - 1)).mean(0)
     between = means.var(dim=0)
     live = within > 1e-12 * (within + between).max()
+    if not bool(((within + between) > 1e-20 * centre**2).any()):
+        return True  # the same for every image and draw
     if not bool(live.any()) or bool((between[~live] > 1e-12 * between.max()).any()):
-        return []
+        return False
     strongest = float((draws * between[live] / within[live]).max())
     if strongest > _critical(len(pixels) - 1, int(live.sum())):
-        return []
+        return False
     a, b = ((half - half.mean(0))[:, live] / within[live].sqrt() for half in halves)
-    return [NOISE_ONLY] if _paired_by_chance(a @ b.T) else []
+    return _paired_by_chance(a @ b.T)
 
 
 def _paired_by_chance(products: Tensor) -> bool:
