@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from patrol_prune.access import edge_function
 from patrol_prune.attacks import Flag, Knowledge
@@ -19,6 +20,7 @@ from patrol_prune.pixels import Normalization
 from patrol_prune.received import PROXY, helps, sample
 
 _ROUNDED, _SCALES = 1e4, 3.0
+_TURNED, _APART, _ITERATIONS = 0.1, 0.5, 10
 
 LEVELLED_PER_IMAGE = Flag(
     "levelled_per_image",
@@ -26,6 +28,13 @@ LEVELLED_PER_IMAGE = Flag(
     "else in them. The attacks got each on one level, as any attacker would bring them to; those "
     "through the cloud read other logits there than the cloud gives.",
     "Nothing, if that is meant. It hides no more than how bright a picture is.",
+)
+TURNED_PER_IMAGE = Flag(
+    "turned_per_image",
+    "The uploads of some pictures are turned around, all signs at once. The attacks got each the "
+    "same way round, as any attacker would bring them to; those through the cloud read other "
+    "logits there than the cloud gives.",
+    "Nothing, if that is meant. It hides nothing.",
 )
 
 
@@ -96,3 +105,47 @@ def per_picture(
     z, some = sample(query, pixels, PROXY)
     plain = z.float() if alone is None else alone(z)
     return scaled if helps(plain, scaled(z), some) else alone
+
+
+@dataclass(frozen=True)
+class SameWayRound:
+    """`sign(<z, v>) z`, with `v` the direction in which uploads are largest, `[D]`, float64."""
+
+    direction: Tensor
+
+    def __call__(self, z: Tensor) -> Tensor:
+        kind = torch.float32 if z.device.type == "mps" else torch.float64
+        along = z.flatten(1).to(kind) @ self.direction.to(z.device, kind)
+        return z * torch.where(along < 0, -1.0, 1.0).to(z.dtype).view(-1, *[1] * (z.dim() - 1))
+
+    def undone(self, z: Tensor) -> Tensor:
+        """The upload as it is: which way round it was is lost."""
+        return z
+
+
+@torch.no_grad()
+def same_way_round(
+    edge: nn.Module, pixels: Tensor, normalization: Normalization
+) -> SameWayRound | None:
+    """How uploads are brought the same way round; None where they are.
+
+    One in ten has to lie on the other side of 0 than the others in the direction in which uploads
+    are largest, all of them clearly off 0, and a linear decoder has to see more for it.
+
+    Args:
+        edge: as it is attacked.
+        pixels: the attacker's images.
+        normalization: of the edge's inputs.
+    """
+    query = edge_function(edge, normalization)
+    z, some = sample(query, pixels)
+    flat = z.flatten(1).cpu().double()
+    direction = flat[0]
+    for _ in range(_ITERATIONS):
+        direction = flat.T @ (flat @ functional.normalize(direction, dim=0))
+    step = SameWayRound(functional.normalize(direction, dim=0))
+    along = flat @ step.direction
+    turned, away = float((along < 0).double().mean()), along.abs()
+    if not _TURNED < turned < 1 - _TURNED or not away.std() < _APART * away.mean():
+        return None
+    return step if helps(z, step(z), some) else None

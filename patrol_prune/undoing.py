@@ -12,7 +12,12 @@ from patrol_prune.alone import one_at_a_time
 from patrol_prune.arrangement import LAYOUT_GUESSED, ChannelsFirst, arranged, channels_last
 from patrol_prune.attacks import Flag
 from patrol_prune.attacks.checks import SEEN_ONCE
-from patrol_prune.per_picture import LEVELLED_PER_IMAGE, per_picture
+from patrol_prune.per_picture import (
+    LEVELLED_PER_IMAGE,
+    TURNED_PER_IMAGE,
+    per_picture,
+    same_way_round,
+)
 from patrol_prune.pixels import Normalization
 from patrol_prune.received import UNEVEN_FEATURE, Prepared, Restored, Step, evened
 
@@ -63,11 +68,17 @@ def undone(
         made, cloud = Prepared(made, step), None if cloud is None else Restored(cloud, step)
         flags.extend([] if flag is None else [flag])
 
-    with Draws(edge).kept():
+    held = Draws(edge)
+    with held.kept():
         own = per_picture(made, known, normalization, draws=draws)
         if own is not None:
             add(own, LEVELLED_PER_IMAGE)
             free.append(own)
+        with held.kept():
+            turned = same_way_round(made, known, normalization)
+        if turned is not None:
+            add(turned, TURNED_PER_IMAGE)
+            free.append(turned)
         last = channels_last(made, known, normalization)
         if last:
             add(ChannelsFirst())

@@ -14,7 +14,7 @@ from patrol_prune.access import edge_function
 from patrol_prune.arrangement import ChannelsFirst, Order, arranged, channels_last
 from patrol_prune.attacks.checks import smooth_images
 from patrol_prune.decoders import channel_dim, either_layout
-from patrol_prune.per_picture import PerPicture, per_picture
+from patrol_prune.per_picture import PerPicture, per_picture, same_way_round
 from patrol_prune.pixels import Normalization
 from patrol_prune.received import Prepared, Restored
 from patrol_prune.undoing import undone
@@ -25,7 +25,7 @@ KNOWN, VICTIM = IMAGES[:150], IMAGES[150:]
 PLAIN = Normalization()
 Change = Callable[[Tensor], Tensor]
 PLACES = torch.randperm(64, generator=torch.Generator().manual_seed(3))
-NEW = {"levelled_per_image", "layout_guessed", "scrambled_layout"}
+NEW = {"levelled_per_image", "turned_per_image", "layout_guessed", "scrambled_layout"}
 
 
 class Edge(nn.Module):
@@ -143,6 +143,26 @@ def test_where_the_channels_stand_is_decided_by_what_is_seen() -> None:
 def test_each_picture_gets_one_level(change: Change) -> None:
     ssim, flags = audit(change)
     assert ssim > 0.9 and flags & NEW == {"levelled_per_image"}
+
+
+@pytest.mark.parametrize("sign", [
+    lambda x: 2 * own(x).round() - 1,
+    lambda x: torch.randint(0, 2, (len(x), 1, 1, 1)) * 2 - 1,
+])
+def test_each_picture_is_brought_the_same_way_round(sign: Change) -> None:
+    ssim, flags = audit(lambda x: folded(x) * sign(x))
+    assert ssim > 0.9 and flags & NEW == {"turned_per_image"} and "noise_only" not in flags
+
+
+def test_uploads_around_zero_are_not_turned() -> None:
+    for change in (folded, lambda x: folded(x) - folded(KNOWN).mean(0)):
+        assert same_way_round(Edge(change), KNOWN, PLAIN) is None
+    way = same_way_round(Edge(lambda x: folded(x) * (2 * own(x).round() - 1)), KNOWN, PLAIN)
+    assert way is not None
+    z = folded(VICTIM)
+    torch.testing.assert_close(way(-z), way(z), rtol=0, atol=0)
+    torch.testing.assert_close(way(z).abs(), z.abs(), rtol=0, atol=0)
+    torch.testing.assert_close(way.undone(z), z, rtol=0, atol=0)
 
 
 def test_what_is_dropped_is_not_scaled() -> None:
