@@ -16,7 +16,7 @@ from patrol_prune.errors import UnmetLimitsError
 from patrol_prune.settings import build
 from patrol_prune.tables import front_table
 from patrol_prune.tune import tune
-from patrol_prune.tune_result import CAUTION, TuneResult
+from patrol_prune.tune_result import CAUTION, UNMEASURED, TuneResult
 from patrol_prune.tune_settings import TuneConfig
 
 
@@ -62,6 +62,11 @@ def conclude(result: TuneResult, console: Console) -> None:
         title=f"The front: {len(front)} of {total}, not beaten in accuracy and SSIM at once",
         caption=f"Dense model: {100 * front[0].dense_accuracy:.1f}%.{floor} {CAUTION}",
     ))
+    left_out = [str(trial.number) for trial in result.trials if not trial.sound]
+    if left_out:
+        console.print(Text(
+            f"On no front and not in the plot, as {UNMEASURED}: trial {', '.join(left_out)}."
+        ), soft_wrap=True)
     for line in flag_counts(result):
         console.print(Text(line), soft_wrap=True)
     console.print("Train and audit one in full:")

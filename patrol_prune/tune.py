@@ -30,7 +30,7 @@ from patrol_prune.preparation import incoming_model, read_images
 from patrol_prune.rundir import CONFIG, make_folder
 from patrol_prune.settings import resolve_device
 from patrol_prune.tune_report import write_results
-from patrol_prune.tune_result import CAUTION, Limits, TuneResult, TuneTrial
+from patrol_prune.tune_result import CAUTION, UNMEASURED, Limits, TuneResult, TuneTrial
 from patrol_prune.tune_settings import (
     FREE_IN_A_TUNE,
     Point,
@@ -75,6 +75,8 @@ def tune(
     """
     require_optuna()
     resolve_device(config.device)
+    for sentence in config.unused():
+        logger.warning("%s", sentence)
     folder = Path(config.runs) / config.name
     if (folder / CONFIG).is_file():
         raise InputError(f"{folder} holds a run. Give the search another --name.")
@@ -185,13 +187,8 @@ class _Search:
         finally:
             _lighten(folder)
         self.failed.clear()
-        missed = [name.replace("_", " ") for name, excess in found.excess.items() if excess > 0]
-        self.say(
-            "trial", f"{trial.number}: accuracy {100 * found.accuracy:.1f}%, SSIM "
-            f"{found.ssim:.3f} by {found.attack}"
-            + (f"; misses the limit of {', '.join(missed)}" if missed else "")
-            + f". {self.study.counts()[0] + 1} of {self.config.trials} done.",
-        )
+        finished = self.study.counts()[0] + 1
+        self.say("trial", f"{_figures(found)} {finished} of {self.config.trials} done.")
         return found
 
     def suggest(self, trial: Any) -> Point:
@@ -230,6 +227,15 @@ class _Search:
             sound=is_sound(config.trial_attacks, result.audit.flags),
             seconds=round(seconds, 1),
         )
+
+
+def _figures(found: TuneTrial) -> str:
+    missed = [name.replace("_", " ") for name, excess in found.excess.items() if excess > 0]
+    return (
+        f"{found.number}: accuracy {100 * found.accuracy:.1f}%, SSIM {found.ssim:.3f} by "
+        f"{found.attack}" + (f"; misses the limit of {', '.join(missed)}" if missed else "")
+        + ("." if found.sound else f"; no measure, as {UNMEASURED}: on no front.")
+    )
 
 
 @contextlib.contextmanager

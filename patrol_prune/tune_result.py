@@ -16,6 +16,7 @@ CAUTION = (
     "what an attacker sees. A full attack sees more. Train the point you choose, and audit it, in "
     "full."
 )
+UNMEASURED = "its attacks learnt nothing or broke off"
 _VERSION = 1
 _LIMITS = {
     "accuracy": ("accuracy", "at least", "{:.1%}"),

@@ -9,7 +9,7 @@ from typing import Any
 from patrol_prune.attacks import ATTACKS
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.preparation import normalization_kind
-from patrol_prune.settings import RunConfig
+from patrol_prune.settings import PrivacyConfig, RunConfig
 
 AUTO = "auto"
 FREE_IN_A_TUNE = ("trials", "timeout", "storage", "data", "weights", "device", "runs", "name")
@@ -145,6 +145,18 @@ class TuneConfig(RunConfig):
                 "Expected trial_epochs of at least 0 and trial_attack_epochs of at least 1, came "
                 f"{self.trial_epochs} and {self.trial_attack_epochs}."
             )
+
+    def unused(self) -> list[str]:
+        """A sentence for each weight that was given and is searched all the same."""
+        usual, given = PrivacyConfig(), self.privacy
+        tried = {"alpha": (self.alpha_choices, "--alpha-choices '[{0:g}]'"),
+                 "beta": (self.beta_range, "--beta-range '[{0:g},{0:g}]'")}
+        return [
+            f"privacy.{name} {getattr(given, name):g} is not used: the search takes it from "
+            f"{list(values)}. For this value alone give {option.format(getattr(given, name))}."
+            for name, (values, option) in tried.items()
+            if getattr(given, name) != getattr(usual, name)
+        ]
 
     def run_config(self, **changes: Any) -> RunConfig:
         """The settings of a run alone, with some of them changed."""

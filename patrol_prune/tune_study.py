@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FOUND, ERROR, WORKER, SETTINGS = "found", "error", "worker", "settings"
+_IN_WORDS = {  # what is long, or a digest
+    "images": "others now than there, by their pixels or labels",
+    "places": "others now than there, or of another cost (it follows from the model and budget)",
+    "weights_digest": "another file of weights now than there",
+}
 HEARTBEAT_SECONDS, SILENCE_SECONDS = 30, 150
 _NAMELESS_SECONDS = 60
 _JOURNAL_BEGINS = b'{"op_code":'
@@ -181,7 +186,10 @@ class SharedStudy:
         old = {k: v for k, v in flatten(defaults or {}).items() if k in new} | old
         different = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
         if different:
-            lines = "\n".join(f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in different)
+            lines = "\n".join(
+                f"  {k}: {_IN_WORDS[k]}" if k in _IN_WORDS and old.get(k) and new.get(k)
+                else f"  {k}: {old.get(k)!r} there, {new.get(k)!r} now" for k in different
+            )
             raise RunDirectoryError(
                 f"The study {self._study.study_name} was begun with other settings:\n{lines}\n"
                 "Give the search another --name, or use the settings above to go on with it."

@@ -6,23 +6,27 @@ import copy
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torchvision.models import VisionTransformer
+from tune_helpers import made
 
+from patrol_prune._tune_command import conclude
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.cli import main
 from patrol_prune.errors import InputError, RunDirectoryError, TrainingError
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import plan
-from patrol_prune.settings import AuditConfig, RunConfig, ScoreConfig
+from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig
 from patrol_prune.tune import _digest, tune
-from patrol_prune.tune_result import CAUTION
+from patrol_prune.tune_result import CAUTION, UNMEASURED, TuneResult
 from patrol_prune.tune_settings import FREE_IN_A_TUNE, TuneConfig
 from patrol_prune.tune_space import Candidate, Space, search_space
 
@@ -128,9 +132,11 @@ def test_a_search_is_resumed_and_counts_the_whole_study(
 
 
 def test_trials_stay_within_the_ranges_and_the_budget(
-    folder: Path, tmp_path: Path, pretended: Pretended
+    folder: Path, tmp_path: Path, pretended: Pretended, caplog: pytest.LogCaptureFixture
 ) -> None:
-    result = tune(tiny(folder, tmp_path, trials=8, beta_range=(2.0, 4.0), alpha_choices=(0.5,)))
+    result = tune(tiny(folder, tmp_path, trials=8, beta_range=(2.0, 4.0), alpha_choices=(0.5,),
+                       privacy=PrivacyConfig(beta=40.0)))
+    assert "privacy.beta 40 is not used" in caplog.text
     for trial in result.trials:
         assert 2.0 <= trial.beta <= 4.0 and trial.alpha == 0.5
         assert trial.split in ("layer1", "layer2")
@@ -226,7 +232,10 @@ def test_a_trial_whose_attacks_measured_nothing_is_on_no_front(
 
     monkeypatch.setattr(module, "run", flagged)
     attacks = ("inverse_network_ssim", "unet_ssim")
-    result = tune(tiny(folder, tmp_path, trials=2, trial_attacks=attacks))
+    told: list[str] = []
+    result = tune(tiny(folder, tmp_path, trials=2, trial_attacks=attacks),
+                  progress=lambda _, sentence: told.append(sentence))
+    assert any(UNMEASURED in sentence for sentence in told) != sound
     assert [trial.sound for trial in result.trials] == [sound] * 2
     assert bool(result.front) == sound == (result.why_empty is None)
     assert sound or "the attacks measure anything" in str(result.why_empty)
@@ -268,6 +277,17 @@ def test_the_command_shows_the_front_and_how_to_go_on(
     assert f"patrol-prune run --config '{file}'" in capsys.readouterr().out
     assert "not_converged in 3" in shown and "SSIM 0.123" in " ".join(shown.split())
     assert "front.png" in shown and "tune.json" in shown
+
+
+def test_a_trial_that_is_left_out_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = TuneResult(tmp_path, (made(0), made(7, 0.9, 0.1, sound=False)),
+                        files={"trial 0": tmp_path / "0.yaml"})
+    conclude(result, Console())
+    assert f"On no front and not in the plot, as {UNMEASURED}: trial 7." in capsys.readouterr().out
+    conclude(replace(result, trials=result.trials[:1]), Console())
+    assert UNMEASURED not in capsys.readouterr().out
 
 
 def test_limits_that_nothing_meets_exit_with_2(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from patrol_prune import tune_space
 from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.models import build_model
-from patrol_prune.settings import AuditConfig, RunConfig
+from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig
 from patrol_prune.tune_settings import Point, TuneConfig, trial_config
 from patrol_prune.tune_space import Candidate, Space, search_space
 
@@ -67,6 +67,18 @@ def test_what_is_wrong_is_said(tmp_path: Path, change: dict[str, Any], message: 
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"data": "x", "edge_macs": "1M", **change}))
     with pytest.raises(InputError, match=message):
         TuneConfig.from_yaml(tmp_path / "c.yaml")
+
+
+def test_a_weight_that_is_searched_all_the_same_is_named_with_what_fixes_it() -> None:
+    assert CHANGED.unused() == []
+    given = replace(CHANGED, privacy=PrivacyConfig(alpha=0.5, beta=40.0))
+    alpha, beta = given.unused()
+    assert "privacy.alpha 0.5 is not used" in alpha and "[0.1]" in alpha
+    assert "privacy.beta 40 is not used" in beta and "[1.0, 10.0]" in beta
+    for sentence, name in ((alpha, "alpha_choices"), (beta, "beta_range")):
+        value = yaml.safe_load(sentence.split(f"--{name.replace('_', '-')} ")[1].strip("'."))
+        fixed = replace(given, **{name: tuple(map(float, value))})
+        assert set(getattr(fixed, name)) == {getattr(given.privacy, name.partition("_")[0])}
 
 
 def test_a_trial_is_the_full_run_made_short() -> None:

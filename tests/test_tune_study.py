@@ -62,6 +62,20 @@ def test_other_settings_are_refused_by_name(tmp_path: Path) -> None:
             study.join({"a": 1, "trials": 5, "b": {"c": [2]}}, ("trials",))
 
 
+def test_other_images_are_refused_in_words_not_by_their_digests(tmp_path: Path) -> None:
+    there, now = ({"a": a, "images": digit * 64, "places": [{"name": digit * 9}],
+                   "weights_digest": digit * 64} for a, digit in ((1, "3"), (2, "4")))
+    with opened(tmp_path) as study:
+        study.join(there, ())
+        with pytest.raises(RunDirectoryError) as refused:
+            study.join(now, ())
+        assert "333" not in str(refused.value) and "444" not in str(refused.value)
+        for told in ("a: 1 there, 2 now", "images: others", "places: others", "weights_digest: an"):
+            assert told in str(refused.value)
+        with pytest.raises(RunDirectoryError, match="weights_digest: '3+' there, None now"):
+            study.join({**there, "weights_digest": None}, ())
+
+
 def test_a_study_of_an_earlier_release_has_the_defaults_of_what_it_did_not_know(
     tmp_path: Path,
 ) -> None:
