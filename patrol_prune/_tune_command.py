@@ -16,7 +16,7 @@ from patrol_prune.errors import UnmetLimitsError
 from patrol_prune.settings import build
 from patrol_prune.tables import front_table
 from patrol_prune.tune import tune
-from patrol_prune.tune_result import CAUTION, UNMEASURED, TuneResult
+from patrol_prune.tune_result import ANEW, CAUTION, UNMEASURED, TuneResult
 from patrol_prune.tune_settings import TuneConfig
 
 
@@ -84,5 +84,5 @@ def flag_counts(result: TuneResult) -> list[str]:
     return [
         f"Flags of the short attacks, of {len(result.trials)} trials: {told}. Where an attack is "
         "too weak, its SSIM says nothing: raise --trial-attack-epochs, or take other "
-        "--trial-attacks."
+        f"--trial-attacks, {ANEW}."
     ]

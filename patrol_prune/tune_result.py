@@ -17,6 +17,7 @@ CAUTION = (
     "full."
 )
 UNMEASURED = "its attacks learnt nothing or broke off"
+ANEW = "under another --name, as a study keeps its settings"
 _VERSION = 1
 _LIMITS = {
     "accuracy": ("accuracy", "at least", "{:.1%}"),
@@ -172,7 +173,7 @@ class TuneResult:
         if any(trial.feasible for trial in self.trials):
             return ("In no trial that keeps to the limits do the attacks measure anything: they "
                     "learnt nothing or broke off. Raise --trial-attack-epochs, or take other "
-                    "--trial-attacks.")
+                    f"--trial-attacks, {ANEW}.")
         if self.trials:
             return _hardest_limit(self.trials)
         if self.failures:
@@ -220,14 +221,15 @@ def _hardest_limit(trials: Sequence[TuneTrial]) -> str:
     if miss(trial, name) > 0:
         return (
             f"None of {count} meets every limit. Hardest to meet is the {_LIMITS[name][0]}: "
-            f"{_told(trial, name)} Loosen this limit, widen the ranges, or give more trials or "
-            "longer ones (--trial-epochs)."
+            f"{_told(trial, name)} Give more trials (--trials); or loosen this limit, widen the "
+            f"ranges, or give longer trials (--trial-epochs), {ANEW}."
         )
     trial = min(trials, key=lambda t: max(miss(t, n) for n in names))
     name = max(names, key=lambda n: miss(trial, n))
     return (
         f"None of {count} meets every limit at once, though each alone is met. The nearest misses "
-        f"the {_LIMITS[name][0]}: {_told(trial, name)} Loosen a limit, or give more trials."
+        f"the {_LIMITS[name][0]}: {_told(trial, name)} Give more trials (--trials); or loosen a "
+        f"limit, {ANEW}."
     )
 
 

@@ -26,6 +26,8 @@ class TuneConfig(RunConfig):
     searched.
 
     Attributes:
+        at: the one place to cut that is tried, unless `splits` names places; a fraction as budget
+            is of its dense edge. Without it `splits` says what is tried.
         name: of the study, and of its folder.
         trials: finished trials of the whole study, whoever ran them.
         timeout: seconds after which this worker begins no further trial.

@@ -14,7 +14,7 @@ from tune_helpers import made
 
 from patrol_prune.settings import RunConfig
 from patrol_prune.tune_report import write_results
-from patrol_prune.tune_result import Limits, TuneResult, TuneTrial, pareto_front
+from patrol_prune.tune_result import ANEW, Limits, TuneResult, TuneTrial, pareto_front
 from patrol_prune.tune_settings import TuneConfig
 
 SHARES = st.integers(0, 6).map(lambda n: n / 6)  # few values, so that ties are frequent
@@ -78,6 +78,19 @@ def test_limits_that_are_met_alone_but_never_together() -> None:
                   made(1, 0.76, limits=limits)).why_empty
     assert told is not None and "at once, though each alone is met" in told
     assert "the accuracy" in told and "(trial 1)" in told and "4.0 points" in told
+
+
+@pytest.mark.parametrize("trials", [
+    (made(0, 0.7, limits=Limits(100, 0.8)),),
+    (made(0, 0.9, feature_bytes=128, limits=Limits(100, 0.8, 64)),
+     made(1, 0.7, limits=Limits(100, 0.8, 64))),
+    (made(0, sound=False),),
+])
+def test_settings_that_the_study_refuses_are_advised_under_another_name(
+    trials: tuple[TuneTrial, ...],
+) -> None:
+    told = str(result(*trials).why_empty)
+    assert told.endswith(f", {ANEW}.") and "another --name" in ANEW
 
 
 def test_without_a_trial_the_last_failure_is_told() -> None:
