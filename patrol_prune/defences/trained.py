@@ -39,7 +39,7 @@ class Patrol(Defence):
     swept: ClassVar[str] = "beta"
 
     alpha: float = 0.0
-    beta: float = 40.0
+    beta: float = 10.0
     lipschitz_form: LipschitzForm = "scale_free"
     adversary: Adversary = field(default_factory=Adversary)
 
@@ -77,7 +77,7 @@ class AdversarialOnly(Defence):
     name: ClassVar[str] = "adversarial_only"
     swept: ClassVar[str] = "beta"
 
-    beta: float = 40.0
+    beta: float = 10.0
     adversary: Adversary = field(default_factory=Adversary)
 
     def __post_init__(self) -> None:
