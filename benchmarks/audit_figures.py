@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from frontier_methods import BEST_BEFORE, CONTROL, DEEPER_BEST, DEEPER_EPOCHS
+from frontier_methods import BEST_BEFORE, CONTROL, DEEPER_BEST, DEEPER_EPOCHS, SHALLOWER
 from frontier_recipes import RECIPES
 from row_names import (
     DEFENCES,
@@ -63,6 +63,8 @@ def name_in_the_table(row: Row) -> str | None:
         return "deeper"
     if has_key(row, CONTROL):
         return "control"
+    if has_key(row, SHALLOWER):
+        return "lighter"
     usual = row["split"] == USUAL_SPLIT and not row.get("defence") and row["method"] in METHODS
     return row["method"] if usual else None
 
@@ -209,7 +211,7 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
                      f"{taylor['feature_bytes'] / 1024:.3g}{training_beside(ours, taylor)}.")
     else:
         lines.append(f"not beside {cut}: {apart}")
-    if same := found.get("patrol"):
+    if same := found.get("lighter", found.get("patrol")):
         lines.append(f"cut after {same['split']} itself, against {cut}: {beside(same, taylor)}"
                      f"{training_beside(same, taylor)}.")
     mark = PRESSED_MARK * pressed(ours)

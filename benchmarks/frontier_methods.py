@@ -162,7 +162,9 @@ DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
 each pruned model: the defence, its recipe, its strengths."""
 SAME_MODEL = {"avgpool": "layer4"}
 """Splits with nothing to prune behind another: what stands there begins with that one's model."""
-ATTACKED_LONGER = ("with-patrol-10-layer3",
+SHALLOWER = "with-patrol-10-layer3"
+"""At the shallower cut, what stands beside PATROL's own model of `beta`."""
+ATTACKED_LONGER = (SHALLOWER,
                    "with-none@longer-0-layer4", "with-patrol@longer-10-layer4",
                    "with-feature_dropout@longer-0.5-layer4",
                    "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4",
@@ -187,7 +189,7 @@ SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@lon
 picture come to that."""
 CONTROL = "with-none@longer-0-layer4"
 """The pruned model of the best row there, trained on as long without attackers."""
-MET_BY_OTHERS = ("with-patrol-10-layer3",
+MET_BY_OTHERS = (SHALLOWER,
                  "with-patrol@half-longer-10-avgpool",
                  "with-patrol@half-longer-whole-10-avgpool",
                  "with-patrol@half-longer-whole-30-avgpool",

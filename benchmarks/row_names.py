@@ -24,6 +24,7 @@ METHODS = {
     "dense": "dense, not pruned",
     "taylor": "Taylor pruning",
     "patrol": "**PATROL**",
+    "lighter": "**PATROL, β 10**",
     "patrol-adversarial": "PATROL, adversarial term only",
     "control": "trained on without attackers, cut deeper",
     "deeper": "**PATROL, cut deeper**",

@@ -56,6 +56,16 @@ def test_the_strongest_attack_on_each_model_is_the_one_compared(figures: ModuleT
     assert text.endswith("measured here") and figures.STILL in text
 
 
+def test_the_lighter_weight_stands_for_the_shallower_cut(figures: ModuleType) -> None:
+    lighter = [row("with-patrol", attack, ssim, split="layer3", recipe=None, accuracy=0.85)
+               for attack, ssim in (("unet_ssim", 0.55), ("linear_inverse", 0.2))]
+    text = figures.strongest({"rows": ROWS + lighter}, "")
+    assert "cut after layer3 itself, against Taylor pruning cut after layer3: **SSIM 0.550 " \
+           "instead of 0.800 (0.69 times), +5.0 points of accuracy**" in text
+    lines = [line for line in text.splitlines() if "PATROL" in line and line.startswith("|")]
+    assert [line.split("|")[7].strip() for line in lines] == ["0.600", "0.550", "0.250"]
+
+
 def test_weaker_attacks_that_still_got_better_are_named(figures: ModuleType) -> None:
     told = "still improving when they ended: PATROL: linear decoder, closed form."
     assert told not in figures.strongest({"rows": ROWS}, "")
