@@ -19,6 +19,7 @@ from row_names import (
     Row,
     attack_name,
     has_key,
+    key_of,
     pressed,
     seen_once,
 )
@@ -261,7 +262,24 @@ def defence_name(row: Row) -> str:
     """The defence, the attackers inside where they are not the usual ones, and its base."""
     inside = f", {INSIDE[row['recipe']]}" if row.get("recipe") else ""
     inside += f", after {row['split']}" if row["split"] != USUAL_SPLIT else ""
-    return DEFENCES[row["method"]] + inside + (" †" if row.get("base") == "earlier" else "")
+    return DEFENCES[row["method"]] + inside + BASES.get(row.get("base"), "")
+
+
+BASES = {"earlier": " †", "before": " ¤"}
+"""Marks of rows that stand on another training of the same models than the others."""
+
+
+def swept_rows() -> list[Row]:
+    """Every defended model under one attack: of the shallower cut those on the published model, and
+    from the older record what was not measured again, each marked as such.
+    """
+    newest = [row for row in under_one_attack(load("strongest")) if row["split"] == USUAL_SPLIT]
+    known = {key_of(row) for row in newest}
+    return newest + [
+        row if row["split"] != USUAL_SPLIT or row.get("base") == "earlier" else
+        {**row, "base": "before"} for row in under_one_attack(load("frontier"))
+        if key_of(row) not in known
+    ]
 
 
 def under_one_attack(record: dict[str, Any]) -> list[Row]:
@@ -280,14 +298,19 @@ def epochs_with(row: Row, settings: dict[str, Any]) -> str:
     return "0" if row["defence"] == "none" else str(times * settings["sweep_epochs"])
 
 
+def told_longer(row: Row | None) -> str:
+    return "–" if row is None else f"{row['ssim']:.3f}" + UNFINISHED * improving(row)
+
+
 def sweep(circumstances: str) -> str:
     """Every defence at each strength: accuracy against the attacker's SSIM."""
-    record = load("frontier")
-    rows = [r for r in under_one_attack(record) if r["split"] == USUAL_SPLIT]
-    if not rows:
-        return "Not measured yet."
-    settings = record["settings"]
-    missing = [m for m in record.get("missing", []) if m.startswith(("with-", "patrol-more-"))]
+    newest, before = load("strongest"), load("frontier")
+    rows = [r for r in swept_rows() if r["split"] == USUAL_SPLIT]
+    settings, others = newest["settings"], set(before.get("missing", []))
+    missing = [m for m in newest.get("missing", [])
+               if m in others and m.startswith(("with-", "patrol-more-"))]
+    longer = {key_of(r): r for r in newest["rows"]
+              if r.get("times_as_long", 1) == 3 and r["attack"] == "inverse_network_ssim"}
     table = []
     for row in sorted(rows, key=lambda r: (list(DEFENCES).index(r["method"]),
                                            r.get("recipe") or "", r["strength"])):
@@ -299,12 +322,14 @@ def sweep(circumstances: str) -> str:
             "macs": f"{row['edge_macs'] / 1e6:.2f} M",
             "bytes": f"{row['feature_bytes'] / 1024:.3g} KiB",
             "plateau": "yes" if row["plateau"] else "no",
+            "longer": told_longer(longer.get(key_of(row))),
             "epochs": epochs_with(row, settings),
         })
     columns = {"defence": "defence", "strength": "strength", "epochs": "epochs with it",
                "accuracy": "accuracy", "ssim": "attacker's SSIM", "worst": "worst 5%",
                "mse": "attacker's MSE",
-               "macs": "edge MACs", "bytes": "uploaded", "plateau": "plateau"}
+               "macs": "edge MACs", "bytes": "uploaded", "plateau": "plateau",
+               "longer": "SSIM, attacked 3 times as long"}
     return "\n\n".join([
         "Each defence on the same Taylor-pruned and fine-tuned model, trained "
         f"{settings['sweep_epochs']} more epochs of {settings['sweep_images']:,} images with the "
@@ -312,8 +337,9 @@ def sweep(circumstances: str) -> str:
         "1,000 test images. The last PATROL row goes on with PATROL's own pruned model, which "
         f"had {settings['finetune_epochs']} epochs of {settings['train_images']:,} images with it "
         "before. Edge MACs are equal but where the table says otherwise; quantisation and a "
-        "bottleneck upload less. Rows with † stand on an earlier training of the same models, "
-        "whose weights were not kept: compare them with each other first.",
+        "bottleneck upload less. Rows with ¤ and with † stand on other trainings of the same "
+        "models, with the same seed, whose weights were not kept: compare rows of one mark with "
+        "each other first.",
         render_table(table, columns).strip(), not_measured(missing), circumstances,
     ])
 
@@ -352,9 +378,7 @@ def plot_sweep() -> None:
     """Accuracy against SSIM, one line for each defence."""
     from matplotlib import pyplot
 
-    rows = under_one_attack(load("frontier"))
-    if not rows:
-        return
+    rows = swept_rows()
     figure, axes = pyplot.subplots(figsize=(10, 4.8), layout="constrained")
     markers = itertools.cycle("ovs^D<>Pp*hX")
     others = itertools.cycle(f"C{i}" for i in range(10) if i != 3)  # red is PATROL's, cut deeper

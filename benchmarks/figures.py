@@ -100,8 +100,12 @@ def of_frontier(rows: Callable[[Row], bool]) -> str:
     parts = [circumstances(record)] * (False in bases)
     if True in bases and record.get("earlier"):
         told = circumstances(record["earlier"])
-        parts.append(f"Rows with †: {told[0].lower()}{told[1:]}" if parts else told)
+        parts.append(f"Rows with †: {uncapitalised(told)}" if parts else told)
     return " ".join(parts)
+
+
+def uncapitalised(sentence: str) -> str:
+    return sentence[0].lower() + sentence[1:]
 
 
 def of_every_attack() -> tuple[dict[str, Any], str]:
@@ -119,8 +123,7 @@ def of_every_attack() -> tuple[dict[str, Any], str]:
     rows = [*newest["rows"], *kept]
     shown = (row for each in audit_figures.thorough(rows).values() for row in each.values())
     if any(row.get("base") == "earlier" for row in shown):
-        before = circumstances(record)
-        told_of_it += f" Rows with †: {before[0].lower()}{before[1:]}"
+        told_of_it += f" Rows with †: {uncapitalised(circumstances(record))}"
     return {**newest, "rows": rows}, told_of_it
 
 
@@ -300,7 +303,8 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "step_cost": ("step_cost", lambda: time_figures.step_cost(*told("step_cost"))),
     "strongest": ("frontier", lambda: audit_figures.strongest(*of_every_attack())),
     "every-attack": ("frontier", lambda: audit_figures.every_attack(*of_every_attack())),
-    "sweep": ("frontier", lambda: audit_figures.sweep(of_frontier(is_swept))),
+    "sweep": ("frontier", lambda: audit_figures.sweep(
+        f"{source('strongest')} Rows with ¤: {uncapitalised(of_frontier(is_swept))}")),
     "gap": ("frontier", lambda: gap_figures.surrogate_gap(
         [told(name) for name in gap_figures.RECORDS if (RESULTS / f"{name}.json").exists()])),
     "depth": ("frontier", lambda: depth_figures.depth(load("frontier"), of_frontier(is_deeper))),

@@ -153,7 +153,12 @@ def against_pressed(row: Row) -> bool:
             and "whole" not in (row.get("recipe") or ""))
 
 
+def key_of(row: Row) -> str:
+    """The key of the defended model that a row is about."""
+    recipe = f"@{row['recipe']}" if row.get("recipe") else ""
+    return f"{row['method']}{recipe}-{row.get('strength') or 0:g}-{row['split']}"
+
+
 def has_key(row: Row, key: str) -> bool:
     """Whether a row is about the defended model of this key."""
-    recipe = f"@{row['recipe']}" if row.get("recipe") else ""
-    return f"{row['method']}{recipe}-{row.get('strength') or 0:g}-{row['split']}" == key
+    return key_of(row) == key
