@@ -213,7 +213,8 @@ def verdict(groups: dict[str, dict[str, Row]]) -> str:
     else:
         lines.append(f"not beside {cut}: {apart}")
     if same := found.get("lighter", found.get("patrol")):
-        lines.append(f"cut after {same['split']} itself, against {cut}: {beside(same, taylor)}"
+        by = "Taylor pruning and PATROL's fine-tuning, " * ("lighter" in found)
+        lines.append(f"{by}cut after {same['split']} itself, against {cut}: {beside(same, taylor)}"
                      f"{training_beside(same, taylor)}.")
     mark = PRESSED_MARK * pressed(ours)
     return (f"PATROL, cut after {ours['split']}{mark}, at equal edge MACs, each model under the "
@@ -332,14 +333,15 @@ def sweep(circumstances: str) -> str:
                "longer": "SSIM, attacked 3 times as long"}
     return "\n\n".join([
         "Each defence on the same Taylor-pruned and fine-tuned model, trained "
-        f"{settings['sweep_epochs']} more epochs of {settings['sweep_images']:,} images with the "
-        "same distillation, then attacked by a fresh residual decoder that knows the defence; "
-        "1,000 test images. The last PATROL row goes on with PATROL's own pruned model, which "
-        f"had {settings['finetune_epochs']} epochs of {settings['train_images']:,} images with it "
-        "before. Edge MACs are equal but where the table says otherwise; quantisation and a "
-        "bottleneck upload less. Rows with ¤ and with † stand on other trainings of the same "
-        "models, with the same seed, whose weights were not kept: compare rows of one mark with "
-        "each other first.",
+        f"{settings['sweep_epochs']} more epochs of {settings['sweep_images']:,} images, where the "
+        "table does not say otherwise, with the same distillation, then attacked by a fresh "
+        "residual decoder that knows the defence; 1,000 test images. The last PATROL row goes on "
+        f"with PATROL's own pruned model, which had {settings['finetune_epochs']} epochs of "
+        f"{settings['train_images']:,} images with it before. PATROL's fine-tuning at β 40 has the "
+        f"scale-free Lipschitz term too, at {settings['alpha']:g}; at other weights it has none. "
+        "Edge MACs are equal but where the table says otherwise; quantisation and a bottleneck "
+        "upload less. Rows with ¤ and with † stand on other trainings of the same models, with the "
+        "same seed, whose weights were not kept: compare rows of one mark with each other first.",
         render_table(table, columns).strip(), not_measured(missing), circumstances,
     ])
 

@@ -163,7 +163,8 @@ each pruned model: the defence, its recipe, its strengths."""
 SAME_MODEL = {"avgpool": "layer4"}
 """Splits with nothing to prune behind another: what stands there begins with that one's model."""
 SHALLOWER = "with-patrol-10-layer3"
-"""At the shallower cut, what stands beside PATROL's own model of `beta`."""
+"""At the shallower cut, what stands beside PATROL's own model of `beta`: Taylor's pruned model,
+fine-tuned against attackers for as long as the other defences."""
 ATTACKED_LONGER = (SHALLOWER,
                    "with-none@longer-0-layer4", "with-patrol@longer-10-layer4",
                    "with-feature_dropout@longer-0.5-layer4",
@@ -222,11 +223,11 @@ def swept(args: Frontier) -> list[Method]:
     """Every defence at each of its strengths on the Taylor-pruned model, PATROL's among them.
 
     `patrol-more` goes on with PATROL's own model, which has had five epochs of it before. PATROL's
-    first strength has the Lipschitz term as well, the others have not, as is the default now.
+    first strength has the Lipschitz term as well; the others have not, as is the default now.
     """
     points = [
         Method(f"with-{name}", "layer3", defence=name, strength=strength, start="taylor-layer3",
-               alpha=args.alpha * (strength == strengths[0]))
+               alpha=args.alpha if (name, strength) == ("patrol", 40.0) else 0.0)
         for name, strengths in SWEEP.items()
         for strength in strengths
     ]

@@ -120,6 +120,8 @@ def called(row: dict[str, Any], beside: list[dict[str, Any]]) -> str:
     strengths = {r["beta"] for r in beside if r["method"] == "patrol"}
     if row["method"] == "patrol" and len(strengths) > 1:
         name += f", β {row['beta']:g}"
+    if row["method"] == "patrol" and len({surrogates_of(r) for r in beside}) > 1:
+        name += f", {surrogates_of(row)} surrogates"
     if len({r["train_seed"] for r in beside}) > 1:
         name += f", seed {row['train_seed']}"
     return name

@@ -24,7 +24,7 @@ METHODS = {
     "dense": "dense, not pruned",
     "taylor": "Taylor pruning",
     "patrol": "**PATROL**",
-    "lighter": "**PATROL, β 10**",
+    "lighter": "**Taylor pruning, then PATROL's fine-tuning, β 10**",
     "patrol-adversarial": "PATROL, adversarial term only",
     "control": "trained on without attackers, cut deeper",
     "deeper": "**PATROL, cut deeper**",

@@ -65,7 +65,7 @@ def conclude(result: TuneResult, console: Console) -> None:
     left_out = [str(trial.number) for trial in result.trials if not trial.sound]
     if left_out:
         console.print(Text(
-            f"On no front and not in the plot, as {UNMEASURED}: trial {', '.join(left_out)}."
+            f"On no front and not in the plot, as {UNMEASURED}: trials {', '.join(left_out)}."
         ), soft_wrap=True)
     for line in flag_counts(result):
         console.print(Text(line), soft_wrap=True)

@@ -29,12 +29,18 @@ def check_split(split: object, name: str = "split") -> None:
 
 
 def check_has_edge(half: object, name: str) -> None:
-    """An InputError where it has no `edge` that is a module: what an audit attacks."""
-    if not isinstance(getattr(half, "edge", None), nn.Module):
+    """An InputError where it has no `edge` that is a module, and can be attacked as such."""
+    edge = getattr(half, "edge", None)
+    if not isinstance(edge, nn.Module):
         raise InputError(
             f"Expected {name} as a Split, or another object whose attribute `edge` is the half on "
             f"the device, came {type(half).__name__}. Cut the model first: Split(model, "
             "example_inputs, at=...)."
+        )
+    if any(tensor.is_inference() for tensor in [*edge.parameters(), *edge.buffers()]):
+        raise InputError(
+            f"Expected {name} with weights that gradients can go through, came some that were made "
+            "under torch.inference_mode(). Build or load the model outside of it."
         )
 
 

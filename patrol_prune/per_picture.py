@@ -1,4 +1,4 @@
-"""Uploads that differ in scale, or in a constant, between pictures, brought to one level each.
+"""Uploads that differ in sign, scale or a constant between pictures, brought to one level each.
 
 A factor or a summand that an edge draws from the picture itself is the same for all values of an
 upload. What is left without it is the rest of the picture, and no attack that reads values one by
@@ -130,7 +130,8 @@ def same_way_round(
     """How uploads are brought the same way round; None where they are.
 
     One in ten has to lie on the other side of 0 than the others in the direction in which uploads
-    are largest, all of them clearly off 0, and a linear decoder has to see more for it.
+    are largest, all of them clearly off 0, and a linear decoder has to see more for it. Uploads of
+    one size each are judged: a scale of a picture's own is undone behind this.
 
     Args:
         edge: as it is attacked.
@@ -139,12 +140,16 @@ def same_way_round(
     """
     query = edge_function(edge, normalization)
     z, some = sample(query, pixels)
+    sizes = z.float().flatten(1).square().mean(1).sqrt().clamp_min(torch.finfo(torch.float32).tiny)
+    z = z / sizes.to(z.dtype).view(-1, *[1] * (z.dim() - 1))
     flat = z.flatten(1).cpu().double()
-    direction = flat[0]
+    direction = flat[flat.norm(dim=1).argmax()]
     for _ in range(_ITERATIONS):
         direction = flat.T @ (flat @ functional.normalize(direction, dim=0))
-    step = SameWayRound(functional.normalize(direction, dim=0))
-    along = flat @ step.direction
+    direction = functional.normalize(direction, dim=0)
+    if float((flat @ direction).sign().mean()) < 0:
+        direction = -direction  # as most of them lie
+    step, along = SameWayRound(direction), flat @ direction
     turned, away = float((along < 0).double().mean()), along.abs()
     if not _TURNED < turned < 1 - _TURNED or not away.std() < _APART * away.mean():
         return None

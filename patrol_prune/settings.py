@@ -112,7 +112,7 @@ class PrivacyConfig:
             training and under attack (`defences.FeatureDropout`; the report says how to put it
             behind the saved edge). Whoever sees several uploads of one picture sees the rest of
             it; see `audit.uploads`.
-        surrogates: these attackers, "usual" or "large" (`surrogate.SURROGATE_SETS`).
+        surrogates: the attackers inside, "usual" or "large" (`surrogate.SURROGATE_SETS`).
         surrogate_loss: theirs: "mse+ssim" sees more than the paper's "mse"; "auto"
             takes it where the images have at least 11 pixels a side.
         noise_std: standard deviation of the Lipschitz perturbation, in input units.

@@ -44,7 +44,7 @@ SURROGATE_SETS: dict[str, tuple[SurrogateSpec, ...]] = {
         SurrogateSpec("transposed", width=48),
     ),
 }
-"""Ensembles by name. The large one costs several times as much; what it buys is in the docs."""
+"""Ensembles by name. The large one costs several times as much."""
 
 
 def reconstruction_error(pixels: Tensor, guess: Tensor, loss: str = "mse") -> Tensor:

@@ -16,7 +16,7 @@ CAUTION = (
     "what an attacker sees. A full attack sees more. Train the point you choose, and audit it, in "
     "full."
 )
-UNMEASURED = "its attacks learnt nothing or broke off"
+UNMEASURED = "the attacks learnt nothing or broke off"
 ANEW = "under another --name, as a study keeps its settings"
 _VERSION = 1
 _LIMITS = {

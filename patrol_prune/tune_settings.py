@@ -157,7 +157,8 @@ class TuneConfig(RunConfig):
             f"privacy.{name} {getattr(given, name):g} is not used: the search takes it from "
             f"{list(values)}. For this value alone give {option.format(getattr(given, name))}."
             for name, (values, option) in tried.items()
-            if getattr(given, name) != getattr(usual, name)
+            if getattr(given, name) not in (getattr(usual, name), *values[:1] * (
+                len(set(values)) == 1))
         ]
 
     def run_config(self, **changes: Any) -> RunConfig:

@@ -57,9 +57,16 @@ def undone(
         normalization: of the edge's inputs.
         uploads: of each picture, where the edge draws.
     """
-    once, draws, flags = one_at_a_time(edge, some, normalization)
+    bare, draws, flags = one_at_a_time(edge, some, normalization)
     uploads = uploads if draws else 1
     flags += [SEEN_ONCE] * (draws and uploads == 1)
+    held = Draws(edge)
+    with held.kept():  # before uploads are put together: signs that differ would cancel
+        turned = same_way_round(bare, known, normalization)
+    once = bare
+    if turned is not None:
+        once, cloud = Prepared(bare, turned), None if cloud is None else Restored(cloud, turned)
+        flags.append(TURNED_PER_IMAGE)
     made = once if uploads == 1 else Repeated(once, uploads)
     free: list[Step] = []
 
@@ -68,17 +75,11 @@ def undone(
         made, cloud = Prepared(made, step), None if cloud is None else Restored(cloud, step)
         flags.extend([] if flag is None else [flag])
 
-    held = Draws(edge)
     with held.kept():
         own = per_picture(made, known, normalization, draws=draws)
         if own is not None:
             add(own, LEVELLED_PER_IMAGE)
             free.append(own)
-        with held.kept():
-            turned = same_way_round(made, known, normalization)
-        if turned is not None:
-            add(turned, TURNED_PER_IMAGE)
-            free.append(turned)
         last = channels_last(made, known, normalization)
         if last:
             add(ChannelsFirst())
@@ -94,8 +95,9 @@ def undone(
         flags += [] if scrambled is None else [scrambled]
 
     def twin(seed: int) -> nn.Module:
-        found = fresh_twin(once, seed)
-        for step in free:
+        found = fresh_twin(bare, seed)
+        own = None if turned is None else same_way_round(found, known, normalization)
+        for step in ([] if own is None else [own]) + free:
             found = Prepared(found, step)
         return found
 

@@ -798,3 +798,7 @@ def test_gradients_are_on_for_each_attack_wherever_the_audit_is_called_and_stay_
             assert torch.is_grad_enabled() == before
         found.append([r["ssim"] for r in report.records])
     assert found[0] == found[1] == found[2] and len(found[0]) == 4
+    with torch.inference_mode():
+        frozen = open_edge()
+    with pytest.raises(InputError, match="made under torch.inference_mode"):
+        audit(frozen, KNOWN[:40], VICTIM[:4], config=config)

@@ -285,7 +285,7 @@ def test_a_trial_that_is_left_out_is_named(
     result = TuneResult(tmp_path, (made(0), made(7, 0.9, 0.1, sound=False)),
                         files={"trial 0": tmp_path / "0.yaml"})
     conclude(result, Console())
-    assert f"On no front and not in the plot, as {UNMEASURED}: trial 7." in capsys.readouterr().out
+    assert f"On no front and not in the plot, as {UNMEASURED}: trials 7." in capsys.readouterr().out
     conclude(replace(result, trials=result.trials[:1]), Console())
     assert UNMEASURED not in capsys.readouterr().out
 

@@ -154,6 +154,25 @@ def test_each_picture_is_brought_the_same_way_round(sign: Change) -> None:
     assert ssim > 0.9 and flags & NEW == {"turned_per_image"} and "noise_only" not in flags
 
 
+def test_signs_that_are_drawn_do_not_cancel_in_several_uploads() -> None:
+    ssim, flags = audit(lambda x: folded(x) * (torch.randint(0, 2, (len(x), 1, 1, 1)) * 2 - 1),
+                        uploads=4)
+    assert ssim > 0.9 and flags & NEW == {"turned_per_image"}
+
+
+def test_a_sign_and_a_scale_are_both_undone() -> None:
+    ssim, flags = audit(lambda x: folded(x) * torch.randn(len(x), 1, 1, 1))
+    assert ssim > 0.9 and flags & NEW == {"turned_per_image", "levelled_per_image"}
+
+
+def test_most_uploads_keep_their_way_round() -> None:
+    few = lambda x: folded(x) * torch.where(own(x) < 0.8, 1.0, -1.0)  # noqa: E731
+    known = KNOWN[own(KNOWN).flatten().argsort(descending=True)]  # a turned one comes first
+    way = same_way_round(Edge(few), known, PLAIN)
+    assert way is not None
+    torch.testing.assert_close(way(folded(VICTIM)), folded(VICTIM), rtol=0, atol=0)
+
+
 def test_uploads_around_zero_are_not_turned() -> None:
     for change in (folded, lambda x: folded(x) - folded(KNOWN).mean(0)):
         assert same_way_round(Edge(change), KNOWN, PLAIN) is None

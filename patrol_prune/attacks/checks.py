@@ -250,11 +250,15 @@ def check_draws(edge: EdgeFunction, pixels: Tensor, *, draws: int = 16) -> list[
         )
     views: tuple[EdgeFunction, ...] = (
         edge, lambda x: edge(x).abs(), lambda x: edge(x).abs().flatten(1).sort(dim=1).values)
-    return [NOISE_ONLY] if all(_only_noise(view, pixels, draws) for view in views) else []
+    found = all(_only_noise(view, pixels, draws, if_constant=view is not edge) for view in views)
+    return [NOISE_ONLY] if found else []
 
 
-def _only_noise(edge: EdgeFunction, pixels: Tensor, draws: int) -> bool:
-    """Whether what `edge` gives depends on the image by no more than chance (`check_draws`)."""
+def _only_noise(edge: EdgeFunction, pixels: Tensor, draws: int, *, if_constant: bool) -> bool:
+    """Whether what `edge` gives depends on the image by no more than chance (`check_draws`).
+
+    Where it gives the same for every image and draw, `if_constant` is returned.
+    """
     centre = edge(pixels).double().flatten(1).mean(0)  # against cancellation in the squares
     halves, squares = [torch.zeros(()), torch.zeros(())], torch.zeros(())
     for number in range(draws):
@@ -265,7 +269,7 @@ def _only_noise(edge: EdgeFunction, pixels: Tensor, draws: int) -> bool:
     between = means.var(dim=0)
     live = within > 1e-12 * (within + between).max()
     if not bool(((within + between) > 1e-20 * centre**2).any()):
-        return True  # the same for every image and draw
+        return if_constant
     if not bool(live.any()) or bool((between[~live] > 1e-12 * between.max()).any()):
         return False
     strongest = float((draws * between[live] / within[live]).max())

@@ -341,8 +341,8 @@ class _Run:
             self.best_state = copy.deepcopy(self.decoder.state_dict())
         self.done = epoch - self.best_epoch >= self.config.patience
         if self.done and train_loss > _ROSE * self.train_history[self.best_epoch]:
-            logger.warning("the attack's loss rose from epoch %d on; its weights are kept",
-                           self.best_epoch)
+            logger.warning("the attack's loss rose after epoch %d, whose weights are kept",
+                           self.best_epoch + 1)
             self.diverged = True
 
     def restore_best(self) -> None:
