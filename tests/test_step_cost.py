@@ -68,3 +68,23 @@ def test_each_part_has_its_pace_beside_the_plain_step(step_cost: ModuleType) -> 
     pace = step_cost.pace(config, split, teacher, "fp32")
     assert pace.pop("plain step") == 1.0 and all(value > 0 for value in pace.values())
     assert {"edge", "cloud", "teacher", "surrogates"} <= set(pace)
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+def test_the_table_tells_precision_and_pace(
+    step_cost: ModuleType, import_benchmark: Callable[[str], ModuleType], bf16: bool
+) -> None:
+    row = {"threads": 1, "terms": "adversarial+scale_free", "inner_steps": 1, "turns": 7,
+           "adversarial_images": 64, "measured": 1.2, "measured_cpu": 1.2, "predicted": 1.1}
+    pace = dict.fromkeys(import_benchmark("time_figures").PARTS, 1.5)
+    told = import_benchmark("time_figures").step_cost({
+        "model": "a model", "split": "layer3", "image_size": 32, "batch": 128, "bf16": bf16,
+        "macs": dict.fromkeys(("edge", "cloud", "teacher", "surrogates"), 10**7),
+        "pace": {"auto": pace, "fp32": pace},
+        "rows": [{**row, "precision": precision, "measured_over_predicted": ratio}
+                 for precision, ratio in (("auto", 1.2), ("fp32", 1.1))],
+    }, "measured here")
+    first = "bfloat16" if bf16 else "float32"
+    assert f"1 thread, {first}, 7 turns; 0 of 1 rows within" in told
+    assert "1 thread, float32, 7 turns; 1 of 1 rows within" in told
+    assert f"plain step, in {first}: edge 1.5" in told and told.endswith("measured here")
