@@ -26,7 +26,6 @@ def step_cost(record: dict[str, Any], measured: str) -> str:
     for row in record["rows"]:
         tables.setdefault((row["threads"], row["precision"]), []).append(row)
     for (threads, precision), rows in tables.items():
-        mixed = precision != "fp32" and record["bf16"]
         table = [{
             "terms": row["terms"].replace("adversarial", "adversarial term").replace("+", ", ")
             .replace("scale_free", "scale-free"),
@@ -41,17 +40,21 @@ def step_cost(record: dict[str, Any], measured: str) -> str:
                    "quotient": "measured / predicted"}
         over = sum(row["measured_over_predicted"] > 1.15 for row in rows)
         blocks += [
-            f"{threads} thread{'s' * (threads > 1)}, {'bfloat16' if mixed else 'float32'}, "
+            f"{threads} thread{'s' * (threads > 1)}, {arithmetic(record, precision)}, "
             f"{rows[0]['turns']} turns; "
             f"{len(rows) - over} of {len(rows)} rows within 1.15 times the prediction:",
             render_table(table, columns).strip(),
         ]
     for precision, pace in record["pace"].items():
         told = ", ".join(f"{PARTS[part]} {pace[part]:.1f}" for part in PARTS)
-        mixed = precision != "fp32" and record["bf16"]
         blocks.append("Time of one multiply-add, each part alone, as a multiple of one of the "
-                      f"plain step, in {'bfloat16' if mixed else 'float32'}: {told}.")
+                      f"plain step, in {arithmetic(record, precision)}: {told}.")
     return "\n\n".join([*blocks, measured])
+
+
+def arithmetic(record: dict[str, Any], precision: str) -> str:
+    """What a setting of the precision came to on the record's machine."""
+    return "bfloat16" if precision != "fp32" and record["bf16"] else "float32"
 
 
 def throughput(record: dict[str, Any], measured: str) -> str:
