@@ -381,7 +381,7 @@ def plot_sweep() -> None:
     from matplotlib import pyplot
 
     rows = swept_rows()
-    figure, axes = pyplot.subplots(figsize=(10, 4.8), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
     markers = itertools.cycle("ovs^D<>Pp*hX")
     others = itertools.cycle(f"C{i}" for i in range(10) if i != 3)  # red is PATROL's, cut deeper
     names = dict.fromkeys(defence_name(r) for m in DEFENCES for r in rows if r["method"] == m)
