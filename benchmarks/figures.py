@@ -24,6 +24,7 @@ import published_figures
 import reid_figures
 import score_figures
 import seed_figures
+import sweep_figures
 import time_figures
 import yardstick_figures
 
@@ -303,7 +304,7 @@ RENDERERS: dict[str, tuple[str, Callable[[], str]]] = {
     "step_cost": ("step_cost", lambda: time_figures.step_cost(*told("step_cost"))),
     "strongest": ("frontier", lambda: audit_figures.strongest(*of_every_attack())),
     "every-attack": ("frontier", lambda: audit_figures.every_attack(*of_every_attack())),
-    "sweep": ("frontier", lambda: audit_figures.sweep(
+    "sweep": ("frontier", lambda: sweep_figures.sweep(
         f"{source('strongest')} Rows with ¤: {uncapitalised(of_frontier(is_swept))}")),
     "gap": ("frontier", lambda: gap_figures.surrogate_gap(
         [told(name) for name in gap_figures.RECORDS if (RESULTS / f"{name}.json").exists()])),
@@ -349,7 +350,7 @@ def main() -> None:
             print(f"rendered {page.relative_to(ROOT)}")
     if (RESULTS / "frontier.json").exists():
         plot_frontier()
-        audit_figures.plot_sweep()
+        sweep_figures.plot_sweep()
         print("rendered docs/frontier.png and docs/defences.png")
 
 
