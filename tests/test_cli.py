@@ -312,8 +312,10 @@ def test_interrupted_says_how_to_go_on(
     assert f"patrol-prune run --config '{file}'" in capsys.readouterr().err
 
 
-def test_ctrl_c_in_a_real_process(tmp_path: Path, write_folder: Callable[..., Path],
-                                  root: Path) -> None:
+@pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_a_scheduler_ends_a_real_process(
+    tmp_path: Path, write_folder: Callable[..., Path], root: Path, ends: signal.Signals
+) -> None:
     folder = write_folder(tmp_path / "images", count=24)
     process = subprocess.Popen(
         [sys.executable, "-m", "patrol_prune", "run", "--data", str(folder), "--edge-macs",
@@ -328,7 +330,7 @@ def test_ctrl_c_in_a_real_process(tmp_path: Path, write_folder: Callable[..., Pa
     deadline = time.monotonic() + 120
     while not first.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(ends)
     try:
         _, error = process.communicate(timeout=60)
     finally:
