@@ -168,15 +168,16 @@ def draw(folder: Path, methods: Sequence[str], target: Path, *, count: int = 8) 
 
 
 def minutes(folder: Path) -> float:
-    """That the stages took, by the clock, pauses between two starts left out."""
-    began, total = {}, 0.0
+    """That the stages took, by the clock, pauses between two starts left out; each stage once."""
+    began: dict[str, float] = {}
+    taken: dict[str, float] = {}
     for line in (folder / "events.jsonl").read_text().splitlines():
         event = json.loads(line)
         if event["event"] == "stage begins":
             began[event["stage"]] = event["time"]
         elif event["event"] == "stage done" and event["stage"] in began:
-            total += event["time"] - began.pop(event["stage"])
-    return total / 60
+            taken[event["stage"]] = event["time"] - began.pop(event["stage"])
+    return sum(taken.values()) / 60
 
 
 def merged(before: dict[str, Any], mine: list[dict[str, Any]]) -> list[dict[str, Any]]:
