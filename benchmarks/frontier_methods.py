@@ -165,7 +165,7 @@ SAME_MODEL = {"avgpool": "layer4"}
 SHALLOWER = "with-patrol-10-layer3"
 """At the shallower cut, what stands beside PATROL's own model of `beta`: Taylor's pruned model,
 fine-tuned against attackers for as long as the other defences."""
-ATTACKED_LONGER = (SHALLOWER,
+ATTACKED_LONGER = (SHALLOWER, "with-patrol@longer-10-layer3",
                    "with-none@longer-0-layer4", "with-patrol@longer-10-layer4",
                    "with-feature_dropout@longer-0.5-layer4",
                    "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4",
