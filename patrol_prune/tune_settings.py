@@ -150,16 +150,17 @@ class TuneConfig(RunConfig):
 
     def unused(self) -> list[str]:
         """A sentence for each weight that was given and is searched all the same."""
-        usual, given = PrivacyConfig(), self.privacy
-        tried = {"alpha": (self.alpha_choices, "--alpha-choices '[{0:g}]'"),
-                 "beta": (self.beta_range, "--beta-range '[{0:g},{0:g}]'")}
-        return [
-            f"privacy.{name} {getattr(given, name):g} is not used: the search takes it from "
-            f"{list(values)}. For this value alone give {option.format(getattr(given, name))}."
-            for name, (values, option) in tried.items()
-            if getattr(given, name) not in (getattr(usual, name), *values[:1] * (
-                len(set(values)) == 1))
-        ]
+        usual, sentences = PrivacyConfig(), []
+        for name, tried, option in (("alpha", self.alpha_choices, "--alpha-choices '[{0:g}]'"),
+                                    ("beta", self.beta_range, "--beta-range '[{0:g},{0:g}]'")):
+            given = getattr(self.privacy, name)
+            if given == getattr(usual, name) or set(tried) == {given}:
+                continue
+            fixed = (f"For this value alone give {option.format(given)}." if given or name == "alpha"
+                     else "It searches no beta of 0: train that with patrol-prune run.")
+            sentences.append(f"privacy.{name} {given:g} is not used: the search takes it from "
+                             f"{list(tried)}. {fixed}")
+        return sentences
 
     def run_config(self, **changes: Any) -> RunConfig:
         """The settings of a run alone, with some of them changed."""

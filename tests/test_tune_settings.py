@@ -74,6 +74,8 @@ def test_a_weight_that_is_searched_all_the_same_is_named_with_what_fixes_it() ->
     given = replace(CHANGED, privacy=PrivacyConfig(alpha=0.5, beta=40.0))
     fixed = replace(given, alpha_choices=(0.5,), beta_range=(40.0, 40.0))
     assert fixed.unused() == [], "these values alone are tried"
+    (none,) = replace(CHANGED, privacy=PrivacyConfig(beta=0.0)).unused()
+    assert "--beta-range" not in none, "which the search would refuse"
     alpha, beta = given.unused()
     assert "privacy.alpha 0.5 is not used" in alpha and "[0.1]" in alpha
     assert "privacy.beta 40 is not used" in beta and "[1.0, 10.0]" in beta
