@@ -156,8 +156,9 @@ class TuneConfig(RunConfig):
             given = getattr(self.privacy, name)
             if given == getattr(usual, name) or set(tried) == {given}:
                 continue
-            fixed = (f"For this value alone give {option.format(given)}." if given or name == "alpha"
-                     else "It searches no beta of 0: train that with patrol-prune run.")
+            fixed = ("It searches no beta of 0: train that with patrol-prune run."
+                     if (name, given) == ("beta", 0) else
+                     f"For this value alone give {option.format(given)}.")
             sentences.append(f"privacy.{name} {given:g} is not used: the search takes it from "
                              f"{list(tried)}. {fixed}")
         return sentences
