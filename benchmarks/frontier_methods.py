@@ -143,6 +143,10 @@ SWEEP: dict[str, tuple[float, ...]] = {
     "laplacian_noise": (1.0,),
 }
 """Each defence and its strengths (see the defence for what the number is), most telling first."""
+SWEPT_LONGER: dict[str, tuple[float, ...]] = {
+    "none": (0.0,), "disco": (0.5,), "feature_dropout": (0.5, 0.8), "gaussian_noise": (1.0, 2.0),
+}
+"""Of these, what is trained three times as long too, as PATROL is."""
 
 
 DEEPER: dict[str, dict[str, tuple[float, ...]]] = {
@@ -165,7 +169,8 @@ SAME_MODEL = {"avgpool": "layer4"}
 SHALLOWER = "with-patrol-10-layer3"
 """At the shallower cut, what stands beside PATROL's own model of `beta`: Taylor's pruned model,
 fine-tuned against attackers for as long as the other defences."""
-ATTACKED_LONGER = (SHALLOWER, "with-patrol@longer-10-layer3",
+ATTACKED_LONGER = (SHALLOWER, "with-patrol@longer-10-layer3", "with-patrol@longest-10-layer3",
+                   "with-disco@longer-0.5-layer3", "with-feature_dropout@longer-0.5-layer3",
                    "with-none@longer-0-layer4", "with-patrol@longer-10-layer4",
                    "with-feature_dropout@longer-0.5-layer4",
                    "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4",
@@ -190,7 +195,7 @@ SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@lon
 picture come to that."""
 CONTROL = "with-none@longer-0-layer4"
 """The pruned model of the best row there, trained on as long without attackers."""
-MET_BY_OTHERS = (SHALLOWER,
+MET_BY_OTHERS = (SHALLOWER, "with-patrol@longer-10-layer3",
                  "with-patrol@half-longer-10-avgpool",
                  "with-patrol@half-longer-whole-10-avgpool",
                  "with-patrol@half-longer-whole-30-avgpool",
@@ -213,7 +218,7 @@ DEEPEST = "with-patrol@longest-10-avgpool"
 
 
 INSIDE: dict[str, tuple[float, ...]] = {
-    "mse": (40.0,), "longer": (10.0,), "large": (10.0,), "pool": (10.0,), "renewed": (10.0,),
+    "mse": (40.0,), "longer": (10.0, 3.0, 20.0), "longest": (10.0,), "large": (10.0,), "pool": (10.0,), "renewed": (10.0,),
     "features": (10.0,), "long": (10.0,), "narrow-16": (40.0, 10.0), "narrow-8": (40.0,),
 }
 """PATROL's fine-tuning with other attackers inside (`frontier_recipes`) and its strengths."""
@@ -234,6 +239,9 @@ def swept(args: Frontier) -> list[Method]:
     points += [replace(p, recipe=recipe, alpha=0.0, strength=strength)
                for p in points if p.defence == "patrol" and p.strength == SWEEP["patrol"][0]
                for recipe, strengths in INSIDE.items() for strength in strengths]
+    points += [Method(f"with-{name}", "layer3", defence=name, strength=strength,
+                      start="taylor-layer3", recipe="longer")
+               for name, strengths in SWEPT_LONGER.items() for strength in strengths]
     own = Method("patrol-more", "layer3", defence="patrol", strength=args.beta, alpha=args.alpha,
                  start="patrol-layer3")
     # Each defence's first strength comes first, so that an interrupted sweep has a point of each.
