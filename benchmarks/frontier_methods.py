@@ -218,8 +218,9 @@ DEEPEST = "with-patrol@longest-10-avgpool"
 
 
 INSIDE: dict[str, tuple[float, ...]] = {
-    "mse": (40.0,), "longer": (10.0, 3.0, 20.0), "longest": (10.0,), "large": (10.0,), "pool": (10.0,), "renewed": (10.0,),
-    "features": (10.0,), "long": (10.0,), "narrow-16": (40.0, 10.0), "narrow-8": (40.0,),
+    "mse": (40.0,), "longer": (10.0, 3.0, 20.0), "longest": (10.0,), "large": (10.0,),
+    "pool": (10.0,), "renewed": (10.0,), "features": (10.0,), "long": (10.0,),
+    "narrow-16": (40.0, 10.0), "narrow-8": (40.0,),
 }
 """PATROL's fine-tuning with other attackers inside (`frontier_recipes`) and its strengths."""
 

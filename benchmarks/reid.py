@@ -54,6 +54,8 @@ class Reid:
         epochs: of fine-tuning; 8, as the record began with, or 5 for photographs where None.
         decoder: width, residual blocks and epochs of the learned attacks, where not the usual
             32, 3 and 10: after layer3 that many channels hold half of an upload.
+        attacks: by name, where not the usual ones.
+        methods: whose rows go into the record; of all where empty.
         surrogates: the attackers inside: "usual", on half of a batch with 2 steps for each of the
             model's; or "large", which see all of it and take 4.
         pictures: where to draw some originals and what is rebuilt of them, a method in a row.
@@ -68,6 +70,8 @@ class Reid:
     edge_macs: str = "0.5"
     epochs: int | None = None
     decoder: tuple[int, int, int] | None = None
+    attacks: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()
     surrogates: Literal["usual", "large"] = "usual"
     pictures: Path | None = None
     threads: int = 1
@@ -83,6 +87,7 @@ def config_of(args: Reid) -> ReidRun:
     if args.decoder is not None:
         budget += "-decoder-" + "-".join(map(str, args.decoder))
     budget += "-large-surrogates" * large
+    budget += "".join(f"-{attack}" for attack in args.attacks)
     other = ("" if usual(args) else f"-{args.at}-beta-{args.beta:g}") + budget
     plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at,
                     edge_macs=args.edge_macs)
@@ -92,12 +97,14 @@ def config_of(args: Reid) -> ReidRun:
         plain = replace(plain, batch=replace(plain.batch, adversarial_images=None),
                         privacy=replace(plain.privacy, surrogates="large"),
                         finetune=replace(plain.finetune, inner_steps=4))
-    plain = replace(plain, attacker=attacker_of(args, plain.attacker))
+    plain = replace(plain, attacker=attacker_of(args, plain.attacker),
+                    attackers=attackers_of(args, plain.attackers))
     if args.photographs is None:
         return plain
     small = replace(
         plain, data=str(args.photographs.expanduser()), layout="folder",
-        name=f"reid-photographs{other}", attackers=Attackers(victims=81, share=0.4),
+        name=f"reid-photographs{other}",
+        attackers=attackers_of(args, Attackers(victims=81, share=0.4)),
     )
     return replace(
         small, train=FinetuneConfig(epochs=15, distill_weight=0.0),
@@ -111,6 +118,11 @@ def attacker_of(args: Reid, usual: InverseNetworkConfig) -> InverseNetworkConfig
     """The settings of the learned attacks."""
     width, depth, epochs = args.decoder or (usual.width, usual.depth, usual.epochs)
     return replace(usual, width=width, depth=depth, epochs=epochs)
+
+
+def attackers_of(args: Reid, usual: Attackers) -> Attackers:
+    """Who attacks."""
+    return replace(usual, attacks=args.attacks or usual.attacks)
 
 
 def usual(args: Reid) -> bool:
@@ -207,8 +219,9 @@ def main(args: Reid) -> None:
              "budget": args.edge_macs,
              "epochs": [config.train.epochs, config.finetune.epochs],
              **({} if args.decoder is None else {"decoder": list(args.decoder)}),
+             **({"attacks": list(args.attacks)} if args.attacks else {}),
              **({} if args.surrogates == Reid.surrogates else {"surrogates": args.surrogates})}
-            for row in rows(result, dataset)]
+            for row in rows(result, dataset) if row["method"] in args.methods or not args.methods]
     if args.pictures is not None:
         draw(Path(config.runs) / config.name, list(result["methods"]), args.pictures)
     target = ROOT / "results" / "reid.json"

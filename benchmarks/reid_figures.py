@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from audit_figures import STILL, UNFINISHED, improving
-from row_names import PRESSED_TEXT, pressed
+from row_names import ATTACKS, PRESSED_TEXT, pressed
 
 from patrol_prune.report import render_table
 
@@ -32,16 +32,20 @@ def reid(record: dict[str, Any]) -> str:
         sets.setdefault(row["dataset"], []).append(row)
     blocks += [overview(list(runs.values())), *map(same_budget, sets.values())]
     for rows in runs.values():
-        blocks += [about(rows), verdict(rows), costs(rows), STILL * any(map(improving, rows)),
-                   leaks(rows), measured(record, rows)]
+        blocks += [about(rows), verdict(rows) + seen_elsewhere(rows, record["rows"]), costs(rows),
+                   STILL * any(map(improving, rows)), leaks(rows), measured(record, rows)]
     return "\n\n".join(block for block in blocks if block)
 
 
 def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What the rows of one run have in common, and those of another have not."""
+    return (*training_of(row), tuple(row.get("decoder", ())), tuple(row.get("attacks", ())))
+
+
+def training_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What the rows about models of one training have in common."""
     return (row["dataset"], row["split"], row["beta"], row.get("budget", "0.5"),
-            row["train_seed"], tuple(row["epochs"]), tuple(row.get("decoder", ())),
-            surrogates_of(row))
+            row["train_seed"], tuple(row["epochs"]), surrogates_of(row))
 
 
 def overview(runs: list[list[dict[str, Any]]]) -> str:
@@ -50,7 +54,8 @@ def overview(runs: list[list[dict[str, Any]]]) -> str:
     for rows in runs if len(runs) > 1 else []:
         found, first = {row["method"]: row for row in rows}, rows[0]
         width, blocks, *epochs = first.get("decoder", USUAL_DECODER)
-        size = ", ".join([f"{width} channels, {blocks} blocks", *(f"{n} epochs" for n in epochs)])
+        size = ", ".join([f"{width} channels, {blocks} blocks", *(f"{n} epochs" for n in epochs),
+                          *families(first)])
         line = {"set": first["dataset"].split(",")[0], "split": first["split"] + budget_of(first),
                 "seed": str(first["train_seed"]), "epochs": str(first["epochs"][1]),
                 "beta": f"{first['beta']:g}", "surrogates": surrogates_of(first), "decoder": size}
@@ -167,12 +172,18 @@ def inside(row: dict[str, Any]) -> str:
 
 
 def decoder_of(row: dict[str, Any]) -> str:
-    """How large the attackers' decoders are, where not as usual here."""
+    """What the attackers' decoders are, where not as usual here."""
+    others = f" The attacks were: {' and '.join(families(row))}." if row.get("attacks") else ""
     if "decoder" not in row:
-        return ""
+        return others
     width, blocks, epochs = row["decoder"]
     return (f" Attacked by larger decoders, of {width} channels and {blocks} residual blocks, "
-            f"trained for {epochs} epochs and half as many more.")
+            f"trained for {epochs} epochs and half as many more.{others}")
+
+
+def families(row: dict[str, Any]) -> list[str]:
+    """The attacks by name, where not the usual ones."""
+    return [ATTACKS[name].removesuffix(", MSE + SSIM") for name in row.get("attacks", ())]
 
 
 def budget_of(row: dict[str, Any]) -> str:
@@ -194,6 +205,22 @@ def verdict(rows: list[dict[str, Any]]) -> str:
         text += (f", plates read {percent(two['plates_rate'])} instead of "
                  f"{percent(one['plates_rate'])}")
     return f"{text}. {goals(found)}".strip()
+
+
+def seen_elsewhere(rows: list[dict[str, Any]], every: list[dict[str, Any]]) -> str:
+    """What stronger attackers of other runs saw of the same PATROL model, beside the verdict."""
+    mine = next((row for row in rows if row["method"] == "patrol"), None)
+    if mine is None or len(rows) == 1:
+        return ""
+    same = [row for row in every if row["method"] == "patrol"
+            and training_of(row) == training_of(mine) and row["map"] == mine["map"]]
+    most = max(same, key=lambda row: float(row["ssim"]))
+    told = [f"SSIM {most['ssim']:.3f}"] * (most["ssim"] > mine["ssim"])
+    if mine["characters_rate"] is not None:
+        rate = max(row["characters_rate"] for row in same)
+        told += [f"{percent(rate)} of the characters"] * (rate > mine["characters_rate"])
+    return (f" Other attackers got more out of the same PATROL model: {', '.join(told)} "
+            "(below)." if told else "")
 
 
 def goals(found: dict[str, dict[str, Any]]) -> str:

@@ -43,6 +43,23 @@ def test_larger_decoders_are_told(figures: ModuleType) -> None:
     assert "larger decoders, of 64 channels and 6 residual blocks, trained for 12 epochs" in told
 
 
+def test_what_other_attackers_saw_of_the_same_model_stands_beside_the_goals(
+    figures: ModuleType
+) -> None:
+    run = [measured("layer3", m, ssim=0.3, characters_rate=0.1) for m in ("taylor", "patrol")]
+    other = measured("layer3", "patrol", ssim=0.35, attacks=["unet_ssim", "whitened_ssim"])
+    assert figures.run_of(other) != figures.run_of(run[1])
+    assert figures.seen_elsewhere(run, run) == ""
+    told = figures.seen_elsewhere(run, [*run, other])
+    assert "SSIM 0.350" in told and "characters" not in told
+    assert "10.0% of the characters" not in told
+    trained_anew = {**other, "epochs": [20, 72]}
+    assert figures.seen_elsewhere(run, [*run, trained_anew]) == ""
+    assert figures.seen_elsewhere([other], [*run, other]) == ""
+    assert "U-shaped decoder" in figures.about([other])
+    assert "U-shaped decoder" in figures.overview([run, [other]])
+
+
 def test_other_surrogates_inside_are_told(figures: ModuleType) -> None:
     usual, large = measured("layer3", "patrol"), measured("layer3", "patrol", surrogates="large")
     assert "surrogates" not in figures.about([usual]) + figures.overview([[usual], [usual]])
