@@ -289,7 +289,8 @@ class CutGraph:
             reason = f"no floating-point tensor [N, ...] crosses there ({what})"
         raise InputError(
             f"Cannot split {type(self.model).__name__} at {at!r}: {reason}. "
-            f"The nearest split points are {near or 'none'}."
+            + (f"The nearest split points are {near}." if near else "The model has no split point "
+               "at all. Hand over halves of your own: Split.from_modules(edge, cloud, x).")
         )
 
     def _describe(self, node: fx.Node) -> str:

@@ -17,13 +17,17 @@ from patrol_prune.errors import InputError
 
 
 def logit_distance(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """`T^2 * KL(softmax(target / T) || softmax(logits / T))`, mean over the batch `[B, K]`."""
-    return temperature**2 * F.kl_div(
+    """`T^2 * KL(softmax(target / T) || softmax(logits / T))` of class logits `[B, K, ...]`.
+
+    Mean over the batch, and over the positions of answers that have some, as a mask's pixels.
+    """
+    distance = temperature**2 * F.kl_div(
         F.log_softmax(logits / temperature, 1),
         F.log_softmax(target / temperature, 1),
         log_target=True,
         reduction="batchmean",
     )
+    return distance if logits.dim() == 2 else distance / logits[0, 0].numel()
 
 
 def feature_distance(features: Tensor, target: Tensor) -> Tensor:
@@ -77,6 +81,7 @@ class Distiller:
         temperature: of the softened answers.
         features: compare the inputs of the last linear layers that run too.
         cloud: the half of the model with which its pass ends, where the halves run by themselves.
+        answers: compare the answers, which must be class logits `[B, K, ...]`.
 
     Raises:
         InputError: with `features`, a model or a teacher without a linear layer, or layers that
@@ -85,29 +90,22 @@ class Distiller:
 
     def __init__(
         self, model: nn.Module, teacher: nn.Module, temperature: float, *, features: bool = False,
-        cloud: nn.Module | None = None,
+        cloud: nn.Module | None = None, answers: bool = True,
     ) -> None:
-        self.teacher, self.temperature = teacher, temperature
+        self.teacher, self.temperature, self.answers = teacher, temperature, answers
         self.taps: tuple[_Tap, _Tap] | None = None
         self._handles: list[Any] = []
         if features:
             ends = (model,) if cloud is None else (model, cloud)
             self.taps = _Tap(model, ends), _Tap(teacher, (teacher,))
 
-    def __call__(self, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor | None]:
-        """`(logit distance, feature distance or None)`; call it after the model ran on `x`."""
+    def __call__(self, x: Tensor, logits: Any) -> tuple[Tensor | None, Tensor | None]:
+        """`(logit distance, feature distance)`, None for what is not compared; call it after the
+        model ran on `x`.
+        """
         with torch.no_grad():
             target = self.teacher(x)
-        if not (isinstance(target, Tensor) and isinstance(logits, Tensor)):
-            raise InputError("Expected a model and a teacher that return logits as tensors, to "
-                             f"distil them, came a {type(target).__name__}.")
-        target = target.float()
-        if target.shape != logits.shape:
-            raise InputError(
-                f"Expected a teacher with the model's answers {tuple(logits.shape)}, came "
-                f"{tuple(target.shape)}. Give one that knows the same classes."
-            )
-        distance = logit_distance(logits, target, self.temperature)
+        distance = self._between(logits, target) if self.answers else None
         if self.taps is None:
             return distance, None
         mine, dense = (tap.kept for tap in self.taps)
@@ -120,6 +118,24 @@ class Distiller:
                 f"teacher's {came[1]}. Set feature_weight to 0."
             )
         return distance, feature_distance(own.float(), theirs.float())
+
+    def _between(self, logits: Any, target: Any) -> Tensor:
+        """The distance of both answers, once they are known to be logits of the same classes."""
+        if not (isinstance(target, Tensor) and isinstance(logits, Tensor)):
+            raise InputError("Expected a model and a teacher that return logits as tensors, to "
+                             f"distil them, came a {type(target).__name__}. Set distill_weight "
+                             "to 0, or give no teacher.")
+        if target.shape != logits.shape:
+            raise InputError(
+                f"Expected a teacher with the model's answers {tuple(logits.shape)}, came "
+                f"{tuple(target.shape)}. Give one that knows the same classes."
+            )
+        if logits.dim() < 2 or logits.shape[1] < 2:
+            raise InputError(
+                "Expected logits [B, K, ...] of two classes or more, to distil them, came "
+                f"{tuple(logits.shape)}: a softmax says nothing of one. Set distill_weight to 0."
+            )
+        return logit_distance(logits, target.float(), self.temperature)
 
     def attach(self) -> None:
         """Put the hooks on both models."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,20 +21,39 @@ def accuracy(
     *,
     device: str | torch.device | None = None,
 ) -> float:
-    """Share of the images whose largest logit is the label's, in [0, 1], in full precision.
+    """Share of the labels that are the largest logit's class, in [0, 1], in full precision.
 
-    `device` is where the model is, by default asked of it.
+    Logits `[B, K, ...]` and labels `[B, ...]`: of images, or of their pixels. `device` is where the
+    model is, by default asked of it.
+
+    Raises:
+        InputError: no batch, or answers and targets of another kind.
     """
     device = home_of(model, device)
     with evaluating(model):
         right, count = 0, 0
         for x, y in batches:
             logits = model(x.to(device))
+            _check_classes(logits, y)
             right += int((logits.argmax(1) == y.to(device)).sum())
-            count += len(y)
+            count += y.numel()
     if count == 0:
         raise InputError("Expected at least one batch to measure the accuracy on, came none.")
     return right / count
+
+
+def _check_classes(logits: Any, y: Any) -> None:
+    """An InputError unless these are logits of classes, and a label for each."""
+    came = [str(tuple(v.shape)) if isinstance(v, Tensor) else f"a {type(v).__name__}"
+            for v in (logits, y)]
+    tensors = isinstance(logits, Tensor) and isinstance(y, Tensor)
+    if (not tensors or logits.dim() < 2 or logits.shape[1] < 2 or y.is_floating_point()
+            or y.shape != logits[:, 0].shape):
+        raise InputError(
+            "Expected logits [B, K, ...] of two classes or more and whole labels [B, ...], to "
+            f"measure an accuracy, came {came[0]} and {came[1]}. Leave val_batches out, and "
+            "measure what counts for the task yourself."
+        )
 
 
 @torch.no_grad()

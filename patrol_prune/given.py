@@ -126,7 +126,8 @@ def input_and_target(batch: Any) -> tuple[Tensor, Any]:
             came = f"a {type(batch).__name__} of {len(batch)}"
         else:
             came = f"a {type(batch).__name__}"
-        raise InputError(f"Expected batches (x, y) of model inputs and targets, came {came}.")
+        raise InputError(f"Expected batches (x, y) of model inputs and targets, came {came}. Put "
+                         "them into a list of pairs, or into a Dataset that gives pairs.")
     x, y = batch
     if not isinstance(x, Tensor) or x.dtype == torch.uint8:
         came = f"{x.dtype}" if isinstance(x, Tensor) else type(x).__name__

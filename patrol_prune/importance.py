@@ -178,7 +178,8 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         if not isinstance(y, Tensor) or min(x.dim(), y.dim()) < 1:
             raise InputError(
                 "Expected x and y as tensors [B, ...], came targets of type "
-                f"{type(y).__name__}. Give torch.as_tensor(y)."
+                f"{type(y).__name__}. Give torch.as_tensor(y), or where they are several tensors "
+                "pack these into one that the task loss takes apart."
             )
         if len(x) == 0 or len(x) != len(y):
             raise InputError(

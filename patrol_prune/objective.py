@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map
 
 from patrol_prune.cost import evaluating
 from patrol_prune.errors import InputError
@@ -69,6 +70,12 @@ def _numbers(alpha: float | Sequence[float]) -> list[float]:
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"Expected alpha as a number or one for each edge block, came {alpha!r}.") from error
+
+
+def _in_float32(answers: Any) -> Any:
+    """The model's answers in full precision, also where they are several in a tuple or a dict."""
+    return tree_map(lambda part: part.float() if isinstance(part, Tensor)
+                    and part.is_floating_point() else part, answers)
 
 
 @dataclass
@@ -291,7 +298,7 @@ class PatrolObjective:
                 else:
                     z, logits = masks.split_forward(x)
             z = z.float()
-            logits = logits.float() if isinstance(logits, Tensor) else logits
+            logits = _in_float32(logits)
             if self.task_loss is F.cross_entropy and isinstance(logits, Tensor):
                 check_targets(logits, y)
             task = self.task_loss(logits, y)

@@ -33,8 +33,10 @@ def channels_last_is_safe(model: nn.Module) -> bool:
     On processors without AVX-512, the gradient of a 1x1 convolution of stride above 1 on fewer
     than 8 channels, as pruning leaves them, writes past its buffers there and ends the process
     (torch 2.14, "double free or corruption"; 8 channels and more, and the contiguous layout, were
-    clean under a checking allocator).
+    clean under a checking allocator). Weights of volumes, `[O, I, T, H, W]`, have no such layout.
     """
+    if any(tensor.dim() > 4 for _, tensor in _tensors(model)):
+        return False
     return not any(
         isinstance(m, nn.Conv2d)
         and max(m.kernel_size) == 1

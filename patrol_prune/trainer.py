@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from accelerate.utils import GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_map
 from tqdm.auto import tqdm
 
 from patrol_prune.distillation import Distiller
@@ -34,6 +36,12 @@ from patrol_prune.split import Split
 
 _PROCESSES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 """Where launchers say how many processes there are."""
+_NOT_OF_CLASSES = frozenset((
+    "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy",
+    "binary_cross_entropy_with_logits", "multilabel_soft_margin_loss", "MSELoss", "L1Loss",
+    "SmoothL1Loss", "HuberLoss", "BCELoss", "BCEWithLogitsLoss", "MultiLabelSoftMarginLoss",
+))
+"""torch's losses whose answers are no logits of classes that exclude each other."""
 
 
 class _Step(nn.Module):
@@ -74,7 +82,10 @@ class Trainer:
             self.distiller = Distiller(
                 model, teacher, config.distill_temperature, features=config.feature_weight > 0,
                 cloud=None if objective is None else objective.split.cloud,
+                answers=config.distill_weight > 0,
             )
+            if config.distill_weight > 0 and objective is not None:
+                _warn_of_other_answers(objective.task_loss)
         self.trainable = [p for p in model.parameters() if p.requires_grad]
         if not self.trainable:
             raise InputError("Expected parameters to train, but every one has requires_grad=False.")
@@ -135,14 +146,14 @@ class Trainer:
         for index, batch in enumerate(bar):
             x, y = input_and_target(batch)
             values = self._train_step(epoch * self.batches + index, x.to(self.device),
-                                      y.to(self.device))
+                                      _moved(y, self.device))
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value * len(x)
             count += len(x)
             bar.set_postfix({k: f"{v / count:.4f}" for k, v in sums.items()}, refresh=False)
         return {"epoch": epoch + 1, **{name: total / count for name, total in sums.items()}}
 
-    def _train_step(self, step: int, x: Tensor, y: Tensor) -> dict[str, float]:
+    def _train_step(self, step: int, x: Tensor, y: Any) -> dict[str, float]:
         total_steps = self.batches * self.config.epochs
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate(step, total_steps, self.config)
@@ -154,9 +165,9 @@ class Trainer:
         if self.distiller is not None:
             with autocast(self.device, self.precision):
                 distilled, distance = self.distiller(x, terms.logits)
-            weight = self.config.distill_weight
-            loss = loss + weight * (distilled - terms.task)
-            values["distillation"] = distilled
+            if distilled is not None:
+                loss = loss + self.config.distill_weight * (distilled - terms.task)
+                values["distillation"] = distilled
             if distance is not None:
                 loss = loss + self.config.feature_weight * distance
                 values["features"] = distance
@@ -229,6 +240,21 @@ class Trainer:
                     step=step,
                     term=name,
                 )
+
+
+def _moved(y: Any, device: torch.device) -> Any:
+    """Targets on the device: a tensor, or tensors in tuples, lists and dicts."""
+    return tree_map(lambda part: part.to(device) if isinstance(part, Tensor) else part, y)
+
+
+def _warn_of_other_answers(task_loss: Any) -> None:
+    """Distillation takes answers for logits of classes, one of which is right."""
+    name = getattr(task_loss, "__name__", type(task_loss).__name__)
+    if name in _NOT_OF_CLASSES:
+        warnings.warn(
+            f"The teacher is followed by a softmax over classes, which does not fit {name}. Set "
+            "FinetuneConfig(distill_weight=0), and put a distance of your own to the teacher's "
+            "answers into the task loss.", stacklevel=3)
 
 
 def _settled_norms(model: nn.Module, halves: Sequence[nn.Module]) -> list[nn.Module]:
