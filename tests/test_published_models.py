@@ -19,6 +19,7 @@ from patrol_prune.storage import load_state
 NAMES = {
     "taylor-layer3": "layer3", "patrol-layer3": "layer3", "with-none@longer-0-layer4": "layer4",
     "with-patrol@longer-whole-10-layer4": "layer4",
+    "with-patrol-10-layer3": "layer3",
 }
 
 
