@@ -243,8 +243,8 @@ class Trainer:
 
 
 def _moved(y: Any, device: torch.device) -> Any:
-    """Targets on the device: a tensor, or tensors in tuples, lists and dicts."""
-    return tree_map(lambda part: part.to(device) if isinstance(part, Tensor) else part, y)
+    """Targets on the device: a tensor or what else can be moved, or such in tuples and dicts."""
+    return tree_map(lambda part: part.to(device) if hasattr(part, "to") else part, y)
 
 
 def _warn_of_other_answers(task_loss: Any) -> None:
