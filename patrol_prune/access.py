@@ -51,24 +51,29 @@ class Repeated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Model inputs `[N, ...]` to features `[N, ...]`."""
-        z: Tensor = self.edge(x)
+        z = self._sent(x)
         total, seen = z, (z != 0).to(z.dtype)
         for _ in range(self.uploads - 1):
-            z = self.edge(x)
+            z = self._sent(x)
             total, seen = total + z, seen + (z != 0)
         if self.dropped is None:
             self.dropped = self._look(x[:_LOOKED])
         return total / (seen.clamp_min(1.0) if self.dropped else float(self.uploads))
+
+    def _sent(self, x: Tensor) -> Tensor:
+        """One upload; whole numbers as float32, whose sums do not run over."""
+        z: Tensor = self.edge(x)
+        return z if z.is_floating_point() or z.is_complex() else z.float()
 
     @torch.no_grad()
     def _look(self, x: Tensor) -> bool | None:
         """Whether values are dropped, by draws of these pictures alone; None if they do not tell.
         """
         count = max(_DRAWS, self.uploads)
-        z = self.edge(x)
+        z = self._sent(x)
         total, seen, squares = z, (z != 0).to(z.dtype), z**2
         for _ in range(count - 1):
-            z = self.edge(x)
+            z = self._sent(x)
             total, seen, squares = total + z, seen + (z != 0), squares + z**2
         return _dropped(seen, total, squares, count)
 

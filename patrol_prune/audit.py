@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.access import compute_features, lent
+from patrol_prune.access import compute_features, edge_function, lent
 from patrol_prune.attacks import DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.audit_attack import Observer
 from patrol_prune.audit_choice import (
@@ -159,7 +159,8 @@ def audit(
         normalization or Normalization(), batch_size, largest_feature_bytes, progress, observer,
         uploads,
     )
-    _check_runs(subjects, torch.cat([victim[:1], known[:1]]), normalization or Normalization())
+    _check_runs(subjects, torch.cat([victim[:1], known[:1]]), normalization or Normalization(),
+                [factory.name for factory in made if factory.box == "white"])
     with torch.random.fork_rng(devices=[]):
         if check_attacks:
             run.self_tests(made)
@@ -172,9 +173,11 @@ def audit(
     return run.report(examples)
 
 
-def _check_runs(subjects: Mapping[str, HasEdge], pixels: Tensor, normalization: Normalization
-                ) -> None:
-    """Refuse an edge that cannot run on the images, before hours go into another (InputError)."""
+def _check_runs(subjects: Mapping[str, HasEdge], pixels: Tensor, normalization: Normalization,
+                white: Sequence[str]) -> None:
+    """Refuse an edge that cannot run on the images, or as the `white` attacks run it, before hours
+    go into others (InputError).
+    """
     for subject, half in subjects.items():
         with torch.random.fork_rng(devices=[]), lent(half.edge):
             try:
@@ -187,4 +190,15 @@ def _check_runs(subjects: Mapping[str, HasEdge], pixels: Tensor, normalization: 
                     f"[N, {', '.join(map(str, pixels.shape[1:]))}], came {type(error).__name__}: "
                     f"{str(error).splitlines()[0] if str(error) else 'no reason'}. Give images as "
                     "its model takes them, and normalization= where it takes normalised ones."
+                ) from error
+            try:
+                if white:
+                    with torch.enable_grad():
+                        edge_function(half.edge, normalization)(pixels.clone().requires_grad_())
+            except Exception as error:
+                raise InputError(
+                    f"Expected an edge of the {subject} that runs on images whose gradient is "
+                    f"asked for, as {' and '.join(white)} do, came {type(error).__name__}: "
+                    f"{str(error).splitlines()[0] if str(error) else 'no reason'}. Call detach() "
+                    "in the edge where it leaves torch, or name other attacks= than these."
                 ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import operator
 import secrets
+import warnings
 from typing import Any
 
 import numpy as np
@@ -45,8 +46,15 @@ class RandomUpload(nn.Module):
         self._generator = seeded(seed)
         self._copies = 0
 
-    def generator(self, device: torch.device) -> torch.Generator:
-        """The module's generator on the CPU; elsewhere one that it has seeded for this call."""
+    def generator(self, device: torch.device) -> torch.Generator | None:
+        """The module's generator on the CPU; elsewhere one that it has seeded for this call.
+
+        None, torch's global one, for `torch.export`: a file would hold the state of this one, and
+        everywhere and after each start draw the same.
+        """
+        if torch.compiler.is_exporting():
+            _warn_of_export()
+            return None
         if device.type == "cpu":
             return self._generator
         seed = int(torch.randint(2**62, (), generator=self._generator))
@@ -73,6 +81,13 @@ class RandomUpload(nn.Module):
         self._copies += 1
         state = self._generator.get_state().numpy().tobytes() + self._copies.to_bytes(8, "big")
         return {**self.__dict__, "_generator": filled(state), "_copies": 0}
+
+
+def _warn_of_export() -> None:
+    warnings.warn(
+        "The exported program draws from torch's global generator, which begins alike in every "
+        "process: call torch.seed() on the device before it sends, or export the layers before "
+        "the draw, split.edge.features, and draw there by the system's entropy.", stacklevel=2)
 
 
 def seeded(seed: int) -> torch.Generator:
