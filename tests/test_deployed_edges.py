@@ -74,3 +74,9 @@ def test_an_edge_without_gradients_is_refused_before_the_other_attacks() -> None
     assert not said
     report = pp.audit(half, images[:20], images[20:], attacks=("linear_inverse",))
     assert report.strongest()["attack"] == "linear_inverse"
+
+
+def test_a_function_as_an_edge_is_told_to_be_wrapped() -> None:
+    images = torch.rand(24, 3, 16, 16)
+    with pytest.raises(InputError, match=r"nn\.Module, came a function"):
+        pp.audit(SimpleNamespace(edge=lambda x: x), images[:20], images[20:])
