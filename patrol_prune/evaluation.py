@@ -51,8 +51,8 @@ def _check_classes(logits: Any, y: Any) -> None:
             or y.shape != logits[:, 0].shape):
         raise InputError(
             "Expected logits [B, K, ...] of two classes or more and whole labels [B, ...], to "
-            f"measure an accuracy, came {came[0]} and {came[1]}. Leave val_batches out, and "
-            "measure what counts for the task yourself."
+            f"measure an accuracy, came {came[0]} and {came[1]}. Measure what counts for the task "
+            "yourself; in training, leave val_batches out."
         )
 
 

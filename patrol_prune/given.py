@@ -31,16 +31,16 @@ def check_split(split: object, name: str = "split") -> None:
 def check_has_edge(half: object, name: str) -> None:
     """An InputError where it has no `edge` that is a module, and can be attacked as such."""
     edge = getattr(half, "edge", None)
-    if edge is not None and not isinstance(edge, nn.Module):
-        raise InputError(
-            f"Expected {name} with an edge that is a torch.nn.Module, came a "
-            f"{type(edge).__name__}. Wrap it in one whose forward calls it."
-        )
     if edge is None:
         raise InputError(
             f"Expected {name} as a Split, or another object whose attribute `edge` is the half on "
             f"the device, came {type(half).__name__}. Cut the model first: Split(model, "
             "example_inputs, at=...)."
+        )
+    if not isinstance(edge, nn.Module):
+        raise InputError(
+            f"Expected {name} with an edge that is a torch.nn.Module, came a "
+            f"{type(edge).__name__}. Wrap it in one whose forward calls it."
         )
     if any(tensor.is_inference() for tensor in [*edge.parameters(), *edge.buffers()]):
         raise InputError(

@@ -110,7 +110,7 @@ def test_the_accuracy_of_masks_is_a_share_of_their_pixels() -> None:
     (torch.zeros(4, 6), torch.zeros(4, 1, dtype=torch.long)),
 ])
 def test_what_is_no_class_has_no_accuracy(answers: Tensor, y: Tensor) -> None:
-    with pytest.raises(InputError, match="Leave val_batches out"):
+    with pytest.raises(InputError, match="leave val_batches out"):
         accuracy(nn.Identity(), [(answers, y)], device="cpu")
 
 

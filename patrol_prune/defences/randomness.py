@@ -53,7 +53,11 @@ class RandomUpload(nn.Module):
         everywhere and after each start draw the same.
         """
         if torch.compiler.is_exporting():
-            _warn_of_export()
+            warnings.warn(
+                "The exported program draws from torch's global generator, which begins alike in "
+                "every process: call torch.seed() on the device before it sends, or export the "
+                "layers before the draw, split.edge.features, and draw there by the system's "
+                "entropy.", stacklevel=2)
             return None
         if device.type == "cpu":
             return self._generator
@@ -81,13 +85,6 @@ class RandomUpload(nn.Module):
         self._copies += 1
         state = self._generator.get_state().numpy().tobytes() + self._copies.to_bytes(8, "big")
         return {**self.__dict__, "_generator": filled(state), "_copies": 0}
-
-
-def _warn_of_export() -> None:
-    warnings.warn(
-        "The exported program draws from torch's global generator, which begins alike in every "
-        "process: call torch.seed() on the device before it sends, or export the layers before "
-        "the draw, split.edge.features, and draw there by the system's entropy.", stacklevel=2)
 
 
 def seeded(seed: int) -> torch.Generator:
