@@ -170,6 +170,7 @@ SHALLOWER = "with-patrol-10-layer3"
 """At the shallower cut, what stands beside PATROL's own model of `beta`: Taylor's pruned model,
 fine-tuned against attackers for as long as the other defences."""
 ATTACKED_LONGER = (SHALLOWER, "with-patrol@longer-10-layer3", "with-patrol@longest-10-layer3",
+                   "with-patrol@long-10-layer3", "with-patrol@long-3-layer3",
                    "with-disco@longer-0.5-layer3", "with-feature_dropout@longer-0.5-layer3",
                    "with-none@longer-0-layer4", "with-patrol@longer-10-layer4",
                    "with-feature_dropout@longer-0.5-layer4",
@@ -195,7 +196,7 @@ SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@lon
 picture come to that."""
 CONTROL = "with-none@longer-0-layer4"
 """The pruned model of the best row there, trained on as long without attackers."""
-MET_BY_OTHERS = (SHALLOWER, "with-patrol@longer-10-layer3",
+MET_BY_OTHERS = (SHALLOWER, "with-patrol@longer-10-layer3", "with-patrol@long-10-layer3",
                  "with-patrol@half-longer-10-avgpool",
                  "with-patrol@half-longer-whole-10-avgpool",
                  "with-patrol@half-longer-whole-30-avgpool",
@@ -219,7 +220,7 @@ DEEPEST = "with-patrol@longest-10-avgpool"
 
 INSIDE: dict[str, tuple[float, ...]] = {
     "mse": (40.0,), "longer": (10.0, 3.0, 20.0), "longest": (10.0,), "large": (10.0,),
-    "pool": (10.0,), "renewed": (10.0,), "features": (10.0,), "long": (10.0,),
+    "pool": (10.0,), "renewed": (10.0,), "features": (10.0,), "long": (10.0, 3.0),
     "narrow-16": (40.0, 10.0), "narrow-8": (40.0,),
 }
 """PATROL's fine-tuning with other attackers inside (`frontier_recipes`) and its strengths."""
