@@ -90,6 +90,8 @@ _WHERE = {
     "rebuild_optimizer": "origins",
     "save": "checkpoint",
     "load": "checkpoint",
+    "export": "export",
+    "Exported": "export",
     "Defence": "defences.base",
     "make_defence": "defences",
     "Attack": "attacks.base",
@@ -145,6 +147,7 @@ if TYPE_CHECKING:
         UnmetLimitsError,
         UnsupportedModelError,
     )
+    from patrol_prune.export import Exported, export
     from patrol_prune.finetune import FinetuneConfig, finetune, recalibrate_batchnorm
     from patrol_prune.folding import fold_masks
     from patrol_prune.importance import GroupPatrolImportance, PatrolImportance

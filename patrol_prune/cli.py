@@ -1,4 +1,4 @@
-"""`patrol-prune plan | run | tune | audit | report | demo`.
+"""`patrol-prune plan | run | tune | audit | export | report | demo`.
 
 Exit codes: 0 done, 2 something in the call is wrong (one message says what), 130 interrupted, by
 Ctrl-C or by the signal that schedulers end a job with.

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.text import Text
 
-from patrol_prune import _plan_command, _tune_command
+from patrol_prune import _export_command, _plan_command, _tune_command
 from patrol_prune._audit_command import add_options, attack
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
@@ -37,6 +37,7 @@ USAGE = {
     "run": "patrol-prune run --data FOLDER --edge-macs BUDGET [--model NAME] [options]",
     "tune": "patrol-prune tune --data FOLDER --edge-macs BUDGET [--min-accuracy SHARE] [options]",
     "audit": "patrol-prune audit RUN [options] | --model NAME --at LAYER --data FOLDER [options]",
+    "export": "patrol-prune export RUN [--formats onnx pt2] [options]",
     "report": "patrol-prune report RUN",
     "demo": "patrol-prune demo [options]",
 }
@@ -50,6 +51,7 @@ EXAMPLES = {
   patrol-prune run --data photos --model resnet18 --edge-macs 200M --name photos
   patrol-prune tune --data photos --model resnet18 --edge-macs 200M --min-accuracy 0.8
   patrol-prune audit runs/photos --seeds 0 1 2
+  patrol-prune export runs/photos
   patrol-prune report runs/photos
 
 `patrol-prune COMMAND --help` explains each.""",
@@ -104,6 +106,14 @@ Examples, three attackers; every kind of attack; a model of your own:
   patrol-prune audit runs/photos --seeds 0 1 2
   patrol-prune audit runs/photos --attacks linear_inverse inverse_network unet rmle
   patrol-prune audit --model resnet18 --weights photos.safetensors --at layer2 --data photos""",
+    "export": """Write the finished edge of a run, and its cloud, as files that run without this
+package, and check what they compute. The edge takes pixels on [0, 1].
+
+Examples, for ONNX Runtime; for torch.export.load as well, many pictures at once:
+  patrol-prune export runs/photos
+  patrol-prune export runs/photos --formats onnx pt2 --any-batch
+
+ONNX needs two packages: pip install onnxscript onnxruntime""",
     "report": """Write the report page of a finished run again from its records.
 
 Example:
@@ -172,6 +182,7 @@ def make_parser() -> ArgumentParser:
                              help="start anew if the directory holds another run")
     add_options(made["audit"])
     _tune_command.add_options(made["tune"])
+    _export_command.add_options(made["export"])
     made["report"].add_argument("run", type=str, help="a run's folder, as in runs/photos")
     made["demo"].add_argument("--name", type=str, default="demo", help="of the run")
     made["demo"].add_argument("--runs", type=str, default="runs", help="the folder of all runs")
@@ -182,6 +193,7 @@ def make_parser() -> ArgumentParser:
         "plan": "where to cut, and how hard to prune there", "run": "the whole path on your images",
         "tune": "search good settings for your images and limits",
         "audit": "attack a finished run again", "report": "write a run's page again",
+        "export": "write both halves as files to deploy",
         "demo": "the whole path on rendered vehicles, offline",
     }
     for name, command in made.items():
@@ -288,6 +300,10 @@ def _audit(options: Namespace) -> None:
         raise SystemExit(INTERRUPTED) from None
 
 
+def _export(options: Namespace) -> None:
+    _export_command.write(options.as_dict(), _tell)
+
+
 def _report(options: Namespace) -> None:
     Console().print(Text(f"Report: {rewrite_report(options.run).resolve()}"), soft_wrap=True)
 
@@ -320,5 +336,6 @@ def _demo(options: Namespace) -> None:
 
 
 COMMANDS: dict[str, Callable[[Any], None]] = {
-    "plan": _plan, "run": _run, "tune": _tune, "audit": _audit, "report": _report, "demo": _demo,
+    "plan": _plan, "run": _run, "tune": _tune, "audit": _audit, "export": _export,
+    "report": _report, "demo": _demo,
 }

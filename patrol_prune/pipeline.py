@@ -52,12 +52,13 @@ from patrol_prune.training_state import draws_for
 logger = logging.getLogger(__name__)
 
 STAGES = ("data", "plan", "model", "prune", "finetune", "audit", "report")
-EDGE = "edge.patrol"
+EDGE, EXPORT = "edge.patrol", "export"
 DENSE, PRUNED = "checkpoints/dense", "checkpoints/pruned"
 TRAINING, FINETUNING = "checkpoints/train", "checkpoints/finetune"
 STARTS_FROM = {TRAINING: ("data",), FINETUNING: ("data", "plan", "model", "prune"),
-               AUDITING: STAGES[:STAGES.index("audit")]}
-"""Folders of what a stage keeps as it goes -> the stages whose result it began with."""
+               AUDITING: STAGES[:STAGES.index("audit")], EXPORT: STAGES[:STAGES.index("audit")]}
+"""Folders of what a stage keeps as it goes, or was made of it -> the stages whose result it began
+with."""
 Progress = Callable[[str, str], None]
 """Called with a stage's name and a sentence about it."""
 

@@ -53,7 +53,7 @@ def audit_again(
     if not (path / CONFIG).is_file():
         raise RunDirectoryError(f"{path} holds no run: it has no {CONFIG}. Give a run's folder.")
     config = RunConfig.from_yaml(path / CONFIG)
-    _refuse_unnamed(path, config.model, model)
+    refuse_unnamed(path, config.model, model)
     own = config.audit
     who = replace(
         own, attacks=tuple(attacks or own.attacks),
@@ -87,19 +87,19 @@ def audit_again(
         return work.attack_again()
 
 
-def _refuse_unnamed(path: Path, name: str, given: str | None) -> None:
+def refuse_unnamed(path: Path, name: str, given: str | None) -> None:
     """Refuse to import a model's module that a run's folder names and the user does not."""
     type_it = f"--model {shlex.quote(name)} (in Python, model={name!r})"
     if given is None and ":" in name:
         raise InputError(
-            f"The model of the run in {path} is {name!r}, a module that this audit would import, "
-            f"which runs its code. If you trust it, say so: {type_it}."
+            f"The model of the run in {path} is {name!r}, a module that would be imported, which "
+            f"runs its code. If you trust it, say so: {type_it}."
         )
     if given not in (None, name):
         advice = f"Give {type_it}" if ":" in name else "Leave it out"
         raise InputError(
             f"Expected the model of the run in {path}, which is {name!r}, came {given!r}. "
-            f"{advice}. Without a run's folder, --model audits any model."
+            f"{advice}. Without a run's folder, --model of `patrol-prune audit` audits any model."
         )
 
 

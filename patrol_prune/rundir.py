@@ -1,7 +1,7 @@
 """A run on disk: what was asked for, what is done, and what came out.
 
     runs/<name>/  config.yaml  plan.json  events.jsonl  checkpoints/  edge.patrol/  audit.json
-                  figures/  report.html  manifest.json
+                  figures/  report.html  export/  manifest.json
 
 `manifest.json` records each finished stage with the sha256 of every file it wrote. A stage counts
 as done only while its files are what they were, so that a run that was killed, or a file that was
@@ -36,7 +36,7 @@ EVENTS = "events.jsonl"
 MANIFEST = "manifest.json"
 OUTPUTS = (
     CONFIG, EVENTS, MANIFEST, "plan.json", "audit.json", "summary.json", "report.json",
-    "report.html", "checkpoints", "edge.patrol", "figures", "audit_examples",
+    "report.html", "checkpoints", "edge.patrol", "export", "figures", "audit_examples",
 )
 
 

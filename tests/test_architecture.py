@@ -33,7 +33,7 @@ ORDER = [
     "prune_result", "pruner", "pruned_edges", "plan_choice", "plan",
     "training_state", "evaluation",
     "distillation", "image_pool", "finetune_config", "trainer", "finetune", "learned_masks",
-    "saved_sizes", "saved_description", "checkpoint", "defences",
+    "saved_sizes", "saved_description", "checkpoint", "defences", "_onnx", "export",
     "attacks", "access", "alone", "received", "per_picture", "arrangement", "undoing", "warm_start",
     "audit_choice", "audit_scores", "audit_report", "audit_attack", "audit_run", "audit_kept",
     "audit", "_report_facts", "figures", "tables", "report", "rundir", "settings", "preparation",
@@ -41,7 +41,7 @@ ORDER = [
     "run_summary",
     "pipeline", "reaudit",
     "tune_settings", "tune_result", "tune_report", "tune_space", "tune_workers",
-    "tune_study", "tune", "_audit_command", "_tune_command", "_plan_command",
+    "tune_study", "tune", "_audit_command", "_export_command", "_tune_command", "_plan_command",
     "commands", "cli",
     "__main__", "__init__",
 ]
@@ -51,13 +51,15 @@ ATTACKS_MAY_IMPORT = {"split", "decoders", "whitening", "metrics", "errors", "pr
 DOORS = {
     "torch_pruning": {"_tp"},
     "fvcore": {"cost"},
-    "jsonargparse": {"commands", "_audit_command", "_tune_command", "_plan_command"},
+    "jsonargparse": {"commands", "_audit_command", "_export_command", "_tune_command",
+                     "_plan_command"},
     "rich": {"commands", "_audit_command", "_tune_command", "_plan_command", "tables"},
     "optuna": {"tune_study"},
     "sklearn": {"retrieval"},
     "safetensors": {"storage", "checkpoint"},
     "jinja2": {"report"},
     "pytorch_metric_learning": {"metric_learning"},
+    "onnxruntime": {"_onnx"},
 }
 
 

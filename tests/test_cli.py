@@ -28,7 +28,7 @@ from patrol_prune.settings import RunConfig
 Capture = pytest.CaptureFixture[str]
 
 
-@pytest.mark.parametrize("command", ["plan", "run", "tune", "audit", "report", "demo"])
+@pytest.mark.parametrize("command", ["plan", "run", "tune", "audit", "export", "report", "demo"])
 def test_help_teaches_with_an_example(command: str, capsys: Capture) -> None:
     assert main([command, "--help"]) == 0
     text = capsys.readouterr().out

@@ -46,12 +46,13 @@ def test_the_first_snippet_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     split = names["split"]
     assert pp.edge_macs(split) <= 0.4 * pp.edge_macs(pp.Split(names["dense"], images[:1], "layer3"))
     assert set(names["report"].subjects) == {"edge", "undefended", "floor"}
+    split.model.eval()
     with torch.no_grad():
         z = split.edge(images[:1])
         again = pp.load("split.patrol", build)
         again.model.eval()  # it was saved as it was, in training mode
         assert torch.equal(again.edge(images[:1]), z)
-        device = torch.export.load("edge.pt2")
+        device = torch.export.load("deploy/edge.pt2")
         assert torch.equal(device.module()(images[:1]), z)
     edge = sum(p.numel() for p in split.edge.parameters())
     assert sum(p.numel() for p in device.parameters()) == edge < sum(

@@ -66,9 +66,18 @@ class Quantiser(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Features `[N, ...]` to those that the cloud reads, of their type (`sent_dtype`)."""
+        if torch.compiler.is_exporting():  # ONNX has the operator for 7 and 8 bits alone
+            return self._in_steps(z.float()).to(sent_dtype(z))
         return torch.fake_quantize_per_channel_affine(
             z.float(), self.scale.float(), self.zero_point, self.dim, 0, self.levels
         ).to(sent_dtype(z))
+
+    def _in_steps(self, z: Tensor) -> Tensor:
+        """The same numbers, bit for bit, by operators that every format has."""
+        shape = [-1 if i == self.dim else 1 for i in range(z.dim())]
+        scale, zero = self.scale.float().view(shape), self.zero_point.float().view(shape)
+        kept = ((z * (1.0 / scale)).round() + zero).clamp(0, self.levels)
+        return (kept - zero) * scale
 
 
 @dataclass(frozen=True)

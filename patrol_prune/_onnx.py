@@ -1,0 +1,71 @@
+"""The one module that knows onnxscript and ONNX Runtime: programs to files, and files that run."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from patrol_prune.errors import InputError, MissingPackageError
+
+
+def require_onnx() -> None:
+    """See that ONNX can be written, and be read back to compare.
+
+    Raises:
+        MissingPackageError: one of the packages is not installed.
+    """
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise MissingPackageError(
+                f"ONNX is written with onnxscript and checked with ONNX Runtime; {name} is not "
+                "installed here. Type: pip install 'onnxscript>=0.6' 'onnxruntime>=1.23'"
+            ) from error
+
+
+def write_onnx(
+    program: ExportedProgram, file: Path, *, takes: str, gives: str | None, opset: int | None
+) -> int:
+    """Write the program as one file; the opset that it is in.
+
+    Args:
+        program: is written.
+        file: where.
+        takes: name of its input.
+        gives: name of its output; None where it gives several, which get names of their own.
+        opset: what the runtime on the device understands; the exporter's choice where None.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", category=FutureWarning)  # of the exporter, at itself
+        warnings.simplefilter("ignore", category=DeprecationWarning)
+        written = torch.onnx.export(
+            program, (), dynamo=True, verbose=False, opset_version=opset, input_names=[takes],
+            output_names=None if gives is None else [gives],
+        )
+    assert written is not None
+    model: Any = written.model
+    came = int(model.opset_imports[""])
+    if opset not in (None, came):
+        raise InputError(f"opset {opset} cannot be had, the model stayed in {came}.")
+    written.save(str(file), include_initializers=True, external_data=False)
+    return came
+
+
+def run_onnx(file: Path, x: Tensor) -> list[Tensor]:
+    """What ONNX Runtime computes on the CPU, of an input with several outputs all of them."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        str(file), options, providers=["CPUExecutionProvider"])
+    found = session.run(None, {session.get_inputs()[0].name: np.asarray(x)})
+    return [torch.from_numpy(np.asarray(value)) for value in found]

@@ -1,0 +1,232 @@
+"""Both halves as files: they compute what the halves do, and hold nothing of each other."""
+
+from __future__ import annotations
+
+import builtins
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import yaml
+from torch import Tensor, nn
+
+import patrol_prune as pp
+from patrol_prune import _onnx
+from patrol_prune.checkpoint import save
+from patrol_prune.cli import main
+from patrol_prune.errors import InputError, MissingPackageError, UnsupportedModelError
+from patrol_prune.export import TOLERANCE, export
+from patrol_prune.models import build_model
+from patrol_prune.settings import RunConfig
+from patrol_prune.storage import read_whole
+
+Capture = pytest.CaptureFixture[str]
+X = torch.rand(3, 3, 12, 12, generator=torch.Generator().manual_seed(0))
+NORMALIZATION = pp.Normalization((0.4, 0.5, 0.6), (0.2, 0.3, 0.25))
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    made = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 4, 3),
+                         nn.ReLU(), nn.Flatten(), nn.Linear(256, 5))
+    made(torch.randn(8, 3, 12, 12))  # running statistics of its own
+    return made.eval()
+
+
+def split() -> pp.Split:
+    return pp.Split(net(), X, at="2")
+
+
+def by_onnx(file: Path, x: Tensor) -> Tensor:
+    session = onnxruntime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])
+
+
+def by_torch(file: Path, x: Tensor) -> Tensor:
+    found: Tensor = torch.export.load(file).module()(x)
+    return found
+
+
+def test_the_files_compute_what_the_halves_do_from_pixels(tmp_path: Path) -> None:
+    made = split()
+    written = export(made, tmp_path / "export", formats=("onnx", "pt2"),
+                     normalization=NORMALIZATION)
+    with torch.no_grad():
+        z = made.edge(NORMALIZATION.to_input(X))
+        answers = made.cloud(z)
+    for run, kind in ((by_onnx, "onnx"), (by_torch, "pt2")):
+        each = torch.cat([run(written.path / f"edge.{kind}", x) for x in X.split(1)])
+        torch.testing.assert_close(each, z, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run(written.path / f"cloud.{kind}", each), answers,
+                                   rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run(written.path / f"cloud.{kind}", z[:1]), answers[:1],
+                                   rtol=1e-5, atol=1e-5)
+    assert set(written.differences) == {"edge.onnx", "edge.pt2", "cloud.onnx", "cloud.pt2"}
+    assert all(d is not None and d <= TOLERANCE / 10 for d in written.differences.values())
+    told = json.loads((written.path / "about.json").read_text())
+    assert told == {**written.about, "differences": written.differences}
+    assert told["edge"]["macs"] == pp.edge_macs(made)
+    assert told["edge"]["input"] == {"name": "image", "shape": [1, 3, 12, 12], "dtype": "float32",
+                                     "holds": "pixels on [0, 1]"}
+    assert told["edge"]["output"]["bytes"] == 6 * 10 * 10 * 4
+    assert told["cloud"]["input"]["shape"] == ["any", 6, 10, 10]
+    assert set(read_whole(written.path)) == {*written.differences, "about.json"}
+
+
+def test_the_edge_holds_no_layer_of_the_cloud_and_no_path(tmp_path: Path) -> None:
+    made = split()
+    path = export(made, tmp_path / "export", formats=("onnx", "pt2")).path
+    held = onnx.load(str(path / "edge.onnx")).graph.initializer
+    edge = sum(p.numel() for p in made.edge.parameters())
+    assert sum(int(np.prod(t.dims)) for t in held) <= edge + 12  # BatchNorm's statistics as well
+    folders = [str(Path(code).parent).encode() for code in (pp.__file__, torch.__file__, __file__)]
+    for file in path.iterdir():
+        assert not any(folder in file.read_bytes() for folder in folders), file.name
+
+
+def test_the_split_stays_as_it_was(tmp_path: Path) -> None:
+    made = split()
+    made.model.train()
+    state = {name: value.clone() for name, value in made.model.state_dict().items()}
+    export(made, tmp_path / "export", formats=("pt2",))
+    assert all(m.training for m in made.model.modules())
+    assert all(p.requires_grad for p in made.model.parameters())
+    for name, value in made.model.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_any_number_of_pictures_at_once(tmp_path: Path) -> None:
+    path = export(split(), tmp_path / "export", any_batch=True, formats=("onnx", "pt2")).path
+    for run, kind in ((by_onnx, "onnx"), (by_torch, "pt2")):
+        for count in (1, 3):
+            assert len(run(path / f"edge.{kind}", X[:count])) == count
+
+
+def test_a_cloud_that_fixes_the_number_takes_one(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Single(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return z.reshape(1 if len(z) == 1 else 2, -1)  # guards the trace
+
+    made = pp.Split.from_modules(nn.Conv2d(3, 2, 3).eval(), Single(), X[:1])
+    assert export(made, tmp_path / "export", formats=("pt2",)).about["cloud"]["input"]["shape"] == [
+        1, 2, 10, 10]
+    assert "one upload at a time" in caplog.text
+
+
+@pytest.mark.parametrize("bits", [1, 4, 8, 16])
+def test_steps_are_the_same_in_the_file(bits: int, tmp_path: Path) -> None:
+    made = pp.make_defence("quantisation", bits).apply(split(), calibration=X)
+    path = export(made, tmp_path / "export", formats=("pt2",) if bits != 4 else ("onnx",)).path
+    x = X[:1]
+    z = by_torch(path / "edge.pt2", x) if bits != 4 else by_onnx(path / "edge.onnx", x)
+    with torch.no_grad():
+        mine = made.edge(x)
+    assert torch.equal(z, mine) if bits != 4 else float((z - mine).abs().max()) <= 1e-4
+
+
+def test_an_edge_that_draws_is_no_onnx(tmp_path: Path) -> None:
+    made = pp.make_defence("gaussian_noise", 1.0).apply(split(), calibration=X)
+    with pytest.raises(InputError, match="32 bits"):
+        export(made, tmp_path / "export")
+    assert not (tmp_path / "export").exists()
+    with pytest.warns(UserWarning, match=r"torch.seed\(\)"):
+        written = export(made, tmp_path / "export", formats=("pt2",))
+    assert written.differences == {"edge.pt2": None, "cloud.pt2": 0.0}
+
+
+class Restless(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return z + torch.randn_like(z)
+
+
+def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
+    made = pp.Split.from_modules(nn.Sequential(nn.Conv2d(3, 2, 3), Restless()), nn.Flatten(), X)
+    (tmp_path / "export").mkdir()
+    with pytest.raises(UnsupportedModelError, match=r"edge\.pt2 computes something else"):
+        export(made, tmp_path / "export", formats=("pt2",))
+    assert list(tmp_path.rglob("*")) == [tmp_path / "export"], "nothing is left half"
+
+
+def test_what_onnx_lacks_is_told_in_one_sentence(tmp_path: Path) -> None:
+    class Odd(nn.Module):
+        def forward(self, z: Tensor) -> Tensor:
+            return torch.special.bessel_j0(z)
+
+    made = pp.Split.from_modules(nn.Sequential(nn.Conv2d(3, 2, 3), Odd()), nn.Flatten(), X)
+    with pytest.raises(UnsupportedModelError, match="edge cannot be written as ONNX") as told:
+        export(made, tmp_path / "export")
+    assert "\n" not in str(told.value)
+
+
+def test_bad_calls_are_refused_before_any_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, other = split(), tmp_path / "other"
+    other.mkdir()
+    (other / "notes.txt").write_text("mine")
+    monkeypatch.setattr(torch.export, "export", None)
+    more: dict[str, Any]
+    for more, message in (({"formats": ("tflite",)}, "tflite"), ({"formats": "onnx"}, "as a list"),
+                          ({"formats": ()}, "as a list"), ({"opset": 3}, "at least 18")):
+        with pytest.raises(InputError, match=message):
+            export(made, tmp_path / "export", **more)
+    with pytest.raises(InputError, match="something else than an earlier export"):
+        export(made, other)
+    with pytest.raises(InputError, match="Expected split as a Split"):
+        export(made.edge, tmp_path / "export")  # type: ignore[arg-type]
+    assert (other / "notes.txt").read_text() == "mine"
+    real = builtins.__import__
+    monkeypatch.setattr(
+        _onnx.importlib, "import_module",
+        lambda name: real("no_such_package") if name == "onnxscript" else real(name))
+    with pytest.raises(MissingPackageError, match="pip install 'onnxscript"):
+        export(made, tmp_path / "export")
+
+
+@pytest.fixture
+def a_run(tmp_path: Path) -> Path:
+    """What a run leaves for `export`: its settings and its edge."""
+    config = RunConfig(data="gone", edge_macs="0.5", model="small_resnet", image_size=16, name="a",
+                       runs=str(tmp_path))
+    made = pp.Split(build_model("small_resnet", 3, image_size=16), torch.rand(1, 3, 16, 16),
+                    at="layer2")
+    folder = tmp_path / "a"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+    save(made, folder / "edge.patrol", normalization=NORMALIZATION,
+         extra={"classes": ["a", "b", "c"]})
+    return folder
+
+
+def test_a_run_is_exported_without_its_images(a_run: Path, capsys: Capture) -> None:
+    assert main(["export", str(a_run), "--formats", "pt2"]) == 0
+    told = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "pixels on [0, 1]" in told and "edge.pt2" in told
+    about = json.loads((a_run / "export" / "about.json").read_text())
+    assert about["classes"] == ["a", "b", "c"]
+    assert about["edge"]["input"]["holds"] == "pixels on [0, 1]"
+    assert main(["export", str(a_run), "--formats", "pt2", "--out", str(a_run.parent / "b")]) == 0
+    assert (a_run.parent / "b" / "cloud.pt2").is_file()
+
+
+def test_runs_that_cannot_be_exported(a_run: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["export", str(tmp_path / "no")]) == 2
+    assert "holds no run" in capsys.readouterr().err
+    assert main(["export", str(a_run), "--model", "resnet18"]) == 2
+    capsys.readouterr()
+    config = RunConfig.from_yaml(a_run / "config.yaml").to_dict()
+    config["privacy"]["dropout"] = 0.5
+    (a_run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["export", str(a_run)]) == 2
+    assert "32 bits" in capsys.readouterr().err
+    (a_run / "edge.patrol").rename(a_run / "moved")
+    assert main(["export", str(a_run)]) == 2
+    assert "no finished edge" in capsys.readouterr().err
