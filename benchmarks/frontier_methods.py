@@ -171,7 +171,8 @@ SHALLOWER = "with-patrol-10-layer3"
 fine-tuned against attackers for as long as the other defences."""
 ATTACKED_LONGER = (SHALLOWER, "with-patrol@longer-10-layer3", "with-patrol@longest-10-layer3",
                    "with-patrol@long-10-layer3", "with-patrol@long-3-layer3",
-                   "with-disco@longer-0.5-layer3", "with-feature_dropout@longer-0.5-layer3",
+                   "with-disco@longer-0.5-layer3", "with-disco@long-0.5-layer3",
+                   "with-feature_dropout@longer-0.5-layer3",
                    "with-none@longer-0-layer4", "with-patrol@longer-10-layer4",
                    "with-feature_dropout@longer-0.5-layer4",
                    "with-gaussian_noise@longer-1-layer4", "with-disco@longer-0.5-layer4",
@@ -244,6 +245,8 @@ def swept(args: Frontier) -> list[Method]:
     points += [Method(f"with-{name}", "layer3", defence=name, strength=strength,
                       start="taylor-layer3", recipe="longer")
                for name, strengths in SWEPT_LONGER.items() for strength in strengths]
+    points.append(Method("with-disco", "layer3", defence="disco", strength=0.5,
+                         start="taylor-layer3", recipe="long"))
     own = Method("patrol-more", "layer3", defence="patrol", strength=args.beta, alpha=args.alpha,
                  start="patrol-layer3")
     # Each defence's first strength comes first, so that an interrupted sweep has a point of each.
