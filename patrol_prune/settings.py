@@ -359,6 +359,8 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         return str(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if hint is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.I):
+        return float(value)  # YAML takes 1e-3, without a point, for text
     if hint is bool and isinstance(value, bool):
         return value
     if isinstance(hint, type) and (not isinstance(value, hint) or isinstance(value, bool)):

@@ -106,6 +106,14 @@ def test_numbers_may_stand_for_words_and_whole_numbers_for_fractions(tmp_path: P
     assert config.privacy == PrivacyConfig(beta=3.0)
 
 
+@pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("2E+1", 20.0), ("-0e1", 0.0)])
+def test_exponents_are_numbers_though_yaml_takes_them_for_text(
+    tmp_path: Path, text: str, value: float
+) -> None:
+    (tmp_path / "c.yaml").write_text(f"data: x\nedge_macs: 1M\nprivacy:\n  beta: {text}\n")
+    assert RunConfig.from_yaml(tmp_path / "c.yaml").privacy.beta == value
+
+
 def test_a_tilde_in_a_path_is_the_home_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
