@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,17 @@ def write_onnx(
     return came
 
 
-def run_onnx(file: Path, x: Tensor) -> list[Tensor]:
-    """What ONNX Runtime computes on the CPU, of an input with several outputs all of them."""
+def onnx_runner(content: bytes) -> Callable[[Tensor], list[Tensor]]:
+    """A file's content as a function: ONNX Runtime on the CPU, all outputs of one input."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        str(file), options, providers=["CPUExecutionProvider"])
-    found = session.run(None, {session.get_inputs()[0].name: np.asarray(x)})
-    return [torch.from_numpy(np.asarray(value)) for value in found]
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    takes = session.get_inputs()[0].name
+
+    def run(x: Tensor) -> list[Tensor]:
+        found = session.run(None, {takes: x.detach().cpu().numpy()})
+        return [torch.from_numpy(np.asarray(value)) for value in found]
+
+    return run

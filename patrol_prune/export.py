@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
 import os
@@ -23,14 +24,14 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from patrol_prune._onnx import require_onnx, run_onnx, write_onnx
+from patrol_prune._onnx import onnx_runner, require_onnx, write_onnx
 from patrol_prune.cost import count_params, edge_macs, feature_bytes
 from patrol_prune.defences import RandomUpload
-from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.errors import CheckpointError, InputError, UnsupportedModelError
 from patrol_prune.given import check_among, check_count, check_normalization, check_split
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
-from patrol_prune.storage import atomic_directory, to_json
+from patrol_prune.storage import atomic_directory, read_whole, to_json
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,79 @@ class Exported:
     path: Path
     differences: dict[str, float | None]
     about: dict[str, Any]
+
+
+class ExportedHalf(nn.Module):
+    """One file as a module, run on the CPU: picture by picture, where it takes one at a time.
+
+    Args:
+        content: of the file.
+        kind: its format. "pt2" passes gradients on, for white-box attacks; "onnx" has none.
+        single: it takes one picture at a time.
+    """
+
+    def __init__(self, content: bytes, kind: str, single: bool) -> None:
+        super().__init__()
+        self.single = single
+        if kind == "pt2":  # in a tuple: a program has no train() and eval()
+            self._run: tuple[Any] = (torch.export.load(io.BytesIO(content)).module(),)
+        else:
+            require_onnx()
+            self._run = (onnx_runner(content),)
+
+    def forward(self, x: Tensor) -> Any:
+        """What the half gives: a tensor, or, of several outputs, as many as the file has."""
+        if not self.single or len(x) < 2:
+            return self._once(x)
+        return torch.cat([self._once(one) for one in x.split(1)])
+
+    def _once(self, x: Tensor) -> Any:
+        found = pytree.tree_map_only(Tensor, lambda t: t.to(x.device), self._run[0](x.cpu()))
+        return found[0] if isinstance(found, list) and len(found) == 1 else found
+
+
+@dataclass(frozen=True)
+class ExportedSplit:
+    """What `load_exported` gives: halves that run files, for `audit` and for comparison.
+
+    Attributes:
+        edge: an `ExportedHalf`.
+        cloud: another.
+        about: what `about.json` says; `about["edge"]["input"]["holds"]` says what the edge takes.
+    """
+
+    edge: ExportedHalf
+    cloud: ExportedHalf
+    about: dict[str, Any]
+
+
+def load_exported(path: str | os.PathLike[str], kind: str | None = None) -> ExportedSplit:
+    """Both halves as `export` wrote them, to run or to audit what is deployed.
+
+    An edge that takes pixels is audited without `normalization`.
+
+    Args:
+        path: the folder.
+        kind: "onnx" or "pt2"; where None the latter, if it is there.
+
+    Raises:
+        InputError: there is no such format in the folder.
+        CheckpointError: the folder is no export, or a file was changed.
+        MissingPackageError: ONNX Runtime is needed, and not installed.
+    """
+    folder = Path(path)
+    files = read_whole(folder)
+    if ABOUT not in files:
+        raise CheckpointError(f"{folder} is no export: it has no {ABOUT}. Give a folder that "
+                              "patrol_prune.export wrote.", path=str(folder / ABOUT))
+    there = [k for k in reversed(FORMATS) if f"edge.{k}" in files]
+    chosen = there[0] if kind is None else kind
+    check_among(chosen, f"kind of the files in {folder}", there)
+    about = json.loads(files[ABOUT])
+    edge, cloud = (
+        ExportedHalf(files[f"{name}.{chosen}"], chosen, about[name]["input"]["shape"][0] == 1)
+        for name in ("edge", "cloud"))
+    return ExportedSplit(edge, cloud, about)
 
 
 class _FromPixels(nn.Module):
@@ -241,8 +315,7 @@ def _difference(half: nn.Module, file: Path, x: Tensor) -> float | None:
         if _draws(half):
             return None
         mine = _outputs(half(x))
-        theirs = (run_onnx(file, x) if file.suffix == ".onnx"
-                  else _outputs(torch.export.load(file).module()(x)))
+        theirs = _outputs(ExportedHalf(file.read_bytes(), file.suffix[1:], False)(x))
     if [t.shape for t in mine] != [t.shape for t in theirs]:
         raise UnsupportedModelError(
             f"{file.name} gives shapes {[tuple(t.shape) for t in theirs]}, the half "

@@ -20,7 +20,12 @@ import patrol_prune as pp
 from patrol_prune import _onnx
 from patrol_prune.checkpoint import save
 from patrol_prune.cli import main
-from patrol_prune.errors import InputError, MissingPackageError, UnsupportedModelError
+from patrol_prune.errors import (
+    CheckpointError,
+    InputError,
+    MissingPackageError,
+    UnsupportedModelError,
+)
 from patrol_prune.export import TOLERANCE, export
 from patrol_prune.models import build_model
 from patrol_prune.settings import RunConfig
@@ -189,6 +194,35 @@ def test_bad_calls_are_refused_before_any_work(
         lambda name: real("no_such_package") if name == "onnxscript" else real(name))
     with pytest.raises(MissingPackageError, match="pip install 'onnxscript"):
         export(made, tmp_path / "export")
+
+
+@pytest.mark.parametrize("kind", ["pt2", "onnx"])
+def test_what_is_deployed_is_audited_as_the_split_is(kind: str, tmp_path: Path) -> None:
+    made, generator = split(), torch.Generator().manual_seed(1)
+    pictures = torch.rand(40, 3, 12, 12, generator=generator)
+    export(made, tmp_path / "export", formats=(kind,), normalization=NORMALIZATION)
+    loaded = pp.load_exported(tmp_path / "export")
+    with torch.no_grad():
+        mine = made.cloud(made.edge(NORMALIZATION.to_input(pictures)))
+        torch.testing.assert_close(loaded.cloud(loaded.edge(pictures)), mine, rtol=1e-4, atol=1e-5)
+    attacks = ("linear_inverse",)
+    was = pp.audit(made, pictures[:32], pictures[32:], attacks=attacks, normalization=NORMALIZATION)
+    now = pp.audit(loaded, pictures[:32], pictures[32:], attacks=attacks)
+    assert now.strongest()["ssim"] == pytest.approx(was.strongest()["ssim"], abs=1e-3)
+    x = pictures[:1].requires_grad_()
+    assert loaded.edge(x).requires_grad == (kind == "pt2")
+
+
+def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
+    path = export(split(), tmp_path / "export", formats=("pt2",)).path
+    with pytest.raises(InputError, match="out of pt2, came 'onnx'"):
+        pp.load_exported(path, "onnx")
+    save(split(), tmp_path / "edge.patrol")
+    with pytest.raises(CheckpointError, match=r"no about\.json"):
+        pp.load_exported(tmp_path / "edge.patrol")
+    (path / "edge.pt2").write_bytes(b"changed")
+    with pytest.raises(CheckpointError, match=r"edge\.pt2 is torn or was changed"):
+        pp.load_exported(path)
 
 
 @pytest.fixture
