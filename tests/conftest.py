@@ -33,7 +33,17 @@ def root() -> Path:
 @pytest.fixture(scope="module")
 def import_benchmark() -> Iterator[Callable[[str], ModuleType]]:
     """A function that imports a script of `benchmarks/` as they import each other."""
-    before, folder = set(sys.modules), str(ROOT / "benchmarks")
+    yield from _importing(str(ROOT / "benchmarks"))
+
+
+@pytest.fixture(scope="module")
+def import_vehicles() -> Iterator[Callable[[str], ModuleType]]:
+    """The same of `integrations/vehicle_reid/`."""
+    yield from _importing(str(ROOT / "integrations" / "vehicle_reid"))
+
+
+def _importing(folder: str) -> Iterator[Callable[[str], ModuleType]]:
+    before = set(sys.modules)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(folder)
         yield import_module
