@@ -21,7 +21,13 @@ import torch_pruning as tp
 from torch import nn
 
 import patrol_prune as pp
-from patrol_prune import _audit_command, _plan_command, _tune_command, commands
+from patrol_prune import (
+    _audit_command,
+    _export_command,
+    _plan_command,
+    _tune_command,
+    commands,
+)
 from patrol_prune.attacks import InverseNetworkConfig, QueryFreeConfig
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.data import ImageSet
@@ -129,12 +135,13 @@ def test_the_readmes(names: dict[str, Any]) -> None:
     split, images = names["split"], names["example_inputs"]
     assert pp.edge_macs(split) <= 0.4 * pp.edge_macs(pp.Split(names["dense"], images[:1], "layer3"))
     assert set(names["report"].subjects) == {"edge", "undefended", "floor"}
+    split.model.eval()
     with torch.no_grad():
         z = split.edge(images[:1])
         again = pp.load("split.patrol", build)
         again.model.eval()  # it was saved as it was, in training mode
         assert torch.equal(again.edge(images[:1]), z)
-        device = torch.export.load("edge.pt2")
+        device = torch.export.load("deploy/edge.pt2")
         assert torch.equal(device.module()(images[:1]), z)
     edge = sum(p.numel() for p in split.edge.parameters())
     assert sum(p.numel() for p in device.parameters()) == edge < sum(
@@ -183,11 +190,12 @@ def test_those_of_the_audit(
     assert names["split"] is not defended
     assert torch.equal(names["split"].edge(known[:2]), defended.edge(known[:2]))
 
-    edge = nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU()).eval()
-    torch.export.save(torch.export.export(edge, (known[:1],)), "edge.pt2")
+    plain = pp.Split(build().eval(), known[:1], at="layer3")
+    pp.export(plain, "deploy", formats=("pt2",))
     deployed.run(names)
-    assert torch.allclose(names["Deployed"]("edge.pt2")(known[:3]), edge(known[:3]), atol=1e-6)
+    edge = plain.edge
     with torch.no_grad():
+        assert torch.allclose(names["deployed"].edge(known[:3]), edge(known[:3]), atol=1e-6)
         names |= {"attacker_uploads": edge(known), "victim_uploads": edge(images)}
     pairs.run(names)
 
@@ -273,6 +281,7 @@ def test_the_commands_are_understood(
     works = {"plan": (_plan_command, "plan"), "run": (commands, "run"),
              "tune": (_tune_command, "tune"), "audit": (_audit_command, "audit_model"),
              "audit of a run": (_audit_command, "audit_again"),
+             "export": (_export_command, "export_run"),
              "report": (commands, "rewrite_report"), "demo": (commands, "write_vehicles")}
     for name, (module, work) in works.items():
         monkeypatch.setattr(module, work, create_autospec(
