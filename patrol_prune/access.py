@@ -179,6 +179,13 @@ class Draws:
             generator.manual_seed(int.from_bytes(digest[:7], "big"))
 
 
+def trainable(edge: nn.Module) -> bool:
+    """Whether `fresh_twin` can make another of it: all of its weights are ordinary parameters."""
+    kinds = [type(module).__module__ for module in edge.modules()]
+    whole = any(kind.startswith(("torch.ao.nn.quantized", "torch.nn.quantized")) for kind in kinds)
+    return not whole and any(p.is_floating_point() for p in edge.parameters())
+
+
 def fresh_twin(edge: nn.Module, seed: int) -> nn.Module:
     """A copy of `edge` with new weights and statistics, trainable, in training mode.
 

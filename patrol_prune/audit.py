@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.access import compute_features, edge_function, lent
+from patrol_prune.access import compute_features, edge_function, lent, trainable
 from patrol_prune.attacks import DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.audit_attack import Observer
 from patrol_prune.audit_choice import (
@@ -150,7 +150,8 @@ def audit(
     if shifted is not None:
         check_data(shifted, victim, "shifted_data")
     for half in subjects.values():
-        check_needs(made, {"cloud": getattr(half, "cloud", None), "labels": attacker_labels})
+        check_needs(made, {"cloud": getattr(half, "cloud", None), "labels": attacker_labels,
+                           "weights": trainable(half.edge) or None})
     attackers = owned(known, shifted, attacker_labels, attacker_images)
     check_counts(made, attackers)
     kind = AuditRun if kept is None else partial(KeptAudit, kept=kept, examples=examples)

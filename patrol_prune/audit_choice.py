@@ -274,6 +274,8 @@ def check_needs(made: Sequence[Factory], given: Mapping[str, Any]) -> None:
     say = {
         "cloud": "the other half of the split (split.cloud)",
         "labels": "classes of the attacker's images (attacker_labels=)",
+        "weights": "an edge whose weights can be trained anew, not a file or integers (the split "
+                   "that it was made from, say)",
     }
     for factory in made:
         missing = [say.get(n, n) for n in factory.needs if n in given and given[n] is None]

@@ -90,12 +90,17 @@ def test_attacks_without_queries_run_with_as_few_images_as_they_ask_for(holdout:
             {"undefended": SimpleNamespace(edge=Untouched()), "attacks": ("query_free_same",)},
             "needs the other half",
         ),
+        (
+            {"undefended": SimpleNamespace(edge=Untouched(), cloud=nn.Identity()),
+             "attacks": ("query_free_same",)},
+            "needs an edge whose weights can be trained anew",
+        ),
     ],
 )
 def test_what_one_attacker_lacks_is_refused_before_any_work(
     change: dict[str, object], message: str
 ) -> None:
-    half = SimpleNamespace(edge=Untouched(), cloud=nn.Identity())
+    half = SimpleNamespace(edge=nn.Conv2d(3, 3, 1), cloud=nn.Identity())
     with pytest.raises(InputError, match=message):
         audit(half, KNOWN, VICTIM, attacker_labels=LABELS, **change)  # type: ignore[arg-type]
 

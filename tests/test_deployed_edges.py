@@ -80,3 +80,13 @@ def test_a_function_as_an_edge_is_told_to_be_wrapped() -> None:
     images = torch.rand(24, 3, 16, 16)
     with pytest.raises(InputError, match=r"nn\.Module, came a function"):
         pp.audit(SimpleNamespace(edge=lambda x: x), images[:20], images[20:])
+
+
+def test_a_shadow_of_integers_is_refused() -> None:
+    """It would keep the packed weights of the original."""
+    edge = nn.Sequential(nn.Flatten(), nn.Linear(432, 4), nn.LayerNorm(4)).eval()
+    whole = torch.ao.quantization.quantize_dynamic(edge, {nn.Linear}, dtype=torch.qint8)
+    images = torch.rand(40, 3, 12, 12)
+    with pytest.raises(InputError, match="trained anew"):
+        pp.audit(SimpleNamespace(edge=whole, cloud=nn.Linear(4, 2)), images[:30], images[30:],
+                 attacks=("query_free_same",), attacker_labels=torch.arange(30) % 2)

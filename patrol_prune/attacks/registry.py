@@ -78,7 +78,7 @@ ATTACKS: dict[str, AttackKind] = {
     "image_prior": AttackKind(
         "white", ImagePriorConfig(), lambda c, device, _: ImagePrior(c, device=device)
     ),
-    "query_free_same": _query_free("shadow_same", "cloud", "labels"),
+    "query_free_same": _query_free("shadow_same", "cloud", "labels", "weights"),
     "query_free_other": _query_free("shadow_other", "cloud", "labels"),
     "query_free_match": _query_free("match"),
 }
