@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import re
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -283,6 +284,8 @@ def _conclude(result: RunResult) -> None:
     console = Console()
     console.print(console_table(result.summary, result.audit))
     console.print(Text(f"Report: {result.report.resolve()}"), soft_wrap=True)
+    deploy = f"To deploy it: patrol-prune export {shlex.quote(str(result.directory))}"
+    console.print(Text(deploy), soft_wrap=True)
 
 
 def _tune(options: Namespace) -> None:

@@ -343,6 +343,18 @@ def test_attacked_again_with_other_seeds(finished: RunResult, tmp_path: Path) ->
     assert rewrite_report(copied).read_bytes() == page
 
 
+def test_a_run_ends_with_what_to_type_next(
+    finished: RunResult, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands._conclude(finished)
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[-2:] == [f"Report: {finished.report.resolve()}",
+                          f"To deploy it: patrol-prune export {finished.directory}"]
+    typed = shlex.split(shown[-1].partition("patrol-prune ")[2])
+    assert main([*typed, "--formats", "pt2"]) == 0
+    assert (finished.directory / pipeline.EXPORT / "edge.pt2").is_file()
+
+
 def test_code_that_a_run_s_folder_names_runs_only_where_it_is_named_again(
     finished: RunResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
