@@ -92,8 +92,8 @@ _WHERE = {
     "load": "checkpoint",
     "export": "export",
     "Exported": "export",
-    "ExportedSplit": "export",
-    "load_exported": "export",
+    "ExportedSplit": "exported",
+    "load_exported": "exported",
     "Defence": "defences.base",
     "make_defence": "defences",
     "Attack": "attacks.base",
@@ -149,7 +149,8 @@ if TYPE_CHECKING:
         UnmetLimitsError,
         UnsupportedModelError,
     )
-    from patrol_prune.export import Exported, ExportedSplit, export, load_exported
+    from patrol_prune.export import Exported, export
+    from patrol_prune.exported import ExportedSplit, load_exported
     from patrol_prune.finetune import FinetuneConfig, finetune, recalibrate_batchnorm
     from patrol_prune.folding import fold_masks
     from patrol_prune.importance import GroupPatrolImportance, PatrolImportance

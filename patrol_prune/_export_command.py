@@ -10,7 +10,8 @@ from jsonargparse import ArgumentParser
 
 from patrol_prune.checkpoint import load, read_info
 from patrol_prune.errors import RunDirectoryError
-from patrol_prune.export import ABOUT, FORMATS, Exported, export
+from patrol_prune.export import Exported, export
+from patrol_prune.exported import ABOUT, FORMATS
 from patrol_prune.pipeline import EDGE, EXPORT
 from patrol_prune.preparation import fresh_model, with_dropout
 from patrol_prune.reaudit import refuse_unnamed

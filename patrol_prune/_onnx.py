@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,13 @@ from torch.export import ExportedProgram
 from patrol_prune.errors import InputError, MissingPackageError
 
 
-def require_onnx() -> None:
-    """See that ONNX can be written, and be read back to compare.
+def require_onnx(*names: str) -> None:
+    """See that ONNX can be written, and be read back to compare, or that `names` are there.
 
     Raises:
         MissingPackageError: one of the packages is not installed.
     """
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in names or ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(name)
         except ImportError as error:
@@ -33,7 +33,7 @@ def require_onnx() -> None:
 
 
 def write_onnx(
-    program: ExportedProgram, file: Path, *, takes: str, gives: str | None, opset: int | None
+    program: ExportedProgram, file: Path, *, takes: str, gives: Sequence[str], opset: int | None
 ) -> int:
     """Write the program as one file; the opset that it is in.
 
@@ -41,7 +41,7 @@ def write_onnx(
         program: is written.
         file: where.
         takes: name of its input.
-        gives: name of its output; None where it gives several, which get names of their own.
+        gives: names of its outputs.
         opset: what the runtime on the device understands; the exporter's choice where None.
     """
     with warnings.catch_warnings():
@@ -49,7 +49,7 @@ def write_onnx(
         warnings.simplefilter("ignore", category=DeprecationWarning)
         written = torch.onnx.export(
             program, (), dynamo=True, verbose=False, opset_version=opset, input_names=[takes],
-            output_names=None if gives is None else [gives],
+            output_names=list(gives),
         )
     assert written is not None
     model: Any = written.model

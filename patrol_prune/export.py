@@ -9,9 +9,6 @@
 from __future__ import annotations
 
 import copy
-import io
-import json
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,22 +18,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from patrol_prune._onnx import onnx_runner, require_onnx, write_onnx
+from patrol_prune._onnx import require_onnx, write_onnx
+from patrol_prune._programs import (
+    answers_of,
+    cloud_program,
+    first_line,
+    name_of,
+    program_of,
+    takes_any,
+)
 from patrol_prune.cost import count_params, edge_macs, feature_bytes
 from patrol_prune.defences import RandomUpload
-from patrol_prune.errors import CheckpointError, InputError, UnsupportedModelError
+from patrol_prune.errors import InputError, UnsupportedModelError
+from patrol_prune.exported import ABOUT, FORMATS, ExportedHalf
 from patrol_prune.given import check_among, check_count, check_normalization, check_split
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
-from patrol_prune.storage import atomic_directory, read_whole, to_json
+from patrol_prune.storage import MANIFEST, atomic_directory, to_json
 
-logger = logging.getLogger(__name__)
-
-FORMATS = ("onnx", "pt2")
-ABOUT = "about.json"
 TOLERANCE = 1e-4
 """Largest difference of a file's answers, in shares of the half's largest; 1e-6 is usual."""
 _COARSE = 2e-2
@@ -59,79 +61,6 @@ class Exported:
     path: Path
     differences: dict[str, float | None]
     about: dict[str, Any]
-
-
-class ExportedHalf(nn.Module):
-    """One file as a module, run on the CPU: picture by picture, where it takes one at a time.
-
-    Args:
-        content: of the file.
-        kind: its format. "pt2" passes gradients on, for white-box attacks; "onnx" has none.
-        single: it takes one picture at a time.
-    """
-
-    def __init__(self, content: bytes, kind: str, single: bool) -> None:
-        super().__init__()
-        self.single = single
-        if kind == "pt2":  # in a tuple: a program has no train() and eval()
-            self._run: tuple[Any] = (torch.export.load(io.BytesIO(content)).module(),)
-        else:
-            require_onnx()
-            self._run = (onnx_runner(content),)
-
-    def forward(self, x: Tensor) -> Any:
-        """What the half gives: a tensor, or, of several outputs, as many as the file has."""
-        if not self.single or len(x) < 2:
-            return self._once(x)
-        return torch.cat([self._once(one) for one in x.split(1)])
-
-    def _once(self, x: Tensor) -> Any:
-        found = pytree.tree_map_only(Tensor, lambda t: t.to(x.device), self._run[0](x.cpu()))
-        return found[0] if isinstance(found, list) and len(found) == 1 else found
-
-
-@dataclass(frozen=True)
-class ExportedSplit:
-    """What `load_exported` gives: halves that run files, for `audit` and for comparison.
-
-    Attributes:
-        edge: an `ExportedHalf`.
-        cloud: another.
-        about: what `about.json` says; `about["edge"]["input"]["holds"]` says what the edge takes.
-    """
-
-    edge: ExportedHalf
-    cloud: ExportedHalf
-    about: dict[str, Any]
-
-
-def load_exported(path: str | os.PathLike[str], kind: str | None = None) -> ExportedSplit:
-    """Both halves as `export` wrote them, to run or to audit what is deployed.
-
-    An edge that takes pixels is audited without `normalization`.
-
-    Args:
-        path: the folder.
-        kind: "onnx" or "pt2"; where None the latter, if it is there.
-
-    Raises:
-        InputError: there is no such format in the folder.
-        CheckpointError: the folder is no export, or a file was changed.
-        MissingPackageError: ONNX Runtime is needed, and not installed.
-    """
-    folder = Path(path)
-    files = read_whole(folder)
-    if ABOUT not in files:
-        raise CheckpointError(f"{folder} is no export: it has no {ABOUT}. Give a folder that "
-                              "patrol_prune.export wrote.", path=str(folder / ABOUT))
-    there = [k for k in reversed(FORMATS) if f"edge.{k}" in files]
-    chosen = there[0] if kind is None else kind
-    check_among(chosen, f"kind of the files in {folder}", there)
-    about = json.loads(files[ABOUT])
-    edge, cloud = (
-        ExportedHalf(files[f"{name}.{chosen}"], chosen, about[name]["input"]["shape"][0] == 1)
-        for name in ("edge", "cloud"))
-    return ExportedSplit(edge, cloud, about)
 
 
 class _FromPixels(nn.Module):
@@ -180,17 +109,17 @@ def export(
     """
     folder = Path(path)
     _check(split, folder, formats, normalization, opset)
+    _check_classes(classes)
     x = _random_like(split)
     edge = _standing(split.edge)
-    with torch.no_grad():
-        z = edge(x if normalization is None else normalization.to_input(x))
     if normalization is not None:
         edge = _FromPixels(edge, normalization).eval()
+    z = _uploads(edge, x, any_batch)
     cloud = _standing(split.cloud)
     single = x if any_batch else x[:1]
-    programs = {"edge": _program("edge", edge, single, any_batch),
-                "cloud": _cloud_program(cloud, z)}
-    inputs = {"edge": single, "cloud": z if _takes_any(programs["cloud"]) else z[:1]}
+    programs = {"edge": program_of("edge", edge, single, any_batch),
+                "cloud": cloud_program(cloud, z)}
+    inputs = {"edge": single, "cloud": z if takes_any(programs["cloud"]) else z[:1]}
     differences: dict[str, float | None] = {}
     with atomic_directory(folder) as directory:
         for name, half in (("edge", edge), ("cloud", cloud)):
@@ -198,7 +127,9 @@ def export(
                 file = directory / f"{name}.{kind}"
                 opset = _write(programs[name], file, opset)
                 differences[file.name] = _difference(half, file, inputs[name])
-        about = _about(split, programs, inputs, normalization, opset, classes)
+        about = _about(split, programs, inputs, normalization, classes)
+        if "onnx" in formats:
+            about["opset"] = opset
         (directory / ABOUT).write_text(to_json({**about, "differences": differences}, ABOUT),
                                        encoding="utf-8")
     return Exported(folder, differences, about)
@@ -217,9 +148,13 @@ def _check(
     if normalization is not None:
         check_normalization(normalization)
     check_count(opset, "opset", 18, optional=True)
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / ABOUT).is_file():
-        raise InputError(f"{folder} holds something else than an earlier export, which would be "
-                         "replaced by this one. Give a folder of its own.")
+    ours = {ABOUT, MANIFEST, *(f"{name}.{kind}" for name in ("edge", "cloud") for kind in FORMATS)}
+    there = [p.name for p in folder.iterdir()] if folder.is_dir() else [folder.name]
+    others = sorted({*there} - ours) if folder.exists() else []
+    if others:
+        raise InputError(f"{folder} holds something else than an earlier export, "
+                         f"{', '.join(others[:3])}, which would be replaced by this one. Give a "
+                         "folder of its own.")
     if "onnx" in formats:
         if _draws(split.edge):
             raise InputError(
@@ -228,6 +163,12 @@ def _check(
                 "uploads can try out. Export to \"pt2\", or take the split before the defence and "
                 "draw on the device by the system's entropy.")
         require_onnx()
+
+
+def _check_classes(classes: Sequence[str]) -> None:
+    if isinstance(classes, str) or not all(isinstance(name, str) for name in classes):
+        raise InputError(f"Expected classes as a list of names, came {classes!s:.60}. Write "
+                         "[\"cat\", \"dog\"], say.")
 
 
 def _draws(half: nn.Module) -> bool:
@@ -248,43 +189,24 @@ def _random_like(split: Split) -> Tensor:
     return drawn.to(example.dtype)
 
 
-def _program(name: str, half: nn.Module, x: Tensor, any_batch: bool) -> ExportedProgram:
-    try:
+def _uploads(edge: nn.Module, x: Tensor, any_batch: bool) -> Tensor:
+    """Of both inputs; of one, twice, where the edge takes no two."""
+
+    def run(inputs: Tensor) -> Tensor:
         with torch.no_grad():
-            program = torch.export.export(
-                half, (x,), dynamic_shapes=({0: Dim.DYNAMIC},) if any_batch else None)
-    except Exception as error:  # whatever torch.export raises for what it cannot follow
-        many = "any number of pictures" if any_batch else "one picture"
-        advice = "Leave any_batch out" if any_batch and name == "edge" else (
-            "Its layers have to be ones that torch.export can follow")
-        raise UnsupportedModelError(
-            f"The {name} cannot be exported for {many}: {_first_line(error)} {advice}."
-        ) from error
-    for node in program.graph.nodes:  # lines and paths of code on this machine
-        node.meta.pop("stack_trace", None)
-    return program
+            z: Tensor = edge(inputs.clone())
+        return z
 
-
-def _cloud_program(cloud: nn.Module, z: Tensor) -> ExportedProgram:
-    """For any number of uploads, or for one where the layers fix their number."""
     try:
-        return _program("cloud", cloud, z, True)
-    except UnsupportedModelError as error:
-        logger.warning("The cloud takes one upload at a time, since its layers fix the number: %s",
-                       error)
-        return _program("cloud", cloud, z[:1], False)
-
-
-def _first_line(error: BaseException) -> str:
-    """Of what was at the bottom of it: exporters wrap it in advice for their own developers."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
-
-
-def _takes_any(program: ExportedProgram) -> bool:
-    return bool(program.range_constraints)
+        z = run(x)
+    except (RuntimeError, ValueError):
+        z = run(x[:1])
+    if len(z) == len(x):
+        return z
+    if any_batch:
+        raise UnsupportedModelError("The edge cannot be exported for any number of pictures: it "
+                                    "takes one at a time. Leave any_batch out.")
+    return torch.cat([run(x[:1])] * 2)
 
 
 def _outputs(answer: Any) -> list[Tensor]:
@@ -298,31 +220,36 @@ def _write(program: ExportedProgram, file: Path, opset: int | None) -> int | Non
         torch.export.save(program, file)
         return opset
     takes, gives = ("image", "feature") if name == "edge" else ("feature", "answer")
-    several = len(program.graph_signature.user_outputs) != 1
     try:
-        return write_onnx(program, file, takes=takes, gives=None if several else gives,
-                          opset=opset)
+        return write_onnx(program, file, takes=takes, opset=opset,
+                          gives=[given["name"] for given in answers_of(program, gives)])
     except Exception as error:  # whatever the exporter raises for what ONNX lacks
         raise UnsupportedModelError(
-            f"The {name} cannot be written as ONNX: {_first_line(error)} Try another opset, or "
+            f"The {name} cannot be written as ONNX: {first_line(error)} Try another opset, or "
             "the format \"pt2\"."
         ) from error
 
 
 def _difference(half: nn.Module, file: Path, x: Tensor) -> float | None:
     """How far the file's answers are from the half's; an UnsupportedModelError where too far."""
+    if _draws(half):
+        return None
     with torch.no_grad():
-        if _draws(half):
-            return None
-        mine = _outputs(half(x))
-        theirs = _outputs(ExportedHalf(file.read_bytes(), file.suffix[1:], False)(x))
+        mine = _outputs(half(x.clone()))  # it may write into its input
+        try:
+            theirs = _outputs(ExportedHalf(file.read_bytes(), file.suffix[1:])(x.clone()))
+        except Exception as error:  # whatever ONNX Runtime raises for what it has no code for
+            raise UnsupportedModelError(
+                f"{file.name} cannot be run to compare it: {first_line(error)} Export a model in "
+                "float32, or to \"pt2\"."
+            ) from error
     if [t.shape for t in mine] != [t.shape for t in theirs]:
         raise UnsupportedModelError(
             f"{file.name} gives shapes {[tuple(t.shape) for t in theirs]}, the half "
             f"{[tuple(t.shape) for t in mine]}. Export to another format.")
     found = max((_relative(a.double(), b.double()) for a, b in zip(mine, theirs, strict=True)),
                 default=0.0)
-    coarse = x.dtype in (torch.float16, torch.bfloat16)
+    coarse = any(t.dtype in (torch.float16, torch.bfloat16) for t in (x, *mine))
     if not found <= (_COARSE if coarse else TOLERANCE):
         raise UnsupportedModelError(
             f"{file.name} computes something else than the half that it was made of: {found:.1e} "
@@ -340,30 +267,25 @@ def _relative(mine: Tensor, theirs: Tensor) -> float:
 
 def _about(
     split: Split, programs: dict[str, ExportedProgram], inputs: dict[str, Tensor],
-    normalization: Normalization | None, opset: int | None, classes: Sequence[str],
+    normalization: Normalization | None, classes: Sequence[str],
 ) -> dict[str, Any]:
     z = inputs["cloud"]
     pixels = "the model's input" if normalization is None else "pixels on [0, 1]"
-    batch = {name: "any" if _takes_any(program) else 1 for name, program in programs.items()}
+    batch = {name: "any" if takes_any(program) else 1 for name, program in programs.items()}
     image = {"name": "image", "shape": [batch["edge"], *inputs["edge"].shape[1:]],
-             "dtype": _named(inputs["edge"]), "holds": pixels}
-    feature = {"name": "feature", "shape": [batch["edge"], *z.shape[1:]], "dtype": _named(z),
+             "dtype": name_of(inputs["edge"].dtype), "holds": pixels}
+    feature = {"name": "feature", "shape": [batch["edge"], *z.shape[1:]], "dtype": name_of(z.dtype),
                "bytes": feature_bytes(z.shape[1:], z.dtype)}
+    answers = answers_of(programs["cloud"], "answer")
     about: dict[str, Any] = {
         "at": getattr(split, "at", "") or "",
         "edge": {"input": image, "output": feature, "macs": edge_macs(split),
                  "parameters": count_params(split.edge)},
         "cloud": {"input": {**feature, "shape": [batch["cloud"], *z.shape[1:]]},
-                  "output": {"name": "answer"}, "parameters": count_params(split.cloud)},
+                  "output": answers[0] if len(answers) == 1 else answers,
+                  "parameters": count_params(split.cloud)},
         "versions": {name: metadata.version(name) for name in ("torch", "patrol-prune")},
     }
-    if opset is not None:
-        about["opset"] = opset
     if classes:
         about["classes"] = list(classes)
-    json.dumps(about)
     return about
-
-
-def _named(tensor: Tensor) -> str:
-    return str(tensor.dtype).rpartition(".")[2]

@@ -5,11 +5,13 @@ from __future__ import annotations
 import builtins
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx.parser
 import onnxruntime
 import pytest
 import torch
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 import patrol_prune as pp
 from patrol_prune import _onnx
+from patrol_prune._programs import first_line
 from patrol_prune.checkpoint import save
 from patrol_prune.cli import main
 from patrol_prune.errors import (
@@ -27,6 +30,7 @@ from patrol_prune.errors import (
     UnsupportedModelError,
 )
 from patrol_prune.export import TOLERANCE, export
+from patrol_prune.exported import ExportedHalf
 from patrol_prune.models import build_model
 from patrol_prune.settings import RunConfig
 from patrol_prune.storage import read_whole
@@ -126,6 +130,12 @@ def test_a_cloud_that_fixes_the_number_takes_one(
     assert "one upload at a time" in caplog.text
 
 
+def test_a_line_that_ends_in_a_colon_is_told_with_the_next() -> None:
+    error = UnsupportedModelError("advice")
+    error.__cause__ = RuntimeError("Found conflicts:\n  - a static shape of 2.\nMore.\n")
+    assert first_line(error) == "Found conflicts: a static shape of 2."
+
+
 @pytest.mark.parametrize("bits", [1, 4, 8, 16])
 def test_steps_are_the_same_in_the_file(bits: int, tmp_path: Path) -> None:
     made = pp.make_defence("quantisation", bits).apply(split(), calibration=X)
@@ -180,11 +190,17 @@ def test_bad_calls_are_refused_before_any_work(
     monkeypatch.setattr(torch.export, "export", None)
     more: dict[str, Any]
     for more, message in (({"formats": ("tflite",)}, "tflite"), ({"formats": "onnx"}, "as a list"),
-                          ({"formats": ()}, "as a list"), ({"opset": 3}, "at least 18")):
+                          ({"formats": ()}, "as a list"), ({"opset": 3}, "at least 18"),
+                          ({"classes": "cat"}, "classes as a list"),
+                          ({"classes": [X]}, "classes as a list")):
         with pytest.raises(InputError, match=message):
             export(made, tmp_path / "export", **more)
     with pytest.raises(InputError, match="something else than an earlier export"):
         export(made, other)
+    (other / "about.json").write_text("mine as well")
+    for place in (other, other / "notes.txt"):
+        with pytest.raises(InputError, match="something else than an earlier export"):
+            export(made, place)
     with pytest.raises(InputError, match="Expected split as a Split"):
         export(made.edge, tmp_path / "export")  # type: ignore[arg-type]
     assert (other / "notes.txt").read_text() == "mine"
@@ -223,6 +239,108 @@ def test_what_is_no_export_is_refused(tmp_path: Path) -> None:
     (path / "edge.pt2").write_bytes(b"changed")
     with pytest.raises(CheckpointError, match=r"edge\.pt2 is torn or was changed"):
         pp.load_exported(path)
+
+
+class Given(nn.Module):
+    """An edge with a layer and what is done around it."""
+
+    def __init__(self, run: Callable[[nn.Module, Tensor], Any]) -> None:
+        super().__init__()
+        self.conv, self.run = nn.Conv2d(3, 2, 3), run
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self.conv, x)
+
+
+def scaled_in_place(conv: nn.Module, x: Tensor) -> Tensor:
+    z: Tensor = conv(x.sub_(0.5).div_(0.2))
+    return z
+
+
+def with_gradients(conv: nn.Module, x: Tensor) -> Tensor:
+    with torch.enable_grad():  # a graph within the graph
+        z: Tensor = conv(x.float() / 255)
+    return z.relu()
+
+
+def test_an_edge_that_writes_into_its_input(tmp_path: Path) -> None:
+    made = pp.Split.from_modules(Given(scaled_in_place).eval(), nn.Flatten(), X)
+    assert export(made, tmp_path / "export", formats=("pt2",)).differences["edge.pt2"] == 0.0
+
+
+def test_neither_pictures_nor_paths_are_in_a_program(tmp_path: Path) -> None:
+    picture = torch.arange(432).remainder(251).to(torch.uint8).view(1, 3, 12, 12)
+    made = pp.Split.from_modules(Given(with_gradients).eval(), nn.Flatten(), picture)
+    content = (export(made, tmp_path / "export", formats=("pt2",)).path / "edge.pt2").read_bytes()
+    assert picture.numpy().tobytes() not in content
+    for file in (__file__, pp.__file__, torch.__file__):
+        assert str(Path(file).parent).encode() not in content
+
+
+def test_an_edge_of_one_picture_at_a_time(tmp_path: Path) -> None:
+    made = pp.Split.from_modules(
+        Given(lambda conv, x: conv(x).reshape(1, -1)).eval(), nn.Linear(200, 4), X[:1])
+    written = export(made, tmp_path / "export", formats=("pt2",))
+    assert written.about["edge"]["output"]["shape"] == [1, 200]
+    assert written.about["cloud"]["input"]["shape"] == ["any", 200]
+    with pytest.raises(UnsupportedModelError, match="one at a time. Leave any_batch out"):
+        export(made, tmp_path / "many", formats=("pt2",), any_batch=True)
+
+
+class Several(nn.Module):
+    def forward(self, z: Tensor) -> dict[str, Any]:
+        flat = z.flatten(1)
+        return {"logits": flat[:, :5], "none": None, "aux": (flat.argmax(1), flat[:, :5])}
+
+
+def test_answers_are_told_by_name_shape_and_type(tmp_path: Path) -> None:
+    made = pp.Split.from_modules(nn.Conv2d(3, 2, 3).eval(), Several(), X)
+    path = export(made, tmp_path / "export").path
+    told = json.loads((path / "about.json").read_text())["cloud"]["output"]
+    assert told == [{"name": "answer.logits", "shape": ["any", 5], "dtype": "float32"},
+                    {"name": "answer.aux.0", "shape": ["any"], "dtype": "int64"},
+                    {"name": "answer.aux.1", "shape": ["any", 5], "dtype": "float32"}]
+    names = [given.name for given in onnx.load(str(path / "cloud.onnx")).graph.output]
+    assert names == [given["name"] for given in told]
+    one = export(split(), tmp_path / "one", formats=("pt2",), opset=20).about
+    assert one["cloud"]["output"] == {"name": "answer", "shape": ["any", 5], "dtype": "float32"}
+    assert "opset" not in one, "there is no ONNX"
+
+
+def test_what_onnx_runtime_cannot_run_is_told_in_one_sentence(tmp_path: Path) -> None:
+    made = pp.Split(net().double(), X.double(), at="2")
+    with pytest.raises(UnsupportedModelError, match=r"edge\.onnx cannot be run .*float32") as told:
+        export(made, tmp_path / "export")
+    assert "\n" not in str(told.value) and not (tmp_path / "export").exists()
+
+
+def test_a_file_in_half_precision_takes_what_an_audit_gives(tmp_path: Path) -> None:
+    made = pp.Split(net().bfloat16(), X.bfloat16(), at="2")
+    path = export(made, tmp_path / "export", formats=("pt2",)).path
+    z = pp.load_exported(path).edge(X)
+    assert torch.equal(z, made.edge(X.bfloat16())) and z.dtype == torch.bfloat16
+
+
+def test_a_file_of_one_at_a_time_gives_several_answers(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def forward(self, z: Tensor) -> dict[str, Tensor]:
+            return {"flat": z.reshape(1 if len(z) == 1 else 2, -1), "twice": 2 * z}
+
+    made = pp.Split.from_modules(nn.Conv2d(3, 2, 3).eval(), Pair(), X)
+    cloud = pp.load_exported(export(made, tmp_path / "export", formats=("pt2",)).path).cloud
+    found = cloud(made.edge(X))
+    assert torch.equal(found["twice"], 2 * made.edge(X)) and found["flat"].shape == (3, 200)
+
+
+def test_a_file_runs_where_onnx_is_only_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = onnx.parser.parse_model("""<ir_version: 8, opset_import: ["": 18]>
+        twice (float[N] x) => (float[N] y) { y = Add (x, x) }""")
+    real = builtins.__import__
+    monkeypatch.setattr(
+        _onnx.importlib, "import_module",
+        lambda name: real("no_such_package") if name != "onnxruntime" else real(name))
+    half = ExportedHalf(model.SerializeToString(), "onnx")
+    assert half(torch.tensor([1.0, 2.0])).tolist() == [2.0, 4.0]
 
 
 @pytest.fixture
