@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -189,6 +189,9 @@ def drive(
     progress: bool,
 ) -> FinetuneResult:
     """Run a trainer's epochs with its checkpoints; arguments and result as in `finetune`."""
+    if isinstance(val_batches, Iterator):
+        raise InputError("Expected val_batches that can be read again after every epoch (a "
+                         f"DataLoader, a list), came {type(val_batches).__name__}.")
     model = trainer.model
     drawing = _drawing(model)  # as it came: a module may count what it sends
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)

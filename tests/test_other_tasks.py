@@ -135,3 +135,12 @@ def test_a_model_without_a_split_point_names_the_way_out() -> None:
     with pytest.raises(InputError, match="Split.from_modules") as error:
         pp.Split(Resized(), X, at="first")
     assert "none" not in str(error.value)
+
+
+def test_validation_that_one_epoch_would_use_up_is_refused_before_any_training() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    batches = [(torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))]
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(InputError, match="val_batches that can be read again .* came generator"):
+        pp.finetune(net, batches, config=config(), progress=False, val_batches=(b for b in batches))
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
