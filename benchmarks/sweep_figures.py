@@ -100,22 +100,30 @@ def sweep(circumstances: str) -> str:
     ])
 
 
+MARKERS = {None: "o", "longer": "s", "longest": "D", "long": "*"}
+"""How long, and against whom, a point of the plot was trained."""
+COLOURS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9", "teal", "gold", "slateblue", "olive")
+
+
 def plot_sweep() -> None:
-    """Accuracy against SSIM, one line for each defence."""
+    """Accuracy against SSIM, one line for each defence: its colour; hollow what has a mark."""
     from matplotlib import pyplot
 
     rows = swept_rows()
-    figure, axes = pyplot.subplots(figsize=(10, 6), layout="constrained")
-    markers = itertools.cycle("ovs^D<>Pp*hX")
-    others = itertools.cycle(f"C{i}" for i in range(10) if i != 3)  # red is PATROL's, cut deeper
+    figure, axes = pyplot.subplots(figsize=(11.5, 8), layout="constrained")
+    markers = itertools.cycle("v^<>PpXh")
+    colours = dict(zip(DEFENCES, COLOURS, strict=True))
     names = dict.fromkeys(defence_name(r) for m in DEFENCES for r in rows if r["method"] == m)
     for name in names:
         same = sorted((r for r in rows if defence_name(r) == name), key=lambda r: r["ssim"])
-        bold = {"color": next(others)}
+        bold: dict[str, Any] = {"color": colours[same[0]["method"]]}
         if name.startswith("PATROL"):
             bold = {"linewidth": 2.2, "color": "crimson" if ", after " in name else "black"}
+        plain = same[0]["split"] == USUAL_SPLIT and same[0].get("recipe") in MARKERS
         axes.plot([r["ssim"] for r in same], [100 * r["accuracy"] for r in same],
-                  marker=next(markers), label=name, alpha=0.85, **bold)
+                  marker=MARKERS[same[0].get("recipe")] if plain else next(markers), markersize=7,
+                  fillstyle="none" if same[0].get("base") in BASES else "full",
+                  label=name, alpha=0.85, **bold)
     axes.axvline(rows[0]["floor_ssim"], color="green", linestyle=":", label="floor: mean image")
     if answers := rows_of("answers"):
         axes.axvline(max(r["ssim"] for r in answers), color="green", linestyle="--",
@@ -123,6 +131,6 @@ def plot_sweep() -> None:
     axes.set(xlabel="fresh attacker's SSIM (lower is more private)", ylabel="accuracy in %",
              title="Defences over their own strength (edge MACs and uploads: see the table)")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))
+    figure.legend(fontsize=7, loc="outside lower center", ncols=3, columnspacing=1.0)
     figure.savefig(ROOT / "docs" / "defences.png", dpi=110)
     pyplot.close(figure)
