@@ -284,8 +284,9 @@ def _conclude(result: RunResult) -> None:
     console = Console()
     console.print(console_table(result.summary, result.audit))
     console.print(Text(f"Report: {result.report.resolve()}"), soft_wrap=True)
-    deploy = f"To deploy it: patrol-prune export {shlex.quote(str(result.directory))}"
-    console.print(Text(deploy), soft_wrap=True)
+    typed = ["patrol-prune", "export", str(result.directory)]
+    typed += ["--model", result.summary.model] * (":" in result.summary.model)
+    console.print(Text(f"To deploy it: {shlex.join(typed)}"), soft_wrap=True)
 
 
 def _tune(options: Namespace) -> None:

@@ -353,6 +353,9 @@ def test_a_run_ends_with_what_to_type_next(
     typed = shlex.split(shown[-1].partition("patrol-prune ")[2])
     assert main([*typed, "--formats", "pt2"]) == 0
     assert (finished.directory / pipeline.EXPORT / "edge.pt2").is_file()
+    own = replace(finished, summary=replace(finished.summary, model="mine:build"))
+    commands._conclude(own)
+    assert capsys.readouterr().out.rstrip().endswith(" --model mine:build")
 
 
 def test_code_that_a_run_s_folder_names_runs_only_where_it_is_named_again(
