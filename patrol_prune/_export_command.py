@@ -9,14 +9,12 @@ from typing import Any
 from jsonargparse import ArgumentParser
 
 from patrol_prune.checkpoint import load, read_info
-from patrol_prune.errors import RunDirectoryError
 from patrol_prune.export import Exported, export
 from patrol_prune.exported import ABOUT, FORMATS
 from patrol_prune.pipeline import EDGE, EXPORT
 from patrol_prune.preparation import fresh_model, with_dropout
-from patrol_prune.reaudit import refuse_unnamed
-from patrol_prune.rundir import CONFIG, run_command
-from patrol_prune.settings import RunConfig
+from patrol_prune.reaudit import config_of_run, refuse_unfinished
+from patrol_prune.rundir import CONFIG, RunDirectory, read_config
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -73,22 +71,17 @@ def export_run(
         formats: see `patrol_prune.export`; likewise `any_batch` and `opset`.
 
     Raises:
-        RunDirectoryError: there is no run, or it has no finished edge yet.
+        RunDirectoryError: there is no run, it has no finished edge yet, or it is being worked on.
         PatrolError: as `patrol_prune.export`.
     """
     path = Path(directory)
-    if not (path / CONFIG).is_file():
-        raise RunDirectoryError(f"{path} holds no run: it has no {CONFIG}. Give a run's folder.")
-    config = RunConfig.from_yaml(path / CONFIG)
-    refuse_unnamed(path, config.model, model)
-    if not (path / EDGE).is_dir():
-        raise RunDirectoryError(
-            f"The run in {path} has no finished edge to export yet. Resume it first: "
-            f"{run_command(path)}")
-    about = read_info(path / EDGE)
-    classes = [str(name) for name in about.extra["classes"]]
-    split = with_dropout(
-        config.privacy, load(path / EDGE, lambda: fresh_model(config, len(classes))), config.seed)
-    return export(split, path / EXPORT if out is None else out, formats=formats,
-                  normalization=about.normalization, any_batch=any_batch, opset=opset,
-                  classes=classes)
+    config = config_of_run(path, model)
+    with RunDirectory(path, read_config(path / CONFIG)) as folder:
+        refuse_unfinished(folder)
+        about = read_info(path / EDGE)
+        classes = [str(name) for name in about.extra["classes"]]
+        plain = load(path / EDGE, lambda: fresh_model(config, len(classes)))
+        return export(
+            with_dropout(config.privacy, plain, config.seed), path / EXPORT if out is None else out,
+            formats=formats, normalization=about.normalization, any_batch=any_batch, opset=opset,
+            classes=classes)

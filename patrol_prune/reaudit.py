@@ -50,10 +50,7 @@ def audit_again(
             is held against is gone, or the images are others.
     """
     path = Path(directory)
-    if not (path / CONFIG).is_file():
-        raise RunDirectoryError(f"{path} holds no run: it has no {CONFIG}. Give a run's folder.")
-    config = RunConfig.from_yaml(path / CONFIG)
-    refuse_unnamed(path, config.model, model)
+    config = config_of_run(path, model)
     own = config.audit
     who = replace(
         own, attacks=tuple(attacks or own.attacks),
@@ -67,16 +64,12 @@ def audit_again(
                      data=str(Path(data or config.data).expanduser()))
     where, images = resolve_device(chosen.device), images_of(chosen, path)
     with RunDirectory(path, read_config(path / CONFIG)) as folder:
-        resume = run_command(path)
-        if not (folder.done("finetune") and folder.done("plan")):
-            raise RunDirectoryError(
-                f"The run in {path} has no finished edge to attack yet. Resume it first: {resume}"
-            )
+        refuse_unfinished(folder)
         if who.undefended and not folder.done("model"):
             raise RunDirectoryError(
                 f"The dense model in {path / DENSE}, which the edge is held against "
                 "(audit.undefended), is missing or was changed. Put it back, or let the run train "
-                f"it again, and everything after it: {resume}"
+                f"it again, and everything after it: {run_command(path)}"
             )
         work = Work(chosen, folder, images, where, progress, False)
         if who != own:
@@ -87,7 +80,30 @@ def audit_again(
         return work.attack_again()
 
 
-def refuse_unnamed(path: Path, name: str, given: str | None) -> None:
+def config_of_run(path: Path, model: str | None) -> RunConfig:
+    """The settings of the run in `path`; a model of the user's own has to be named by `model`.
+
+    Raises:
+        InputError: it is not.
+        RunDirectoryError: there is no run.
+    """
+    if not (path / CONFIG).is_file():
+        raise RunDirectoryError(f"{path} holds no run: it has no {CONFIG}. Give a run's folder.")
+    config = RunConfig.from_yaml(path / CONFIG)
+    _refuse_unnamed(path, config.model, model)
+    return config
+
+
+def refuse_unfinished(folder: RunDirectory) -> None:
+    """A RunDirectoryError where the edge of the run is not there yet, or is another by now."""
+    if not (folder.done("finetune") and folder.done("plan")):
+        raise RunDirectoryError(
+            f"The run in {folder.path} has no finished edge yet. Resume it first: "
+            f"{run_command(folder.path)}"
+        )
+
+
+def _refuse_unnamed(path: Path, name: str, given: str | None) -> None:
     """Refuse to import a model's module that a run's folder names and the user does not."""
     type_it = f"--model {shlex.quote(name)} (in Python, model={name!r})"
     if given is None and ":" in name:

@@ -32,6 +32,7 @@ from patrol_prune.errors import (
 from patrol_prune.export import TOLERANCE, export
 from patrol_prune.exported import ExportedHalf
 from patrol_prune.models import build_model
+from patrol_prune.rundir import RunDirectory, read_config
 from patrol_prune.settings import RunConfig
 from patrol_prune.storage import read_whole
 
@@ -350,12 +351,12 @@ def a_run(tmp_path: Path) -> Path:
                        runs=str(tmp_path))
     made = pp.Split(build_model("small_resnet", 3, image_size=16), torch.rand(1, 3, 16, 16),
                     at="layer2")
-    folder = tmp_path / "a"
-    folder.mkdir()
-    (folder / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    save(made, folder / "edge.patrol", normalization=NORMALIZATION,
-         extra={"classes": ["a", "b", "c"]})
-    return folder
+    with RunDirectory(tmp_path / "a", config.to_dict()) as folder:
+        save(made, folder / "edge.patrol", normalization=NORMALIZATION,
+             extra={"classes": ["a", "b", "c"]})
+        folder.finish("plan")
+        folder.finish("finetune", ["edge.patrol"])
+    return folder.path
 
 
 def test_a_run_is_exported_without_its_images(a_run: Path, capsys: Capture) -> None:
@@ -379,6 +380,14 @@ def test_runs_that_cannot_be_exported(a_run: Path, tmp_path: Path, capsys: Captu
     (a_run / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["export", str(a_run)]) == 2
     assert "32 bits" in capsys.readouterr().err
-    (a_run / "edge.patrol").rename(a_run / "moved")
-    assert main(["export", str(a_run)]) == 2
+    with RunDirectory(a_run, config):
+        assert main(["export", str(a_run)]) == 2
+        assert "Another process" in capsys.readouterr().err
+
+
+def test_an_edge_that_is_no_longer_the_runs_is_not_exported(a_run: Path, capsys: Capture) -> None:
+    """It lies there still, while what it was made of is being made anew."""
+    with RunDirectory(a_run, read_config(a_run / "config.yaml")) as folder:
+        folder.forget(["finetune"])
+    assert main(["export", str(a_run), "--formats", "pt2"]) == 2
     assert "no finished edge" in capsys.readouterr().err
