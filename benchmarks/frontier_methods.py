@@ -184,6 +184,8 @@ ATTACKED_LONGER = (SHALLOWER, "with-patrol@longer-10-layer3", "with-patrol@longe
                    "with-patrol@half-longer-whole-10-avgpool",
                    "with-patrol@half-longer-whole-30-avgpool",
                    "with-patrol@half-longest-whole-60-avgpool",
+                   "with-patrol@half-long-60-avgpool",
+                   "with-patrol@half-long-30-avgpool",
                    "with-patrol@half-longer-whole-light-dropout-10-avgpool")
 """What is compared with the best of these, so that its longest attack has others beside it."""
 SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@longer-1-layer4",
@@ -202,6 +204,8 @@ MET_BY_OTHERS = (SHALLOWER, "with-patrol@longer-10-layer3", "with-patrol@long-10
                  "with-patrol@half-longer-whole-10-avgpool",
                  "with-patrol@half-longer-whole-30-avgpool",
                  "with-patrol@half-longest-whole-60-avgpool",
+                 "with-patrol@half-long-60-avgpool",
+                 "with-patrol@half-long-30-avgpool",
                  "with-patrol@half-longer-whole-light-dropout-10-avgpool",
                  "with-patrol@half-longer-light-dropout-10-avgpool",
                  "with-patrol@longer-dropout-10-layer4", "with-feature_dropout@longer-0.5-layer4",
@@ -279,6 +283,7 @@ def deeper(args: Frontier) -> list[Method]:
                           ("half-longer", 10.0), ("half-longer-light-dropout", 10.0),
                           ("half-longer-whole", 10.0), ("half-longer-whole", 30.0),
                           ("half-longest-whole", 60.0),
+                          ("half-long", 60.0), ("half-long", 30.0),
                           ("half-longer-whole-light-dropout", 10.0)))]
     shallow = Method("taylor", "layer3", "taylor", epochs=DEEPER_EPOCHS, recipe="half",
                      max_pruning_ratio=0.5)

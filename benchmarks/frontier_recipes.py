@@ -83,6 +83,7 @@ RECIPES: dict[str, Recipe] = {
     "half-longer-whole": Recipe(epochs=3),
     "half-longest-whole": Recipe(epochs=6),
     "half-longer-whole-light-dropout": Recipe(epochs=3, behind=FeatureDropout(0.25)),
+    "half-long": Recipe(surrogates=LARGE, images=None, epochs=3),
     "taylor": Recipe(),
     **{f"{form}-{alpha:g}": Recipe(alpha=alpha, lipschitz_form=form)
        for form, alphas in LIPSCHITZ.items() for alpha in alphas},

@@ -85,6 +85,7 @@ INSIDE = {
         "larger budget, three times as long",
     "taylor": "on Taylor pruning",
     "long": "larger surrogates, three times as long",
+    "half-long": "larger surrogates, with a larger budget, three times as long",
 }
 STRENGTHS = {
     "patrol": "β {:g}", "adversarial_only": "β {:g}", "gaussian_noise": "σ {:g} of the RMS",
