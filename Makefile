@@ -5,7 +5,7 @@ BIN := .venv/bin
 WORKERS ?= 2
 STAMP := .venv/installed
 
-.PHONY: test test-slow lint types demo figures clean
+.PHONY: test test-slow lint types demo docs figures clean
 
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ". Give one: make PYTHON=python3.11")'
@@ -29,9 +29,13 @@ types: $(STAMP)
 demo: $(STAMP)
 	$(BIN)/python -m patrol_prune demo
 
+docs: $(STAMP)
+	$(BIN)/python -m sphinx -W --keep-going -q -c docs . docs/_build/html
+	@echo 'Open docs/_build/html/index.html'
+
 figures: $(STAMP)
 	$(BIN)/python benchmarks/figures.py
 
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist docs/_build docs/api *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
