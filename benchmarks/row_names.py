@@ -20,6 +20,8 @@ def dropout_name(behind: FeatureDropout) -> str:
 BEHIND = {name: dropout_name(recipe.behind)
           for name, recipe in RECIPES.items() if recipe.behind is not None}
 """Of recipes with dropout behind the edge."""
+READ_WHOLE = {name for name in RECIPES if "whole" in name} | {"half-long"}
+"""Recipes with attackers inside that read the whole of a small map."""
 METHODS = {
     "dense": "dense, not pruned",
     "taylor": "Taylor pruning",
@@ -151,7 +153,7 @@ def pressed(row: Row) -> bool:
 def against_pressed(row: Row) -> bool:
     """Whether the model was trained against surrogates that could not hold all of a small map."""
     return (row.get("defence") == "patrol" and row["split"] in SMALL
-            and "whole" not in (row.get("recipe") or ""))
+            and row.get("recipe") not in READ_WHOLE)
 
 
 def key_of(row: Row) -> str:

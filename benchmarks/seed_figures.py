@@ -7,6 +7,7 @@ from typing import Any
 
 from audit_figures import UNFINISHED, improving
 from depth_figures import STRONG, trained_with
+from frontier_recipes import LARGE, RECIPES
 from row_names import (
     AGAINST_PRESSED_MARK,
     AGAINST_PRESSED_TEXT,
@@ -226,6 +227,7 @@ def name_of(row: Row) -> str:
     recipe = row.get("recipe") or ""
     name = " ".join(filter(None, (name, BEHIND.get(recipe))))
     name += ", six times as long" * ("longest" in recipe)
+    name += ", large attackers inside" * (RECIPES[recipe].surrogates == LARGE)
     return name + AGAINST_PRESSED_MARK * against_pressed(row)
 
 

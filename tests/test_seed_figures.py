@@ -45,6 +45,16 @@ def test_means_spreads_and_pairs(modules: tuple[ModuleType, ModuleType]) -> None
     assert "| 25.0 ± 0.0% |" in lines[0] and "by chance 10%" in page
 
 
+def test_a_row_says_what_was_inside(modules: tuple[ModuleType, ModuleType]) -> None:
+    """The large attackers stand in the name, and read all of a small map, as "whole" says."""
+    usual = {**row("patrol", 0, 0.2, 0.87), "recipe": "half-longest-whole"}
+    large = {**usual, "recipe": "half-long"}
+    assert modules[1].name_of(usual) == "PATROL's fine-tuning, β 10, six times as long"
+    assert modules[1].name_of(large) == "PATROL's fine-tuning, β 10, large attackers inside"
+    pressed = {**usual, "recipe": "half-longer"}
+    assert modules[1].name_of(pressed).endswith(modules[1].AGAINST_PRESSED_MARK)
+
+
 def test_means_of_attacks_that_still_got_better_are_marked(
     modules: tuple[ModuleType, ModuleType]
 ) -> None:
