@@ -116,7 +116,7 @@ def save(
     normalization: Normalization | None = None,
     extra: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write `split` to the directory `path`, whole or not at all; what stood there is replaced.
+    """Write `split` to the directory `path`, whole or not at all; an earlier save is replaced.
 
     Args:
         split: the model, pruned or not, with its cut.
@@ -128,6 +128,7 @@ def save(
         extra: any JSON, kept for whoever loads.
 
     Raises:
+        InputError: the directory holds other files, which would go.
         UnsupportedModelError: the model's state holds more than tensors.
     """
     check_split(split)

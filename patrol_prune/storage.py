@@ -15,6 +15,7 @@ import contextlib
 import errno
 import glob
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -42,6 +43,7 @@ WRITE_ERRORS = (OSError, SafetensorError)
 """What a full or read-only disk raises."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+_LITTER = {".DS_Store", "Thumbs.db"}  # of file browsers
 _TOLD_ERRNO = re.compile(r"(?:os error|code:) (\d+)")  # as safetensors writes it
 
 _ours: set[str] = set()  # names of the temporaries of this process
@@ -189,11 +191,13 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields the temporary directory. When the block ends well, `manifest.json` is written, all is
     fsynced and `path` becomes the new directory, whatever stood there before; when it raises,
-    `path` is as it was. A disk that is full is told as an OSError that names `path`.
+    `path` is as it was. A disk that is full is told as an OSError that names `path`. A folder that
+    holds what was not written so is not replaced (InputError).
     """
     path = _place(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; a checkpoint is a directory. Give another path.")
+    _check_replaceable(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clean_temporaries(path)
     temporary = _temporary(path, "tmp")
@@ -206,6 +210,36 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _check_replaceable(path: Path) -> None:
+    """That nobody's files go when a new directory takes the place of `path`."""
+    with contextlib.suppress(FileNotFoundError):  # of a current directory that is gone
+        here = Path.cwd()
+        if path.resolve() in (here, *here.parents):
+            raise InputError(f"Expected a folder that can be replaced as a whole, came {path}, the "
+                             "current directory or one above it. Name a folder inside it.")
+    listed = _listed(path / MANIFEST)
+    if listed is None:
+        return
+    known = {MANIFEST, *_LITTER, *listed}
+    files = (p for p in path.rglob("*") if not p.is_dir() or p.is_symlink())
+    others = (p.relative_to(path).as_posix() for p in files)
+    found = sorted(itertools.islice((name for name in others if name not in known), 3))
+    if found:
+        raise InputError(f"{path} holds what was not written with it, {', '.join(found)}, and "
+                         "would be replaced as a whole. Give a folder of its own, or move those "
+                         "away.")
+
+
+def _listed(manifest: Path) -> set[str] | None:
+    """The files that a manifest names, none of another program's; None where it is torn."""
+    try:
+        return set(json.loads(manifest.read_bytes())["sha256"])
+    except ValueError:
+        return None
+    except (OSError, KeyError, TypeError):
+        return set()
 
 
 def _write_manifest(directory: Path) -> None:

@@ -158,6 +158,45 @@ def test_a_file_in_the_way_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "state").read_text() == "mine"
 
 
+def test_a_folder_with_files_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    """Neither one without a manifest, nor one with another program's, nor one with a file more."""
+    for name, files in {"project": {"train.py"}, "web": {"manifest.json", "app/icon.png"},
+                        "state": {"notes.txt"}}.items():
+        folder = tmp_path / name
+        if name == "state":
+            save_state(folder, state(), {"value": 1})
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text('{"name": "mine"}')
+        there = sorted(folder.rglob("*"))
+        with pytest.raises(InputError, match=f"{name} holds .*{sorted(files)[0]}.* of its own"):
+            save_state(folder, state(), {"value": 2})
+        assert sorted(folder.rglob("*")) == there
+    (tmp_path / "state" / "notes.txt").rename(tmp_path / "state" / ".DS_Store")
+    save_state(tmp_path / "state", state(), {"value": 3})
+    assert load_state(tmp_path / "state")[1] == {"value": 3}
+
+
+def test_a_torn_folder_of_ours_and_an_empty_one_are_replaced(tmp_path: Path) -> None:
+    save_state(tmp_path / "torn", state(), {})
+    (tmp_path / "torn" / "manifest.json").write_text('{"version": 1, "sh')
+    (tmp_path / "empty").mkdir()
+    for name in ("torn", "empty"):
+        save_state(tmp_path / name, state(), {"name": name})
+        assert load_state(tmp_path / name)[1] == {"name": name}
+
+
+@pytest.mark.parametrize("place", [".", "..", "{}"])
+def test_the_current_directory_is_not_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(InputError, match="the current directory or one above it"):
+        save_state(place.format(tmp_path / "a" / "b"), state(), {})
+    assert Path.cwd().is_dir()
+
+
 @pytest.mark.parametrize("name", ["tensors.safetensors", "meta.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "lengthen", "remove"])
 def test_a_harmed_file_is_refused_by_name(tmp_path: Path, name: str, harm: str) -> None:
