@@ -15,13 +15,16 @@ _DRAWS = 16
 _AMONG, _VALUES = 16, 1 << 16
 _SURE = 7.0
 _STILL = 0.1
+_TWINS, _IN_COMMON, _SURELY = 8, 0.1, 5.0
 
 MIXES_IMAGES = Flag(
     "mixes_images",
-    "What the edge sends for a picture depends on the others in its batch, and a device sends one "
-    "at a time. Every picture was sent alone here, which is slow.",
-    "Look for a generator that is seeded in every call, or for statistics of the batch. What is "
-    "the same in every call hides nothing.",
+    "What the edge sends for a picture depends on the others in its batch, or is drawn once for "
+    "all of them, and a device sends one at a time. Every picture was sent alone here, which is "
+    "slow.",
+    "Look for a generator that is seeded in every call, for statistics of the batch, or for noise "
+    "and masks without a draw for each picture (`torch.rand_like(z)` has one). What is the same "
+    "in every call hides nothing.",
 )
 
 
@@ -101,12 +104,14 @@ def draws_mix_images(edge: EdgeFunction, pixels: Tensor) -> bool:
     between the two at the k-th time. The squared length of its mean, `sum_{k != l} <d_k, d_l>`
     without what the draws themselves add, is 0 on average where the others play no part, and is
     held against what random signs of the `d_k` would give. Nor may draws all but vanish, in
-    variance, for pictures that are sent alone.
+    variance, for pictures that are sent alone, or be the same for several of one call.
     """
     pixels = pixels[torch.linspace(0, len(pixels) - 1, min(_AMONG, len(pixels))).long()]
     places = _places(pixels)
     count = edge(pixels[:2])[0].numel()
     some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_VALUES]
+    if _draws_in_common(edge, pixels[:_TWINS], some):
+        return True
     apart, together, spread = [], [], 0.0
     for _ in range(_DRAWS):
         sent = edge(pixels).flatten(1)[:, some].double()
@@ -126,6 +131,22 @@ def draws_mix_images(edge: EdgeFunction, pixels: Tensor) -> bool:
     shift = float(products.sum()) / (_DRAWS * (_DRAWS - 1))
     by_chance = float((2.0 * products.square().sum()).sqrt())
     return shift > least and float(products.sum()) > _SURE * by_chance
+
+
+def _draws_in_common(edge: EdgeFunction, pixels: Tensor, some: Tensor) -> bool:
+    """Whether pictures of one call share draws: an attacker would learn from far fewer of them.
+
+    Each picture is sent beside its own copy, 16 times; `a` and `b` are how far the two uploads are
+    from their means. `sum <a, b>` is 0 on average where each has draws of its own, and is held
+    against the draws' size and against what random signs of each product would give.
+    """
+    twins = pixels.repeat_interleave(2, 0)
+    sent = torch.stack([edge(twins).flatten(1)[:, some].double() for _ in range(_DRAWS)])
+    sent = sent - sent.mean(0)
+    products = (sent[:, ::2] * sent[:, 1::2]).sum(2)
+    common = abs(float(products.sum()))
+    size, by_chance = float(sent.square().sum()) / 2, float(products.square().sum().sqrt())
+    return common > _IN_COMMON * size and common > _SURELY * by_chance
 
 
 def _places(pixels: Tensor) -> list[int]:

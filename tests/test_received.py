@@ -206,7 +206,11 @@ def test_alone_is_what_one_at_a_time_gives() -> None:
     (lambda z: z + (z.roll(1, 0) - z) * torch.randn(1), True),  # alike on average
     (lambda z: z + 1e-7 * torch.randn_like(z), False),
     (lambda z: z + 20 * torch.randn_like(z), False),
-    (lambda z: z + torch.randn(1), False),  # one number for all of the batch
+    (lambda z: z + torch.randn(1), True),  # one number for all of the batch
+    (lambda z: z * (torch.rand(z.shape[1], 1, 1) > 0.5), True),
+    (lambda z: z + torch.randn(z.shape[1:]) + torch.randn_like(z), True),
+    (lambda z: z + torch.randn(len(z), 1, 1, 1), False),
+    (lambda z: z * (torch.rand(len(z), 1, 1, 1) > 0.5), False),  # all of an upload or nothing
     (lambda z: nn.functional.dropout(z, 0.5, True), False),
 ])
 def test_noise_does_not_hide_that_images_are_mixed(change, mixes: bool) -> None:  # type: ignore[no-untyped-def]
@@ -222,6 +226,14 @@ def test_asking_whether_images_are_mixed_costs_no_draws() -> None:
     torch.manual_seed(0)
     found, draws, flags = one_at_a_time(edge, IMAGES[:4], PLAIN)  # asks twice whether it draws
     assert found is edge and draws and flags == [] and torch.equal(edge(IMAGES[:4]), drawn)
+
+
+def test_a_mask_for_the_whole_batch_is_met_as_one_for_each_picture() -> None:
+    """A device draws for every picture, so the attacker has a draw for each of his."""
+    torch.manual_seed(0)
+    each, _ = audit(lambda z: z * (torch.rand(len(z), 12, 1, 1) > 0.5))
+    shared, flags = audit(lambda z: z * (torch.rand(12, 1, 1) > 0.5))
+    assert shared > 0.8 * each and "mixes_images" in flags
 
 
 def test_noise_beside_mixed_images_is_still_noise() -> None:
