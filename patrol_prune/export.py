@@ -75,6 +75,7 @@ class _FromPixels(nn.Module):
         return z
 
 
+@torch.random.fork_rng([])  # what is drawn here is not missing afterwards
 def export(
     split: Split,
     path: str | os.PathLike[str],
@@ -105,7 +106,8 @@ def export(
         InputError: an unknown format, a folder that holds something else, or an edge that draws
             random numbers as ONNX.
         MissingPackageError: ONNX is asked for, and a package for it is not installed.
-        UnsupportedModelError: a half cannot be exported, or a file computes something else.
+        UnsupportedModelError: a half cannot be exported, a file computes something else, or what
+            an edge draws lies in its file.
     """
     folder = Path(path)
     _check(split, folder, formats, normalization, opset)
@@ -117,6 +119,9 @@ def export(
     z = _uploads(edge, x, any_batch)
     cloud = _standing(split.cloud)
     single = x if any_batch else x[:1]
+    draws = {"edge": _draws(edge, single), "cloud": _draws(cloud, z[:1])}
+    if draws["edge"]:
+        _refuse_onnx(formats)
     programs = {"edge": program_of("edge", edge, single, any_batch),
                 "cloud": cloud_program(cloud, z)}
     inputs = {"edge": single, "cloud": z if takes_any(programs["cloud"]) else z[:1]}
@@ -126,7 +131,12 @@ def export(
             for kind in formats:
                 file = directory / f"{name}.{kind}"
                 opset = _write(programs[name], file, opset)
-                differences[file.name] = _difference(half, file, inputs[name])
+                if not draws[name]:
+                    differences[file.name] = _difference(half, file, inputs[name])
+                    continue
+                differences[file.name] = None
+                if name == "edge":
+                    _check_draws(half, file, inputs[name])
         about = _about(split, programs, inputs, normalization, classes)
         if "onnx" in formats:
             about["opset"] = opset
@@ -156,12 +166,6 @@ def _check(
                          f"{', '.join(others[:3])}, which would be replaced by this one. Give a "
                          "folder of its own.")
     if "onnx" in formats:
-        if _draws(split.edge):
-            raise InputError(
-                "Expected an edge that computes the same each time for ONNX, came one that draws "
-                "random numbers: ONNX Runtime seeds its generator by 32 bits, which whoever sees "
-                "uploads can try out. Export to \"pt2\", or take the split before the defence and "
-                "draw on the device by the system's entropy.")
         require_onnx()
 
 
@@ -171,8 +175,41 @@ def _check_classes(classes: Sequence[str]) -> None:
                          "[\"cat\", \"dog\"], say.")
 
 
-def _draws(half: nn.Module) -> bool:
-    return any(isinstance(m, RandomUpload) and not m.silent for m in half.modules())
+def _draws(half: nn.Module, x: Tensor) -> bool:
+    """Whether it is made to draw random numbers, or gives other answers to the same input."""
+    if any(isinstance(m, RandomUpload) and not m.silent for m in half.modules()):
+        return True
+    with torch.no_grad():
+        return not _equal(half(x.clone()), half(x.clone()))
+
+
+def _refuse_onnx(formats: Sequence[str]) -> None:
+    if "onnx" in formats:
+        raise InputError(
+            "Expected an edge that computes the same each time for ONNX, came one that draws "
+            "random numbers: ONNX Runtime seeds its generator by 32 bits, which whoever sees "
+            "uploads can try out. Export to \"pt2\", or take the split before the defence and "
+            "draw on the device by the system's entropy.")
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(_outputs(one), _outputs(other), strict=True))
+
+
+def _check_draws(half: nn.Module, file: Path, x: Tensor) -> None:
+    """That what an edge draws is not in its file, where whoever has the file would find it."""
+
+    def seeded(seed: int) -> Any:
+        torch.manual_seed(seed)
+        return ExportedHalf(file.read_bytes(), file.suffix[1:])(x.clone())
+
+    with torch.no_grad():
+        varies = not _equal(half(x.clone()), half(x.clone()))
+        if varies and _equal(seeded(1), seeded(2)):
+            raise UnsupportedModelError(
+                f"{file.name} draws the same numbers whenever it is loaded: whoever has the file "
+                "takes them off every upload. Draw from torch's global generator "
+                "(torch.randn_like(z), say), not from one of your own or from NumPy's.")
 
 
 def _standing(half: nn.Module) -> nn.Module:
@@ -230,10 +267,8 @@ def _write(program: ExportedProgram, file: Path, opset: int | None) -> int | Non
         ) from error
 
 
-def _difference(half: nn.Module, file: Path, x: Tensor) -> float | None:
+def _difference(half: nn.Module, file: Path, x: Tensor) -> float:
     """How far the file's answers are from the half's; an UnsupportedModelError where too far."""
-    if _draws(half):
-        return None
     with torch.no_grad():
         mine = _outputs(half(x.clone()))  # it may write into its input
         try:
@@ -253,8 +288,8 @@ def _difference(half: nn.Module, file: Path, x: Tensor) -> float | None:
     if not found <= (_COARSE if coarse else TOLERANCE):
         raise UnsupportedModelError(
             f"{file.name} computes something else than the half that it was made of: {found:.1e} "
-            f"of its largest value apart. A layer that draws, or one that the format lacks, does "
-            "that; export to another format, or take the layer out.")
+            f"of its largest value apart. A layer that the format lacks does that; export to "
+            "another format, or take the layer out.")
     return found
 
 

@@ -158,13 +158,51 @@ def test_an_edge_that_draws_is_no_onnx(tmp_path: Path) -> None:
     assert written.differences == {"edge.pt2": None, "cloud.pt2": 0.0}
 
 
-class Restless(nn.Module):
+class Drawn(nn.Module):
+    """Noise of the caller's own: of torch's global generator, of one of its own, of NumPy's."""
+
+    def __init__(self, by: str) -> None:
+        super().__init__()
+        self.by = by
+        self.own = torch.Generator().manual_seed(0) if by == "its own" else None
+        self.numpy = np.random.default_rng(0)
+
     def forward(self, z: Tensor) -> Tensor:
-        return z + torch.randn_like(z)
+        if self.by == "numpy":
+            return z + torch.from_numpy(self.numpy.normal(size=tuple(z.shape))).float()
+        return z + torch.randn(z.shape, generator=self.own)
+
+
+@pytest.mark.parametrize("by", ["its own", "numpy"])
+def test_draws_that_lie_in_the_file_are_refused(by: str, tmp_path: Path) -> None:
+    """Whoever has the file would take them off every upload."""
+    edge = nn.Sequential(nn.Conv2d(3, 2, 3), Drawn(by))
+    made = pp.Split.from_modules(edge, nn.Flatten(), X)
+    with pytest.raises(UnsupportedModelError, match=r"edge\.pt2 draws the same numbers"):
+        export(made, tmp_path / "export", formats=("pt2",))
+    assert not (tmp_path / "export").exists()
+
+
+def test_draws_of_the_global_generator_are_none_of_the_file_s(tmp_path: Path) -> None:
+    edge = nn.Sequential(nn.Conv2d(3, 2, 3), Drawn("the global one"))
+    made = pp.Split.from_modules(edge, nn.Flatten(), X)
+    with pytest.raises(InputError, match="32 bits"):
+        export(made, tmp_path / "export")
+    before = torch.get_rng_state()
+    written = export(made, tmp_path / "export", formats=("pt2",))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert written.differences == {"edge.pt2": None, "cloud.pt2": 0.0}
+    one, other = (by_torch(written.path / "edge.pt2", X[:1]) for _ in range(2))
+    assert not torch.equal(one, other)
+
+
+class Other(nn.Module):
+    def forward(self, z: Tensor) -> Tensor:
+        return 2 * z if torch.compiler.is_exporting() else z
 
 
 def test_a_file_that_computes_something_else_is_refused(tmp_path: Path) -> None:
-    made = pp.Split.from_modules(nn.Sequential(nn.Conv2d(3, 2, 3), Restless()), nn.Flatten(), X)
+    made = pp.Split.from_modules(nn.Sequential(nn.Conv2d(3, 2, 3), Other()), nn.Flatten(), X)
     (tmp_path / "export").mkdir()
     with pytest.raises(UnsupportedModelError, match=r"edge\.pt2 computes something else"):
         export(made, tmp_path / "export", formats=("pt2",))
