@@ -36,7 +36,7 @@ suppress_warnings = ["myst.header", "config.cache"]  # pages may begin at a seco
 
 autosummary_imported_members = True
 autodoc_typehints = "description"
-autodoc_typehints_description_target = "documented"
+autodoc_typehints_description_target = "documented_params"  # and what is returned
 autodoc_member_order = "bysource"
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

@@ -88,13 +88,15 @@ def audit(
     generator of the CPU is left untouched.
 
     Args:
-        split: anything with an `edge`, and a `cloud` for attacks that go through it.
+        split: a `Split`, an `ExportedSplit`, or anything else with a module `edge`, and a `cloud`
+            for attacks that go through it.
         attacker_data: images `[N, C, H, W]` on [0, 1], or uint8, that the attacker owns. For a
             fair audit the defender did not train on them.
-        victim_data: images to be reconstructed, none of them among the attacker's.
-        attacks: names (`patrol_prune.attacks.ATTACKS`), your own attacks (an object with `fit` and
-            `reconstruct`) or functions `seed -> attack`; a mapping names them. An attack of your
-            own may say with an attribute `box` ("black", "white", "none") what it does to the edge.
+        victim_data: images to be reconstructed, likewise, none of them among the attacker's.
+        attacks: names (`patrol_prune.attacks.ATTACKS` has them, docs/audit.md says what they do),
+            your own attacks (an object with `fit` and `reconstruct`, see `Attack`) or functions
+            `seed -> attack`; a mapping names them. An attack of your own may say with an attribute
+            `box` ("black", "white", "none") what it does to the edge.
         seeds: one fresh attacker for each; an instance, which takes no seed, runs once.
         normalization: from pixels to the model's input; by default none.
         undefended: the split before any defence, at the same place: the ceiling.
@@ -108,12 +110,12 @@ def audit(
         device: where attackers train; where the edge is by default.
         examples: how many reconstructions to keep as images.
         batch_size: images per forward pass of the edge.
-        check_attacks: also let every attack invert two trivial edges first (`self_test`).
+        check_attacks: also let every attack invert two trivial edges first; a flag says where one
+            cannot.
         uploads: of each picture, by an edge that draws anew for every one (the frames of a video
             that hardly differ, a device that sends again): attackers are given, of their own
             pictures and of the victim's, the mean, or that of what was not dropped where values
-            are (`access.Repeated`).
-            The edge runs so many times for every query; one that draws nothing runs once.
+            are. The edge runs so many times for every query; one that draws nothing runs once.
         largest_feature_bytes: of the attacker's features to keep in memory; of larger ones,
             attacks are given the edge alone and query it batch by batch.
         progress: called with one sentence before each step; they are logged in any case.
@@ -121,7 +123,8 @@ def audit(
             and its reconstructions of the victim's images, for measures of your own. What it raises
             on an attack of your own is a flag, on one of ours it ends the audit.
         kept: where each attack that has ended is kept, so that an audit of the same goes on where
-            an earlier one was interrupted (`audit_kept.KeptAttacks`); attacks of your own are not,
+            an earlier one was interrupted: a `patrol_prune.audit_kept.KeptAttacks(folder, same)`,
+            with `same` all that the outcome hangs on, as JSON. Attacks of your own are not kept,
             and `observer` is not told of those that are taken from there.
 
     Raises:
@@ -131,7 +134,8 @@ def audit(
             attack, or an attack that needs a cloud, labels or more images than there are, or less
             than one upload; before any attack, on an edge that cannot run on the images, or
             features that are not finite.
-        TrainingError: every attack on the edge broke off, so that nothing is known of it.
+        TrainingError: every attack on the edge, or on the undefended one, broke off, so that
+            nothing is known of it.
     """
     check_uploads(uploads)
     check_normalization(normalization)

@@ -38,13 +38,13 @@ class AuditReport:
             tell), `attacker_data` (`"same"` or `"shifted"`), `attacker_images`, `victim_images`,
             `random_edge`, `uploads` (of each picture); `ssim`, `ms_ssim` (None on small images),
             `psnr` (dB, at most 100 per image), `mse` and `gmsd` as means over the victim's images
-            on [0, 1] pixels;
-            `ssim_worst5` and `mse_worst5`, the means over the 5% of images that were reconstructed
-            best; `rank1`, `rank5`, `chance1`, `chance5`: how often the reconstruction leads back
-            to its original among all victims, and a guess does; `plateau`, `epochs` (or settings
-            tried), `extensions`, `best_epoch`, `held_out_loss`, `gradient_norm`, `chosen`,
-            `seconds` of the attack's training (None where an attack does not tell, or where a
-            number is not finite).
+            on [0, 1] pixels; `ssim_worst5` and `mse_worst5`, the means over the 5% of images that
+            were reconstructed best by that measure; `rank1`, `rank5`, `chance1`, `chance5`: how
+            often the reconstruction leads back to its original among all victims, and a guess does;
+            `plateau`, `epochs` (or settings tried), `extensions`, `best_epoch`, `held_out_loss`,
+            `gradient_norm`, `chosen` of the attack's training (None where an attack does not tell,
+            or where a number is not finite); `seconds` of it all, reconstruction and scores
+            included.
         flags: one dict per warning: `subject`, `attack`, `attack_seed`, `name`, `meaning`,
             `advice`, and `attacker_data` and `attacker_images` where it is about one row.
         per_image: `"subject/attack/seed"` to the lists `ssim`, `psnr`, `mse`, `gmsd` (and
@@ -91,8 +91,10 @@ class AuditReport:
     def strongest(self, subject: str = "edge") -> dict[str, Any]:
         """The subject's record with the highest mean SSIM, whatever attack and seed it is of.
 
-        Whether that attack had reached its plateau makes no difference: it saw what it saw. An
-        unknown subject is an InputError.
+        Whether that attack had reached its plateau makes no difference: it saw what it saw.
+
+        Raises:
+            InputError: there are no records of the subject.
         """
         return max(self._of(subject), key=lambda record: float(record["ssim"]))
 
@@ -111,7 +113,7 @@ class AuditReport:
 
         `seeds` says how many there were; `ssim_std` and so on are the sample standard deviation
         (n - 1), None for a single seed; both are None where a measure was not taken. `plateau` is
-        whether every seed reached it.
+        whether every seed reached it, None where no attack tells.
         """
         groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for record in self.records:
@@ -152,7 +154,8 @@ class AuditReport:
     def from_json(cls, source: str | os.PathLike[str]) -> AuditReport:
         """Read a report from its path, with its examples, or from the text itself.
 
-        Raises CheckpointError, naming the file, if it is torn or not a report.
+        Raises:
+            CheckpointError: it is not there, torn, or not a report; `path` names the file.
         """
         text, path = _read(source)
         where = "the given text" if path is None else str(path)

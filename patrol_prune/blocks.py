@@ -51,12 +51,13 @@ class ResidualBlock:
     """One residual addition and the branch that could go.
 
     Attributes:
-        name: the module that adds, if it adds once; else the branch's last module with weights.
-        location: "edge", "cloud", "crossing", or None without a split.
+        name: the module that adds, if it adds once; else the branch's last module with weights,
+            or the addition's own name where that is taken.
+        location: "edge", "cloud", or "crossing" the split; None without a split.
         edge_macs: multiply-adds at batch 1 that its removal saves on the edge (without a split:
             in the model); 0 if it is not there.
         layers: the branch's layers, by name.
-        scaled: the layer whose output carries the block's mask, or None.
+        scaled: the layer whose output a soft mask on the block multiplies, or None.
         unscaled: why there is none.
         within: blocks whose branch holds this one.
         blocked: why the block cannot be removed, or None.

@@ -105,13 +105,15 @@ def diagonal_fisher_information(
     probes: int | None = 16,
     generator: torch.Generator | None = None,
 ) -> FisherLeakage:
-    """`dFIL(x) = Tr(J^T J) / (sigma^2 d)` with `J = dz/dx`, image by image.
+    """How far Gaussian noise on an upload keeps unbiased attackers off, image by image.
 
-    An attacker without bias (`E[x_hat | x] = x` around this x) errs by `MSE(x) >= 1 / dFIL(x)`
-    (Cramer and Rao, then `Tr(F^-1) Tr(F) >= d^2`; Maeng et al., NeurIPS 2023). Real attackers
-    are biased and may do better. `Tr(J^T J) = E ||J^T v||^2` for independent signs `v`
-    (Hutchinson), by one vector-Jacobian product each. Where the edge jumps at x, `J` does not see
-    it and nothing follows; kinks (ReLU, max-pooling) have probability zero and do no harm.
+    `dFIL(x) = Tr(J^T J) / (sigma^2 d)` with `J = dz/dx`, of `d` pixel values to `k` outputs, where
+    `z + n`, `n ~ N(0, sigma^2 I)`, is uploaded. An attacker without bias (`E[x_hat | x] = x` around
+    this x) errs by `MSE(x) >= 1 / dFIL(x)` (Cramer and Rao, then `Tr(F^-1) Tr(F) >= d^2`; Maeng et
+    al., NeurIPS 2023). Real attackers are biased and may do better. `Tr(J^T J) = E ||J^T v||^2` for
+    independent signs `v` (Hutchinson), by one vector-Jacobian product each. Where the edge jumps at
+    x, `J` does not see it and nothing follows; kinks (ReLU, max-pooling) have probability zero and
+    do no harm.
 
     Args:
         edge: pixels `[N, C, H, W]` to `z [N, ...]`, normalisation inside, **noise left out**, in
@@ -121,9 +123,15 @@ def diagonal_fisher_information(
         probes: how many sign vectors; None or at least `k` differentiates all `k` outputs: exact.
         generator: draws the signs; None for a fresh one of seed 0.
 
+    Returns:
+        `dfil` and its `standard_error`, `[N]`, float64, in 1 / squared pixel units; `exact`; of
+        them the bounds `mse_bounds` `[N]`, `mse_bound` (of the mean over images) and
+        `worst_mse_bound`; and `any_attacker(prior_information)`, which holds for biased ones too.
+
     Raises:
-        InputError: on `sigma` or `probes` not positive, an edge that is random, mixes images,
-            cannot be differentiated or has a slope that is not finite.
+        InputError: on `sigma` not positive, fewer than 2 `probes`, pixels that are no
+            floating-point ones, an edge that is random, mixes images, cannot be differentiated or
+            has a slope that is not finite.
     """
     _check_sigma(sigma)
     outputs = checked_edge(edge, pixels)
@@ -217,13 +225,15 @@ def conditional_entropy_bound(
     entropy: float | None = None,
     levels: int | None = None,
 ) -> EntropyBound:
-    """`I(x; z') <= 1/2 log det(I + Sigma_z / sigma^2)`, and `MSE >= exp(2 (h(x) - I)/d)/(2 pi e)`.
+    """How much an upload with Gaussian noise can tell of an image, and the error that follows.
 
+    With `z' = z + n`, `n ~ N(0, sigma^2 I)`, `z` of `k` values and `log` natural, `I(x; z') <= 1/2
+    log det(I + Sigma_z / sigma^2)`, and `MSE >= exp(2 (h(x) - I)/d)/(2 pi e)` for every attacker.
     The first holds for every distribution of `z`, as a Gaussian has the largest entropy of its
     covariance; with equality for a Gaussian `z`. It also holds where `z` is random before the
-    noise. With `groups` c of share `p_c`: `I <= sum_c p_c (1/2 log det(I + Sigma_c/sigma^2)
-    - log p_c)`, tighter where `z` clusters. (The step from `h(x|z')` to the MSE and the use of
-    mixtures are also in Xia et al., "Conditional Entropy Maximization", CVPR 2025.)
+    noise. With `groups` c of share `p_c`: `I <= sum_c p_c (1/2 log det(I + Sigma_c/sigma^2) - log
+    p_c)`, tighter where `z` clusters. (The step from `h(x|z')` to the MSE and the use of mixtures
+    are also in Xia et al., "Conditional Entropy Maximization", CVPR 2025.)
 
     A covariance from N images **under-estimates** I on average, badly where N is not many times
     `k`: at most N - 1 directions vary. `shrinkage` mixes the covariance with its own diagonal,
@@ -240,7 +250,14 @@ def conditional_entropy_bound(
         entropy: `h(x)` in nats of an image on [0, 1], **not more than it is**; that of a Gaussian
             or of a likelihood model is too high and gives no bound. None for the factor alone.
         levels: grey levels of the pixels (256), where `entropy` is that of dithered ones
-            (`dithered_entropy`).
+            (`patrol_prune.bounds.dithered_entropy`).
+
+    Returns:
+        `information`, the bound on `I` in nats, and `diagonal_information`, that of the variances
+        alone; `mse_factor`, `exp(-2 I/d)`; `mse_bound` in squared pixel units, None without
+        `entropy`; `rank_deficient`, whether images are too few to see all of `z` vary; and what
+        they come from: `shrinkage`, `images`, `dimensions` (`k`), `groups`, `smallest_group`. An
+        estimate from a sample, of a bound.
 
     Raises:
         InputError: on arguments outside the above, or on NaN.

@@ -122,13 +122,14 @@ def save(
         split: the model, pruned or not, with its cut.
         path: a directory, `edge.patrol` by custom; a link to one stays a link.
         history: how the model was pruned since it was built, as `pruner.DG.pruning_history()` of
-            any Torch-Pruning pruner tells it. Without it, and without one that `load` left on the
-            split, only the sizes of the layers are recorded, which is enough to load them.
-        normalization: kept for whoever loads.
-        extra: any JSON, kept for whoever loads.
+            any Torch-Pruning pruner tells it. Without it, and without one that `PatrolPruner` or
+            `load` left on the split, only the sizes of the layers are recorded, which is enough to
+            load them.
+        normalization: kept for whoever loads, `patrol_prune.checkpoint.read_info(path)` tells it.
+        extra: any JSON, likewise.
 
     Raises:
-        InputError: the directory holds other files, which would go.
+        InputError: `path` is a file or holds other files, which would go, or `extra` is no JSON.
         UnsupportedModelError: the model's state holds more than tensors.
     """
     check_split(split)
@@ -177,6 +178,7 @@ def load(
         device: where the weights go.
 
     Raises:
+        InputError: `model_factory` is no function, or builds neither a model nor a pair.
         CheckpointError: a file is missing, torn, changed or odd, or the factory's model is not the
             one that was saved; `path` names the file.
     """

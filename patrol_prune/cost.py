@@ -39,7 +39,7 @@ class MacCount:
 
 
 class HasEdge(Protocol):
-    """What `edge_macs` needs of a split."""
+    """What `edge_macs` needs of a split: the edge, and example inputs of it."""
 
     @property
     def edge(self) -> nn.Module: ...
@@ -60,6 +60,10 @@ def count_macs(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> 
     Args:
         module: any module that takes one tensor.
         example_inputs: a batch `[N, ...]`, or a tuple with one such batch.
+
+    Returns:
+        `total`, an int at batch 1; `by_module`, module name -> multiply-adds, its children's
+        included; `uncounted`, operators that ran and are not in `total` -> how often.
 
     Raises:
         InputError: the module cannot run on `example_inputs`.
@@ -86,7 +90,14 @@ def count_macs(module: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> 
 
 
 def edge_macs(split: HasEdge) -> int:
-    """Multiply-adds of the edge half of `split` at batch size 1."""
+    """Multiply-adds of the edge half of `split` at batch size 1, as `count_macs` counts.
+
+    Args:
+        split: a `Split`, or anything else with a module `edge` and its `example_inputs`.
+
+    Raises:
+        InputError, UnsupportedModelError: as `count_macs`.
+    """
     return count_macs(split.edge, split.example_inputs).total
 
 

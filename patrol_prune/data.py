@@ -40,6 +40,9 @@ class ImageSet:
         images: bytes, `[N, 3, H, W]`, dtype uint8.
         labels: class indices, `[N]`, dtype int64.
         classes: one name per class.
+
+    Raises:
+        InputError: images of another kind, or labels that do not fit them or the classes.
     """
 
     images: Tensor
@@ -199,12 +202,13 @@ def load_image_folder(
 
     Args:
         root: a folder with one sub-folder per class.
-        image_size: side of the square, in pixels.
+        image_size: side of the square, in pixels, at least 8.
         classes: the classes of the training part, whose numbers the labels then are; some may be
             missing here, others are refused.
 
     Raises:
-        InputError: no image, a single class, an unreadable image (named), unknown classes.
+        InputError: no image, a single class, an unreadable image (named), unknown classes, or more
+            than 16 GiB of pixels.
     """
     folder = Path(root)
     if image_size < 8:
@@ -311,20 +315,20 @@ def _as_rgb(image: Image.Image, is_png: bool, path: Path) -> Image.Image:
 
 
 class Batches:
-    """Batches `(x, y)` of an `ImageSet`, in model-input space, the same for the same seed.
+    """Batches `(x [B, 3, H, W], y [B])` of an `ImageSet`, as model inputs; the same for a seed.
 
     Iterating twice gives two epochs; `set_epoch` makes an epoch repeatable, so that a resumed
     run sees what the first would have seen.
 
     Args:
         image_set: where the images come from.
-        batch_size: images in a batch; the last batch may be smaller, never a single image
-            while training (`shuffle`), where BatchNorm would fail.
+        batch_size: images in a batch; the last may be smaller, and is left out where it would be
+            a single image in training (`shuffle`), on which BatchNorm would fail.
         normalization: of the pixels on [0, 1]; none without.
         augment: random horizontal flips and shifts of up to an eighth of the side.
         shuffle: another order each epoch.
         seed: of order and augmentation.
-        indices: only these images.
+        indices: only these images, `[n]`.
 
     Raises:
         InputError: no image, or no positive batch size.

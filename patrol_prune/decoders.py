@@ -60,9 +60,8 @@ def make_decoder(
       trunk's resolution, then doublings by conv3 + PixelShuffle.
     - `"transposed"`: a 3x3 convolution, then doublings by 4x4 transposed convolutions of stride 2
       with BN and ReLU (He, Zhang, Lee, ACSAC 2019). `depth` does not apply to it.
-
     - `"unet"`: a 3x3 convolution, an encoder and a decoder around the map with skip connections
-      (`UTrunk`), then the doublings of `"residual"` with a residual block behind each. `depth`
+      that add, then the doublings of `"residual"` with a residual block behind each. `depth`
       counts these blocks too; the trunk gets what they leave.
 
     All halve the width at every doubling (never under 16), resize bilinearly where the image is
@@ -71,14 +70,14 @@ def make_decoder(
     The trunk stands at the feature's own resolution, at most half the image's (rounded up): a
     larger feature map is pixel-unshuffled there first, which loses nothing. A small map of more
     values than the trunk has is spread by the first convolution, over up to 8 a side, or 16 for
-    images of 64 pixels and more (`decoder_blocks.spreading`), so that the trunk holds more of it;
+    images of 64 pixels and more, so that the trunk holds more of it;
     one of at most 2x2 is read as a vector. Larger maps of many channels need a larger `width`.
     Residual blocks cost `18 * depth * width^2` multiply-adds per trunk pixel, in the U too: 38 M
     per image at width 64, depth 8 and 8x8 (50 M and 53 M with all the rest), but 7.4 G at 112x112,
     so give fewer or narrower blocks to shallow features of large images.
 
     Args:
-        family: one of `FAMILIES`.
+        family: "residual", "transposed" or "unet".
         feature_shape: a map `(C, H, W)` (or `(H, W, C)`, recognised by the image's aspect ratio),
             tokens `(T, D)` or a vector `(D,)`, without the batch. Tokens on a grid, with or
             without class or register tokens before it, become a map; all else goes through a
@@ -87,6 +86,10 @@ def make_decoder(
         width: channels of the trunk.
         depth: residual blocks in the trunk (see `"unet"` for its own).
         seed: of the initial weights; the global generators are left untouched.
+
+    Returns:
+        an untrained module on the CPU. It expects standardised features (mean 0 and variance 1 of
+        each channel), and refuses those of another shape with an `InputError`.
 
     Raises:
         InputError: an unknown family, or a size that is not positive.

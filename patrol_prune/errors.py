@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 
 
 class PatrolError(ValueError):
-    """Base of every error this package raises on purpose."""
+    """Base of every error this package raises on purpose; a `ValueError`."""
 
 
 class InputError(PatrolError):
@@ -24,9 +24,14 @@ class UnsupportedModelError(PatrolError):
 
 
 class BudgetError(PatrolError):
-    """No choice of channels meets the budget; `smallest_edge_macs` is what can be reached.
+    """No choice of channels or blocks meets the budget, or the limits of `plan`.
 
-    `smallest` says the same of every limit that was given: name -> value.
+    Attributes:
+        smallest_edge_macs: the fewest multiply-adds that can be reached; None where no edge ran
+            within a limit of latency.
+        smallest: where `plan` raised it, the least of "edge_macs", "edge_params" and
+            "feature_bytes" each, or the "latency_ms" of the fastest edge that was measured; empty
+            elsewhere.
     """
 
     def __init__(
@@ -42,7 +47,12 @@ class BudgetError(PatrolError):
 
 
 class TrainingError(PatrolError):
-    """Training met a NaN or an infinity; `step` and `term` say where."""
+    """Training met a NaN or an infinity, or every attack of an audit broke off.
+
+    Attributes:
+        step: of the training, or of the attack; 0 where the whole audit is meant.
+        term: of the loss, as "task" or "adversarial"; "gradient"; "reconstruction" of an attack.
+    """
 
     def __init__(self, message: str, *, step: int, term: str) -> None:
         super().__init__(message)
@@ -51,7 +61,11 @@ class TrainingError(PatrolError):
 
 
 class CheckpointError(PatrolError):
-    """A file on disk is torn, tampered with, or of another kind; `path` names it."""
+    """A file on disk is torn, tampered with, or of another kind than what was asked for.
+
+    Attributes:
+        path: the file or folder.
+    """
 
     def __init__(self, message: str, *, path: str) -> None:
         super().__init__(message)
@@ -59,11 +73,14 @@ class CheckpointError(PatrolError):
 
 
 class RunDirectoryError(PatrolError):
-    """The run directory holds something else than this run."""
+    """The folder of a run or of a search holds something else, as one with other settings."""
 
 
 class UnmetLimitsError(PatrolError):
-    """No trial of a search keeps to the limits; the message says which is the hardest to meet."""
+    """No trial of a search keeps to the limits; the message says which is the hardest to meet.
+
+    Of the command `patrol-prune tune`; the function `tune` says it in `TuneResult.why_empty`.
+    """
 
 
 class MissingPackageError(PatrolError):

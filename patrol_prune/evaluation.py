@@ -67,8 +67,13 @@ def recalibrate_batchnorm(
     """Replace BatchNorm's running statistics by the plain average over up to `max_batches`.
 
     Removal changes what every later layer sees; the stored statistics are of the wider model.
-    `device` is where the model is, by default asked of it. Where the pass fails, the statistics
-    stay as they were.
+    Where the pass fails, the statistics stay as they were.
+
+    Args:
+        model: changed in place; its weights are not, and its mode comes back.
+        batches: `(x, y)` as in training; `y` is not looked at.
+        max_batches: the most that are read.
+        device: where the model is, by default asked of it.
 
     Raises:
         InputError: no batch.

@@ -99,7 +99,7 @@ def export(
             which then takes pixels. Without it the edge takes what the model takes.
         any_batch: let the edge take any number of pictures at once; one without. The cloud takes
             any number of uploads where its layers can.
-        opset: of ONNX; the exporter's choice where None.
+        opset: of ONNX, at least 18; the exporter's choice where None.
         classes: names of the answers, for `about.json`.
 
     Raises:

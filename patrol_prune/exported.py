@@ -62,8 +62,9 @@ class ExportedSplit:
     """What `load_exported` gives: halves that run files, for `audit` and for comparison.
 
     Attributes:
-        edge: an `ExportedHalf`.
-        cloud: another.
+        edge: a module that runs the edge's file on the CPU, picture by picture where it takes one
+            at a time. "pt2" passes gradients on, for white-box attacks; "onnx" has none.
+        cloud: likewise.
         about: what `about.json` says; `about["edge"]["input"]["holds"]` says what the edge takes.
     """
 

@@ -71,10 +71,9 @@ def finetune(
     """Train the whole model, with the objective's privacy terms where one is given.
 
     Without an objective the loss is cross-entropy. With a teacher,
-    `(1 - w) * task + w * T^2 * KL(teacher || model)` at temperature `T` takes the task's place
-    (`distillation.py`), and the distance of the last features may be added.
-    The model is trained in place; it and the teacher are left in the mode and the memory layout
-    they came in.
+    `(1 - w) * task + w * T^2 * KL(teacher || model)` at temperature `T` takes the task's place,
+    and the distance of the last features may be added (`FinetuneConfig`). The model
+    is trained in place; it and the teacher are left in the mode and the memory layout they came in.
 
     What has `requires_grad=False` stays as it is. So do the running statistics of norms whose own
     parameters are all frozen, which run in evaluation mode meanwhile, and of norms without any in
@@ -85,25 +84,32 @@ def finetune(
 
     Args:
         split: the cut model, or, without an objective, any model.
-        train_batches: batches `(x, y)` in model-input space.
+        train_batches: batches `(x, y)` in model-input space, with a length, that can be read again
+            for every epoch (a DataLoader, a list, `Batches`); `set_epoch` is called if it exists.
         objective: task, Lipschitz and adversarial terms; terms of a subclass may carry one more,
             `penalty`, which is recorded with them.
         surrogate_batches: other images for the surrogates' inner steps, so that they cannot
             memorise those on which they are asked; the edge runs once more for each. Without
             them they learn from the model's own batch and the one before.
         config: see `FinetuneConfig`.
-        val_batches: accuracy is measured on them after each epoch.
+        val_batches: accuracy is measured on them after each epoch, so they can be read again too.
         teacher: the dense model, never trained here; it shares no parameter with the model.
         checkpoint_dir: one checkpoint per epoch is written there, whole or not at all.
         resume: go on from the newest whole checkpoint in `checkpoint_dir`, from the start where
             there is none; without it, the folder must hold no checkpoint of an earlier training.
         progress: show a bar.
-        device: where to train; where the model is by default.
+        device: where to train, and where the model then stays; where it is by default.
+
+    Returns:
+        `history`, one record per epoch with the means of the loss's terms, and `accuracy` with
+        `val_batches`; `resumed_from`, the epochs that were done before (0 from the start); and the
+        `optimizer`.
 
     Raises:
         TrainingError: a loss or a gradient that is NaN or infinite, with the step and the term.
         InputError: no batch, labels outside the classes, a privacy objective without its split, a
-            teacher that would be trained along, a task loss with parameters to learn of its own.
+            teacher that would be trained along, a task loss with parameters to learn of its own,
+            nothing to train, another precision in `config` than in the objective.
         UnsupportedModelError: the model is float16 or bfloat16.
         CheckpointError: `checkpoint_dir` holds an earlier training, and `resume` is not given; or
             what is to be resumed has other settings.

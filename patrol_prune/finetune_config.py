@@ -18,7 +18,8 @@ class FinetuneConfig:
 
     Attributes:
         epochs: passes over the data.
-        lr: peak learning rate of SGD with momentum; rises linearly, then falls as a cosine.
+        lr: peak learning rate of SGD with Nesterov momentum; rises linearly, then falls as a
+            cosine.
         momentum: of SGD.
         weight_decay: of SGD.
         warmup: share of all steps over which the learning rate rises.
@@ -31,9 +32,13 @@ class FinetuneConfig:
         inner_steps: surrogate steps for each step of the model.
         surrogate_warmup_steps: steps of the surrogates alone before the first epoch.
         renew_every: after so many steps of the model the weakest surrogate starts anew; 0 never.
-        precision: "auto", "fp32" or "bf16"; where it is "auto", the objective's.
+        precision: "auto", "fp32" or "bf16" arithmetic; where it is "auto", the objective's, and
+            where that is "auto" too, bf16 where the device computes it natively.
         seed: recorded with the run; the batches carry their own, and dropout draws from torch's
             generator (`torch.manual_seed`).
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     epochs: int = 10

@@ -19,7 +19,7 @@ _NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 
 
 def fold_masks(masks: SoftMasks) -> None:
-    """Multiply every mask into the input weights of its consumers, or its branch's end; exact.
+    """Multiply every mask into the input weights of its consumers, or its branch's end; exact::
 
         w[:, idxs] <- w[:, idxs] * m[root_idxs],        of a block:  w, b <- m w, m b
         w_q[idxs], b_q[idxs] <- m[root_idxs] (w_q, b_q)[idxs],    of dimensions of heads
@@ -42,7 +42,8 @@ def fold_masks(masks: SoftMasks) -> None:
         InputError: the model was pruned since the masks were made, or they are attached.
         UnsupportedModelError: two consumers share one weight but not one mask, a layer normalises
             over channels whose masks differ, or a block's mask is not 1 and its branch ends in a
-            layer that cannot take it (`cannot_fold`).
+            layer that cannot take it: no convolution, linear layer or norm with weights, or one
+            that shares its weights.
     """
     check_kind(masks, "masks", SoftMasks, "Give SoftMasks, of learned masks their .masks.")
     if masks.is_attached:

@@ -68,6 +68,10 @@ def combine_terms(
 class PatrolImportance(Importance):  # type: ignore[misc]
     """Scores channels for any Torch-Pruning pruner, from calibration batches.
 
+    `I_s = task_weight dL_task + lip_weight dL_lip - adv_weight dL_adv`, higher is to be kept, with
+    `dL_t` the change of a term on removal of the channel as its gradients predict it, scaled as
+    `normalizer` says. `GroupPatrolImportance` is another name of this class.
+
     Args:
         objective: gives the terms; its split says what is edge. Its surrogates should have been
             fitted to the model before (`objective.fit_surrogates`).
@@ -82,6 +86,10 @@ class PatrolImportance(Importance):  # type: ignore[misc]
             as the objective itself weighs: the adversarial term times `beta`, no other.
         training: run the model in training mode (running statistics are put back).
         blocks: score the edge's removable residual blocks too, see `block_scores`.
+
+    Raises:
+        InputError: an unknown `task_change` or `normalizer`, a negative weight.
+        UnsupportedModelError: the model cannot be pruned, see `PatrolPruner`.
 
     Example::
 
@@ -164,11 +172,12 @@ class PatrolImportance(Importance):  # type: ignore[misc]
             y: labels, as the task loss takes them; it is taken to be a mean over images.
 
         Returns:
-            the objective's terms for this batch.
+            the objective's terms for this batch, as `PatrolObjective.terms` does.
 
         Raises:
             InputError: an empty batch, labels outside the model's classes, or a term that is NaN
                 or infinite.
+            UnsupportedModelError: the model is float16, or bfloat16 with a Lipschitz term.
         """
         x, y = input_and_target((x, y))
         exact = getattr(self.objective, "uses_lipschitz", False)  # takes small differences
@@ -251,7 +260,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
 
     @property
     def block_scores(self) -> dict[str, float]:
-        """Block name -> score: the same formula, over the same scales as the channels'.
+        """Block name -> score, by the same formula and over the same scales as the channels'.
 
         Raises:
             InputError: nothing was accumulated, or not with `blocks=True`, or the scores are stale.
@@ -286,7 +295,10 @@ class PatrolImportance(Importance):  # type: ignore[misc]
 
     @property
     def terms(self) -> dict[str, dict[str, Tensor]]:
-        """Term -> group name -> `[C]` normalised changes; zeros where a term was not computed."""
+        """Term -> group name -> `[C]` scaled changes; zeros where a term was not computed.
+
+        Terms are "task", "lipschitz" and "adversarial"; an InputError if nothing was accumulated.
+        """
         over, scaled = self._edge_groups(), {}
         for term, values in self.raw.items():
             scale = self._scale(term, values, over)
@@ -295,7 +307,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
 
     @property
     def raw(self) -> dict[str, dict[str, Tensor]]:
-        """Term -> group name -> `[C]` predicted change on removal, averaged over images."""
+        """As `terms`, not scaled, the predicted changes on removal as means over images."""
         if self._batches == 0:
             raise InputError(
                 "Expected calibration data, came none: call accumulate(x, y) on at least one "

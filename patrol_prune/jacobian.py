@@ -222,9 +222,20 @@ def jacobian_effective_rank(
     `E ||b||^2 = sum s^2`, `E (b_i . b_j)^2 = sum s^4`.
 
     Args:
-        edge, pixels, generator: as in `diagonal_fisher_information`.
+        edge, pixels, generator: as in `diagonal_fisher_information`, without its bound.
         exact_limit: the most outputs `k` for the whole Jacobian (k backward passes an image).
         probes: sign vectors beyond that, at least 2; the relative error is about `2 / probes`.
+
+    Returns:
+        `effective_rank` `[N]`, `exp(-sum p log p)` of the shares `p_i = s_i^2 / sum s^2` of the
+        squared singular values, from 1 to `min(k, d)`, 0 for a zero Jacobian, and None beyond
+        `exact_limit`; `participation_ratio` `[N]`, `(sum s^2)^2 / sum s^4`, never above it; and
+        `exact`.
+
+    Raises:
+        InputError: pixels that are no floating-point ones, fewer than 2 probes where they are used,
+            an edge that is random, mixes images, cannot be differentiated or has a slope that is
+            not finite.
     """
     outputs = checked_edge(edge, pixels)
     generator = generator or torch.Generator().manual_seed(0)

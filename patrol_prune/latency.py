@@ -22,9 +22,13 @@ class LatencyConfig:
 
     Attributes:
         batch: images that pass at once.
-        threads: of torch while measuring; those torch has been given without it.
+        threads: of torch while measuring; None for as many as torch has been given.
         min_run_time: seconds that one measurement takes at least, warm-up excluded.
-        roundings: multiples of channels to compare for the pruned edge; None keeps any number.
+        roundings: multiples of channels to compare for the pruned edge of a `plan`; None keeps any
+            number.
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     batch: int = 1
@@ -69,7 +73,7 @@ class Latency:
 
     @property
     def circumstances(self) -> str:
-        """Under which it was measured: `batch 1, 1 thread, cpu`."""
+        """Under which it was measured, as in `batch 1, 1 thread, cpu`."""
         plural = "" if self.threads == 1 else "s"
         return f"batch {self.batch}, {self.threads} thread{plural}, {self.device}"
 
@@ -82,8 +86,9 @@ def measure_latency(
     example_inputs: Tensor | Sequence[Tensor],
     config: LatencyConfig | None = None,
 ) -> Latency:
-    """Time forward passes of `module` in evaluation mode, without gradients, in float32.
+    """Time forward passes of `module` in evaluation mode, without gradients.
 
+    They run in the type of the module's weights and inputs, float32 as a rule.
     `torch.utils.benchmark.Timer.blocked_autorange` warms up, chooses how many passes make a run
     and waits for an accelerator. At least nine runs are taken, however slow the module is. A
     machine with other work to do shows in the interquartile range.

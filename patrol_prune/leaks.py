@@ -29,7 +29,8 @@ class Leak:
 
     Attributes:
         rate: share of right answers, 0 to 1; lower is more private.
-        chance: the share that a guess without looking has right: see `guess_rate`.
+        chance: the share that a guess without looking has right, always the answer most frequent in
+            training or answers drawn as often as there, whichever is better.
         count: over how many answers.
     """
 
@@ -46,9 +47,12 @@ class ReaderConfig:
         epochs: passes over the pictures.
         batch_size: answers in a batch.
         lr: peak of Adam's rate, which falls to zero by a cosine.
-        width: channels of the first layer.
+        width: channels of the first layer; of an `UploadReader`, values of the hidden layer.
         seed: of weights and order.
         device: where it computes.
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     epochs: int = 15
@@ -93,6 +97,9 @@ class PlateReader:
                 lower left, as x and y from the picture's upper left corner.
             texts: what the plates say, all of one length.
 
+        Returns:
+            itself.
+
         Raises:
             InputError: shapes or lengths that do not fit, fewer than two characters.
         """
@@ -112,7 +119,11 @@ class PlateReader:
         return self
 
     def read(self, images: Tensor, boxes: Tensor) -> list[str]:
-        """The texts of the plates; arguments as in `fit`."""
+        """The texts of the plates; arguments as in `fit`.
+
+        Raises:
+            InputError: the reader is not fitted, or shapes do not fit.
+        """
         network = _fitted(self._network, "PlateReader")
         _check_images(images, len(boxes))
         cells = plate_cells(images, boxes, len(self._places))
@@ -150,7 +161,8 @@ class SceneReader:
         self._network: nn.Module | None = None
 
     def fit(self, images: Tensor, scenes: Sequence[str]) -> SceneReader:
-        """Train from scratch on pixels on [0, 1], `[N, 3, H, W]`, and the scene of each.
+        """Train from scratch on pixels on [0, 1], `[N, 3, H, W]`, and the scene of each; returns
+        itself.
 
         Raises:
             InputError: shapes that do not fit, fewer than two scenes.
@@ -168,7 +180,11 @@ class SceneReader:
         return self
 
     def tell(self, images: Tensor) -> list[str]:
-        """The scene of each picture."""
+        """The scene of each picture `[N, 3, H, W]`.
+
+        Raises:
+            InputError: the reader is not fitted, or shapes do not fit.
+        """
         network = _fitted(self._network, "SceneReader")
         _check_images(images, len(images))
         best = _answers(network, _small(images), self.config)

@@ -94,7 +94,7 @@ class MaskConfig(FinetuneConfig):
 
     @property
     def limits(self) -> Limits:
-        """The floors per group."""
+        """The floors per group, `min_channels` and `max_pruning_ratio`, as one object."""
         return Limits(self.min_channels, self.max_pruning_ratio)
 
 
@@ -113,7 +113,7 @@ class LearnedMasks:
         edge_macs_history: edge MACs behind every step of the schedule.
         records: one flat record per epoch: means of the terms, and gamma, edge_macs,
             zero_channels and zero_blocks at its end.
-        resumed_from: the epoch that training went on from.
+        resumed_from: the epochs that were done when training went on; 0 from the start.
         structures: what could go: "channels", "blocks" or "both".
         left_out: removable block -> why it had no mask.
     """
@@ -145,7 +145,10 @@ class LearnedMasks:
         """Fold the masks into the weights and remove the channels and blocks whose mask is zero.
 
         `split.model` then computes alone what the masked model computed, to rounding. The masks
-        are used up, as they are of the wider model.
+        are used up, as they are of the wider model. Gives what `PatrolPruner.step` does.
+
+        Raises:
+            InputError: the model was pruned since, as by an earlier call.
         """
         masks, split = self.masks, self.masks.split
         assert split is not None
@@ -200,7 +203,8 @@ def learn_masks(
         BudgetError: the groups at their floors cost more than the budget.
         InputError: no batch, an objective of another model, a task loss with parameters to learn
             of its own, a budget that is none, more than one process.
-        UnsupportedModelError: nothing on the edge can carry a mask.
+        UnsupportedModelError: nothing on the edge can carry a mask, or the model is of half
+            precision.
         TrainingError: a loss or a gradient that is NaN or infinite, with the step and the term.
         CheckpointError: the checkpoint to resume from is of another budget, boundary or choice of
             structures; or there is an earlier training, and `resume` is not given.

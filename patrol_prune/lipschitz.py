@@ -30,7 +30,7 @@ def block_lipschitz(
 ) -> Tensor:
     """Local Lipschitz constant of every block of a chain, estimated with one perturbation.
 
-    With `h_0 = x`, `h_i = f_i(h_{i-1})` and `D_i = h_i(x + delta) - h_i(x)`:
+    With `h_0 = x`, `h_i = f_i(h_{i-1})` and `D_i = h_i(x + delta) - h_i(x)`::
 
         paper:       k_i = sup_x ||D_i|| / ||D_{i-1}||
         scale_free:  k_i = sup_x (||D_i|| / ||h_i||) / (||D_{i-1}|| / ||h_{i-1}||)
@@ -53,7 +53,7 @@ def block_lipschitz(
         reduction: "max" over the batch stands for the supremum; "mean" is smoother.
 
     Returns:
-        `k`, shape `[N]`, non-negative; 0 for a constant block, 1 for an isometry.
+        `k`, shape `[N]`, non-negative; 0 for a constant block, 1 for a rotation.
 
     Raises:
         InputError: another form or reduction, or a perturbation of another shape.
@@ -92,7 +92,11 @@ def block_lipschitz(
 
 
 def lipschitz_loss(k: Tensor, alpha: float | Sequence[float] | Tensor) -> Tensor:
-    """`L_lip = sum_i alpha_i k_i`; one `alpha` for all blocks, or one for each.
+    """`L_lip = sum_i alpha_i k_i`, a scalar.
+
+    Args:
+        k: the blocks' constants `[N]`, as `block_lipschitz` gives them.
+        alpha: one for all blocks, or one for each.
 
     Raises:
         InputError: as many as neither.

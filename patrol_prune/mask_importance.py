@@ -14,17 +14,19 @@ from patrol_prune.survivors import SurvivorTracker
 
 
 class MaskImportance(Importance):  # type: ignore[misc]
-    """`I_s = |m_s|`, as the masks are now (docs/method.md, choice 13).
+    """Scores by the size of the masks as they are now, `I_s = |m_s|` (docs/method.md, choice 13).
 
     A channel whose mask is zero scores exactly 0 and goes first; after `fold_masks` its removal
     changes no output, and neither does leaving it where the budget has room. The scores are a
     copy: fold the masks afterwards. Groups that a layer normalises over (`SoftMasks.normalised`)
     are neither learned nor folded, and have no score.
 
-    `block_scores` are the blocks' masks, for `PatrolPruner(..., structures=...)`.
-
     Args:
         masks: of the model at its present widths.
+
+    Attributes:
+        scores: group name -> `[C]`.
+        block_scores: block name -> the size of its mask, for `PatrolPruner(..., structures=...)`.
 
     Example::
 
@@ -48,7 +50,7 @@ class MaskImportance(Importance):  # type: ignore[misc]
         self._stale: str | None = None
 
     def mark_stale(self, reason: str) -> None:
-        """Refuse to score from here on."""
+        """Refuse to score from here on; a pruner says so after its last step."""
         self._stale = reason
 
     def __call__(self, group: Any) -> Tensor | None:

@@ -55,6 +55,10 @@ BOUNDARIES = ("keep", "prune")
 class SoftMasks:
     """One trainable mask per channel group, and one per residual block where asked for.
 
+    A group's mask multiplies the input of every layer that reads the group's channels, and what is
+    uploaded of them; a block's the output of its branch. 1 changes nothing, 0 is the removal (but
+    for groups in `inexact`).
+
     Args:
         model: the model, traced bare; it is changed only inside `attached()`.
         example_inputs: what the model takes.
@@ -62,14 +66,16 @@ class SoftMasks:
         boundary: "keep" leaves the groups that cross the split without a mask, "prune" masks
             them at their consumers and at the transmitted feature.
         scope: "edge", or "model" for the cloud's groups as well; without a split always "model".
-        table: the model's group table, built with this split, to save the tracing.
+        table: that of other masks or of a pruner of this very model and split, to save the
+            tracing.
         blocks: mask the removable blocks too, those of the edge or, likewise, of the model.
 
     Attributes:
         channels: group name -> `nn.Parameter` `[C]`, ones at first.
         blocks: block name -> `nn.Parameter`, a scalar; empty unless asked for.
         unmaskable: removable block -> why it carries no mask.
-        table: the group table.
+        table: the model's channel groups; `table.groups` has them by name, with their `channels`,
+            `location` ("edge" or "cloud"), `crossing`, `members` and why they are `blocked`.
 
     Raises:
         InputError: an unknown boundary or scope.
@@ -190,7 +196,15 @@ class SoftMasks:
     def zero(
         self, channels: Mapping[str, Tensor | Sequence[int]], blocks: Iterable[str] = ()
     ) -> None:
-        """Set the masks of these channels and blocks to 0: what the model does without them."""
+        """Set the masks of these channels and blocks to 0: what the model does without them.
+
+        Args:
+            channels: group name -> numbers of its channels.
+            blocks: names of blocks.
+
+        Raises:
+            InputError: no such group, channel or masked block.
+        """
         for name in blocks:
             if name not in self.blocks:
                 why = self.unmaskable.get(name) or nearest(name, self.blocks) or (
@@ -255,6 +269,9 @@ class SoftMasks:
 
         `z_raw = edge(x)`, `z_seen = z_raw * m` over the crossing groups, `logits = cloud(z_raw)`,
         whose consumers carry `m` once each.
+
+        Raises:
+            InputError: the masks were made without a split.
         """
         if self.split is None:
             raise InputError("Expected masks made with split=, came none. Call the model instead.")

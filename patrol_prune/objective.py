@@ -110,26 +110,29 @@ class Belief:
 class PatrolObjective:
     """Task loss, Lipschitz term and adversarial-reconstruction term over a split.
 
+    `J = L + sum_i alpha_i k_i - beta L_adv`. The model minimises `J`, the surrogates their own
+    error; `L_adv` is that of the best of them on each image, see `SurrogateEnsemble`.
+
     Args:
         split: the cut model. Pruning it changes what the objective sees, as it should.
         task_loss: `task_loss(logits, y) -> scalar`; only the model's parameters are trained.
-        alpha: weight of the block-wise Lipschitz constants, one or one per block; 0 leaves them
-            out.
+        alpha: weight of the block-wise Lipschitz constants `k_i`, one or one per block; 0 leaves
+            them out.
         beta: weight of the adversarial reconstruction error; 0 leaves it out.
         noise_std: standard deviation of the Lipschitz perturbation, in input units.
-        lipschitz_form: "paper" or "scale_free", see `block_lipschitz`; or "spectral", see
-            `SpectralBounds`, which looks at no image and no noise.
+        lipschitz_form: "paper" or "scale_free", see `block_lipschitz`; or "spectral", an upper
+            bound from the layers' spectral norms, which looks at no image and no noise.
         lipschitz_reduction: "max" or "mean" over the batch.
         lipschitz_images: the first so many images of a batch are perturbed; the term is computed
             in full precision, where the rest may be mixed.
         adversarial_images: the adversarial term and the surrogates' steps take the first so many
             images of a batch; all of them where None. Fewer are cheaper and noisier.
-        surrogates: architectures of the attackers inside; or "usual" or "large", see
-            `SURROGATE_SETS`.
+        surrogates: architectures of the attackers inside; or "usual", the default's two, or
+            "large", three stronger ones that cost several times as much.
         surrogate_lr: learning rate of the attackers inside.
         surrogate_loss: what they minimise and the model maximises: "mse" is the paper's form,
-            "mse+ssim" decodes far more near the mean image, "auto" is the latter where the images
-            are large enough (`reconstruction_error`).
+            "mse+ssim" (`MSE + 0.1 (1 - SSIM)`) decodes far more near the mean image, "auto" is the
+            latter where the images have at least 11 pixels a side.
         normalization: the map from pixels on [0, 1] to the model's input.
         precision: "auto", "fp32" or "bf16" arithmetic of the edge, the cloud and the surrogates;
             in training, "auto" leaves it to the training's own setting.
@@ -202,11 +205,11 @@ class PatrolObjective:
 
     @property
     def spectral(self) -> SpectralBounds:
-        """The bounds of the edge's blocks, with their vectors; fresh ones after pruning."""
+        """The bounds of the edge's blocks; called, they give `k`, `[N]`. Fresh ones after pruning.
+        """
         if self._spectral is None or not self._spectral.fits(self.split.blocks):
-            self._spectral = SpectralBounds(
-                self.split.blocks, self.split.example_inputs, seed=self.seed
-            )
+            self._spectral = SpectralBounds(self.split.blocks, self.split.example_inputs,
+                                            seed=self.seed)
         return self._spectral
 
     def state(self) -> dict[str, Tensor]:
@@ -287,6 +290,14 @@ class PatrolObjective:
             y: what the task loss compares with.
             masks: soft masks through which everything is computed, where structures are scored.
             beta_scale: a factor on `beta`, for a warm-up.
+
+        Returns:
+            scalars with their graph, `task`, `lipschitz` (weighted) and `adversarial` (without
+            `beta`), the two None where their weight is 0, and `total`; then `block_lipschitz`,
+            `k` as `[N]`, the features `z` and the answers `logits`, in float32.
+
+        Raises:
+            InputError: images or labels that do not fit the model, or a loss that is no scalar.
         """
         attached = contextlib.nullcontext() if masks is None else masks.attached()
         with attached:
@@ -316,7 +327,7 @@ class PatrolObjective:
         return ObjectiveTerms(task, lipschitz, adversarial, total, constants, z, logits)
 
     def update_surrogates(self, z: Tensor, x: Tensor) -> Tensor:
-        """One inner step on features that the edge gave for `x`; mean error per surrogate."""
+        """One inner step on features that the edge gave for `x`; mean error of each, `[S]`."""
         z, x = z[: self.adversarial_images], x[: self.adversarial_images]
         pixels = self.pixels(x)
         return self.surrogates.step(z.detach(), pixels, precision=self.precision)
@@ -324,7 +335,10 @@ class PatrolObjective:
     def fit_surrogates(self, batches: Iterable[tuple[Tensor, Tensor]], steps: int) -> float:
         """Train the surrogates alone for `steps` batches; returns the last best mean error.
 
-        The model's mode and running statistics are left as they are.
+        Too few batches are read again. The model's mode and statistics are left as they are.
+
+        Raises:
+            InputError: no batch, or too few that cannot be read again.
         """
         check_count(steps, "steps", 1)
         check_full_precision(self.split.model, self.split.example_inputs, but=(torch.bfloat16,))
@@ -343,19 +357,17 @@ class PatrolObjective:
                     error = float(self.update_surrogates(z, x).min())
                     done += 1
                 if done == before:
-                    raise InputError(
-                        f"Expected batches for {steps} steps, came {done or 'none'}. Give some "
-                        "that can be read again, as a DataLoader or a list."
-                    )
+                    raise InputError(f"Expected batches for {steps} steps, came {done or 'none'}. "
+                                     "Give some that can be read again, as a DataLoader or a list.")
         return error
 
     @torch.no_grad()
     def belief(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Belief:
         """What the surrogates get out of these images, the best of them on each; nothing learns.
 
-        The edge runs in evaluation mode, as it is deployed. Give images that neither the model
-        nor the surrogates were trained on: what a fresh, stronger attacker gets beyond it is the
-        surrogate gap.
+        Gives `mse` and `ssim`, means over images; SSIM is NaN under 11 pixels a side. The edge runs
+        in evaluation mode, as deployed. Give images that neither the model nor the surrogates were
+        trained on: what a fresh, stronger attacker gets beyond it is the surrogate gap.
 
         Raises:
             InputError: no batch.
@@ -384,10 +396,5 @@ class PatrolObjective:
         part = x[: self.lipschitz_images]
         noise = torch.randn(part.shape, generator=self.generator) * self.noise_std
         with autocast(x.device, "fp32"), frozen_statistics(self.split.edge):
-            return block_lipschitz(
-                self.split.blocks,
-                part,
-                noise.to(x.device),
-                form=self.lipschitz_form,
-                reduction=self.lipschitz_reduction,
-            )
+            return block_lipschitz(self.split.blocks, part, noise.to(x.device),
+                                   form=self.lipschitz_form, reduction=self.lipschitz_reduction)

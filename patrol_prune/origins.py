@@ -55,8 +55,9 @@ def rebuild_optimizer(
 
     Settings and parameter groups are taken over; moments (SGD's momentum, Adam's averages) are
     cut to the channels that were kept. Where a parameter's origin is not known, because something
-    else pruned the model, its moments start anew and a warning says so. Parameters that the old
-    optimiser did not hold are not added, except those that replaced ones it held.
+    else pruned the model, its moments start anew, it goes into the first group, and a warning is
+    logged. Parameters that the old optimiser did not hold are not added otherwise, except those
+    that replaced ones it held.
 
     Args:
         optimizer: made before the removal.
@@ -64,6 +65,9 @@ def rebuild_optimizer(
 
     Returns:
         An optimiser of the same class. The old one is left as it was.
+
+    Raises:
+        InputError: no optimiser, or no module.
     """
     check_model(model, "model")
     check_kind(optimizer, "optimizer", torch.optim.Optimizer, "Give the one made before pruning.")

@@ -22,6 +22,9 @@ class Normalization:
     Args:
         mean: one value per image channel, in pixel units.
         std: one positive value per image channel, in pixel units.
+
+    Raises:
+        InputError: `mean` and `std` of other lengths, or a `std` that is not positive.
     """
 
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -40,12 +43,17 @@ class Normalization:
         return cls((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
     def to_input(self, pixels: Tensor) -> Tensor:
-        """Pixels `[N, C, H, W]` on [0, 1] to model input of the same shape."""
+        """Pixels `[N, C, H, W]` on [0, 1] to model input of the same shape.
+
+        Raises:
+            InputError: images of another number of channels, or without a batch dimension.
+        """
         mean, std = self._stats(pixels)
         return (pixels - mean) / std
 
     def to_pixels(self, x: Tensor, *, clamp: bool = True) -> Tensor:
-        """Model input `[N, C, H, W]` to pixels, clamped to [0, 1]."""
+        """Model input `[N, C, H, W]` to pixels, clamped to [0, 1] where `clamp`; raises as
+        `to_input`."""
         mean, std = self._stats(x)
         pixels = x * std + mean
         return pixels.clamp(0.0, 1.0) if clamp else pixels

@@ -38,14 +38,24 @@ _MOST_ROWS = 24
 class Plan:
     """Every place to cut, shallow to deep, and the recommended one.
 
+    `plan[name]` is the row of one place. A row has `name`, `feature_shape`, `feature_bytes`,
+    `edge_macs` and `edge_params` of the dense edge there, as a `SplitPoint` has; `fits`, whether
+    budget and limits can be met there, latency aside, and `reason`, why, in a sentence;
+    `channel_ratio`, the share of channels that has to go (None where it does not fit), and
+    `prune_to`, the budget to give `PatrolPruner`; `smallest_edge_macs`, what can be reached;
+    `pruned`, what is left then (`edge_macs`, `edge_params`, `feature_bytes`); `effect`, what that
+    does to feature and cloud; `left_whole`, edge layers that cannot be pruned -> why; `blocks`,
+    the residual blocks that may go; and `latency`, where it was measured.
+
     Attributes:
         rows: the places.
         recommended: the deepest place that fits with moderate pruning, or the one asked for.
         budget_edge_macs: the budget as a count.
         boundary: what happens to groups that cross the split.
         limits: what the edge had to keep to besides.
-        pruned: the recommended edge pruned to the budget and measured, one for each rounding;
-            empty unless latency was measured and something has to go.
+        pruned: the recommended edge pruned to the budget and measured, one for each rounding, with
+            `round_to`, `cost` (multiply-adds, parameters, bytes), `latency`, and `reason` where it
+            cannot be had; empty unless latency was measured and channels have to go.
         structures: what may go: "channels", "blocks" or "both".
     """
 
@@ -141,7 +151,7 @@ def plan(
 
     Parameters and bytes are those left when the same share of every group is gone; scores that
     spread the removal otherwise meet the same MACs with other numbers of parameters. A latency is
-    kept to if a copy, pruned by magnitude to `PlanRow.prune_to`, was measured within it.
+    kept to if a copy, pruned by magnitude to the row's `prune_to`, was measured within it.
 
     Args:
         model: left as found.
@@ -150,8 +160,10 @@ def plan(
             edge at `at`, or the name of a split, whose dense edge's MACs are meant.
         at: take this split instead of recommending one.
         boundary: "keep" leaves groups that cross the split whole, "prune" prunes them too.
-        max_channel_ratio: how hard the recommended split may be pruned.
-        max_pruning_ratio: how hard any group may be pruned; it sets `smallest_edge_macs`.
+        max_channel_ratio: the largest share of channels that may have to go at the recommended
+            split, in (0, 1).
+        max_pruning_ratio: the largest share of any group's channels that may go, in (0, 1]; it
+            sets the rows' `smallest_edge_macs`.
         min_channels: the fewest channels a group keeps.
         round_to: kept numbers are multiples of this, or whole groups.
         every: show places inside blocks as well.
@@ -159,11 +171,12 @@ def plan(
         measure_latency: time the dense edge of every place shown, and the pruned one of the
             recommended place with its channels rounded in several ways. It takes some seconds for
             each place. A `LatencyConfig` says batch, threads and roundings.
-        structures: whether channels, residual blocks or both may go.
+        structures: what may go: "channels", residual "blocks" or "both".
 
     Raises:
-        InputError: a budget that is none, a fraction without `at`, a split that does not exist,
-            or a budget above every dense edge.
+        InputError: a budget that is none, a fraction without `at`, a split that does not exist, a
+            setting out of its range; without limits, a budget above the dense edge at `at`, or
+            above every dense edge.
         BudgetError: nothing that can be reached is within budget and limits; it tells the smallest.
         UnsupportedModelError: the model cannot be traced or pruned.
     """

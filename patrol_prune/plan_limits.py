@@ -17,6 +17,9 @@ class PlanLimits:
         edge_params: parameters on the device.
         feature_bytes: bytes uploaded per image, as float32.
         latency_ms: milliseconds of the edge on this device, for a batch of the size measured.
+
+    Raises:
+        InputError: a limit that is not a positive number.
     """
 
     edge_params: int | None = None

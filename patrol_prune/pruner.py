@@ -58,23 +58,26 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         example_inputs: what it takes.
         importance: a `PatrolImportance`, or any Torch-Pruning importance.
         split: where edge and cloud are; refreshed after every step.
-        edge_macs: a fraction in (0, 1] of the edge as it is now, or a count (also as "9.9M").
+        edge_macs: a fraction in (0, 1] of the edge as it is now, or a count (also as "9.9M");
+            `budget` has it as a count, `dense_edge_macs` what the edge takes now.
         boundary: "keep" leaves every group that crosses the split whole, so that the feature and
             the cloud stay as they are; "prune" lets them shrink: the feature narrows and the
             cloud's consumers (and, on a residual stream, its producers) follow.
-        max_pruning_ratio: largest removed fraction of a group, over all steps.
+        max_pruning_ratio: largest removed fraction of a group, in (0, 1], over all steps.
         min_channels: channels every group keeps at least.
         round_to: kept numbers are multiples of this, or the full width.
         iterative_steps: steps to the budget, equal ones in MACs; scores may be refreshed between.
         ignored_layers: layers, or parameters of layers, whose groups stay whole.
         structures: what may go, "channels", "blocks" or "both"; blocks need their scores.
         reg: decay of `regularize`.
-        **kwargs: `BasePruner`'s other arguments.
+        **kwargs: `BasePruner`'s other arguments; single ratios are not used, with a warning, and
+            dictionaries of ratios and pruning of heads are refused.
 
     Raises:
         InputError: no budget or one above the dense edge, another model's split, a contradiction.
         BudgetError: no choice of channels meets the budget; it says what can be reached.
-        UnsupportedModelError: see `GroupTable.build`.
+        UnsupportedModelError: a layer is parametrised, quantised or frozen into buffers, a weight
+            is not finite, or the model's channels cannot be followed.
 
     Example::
 
@@ -117,15 +120,9 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 with warnings.catch_warnings():
                     warnings.filterwarnings("ignore", message="Unwrapped parameters")
                     BasePruner.__init__(
-                        self,
-                        model,
-                        example_inputs,
-                        importance,
-                        global_pruning=True,
-                        max_pruning_ratio=max_pruning_ratio,
-                        iterative_steps=iterative_steps,
-                        ignored_layers=list(ignored),
-                        round_to=round_to,
+                        self, model, example_inputs, importance, global_pruning=True,
+                        max_pruning_ratio=max_pruning_ratio, iterative_steps=iterative_steps,
+                        ignored_layers=list(ignored), round_to=round_to,
                         **{**options, "forward_fn": forward_fn},
                     )
             return self.DG
@@ -153,7 +150,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
 
     @property
     def table(self) -> GroupTable:
-        """The model's groups at its present widths."""
+        """The model's channel groups at its present widths; `table.groups` has them by name."""
         if not self._table.is_current():
             before = self._table
             self._table = GroupTable.build(
@@ -170,7 +167,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
 
     @property
     def costs(self) -> MacModel:
-        """The edge's MACs in closed form, at the present widths."""
+        """The edge's MACs in closed form, at the present widths; `costs.macs(kept)` of a choice."""
         _ = self.table
         return self._costs
 
@@ -205,11 +202,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
 
     def smallest_edge_macs(self) -> int:
         """Edge MACs when every group that may shrink is at its floor."""
-        groups = [
-            name
-            for name, group in self.table.groups.items()
-            if group.location == "edge" and self._reason_to_keep(group) is None
-        ]
+        groups = [name for name, group in self.table.groups.items()
+                  if group.location == "edge" and self._reason_to_keep(group) is None]
         if self.structures == "blocks":
             groups = []
         costs = self.costs
@@ -223,7 +217,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 and (reason := self._reason_to_keep(g)) is not None}
 
     def choose(self, budget: int | None = None) -> dict[str, Tensor]:
-        """The channels each group would keep for a budget; the final one by default.
+        """Group name -> the channels it would keep for a budget; for the final one by default.
 
         Raises:
             BudgetError: no choice of channels meets the budget.
@@ -239,12 +233,16 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                 asking for the next. Groups that are skipped leave the edge above the budget.
 
         Returns:
-            a `PruneResult`; with `interactive` an iterator of groups, the result is then
-            `last_result` after the loop.
+            `edge_macs_before` and `edge_macs`, at most this step's `budget`; `kept`, group name ->
+            (channels now, before); `feature_shape_before` and `feature_shape`; `cloud_changed`,
+            cloud layers whose width followed; `left_whole`, what was not considered -> why;
+            `removed_blocks` and `removed_channels`. With `interactive` an iterator of groups; the
+            result is then `last_result` after the loop.
 
         Raises:
             BudgetError: the channels with a score cannot meet the budget; nothing is pruned.
-            InputError: the importance has no scores.
+            InputError: the importance has no scores, or stale ones.
+            UnsupportedModelError: the model does not run pruned; it is then as it was.
         """
         if self.current_step >= self.iterative_steps:
             warnings.warn(

@@ -95,6 +95,9 @@ def read_reid(root: str | os.PathLike[str]) -> ReidSet:
     Pictures end in .jpg, .jpeg or .png, in small or capital letters. Files whose names begin with
     "." are passed over: macOS leaves `._0001_c001_00016450_0.jpg` and the like.
 
+    Args:
+        root: the folder that holds the three.
+
     Raises:
         InputError: the layout is neither, a listed file is absent or listed twice, a name cannot
             be read, an identity is in training and in test, a part is empty, an index list does
@@ -125,6 +128,9 @@ def read_retrieval_folder(root: str | os.PathLike[str]) -> ReidSet:
     (`camera` is -1), so that no same-camera rule applies. Classes are numbered in the order of
     their names over both parts. Files and folders whose names begin with "." are passed over, with
     a warning.
+
+    Args:
+        root: the folder that holds the two parts.
 
     Raises:
         InputError: a part or a class folder is missing or empty, or no class has two pictures to

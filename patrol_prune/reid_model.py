@@ -86,16 +86,19 @@ def add_bnneck(model: nn.Module, identities: int) -> nn.Module:
 def build_reid_model(
     name: str, identities: int, *, image_size: int, seed: int = 0
 ) -> nn.Module:
-    """`build_model`'s model with a `BNNeck`, shown to take images of this size.
+    """A classifier with fresh weights and a `BNNeck`, shown to take images of this size.
 
     Args:
-        name: one of `patrol_prune.models.model_names()`, or `module:function`.
+        name: of a torchvision classifier, "small_resnet" (`patrol_prune.models.model_names()` has
+            all), or `module:function` of your own, which takes `num_classes` if it wants to know.
         identities: to be told apart in training.
         image_size: side of the square images, in pixels.
         seed: of the initial weights; the global generator stays untouched.
 
     Raises:
-        InputError, UnsupportedModelError: as `build_model` and `add_bnneck`.
+        InputError: an unknown name, module or function, an image size that the model cannot take,
+            fewer than two identities.
+        UnsupportedModelError: the model has no linear layer, or returns other things than logits.
     """
     model = build_model(name, max(2, identities), image_size=image_size, seed=seed)
     with torch.random.fork_rng(devices=[]):

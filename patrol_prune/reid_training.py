@@ -41,16 +41,17 @@ class ReidLoss:
     """`cross-entropy(logits, y) + w * triplet(f, y)`, a task loss for `PatrolObjective`.
 
     The cross-entropy has smoothed labels; `f` is what the model's neck read in the forward pass
-    that gave the logits, so the loss is called once after each pass. `triplet` is
-    `batch_hard_triplet`. A soft mask on the group that the neck itself normalises stands behind
-    the neck: the triplet term does not feel it.
+    that gave the logits, so the loss is called once after each pass. `triplet` is the mean over
+    images of `max(0, d(farthest of its identity) - d(nearest other) + margin)` within the batch,
+    `d` the Euclidean distance (Hermans et al. 2017). A soft mask on the group that the neck itself
+    normalises stands behind the neck: the triplet term does not feel it.
 
     A hook stands on the neck until `close`, or the end of a `with` block.
 
     Args:
         model: has a `BNNeck`.
         smoothing: of the labels, in [0, 1).
-        margin: of the triplets.
+        margin: of the triplets, in units of the distance.
         triplet_weight: `w`; 0 leaves the term out.
 
     Raises:
@@ -109,15 +110,16 @@ class ReidLoss:
 
 
 class PKBatches:
-    """Batches `(x, y)` of `identities` identities with `images_each` images each.
+    """Batches `(x, y)` of `identities` identities with `images_each` images each, for `ReidLoss`.
 
     As many batches an epoch as the images fill; an identity with fewer images repeats some. The
     same epoch of the same seed gives the same batches.
 
     Args:
         image_set: the classes are the identities.
-        identities: in a batch, at least 2, or there is no image of another identity.
-        images_each: of each identity, at least 2, or there is no second image.
+        identities: P in a batch, at least 2, or there is no image of another identity.
+        images_each: K of each identity, at least 2, or there is no second image; `x` is
+            `[P K, 3, H, W]` and `y` `[P K]`.
         normalization: from pixels to the model's input.
         augment: random flips and shifts, as `Batches` does.
         seed: of order and augmentation.

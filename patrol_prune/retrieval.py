@@ -64,9 +64,9 @@ def retrieval(
     Args:
         query: features `[Q, D]`, on any scale: each is divided by its length.
         gallery: features `[G, D]`.
-        query_ids: identity of each query; likewise `gallery_ids`.
-        query_cameras: camera of each query; likewise `gallery_cameras`. -1: not known.
-        junk: for each query, positions in the gallery that count neither way.
+        query_ids, gallery_ids: identity of each, `[Q]` and `[G]`.
+        query_cameras, gallery_cameras: camera of each, likewise; negative where it is not known.
+        junk: for each query, positions in the gallery, from 0, that count neither way.
 
     Raises:
         InputError: lengths that do not fit, features that are not finite, no query with a match.

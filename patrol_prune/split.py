@@ -38,7 +38,7 @@ class SplitPoint:
     Args:
         name: the outermost module (or operator) whose output is uploaded, e.g. `layer2`.
         feature_shape: shape of the uploaded feature without the batch dimension.
-        edge_macs: multiply-adds of the edge at batch 1, see `cost.count_macs`.
+        edge_macs: multiply-adds of the edge at batch 1, as `count_macs` counts.
         edge_params: number of parameters of the edge.
         feature_bytes: size of one uploaded feature in bytes, as float32.
         aliases: other names of the same place, e.g. `layer2.1`, `layer2.1.relu_1`.
@@ -121,7 +121,8 @@ class Split:
         cloud_layers: likewise for the cloud.
 
     Raises:
-        InputError: `at` does not exist, or more than one tensor crosses there.
+        InputError: `at` does not exist, more than one tensor crosses there, or the model cannot
+            run on `example_inputs`.
         UnsupportedModelError: the model cannot be traced.
     """
 
@@ -134,11 +135,13 @@ class Split:
     edge_layers: dict[str, nn.Module]
     cloud_layers: dict[str, nn.Module]
     pruning_history: Sequence[Any] = ()
-    """How the model was pruned since it was built, as Torch-Pruning tells it; `save` keeps it."""
+    """How `PatrolPruner` pruned the model since it was built, as Torch-Pruning's
+    `DG.pruning_history()` tells it; `save` keeps it, and `load` puts it back."""
     positions: dict[str, int] | None = None
-    """Edge layer -> kernel elements times output positions; None where other things multiply."""
+    """Edge layer -> kernel elements times output positions at batch 1, its multiply-adds for each
+    pair of channels; None where other things than such layers multiply."""
     removed_blocks: Sequence[tuple[str, int]] = ()
-    """The blocks that were removed, each with the length of `pruning_history` at that time."""
+    """The residual blocks that were removed, each with the length of `pruning_history` then."""
 
     def __init__(
         self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor], at: str
@@ -152,8 +155,14 @@ class Split:
     ) -> Split:
         """A split whose two halves are given, for models that cannot be traced.
 
-        `model` is then a module with the attributes `edge` and `cloud`; `blocks` has more than
-        one entry only if the edge can be traced, but for a defence behind it.
+        `model` is then a module with the attributes `edge` and `cloud`, and `at` is "edge";
+        `blocks` has more than one entry only if the edge can be traced, but for a defence behind
+        it.
+
+        Args:
+            edge: model input `[N, ...]` to the feature `[N, ...]`.
+            cloud: the feature to the model's answers.
+            example_inputs: a batch `[N, ...]`, or a tuple with one batch.
 
         Raises:
             InputError: the halves do not fit each other or `example_inputs`, or the edge returns
@@ -207,6 +216,10 @@ class Split:
 
         `edge` and `cloud` stay the same objects (so do `blocks`, if their number is the same).
         Where only widths have changed, the halves are the same too, and the model runs once.
+
+        Raises:
+            InputError: the place `at` is gone, or the model does not run any more.
+            UnsupportedModelError: the model cannot be traced any more.
         """
         if self._likeness is not None and self._has_other_widths_only():
             return

@@ -24,7 +24,13 @@ _MEMORY = 0.98
 
 @dataclass(frozen=True)
 class SurrogateSpec:
-    """One surrogate's architecture: the arguments of `make_decoder`."""
+    """One surrogate's architecture, as `make_decoder` takes it.
+
+    Attributes:
+        family: "residual", "transposed" or "unet".
+        width: channels of the decoder's trunk.
+        depth: its residual blocks; "transposed" has none.
+    """
 
     family: str
     width: int
@@ -68,11 +74,11 @@ class SurrogateEnsemble(nn.Module):
     """Decoders of different shape, trained to reconstruct `x` from what the edge uploads.
 
     They see standardised features, so that scaling `z` hides nothing. What counts is the error of
-    the best of them per image, at most that of the mean image: beyond it nothing is more private.
+    the best of them per image, at most that of the mean image: beyond it nothing is more private::
 
         L_adv(x) = min( min_s e(x, d_s(z)),  e(x, mean image) )
 
-    with `e` of `reconstruction_error`, pixels on [0, 1].
+    with `e` the mean squared error of pixels on [0, 1], plus `0.1 (1 - SSIM)` for "mse+ssim".
 
     Args:
         feature_shape: of `z`, without the batch.
@@ -85,6 +91,9 @@ class SurrogateEnsemble(nn.Module):
 
     Attributes:
         running: `[S]`, each surrogate's recent training error; infinite before its first step.
+
+    Raises:
+        InputError: no surrogate, an unknown family or loss, or SSIM on smaller images.
     """
 
     mean_image: Tensor
@@ -143,7 +152,7 @@ class SurrogateEnsemble(nn.Module):
             return [decoder(standard).float() for decoder in self.decoders]
 
     def errors(self, z: Tensor, pixels: Tensor, *, precision: str = "auto") -> Tensor:
-        """`e` per surrogate and image, shape `[S, B]`."""
+        """`e` per surrogate and image, shape `[S, B]`; `pixels` are `[B, C, H, W]` on [0, 1]."""
         return torch.stack([
             reconstruction_error(pixels, guess, self.loss)
             for guess in self.guesses(z, precision=precision)
@@ -209,7 +218,7 @@ class SurrogateEnsemble(nn.Module):
         return errors
 
     def renew_weakest(self) -> int:
-        """Start the surrogate with the largest running error anew, and say which one it was.
+        """Start the surrogate with the largest running error anew; returns its number.
 
         A model that has learnt to hide from these very decoders has not hidden from a fresh one.
         Its weights are new, its optimiser's moments and its running error forgotten; the others

@@ -71,7 +71,9 @@ def tune(
 
     Raises:
         MissingPackageError: Optuna is not installed.
-        PatrolError: whatever is wrong with the settings, the images, the model or the storage.
+        InputError: three trials in a row failed, or five once one had succeeded.
+        RunDirectoryError: the folder holds a study with other settings.
+        PatrolError: whatever else is wrong with the settings, the images, the model or the storage.
     """
     require_optuna()
     resolve_device(config.device)

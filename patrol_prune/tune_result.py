@@ -63,20 +63,21 @@ class TuneTrial:
     Attributes:
         number: in the study.
         split: where the model was cut.
-        edge_macs_asked: what the pruner was asked for.
+        edge_macs_asked: what the pruner was asked for, in multiply-adds.
         beta: weight of the surrogate attackers.
         alpha: weight of the Lipschitz term.
-        accuracy: on the test images after the short fine-tuning.
+        accuracy: on the test images after the short fine-tuning, in [0, 1].
         ssim: of the strongest of the trial's short attacks, mean over the victim's images.
         attack: which one that was.
         edge_macs: multiply-adds of the pruned edge.
-        feature_bytes: uploaded per image.
+        feature_bytes: uploaded per image, as float32.
         dense_accuracy: of the model before pruning.
-        limits: what held for this trial.
-        floor_ssim: of the average picture, which needs no upload.
+        limits: what held for this trial, `edge_macs` and `feature_bytes` at most and `accuracy` at
+            least; None is no limit.
+        floor_ssim: SSIM of the average picture, which needs no upload.
         flags: names of what the audit warned of, as that an attack was still improving.
         sound: whether `ssim` measures anything: no attack broke off, and one at least learnt.
-        seconds: it took.
+        seconds: that it took.
     """
 
     number: int
@@ -98,13 +99,13 @@ class TuneTrial:
 
     @property
     def excess(self) -> dict[str, float]:
-        """By how much each limit is missed, see `Limits.excess`."""
+        """Limit -> by how much it is missed, in its own unit; at most 0 where it is met."""
         return self.limits.excess(asdict(self))
 
     @property
     def likeness(self) -> float:
-        """What a trial is ranked by, the less the better: `ssim`, but no less than the average
-        picture's, which anyone has; 1 where no attack measured anything.
+        """What a trial is ranked by, the less the better. It is `ssim`, but no less than the
+        average picture's, which anyone has; 1 where the trial is not `sound`.
         """
         if not self.sound:
             return 1.0
@@ -117,7 +118,7 @@ class TuneTrial:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TuneTrial:
-        """What `asdict` gave."""
+        """The trial that `dataclasses.asdict` made plain data of."""
         limits, flags = Limits(**values["limits"]), tuple(values["flags"])
         return cls(**{**values, "limits": limits, "flags": flags})
 
@@ -162,7 +163,11 @@ class TuneResult:
 
     @property
     def front(self) -> tuple[TuneTrial, ...]:
-        """The feasible trials that none beats, see `pareto_front`."""
+        """The feasible and sound trials that none beats, the most accurate first.
+
+        One beats another if it is at least as accurate, its `likeness` is no higher, and one of the
+        two is better.
+        """
         return pareto_front(self.trials)
 
     @property

@@ -23,9 +23,24 @@ class TuneConfig(RunConfig):
 
     The settings of a run say what is tuned, and how the chosen point is trained in full; `at`, if
     given without `splits`, is the only split tried, and `privacy.alpha` and `privacy.beta` are
-    searched.
+    searched. `patrol-prune tune --help` explains those of a run that are not below, and their
+    groups `score`, `privacy` and `audit`; `train` and `finetune` are a `FinetuneConfig`, `attacker`
+    is an `InverseNetworkConfig`, `rmle` an `RMLEConfig`.
 
     Attributes:
+        data: folder with train/ and val/ or test/, each with one folder of images per class.
+        edge_macs: the budget, a count ("9.9M"), a fraction in (0, 1] of the dense edge at `at`, or
+            a split's name, whose dense edge's multiply-adds are meant.
+        model: a torchvision classifier, small_resnet, or module:function of your own.
+        weights: safetensors file; without it the dense model is trained first.
+        image_size: side of the square images, in pixels.
+        boundary: whether channels that cross the split are kept or pruned ("keep" or "prune").
+        runs: the folder that holds that of the study.
+        batch_size: images in a training batch.
+        normalization: of pixels, "auto", "dataset", "imagenet" or "none"; "auto" is ImageNet's with
+            weights for a torchvision model, the training images' own otherwise.
+        device: cpu, cuda, cuda:1, mps, or auto.
+        seed: of everything.
         at: the one place to cut that is tried, unless `splits` names places; a fraction as budget
             is of its dense edge. Without it `splits` says what is tried.
         name: of the study, and of its folder.
@@ -48,6 +63,9 @@ class TuneConfig(RunConfig):
         trial_attacks: the attacks of a trial; the strongest ranks it.
         trial_attack_epochs: epochs of an attacker's training in a trial.
         trial_victims: images to be reconstructed in a trial.
+
+    Raises:
+        InputError: a value out of its range, or a contradiction.
     """
 
     name: str = "tune"
@@ -164,7 +182,7 @@ class TuneConfig(RunConfig):
         return sentences
 
     def run_config(self, **changes: Any) -> RunConfig:
-        """The settings of a run alone, with some of them changed."""
+        """The settings of `patrol-prune run` alone, with some of them changed."""
         names = [field.name for field in fields(RunConfig)]
         return replace(RunConfig(**{name: getattr(self, name) for name in names}), **changes)
 

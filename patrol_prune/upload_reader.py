@@ -59,7 +59,7 @@ class UploadReader:
 
     Args:
         image_shape: `(channels, height, width)` of the pictures; corners are in their pixels.
-        config: how it is trained.
+        config: how it is trained; by default 40 epochs at 2e-3, with a hidden layer of 256.
 
     Attributes:
         chosen: after `fit`, "network" or "linear".
@@ -88,10 +88,15 @@ class UploadReader:
                 parts, of which only what is read of them is kept.
             truth: the answers for each picture, all of one number: the characters of a plate (a
                 string will do), or one label.
-            corners: `[N, 4, 2]`, as in `PlateReader.fit`; where given here, then in `accuracy` too.
+            corners: `[N, 4, 2]`, as in `PlateReader.fit`; where given here, then in `read` and
+                `accuracy` too.
+
+        Returns:
+            itself.
 
         Raises:
-            InputError: lengths that do not fit, or a question with one answer only.
+            InputError: lengths that do not fit, features that are not finite, or no question that
+                has two answers.
         """
         _check(truth, corners)
         self._answers = tuple(Counter(column) for column in zip(*truth, strict=True))
@@ -110,7 +115,11 @@ class UploadReader:
         return self
 
     def read(self, z: Features, corners: Tensor | None = None) -> list[list[str]]:
-        """The likeliest answers for each picture; arguments as in `fit`."""
+        """The likeliest answers for each picture; arguments as in `fit`.
+
+        Raises:
+            InputError: the reader is not fitted, or corners came in one of the two alone.
+        """
         if self._network is None:
             raise InputError("This UploadReader is not fitted. Call fit on features with known "
                              "truth first.")
@@ -131,6 +140,9 @@ class UploadReader:
         """Share of single answers, and of pictures of which all are right; arguments as in `fit`.
 
         The chance of the second is that of every answer being guessed, as if they were independent.
+
+        Raises:
+            InputError: as `read`, or lengths that do not fit.
         """
         _check(truth, corners)
         read = self.read(z, corners)

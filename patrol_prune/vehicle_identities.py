@@ -218,10 +218,14 @@ def write_vehicle_reid(
         root: a folder that does not exist yet, is empty, or holds this very set.
         identities: vehicles in all, 4 to 8000; each has a plate of its own.
         cameras: 2 to 8.
-        images_per_camera: pictures of each vehicle by each camera, at least 1.
+        images_per_camera: pictures of each vehicle by each camera, 1 to 1000.
         size: side of every picture in pixels, 64 to 256.
         seed: of everything.
-        test_identities: how many are kept for the test; a quarter when left out.
+        test_identities: how many are kept for the test, 2 to `identities - 2`; a quarter when left
+            out.
+
+    Returns:
+        `root`.
 
     Raises:
         InputError: a number out of range, or a folder that holds something else.

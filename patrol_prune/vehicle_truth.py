@@ -24,7 +24,7 @@ class VehicleTruth:
     Attributes:
         plates: the plates' texts.
         boxes: the plates' corners in pixels, `[N, 4, 2]`: upper left, upper right, lower right,
-            lower left.
+            lower left, as x and y from the picture's upper left corner.
         scenes: what is behind the vehicle.
         hidden: whether something reaches over the plate, `[N]`, bool.
     """

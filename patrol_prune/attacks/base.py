@@ -24,11 +24,15 @@ can.
 class Knowledge:
     """What an attacker may have; an attack reads only what its threat model grants.
 
+    An `audit` fills in all that there is, for every attack.
+
     Attributes:
         pixels: the attacker's own images `[N, C, H, W]`, float32 on [0, 1].
         z: what the edge uploads for them, `[N, ...]`, one draw where the edge is random; None for
-            an attacker who cannot query it.
-        edge: the real edge (see `EdgeFunction`). A black-box attacker only queries it, a white-box
+            an attacker who cannot query it, and where an audit finds them too large to keep: then
+            ask `edge`.
+        edge: the real edge, pixels `[N, C, H, W]` on [0, 1] to uploads `[N, ...]`, with its
+            normalisation and noise inside. A black-box attacker only queries it, a white-box
             attacker differentiates through it; None where he can do neither.
         cloud: the frozen second half, `z [N, ...]` to logits; None where it cannot be reached.
         labels: classes of the attacker's images, `[N]`; None without.
@@ -73,7 +77,7 @@ class Knowledge:
         return replace(self, **own)
 
     def first(self, count: int) -> Knowledge:
-        """The same with only `count` of the attacker's images (`some_of`)."""
+        """The same with only `count` of the attacker's images, always the same random ones."""
         index = some_of(len(self.pixels), count)
         if index is None:
             return self
@@ -140,11 +144,19 @@ class FitRecord:
 class Attack(Protocol):
     """An attack that learns what it can and then reconstructs; bring your own with these two.
 
-    `fit` may return a `FitRecord`, or None where there is nothing to record.
+    No base class is needed. An attribute `box` ("black", "white", "none") may say what the attack
+    does to the edge, and `held_out` which of its images it did not learn from.
     """
 
     def fit(self, known: Knowledge) -> FitRecord | None:
-        """Learn from what the attacker may have."""
+        """Learn from what the attacker may have.
+
+        Args:
+            known: his images and what he can do with the edge.
+
+        Returns:
+            how that went, or None where there is nothing to record.
+        """
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """Uploads `[N, ...]` to pixels `[N, C, H, W]` on [0, 1]."""

@@ -41,7 +41,8 @@ class ImagePriorConfig:
     """Settings of `ImagePrior`; of several `losses` and `lrs` the attacker's own images choose.
 
     Args:
-        losses: feature losses to try, out of `"mse"`, `"standardised"` and `"cosine"`.
+        losses: feature losses to try, out of `"mse"`, `"standardised"` and `"cosine"`, as in
+            `RMLEConfig`.
         lrs: learning rates of Adam to try.
         steps: the most that are made; the attacker's own images choose how many are best.
         check_every: steps between two looks at the attacker's own images.
@@ -55,6 +56,9 @@ class ImagePriorConfig:
         batch_size: images that are optimised at once.
         seed: of the initial weights, the generator's input and the choice of tuning images.
         precision: of the edge: `"fp32"`, `"bf16"` or `"auto"`; the generators are float32.
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     losses: tuple[str, ...] = LOSSES

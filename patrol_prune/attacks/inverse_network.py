@@ -51,7 +51,7 @@ class InverseNetworkConfig:
         width: channels of the decoder; more see more, and take longer.
         depth: residual blocks of the decoder; the transposed family has none.
         loss: `"mse"`, or `"mse+ssim"` which favours structure over the exact shade.
-        whiten: read uncorrelated channels (`FeatureWhitener`) instead of standardised ones: faint
+        whiten: read channels that are made uncorrelated (ZCA) instead of standardised ones: faint
             directions of a feature are learnt sooner.
         epochs: length of the schedule (linear warm-up, then cosine).
         lr: peak learning rate of AdamW; extensions restart at half of it.
@@ -77,6 +77,9 @@ class InverseNetworkConfig:
         precision: `"bf16"` trains under autocast, `"fp32"` does not, `"auto"` takes bf16 where the
             device computes it natively. The loss, the held-out loss and reconstructions are
             always float32.
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     family: str = "residual"
@@ -155,8 +158,9 @@ class InverseNetwork:
                 random edge is queried anew for every batch, for the held-out loss too.
 
         Raises:
-            InputError: on too few images, on lengths that differ, on NaN or infinity in the
-                features, on pixels outside [0, 1], or under 11 of them a side with SSIM.
+            InputError: on neither `z` nor `edge`, on too few images, on lengths that differ, on
+                NaN or infinity in the features, on pixels outside [0, 1], or under 11 of them a
+                side with SSIM.
             TrainingError: the loss was not finite before the first epoch ended.
         """
         start = time.perf_counter()
@@ -232,7 +236,7 @@ class InverseNetwork:
     def reconstruct(self, z: Tensor) -> Tensor:
         """Features `[N, *feature_shape]` to float32 pixels `[N, C, H, W]` on [0, 1], on z's device.
 
-        Raises InputError before `fit`, or on features of another shape.
+        Raises InputError before `fit`.
         """
         self._parts()[1].eval()
         parts = [

@@ -36,7 +36,7 @@ class LinearInverseConfig:
     """Settings of `LinearInverse`.
 
     Args:
-        kernel: side of the neighbourhood of features that a block of pixels is predicted from;
+        kernel: odd side of the neighbourhood of features that a block of pixels is predicted from;
             reduced to 1 where it would give more than 2,304 inputs.
         decades: the ridge weights that are tried, powers of ten relative to the variance of a
             standardised input.
@@ -45,6 +45,9 @@ class LinearInverseConfig:
             left out.
         whole: also try a small feature whole (see `LinearInverse`).
         seed: of the held-out choice.
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     kernel: int = 3
@@ -168,16 +171,23 @@ class LinearInverse:
 
     `patch(z)` is the `kernel x kernel` neighbourhood of features at a position, `block(x)` the
     pixels behind that position. Tokens on a grid are read as a map; features that are no map are
-    taken whole. So are, in a second try, those of at most 2,048 values, which finds pixels wherever
-    they went; held-out images decide. A map that falls short of the image, as behind convolutions
-    without padding, is stretched over it, and in another try left where it is, its border positions
-    standing for what is beyond them too. Every input is standardised, so that rescaling a channel
-    changes nothing. The weight `lambda` is the one with the smallest error on held-out images.
-    Where the edge is random, every image enters with a fresh draw.
+    taken whole. So are, in a second try, those of at most 2,048 values (and 2^24 weights), which
+    finds pixels wherever they went; held-out images decide. A map that falls short of the image, as
+    behind convolutions without padding, is stretched over it, and in another try left where it is,
+    its border positions standing for what is beyond them too. Every input is standardised, so that
+    rescaling a channel changes nothing. The weight `lambda` is the one with the smallest error on
+    held-out images. Where the edge is random, every image enters with a fresh draw.
 
     Where there are more inputs than examples, only directions that the examples span get a weight:
     the solution is the same in a basis of these, which is far smaller. Of more examples than 4,096,
     or than fit into 2 GiB, a seeded choice gives the basis, and all are learnt from.
+
+    Args:
+        config: its settings.
+        device: where it computes.
+
+    Attributes:
+        held_out: after `fit`, indices of the attacker's images that no weight was learnt from.
     """
 
     def __init__(self, config: LinearInverseConfig | None = None, *, device: str = "cpu") -> None:
@@ -189,9 +199,12 @@ class LinearInverse:
     def fit(self, known: Knowledge) -> FitRecord:
         """Solve for every ridge weight and keep the best on held-out images.
 
+        The record's `history` is the mean squared error on these with each of them, and the
+        plateau is always reached.
+
         Raises:
-            InputError: neither features nor an edge to query, fewer than 20 images, or pixels
-                outside [0, 1].
+            InputError: neither features nor an edge to query, fewer than 20 images, pixels that
+                are no floating-point ones on [0, 1], or features that are not finite.
         """
         start = time.perf_counter()
         check_pixels(known.pixels, "pixels")
@@ -246,7 +259,10 @@ class LinearInverse:
 
     @torch.no_grad()
     def reconstruct(self, z: Tensor) -> Tensor:
-        """Features `[N, ...]` to float32 pixels `[N, C, H, W]` on [0, 1], on z's device."""
+        """Features `[N, ...]` to float32 pixels `[N, C, H, W]` on [0, 1], on z's device.
+
+        Raises InputError before `fit`.
+        """
         if self._solution is None:
             raise InputError("This attack has not been trained. Call fit(known) first.")
         return torch.cat([self._solution(part.to(self.device).float()).to(z.device)

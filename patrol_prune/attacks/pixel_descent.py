@@ -34,15 +34,15 @@ class RMLEConfig:
     The default is stronger and quicker than the published attack, which is `RMLEConfig.published`.
 
     Args:
-        losses: feature losses to try, out of `"mse"`, `"standardised"` and `"cosine"`
-            (`Comparison.error`).
+        losses: feature losses to try: `"mse"`; `"standardised"`, the same with each channel over
+            its standard deviation; `"cosine"`, one less the cosine similarity.
         lambda_tv: weights of the total variation to try.
         lambda_start: weights of `mean((x - x_0)^2)` to try behind a warm start `x_0`: between
             trusting the decoder (large) and the features (0).
         lambda_2: weights of the coordinates' power to try instead: of `mean(x^2)` in `"pixels"`, of
             `mean(v^2) / (H W)` in `"spectral"`.
         spaces: to try: `"spectral"` descends in coordinates in which the attacker's images are
-            white (see `Spectrum`; better for deep edges), `"pixels"` in normalised pixels (better
+            near white noise (better for deep edges), `"pixels"` in normalised pixels (better
             for shallow ones).
         relative: divide the squared feature error by the features' variance over images, so that
             the weights mean the same for every edge; False takes it as it is.
@@ -73,6 +73,9 @@ class RMLEConfig:
         precision: `"bf16"` runs the edge under autocast, `"fp32"` does not, `"auto"` takes bf16
             where the device computes it natively; losses are float32. bfloat16 is too coarse for
             shallow edges.
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     losses: tuple[str, ...] = LOSSES
@@ -126,7 +129,8 @@ class RMLEConfig:
 
     @classmethod
     def published(cls, lambda_tv: float = 0.0) -> RMLEConfig:
-        """As published: 5,000 steps of 0.01, MSE, `lambda_tv` 0, 10 or 1000 by depth, no box."""
+        """As it was published, 5,000 steps of 0.01, MSE, no box; `lambda_tv` was 0, 10 or 1000 by
+        depth."""
         return cls(
             losses=("mse",), lambda_tv=(lambda_tv,), lambda_2=(), spaces=("pixels",),
             relative=False, steps=5000, lr=1e-2, schedule="constant",

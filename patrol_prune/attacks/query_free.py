@@ -52,6 +52,10 @@ class QueryFree:
     Args:
         config: its settings.
         device: where it computes.
+
+    Attributes:
+        shadows: after `fit`, the shadow edges that were kept.
+        share: after `fit`, the `share` above.
     """
 
     def __init__(self, config: QueryFreeConfig | None = None, *, device: str = "cpu") -> None:
@@ -75,9 +79,9 @@ class QueryFree:
             and the history of the chosen one's own fits.
 
         Raises:
-            InputError: on too few images, or where something is missing that the mode needs:
-                the cloud and labels for the shadows, uploads that were observed for `"match"` and
-                the other architecture.
+            InputError: on fewer than 22 images, or where something is missing that the mode needs:
+                `"shadow_same"` the cloud, labels and `shadow_edge`, `"shadow_other"` the cloud,
+                labels and `observed`, `"match"` `observed`.
             TrainingError: a shadow's loss was not finite.
         """
         check_knowledge(known, self.config)
@@ -122,7 +126,7 @@ class QueryFree:
 
     @torch.no_grad()
     def reconstruct(self, z: Tensor) -> Tensor:
-        """Uploads `[N, ...]` to pixels `[N, C, H, W]`, the mean over the shadows.
+        """Uploads `[N, ...]` to pixels `[N, C, H, W]` on [0, 1], the mean over the shadows.
 
         Raises InputError before `fit`.
         """

@@ -38,10 +38,11 @@ class QueryFreeConfig:
         lr: peak learning rate of Adam, linear warm-up, then cosine.
         batch_size: images per step.
         task_weight: of the cross-entropy through the cloud; none in `"match"`.
-        moment_weight: of `FeatureMoments.loss`, where uploads were observed.
-        output_weight: of the same loss on the cloud's outputs, where uploads were observed.
+        moment_weight: of the distance between the moments of the shadow's features and of the
+            uploads, where some were observed.
+        output_weight: of the same distance of the cloud's outputs, where uploads were observed.
         entropy_weight: of the mean entropy of the cloud's answers, in `"match"`.
-        width: of the other architecture (`OtherEdge`).
+        width: channels of the network of its own, where it is not of the edge's architecture.
         shadows: how many are kept; what they reconstruct is averaged.
         starts: how many are trained, each from weights of its own; those with the smallest
             held-out loss are kept, and the next one stands for the edge when reconstructions are
@@ -50,7 +51,7 @@ class QueryFreeConfig:
         reconstruct: what is tried, out of `"decoder"`, `"linear"` and `"rmle"`. The attacker's own
             held-out images choose one: their features come from a shadow that it does not know,
             or from the only one, which favours rMLE, where `starts` is 1.
-        decoder: settings of the decoder; by default narrow and short.
+        decoder: settings of the decoder; by default narrow and short (width 32, depth 2, 5 epochs).
         rmle: settings of rMLE; by default 500 steps at 0.1, total variation weighted 2.
         mean, std: what the model's input is standardised with; by default the statistics of the
             attacker's own pixels, since he does not know.
@@ -58,6 +59,9 @@ class QueryFreeConfig:
         plateau_tolerance: as in `InverseNetworkConfig`, of the shadow's held-out loss.
         seed: of everything that is drawn.
         precision: `"auto"`, `"fp32"` or `"bf16"`, of the shadow's training.
+
+    Raises:
+        InputError: a value out of its range.
     """
 
     mode: str = "shadow_same"

@@ -163,7 +163,7 @@ class RMLE:
         return best
 
     def start(self, z: Tensor, warm: bool) -> Tensor:
-        """Pixels to start from: what the warm start makes of `z`, or the mean image."""
+        """Pixels to start from, what the warm start makes of `z` if `warm`, or the mean image."""
         if warm and self.warm_start is not None:
             return self.warm_start.reconstruct(z).to(self.device, torch.float32)
         return self._parts().space.mean_image.expand(len(z), -1, -1, -1)
@@ -171,7 +171,18 @@ class RMLE:
     def optimise(
         self, z: Tensor, initial: Tensor, anchor: Tensor, settings: Sequence[Setting], steps: int
     ) -> tuple[Tensor, Tensor]:
-        """`PixelDescent.run` on the edge of `fit`."""
+        """The descent itself, from `initial` pixels, with one setting for each image.
+
+        Args:
+            z: uploads `[N, ...]`.
+            initial: pixels `[N, C, H, W]` to begin at.
+            anchor: pixels that `lambda_start` pulls to.
+            settings: as `fit` left one in the attribute `setting`.
+            steps: how many.
+
+        Returns:
+            pixels `[N, C, H, W]` on [0, 1], and what was minimised, `[N]`.
+        """
         return self._parts().run(z, initial, anchor, settings, steps)
 
     def _parts(self) -> PixelDescent:

@@ -36,10 +36,13 @@ def make_defence(name: str, strength: float | None = None, **settings: Any) -> D
     """The defence of that name at that strength.
 
     Args:
-        name: out of `DEFENCES`.
+        name: "none" (no strength), "patrol", "adversarial_only", "cem_patrol" (strength `beta`),
+            "gaussian_noise", "laplacian_noise" (`sigma`, in RMS of the feature), "feature_dropout"
+            (`p`), "quantisation" (`bits`), "nopeek" (`weight`), "bottleneck" (`channels`) or
+            "disco" (`ratio`); docs/audit.md says what they do.
         strength: value of the field that the defence is swept over (`swept`); its default
             where None. A whole number for those that take one.
-        **settings: the defence's other fields.
+        **settings: the defence's other fields, those of its class in `patrol_prune.defences`.
 
     Raises:
         InputError: an unknown name, a setting that it does not have, a value out of range.

@@ -25,7 +25,7 @@ _BATCH = 256
 
 @dataclass(frozen=True)
 class Defence:
-    """One way to make uploads harder to invert, at one strength.
+    """One way to make uploads harder to invert, at one strength::
 
         split = defence.apply(split, calibration=x)
         finetune(split, batches, objective=defence.objective(split, normalization=n), ...)
@@ -36,7 +36,7 @@ class Defence:
     same edge. This base changes nothing; each defence overrides what it needs.
 
     Attributes:
-        name: as in `DEFENCES`, which holds all but `Combined`.
+        name: as `make_defence` takes it.
         swept: the field that is the defence's strength; empty for one without.
     """
 
@@ -45,7 +45,7 @@ class Defence:
 
     @property
     def strength(self) -> float:
-        """The one number that is swept; what it means, and which way is stronger, see the class."""
+        """The value of the field `swept`, 0 without one; which way is stronger, see the class."""
         return float(getattr(self, self.swept)) if self.swept else 0.0
 
     def apply(self, split: Split, *, calibration: Tensor | None = None) -> Split:
@@ -60,6 +60,9 @@ class Defence:
                 here are those of the edge as it is now.
             calibration: model inputs `[N, ...]`, of which features are measured where the
                 defence needs it. Without them the upload is NaN until a state is loaded.
+
+        Raises:
+            InputError: calibration that the edge cannot run on, or features that are not finite.
         """
         return split
 
@@ -82,7 +85,7 @@ class Defence:
         return None
 
     def upload_bytes(self, feature_shape: Sequence[int]) -> int:
-        """Bytes of one upload.
+        """Bytes of one upload, as float32 where the defence does not say otherwise.
 
         Args:
             feature_shape: `feature_shape` of the split that `apply` returned, without the batch.
