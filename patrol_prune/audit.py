@@ -31,6 +31,7 @@ from patrol_prune.audit_choice import (
 from patrol_prune.audit_kept import KeptAttacks, KeptAudit
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.audit_run import AuditRun
+from patrol_prune.audit_setup import setup_of
 from patrol_prune.cost import home_of
 from patrol_prune.errors import InputError
 from patrol_prune.given import (
@@ -159,13 +160,12 @@ def audit(
     attackers = owned(known, shifted, attacker_labels, attacker_images)
     check_counts(made, attackers)
     kind = AuditRun if kept is None else partial(KeptAudit, kept=kept, examples=examples)
-    run = kind(
-        attackers, victim,
-        normalization or Normalization(), batch_size, largest_feature_bytes, progress, observer,
-        uploads,
-    )
-    _check_runs(subjects, torch.cat([victim[:1], known[:1]]), normalization or Normalization(),
-                [factory.name for factory in made if factory.box == "white"])
+    normalization = normalization or Normalization()
+    run = kind(attackers, victim, normalization, batch_size, largest_feature_bytes, progress,
+               observer, uploads)
+    features = _check_runs(subjects, torch.cat([victim[:1], known[:1]]), normalization,
+                           [factory.name for factory in made if factory.box == "white"])
+    run.result.setup = setup_of(made, attackers, victim, normalization, uploads, features)
     with torch.random.fork_rng(devices=[]):
         if check_attacks:
             run.self_tests(made)
@@ -179,14 +179,16 @@ def audit(
 
 
 def _check_runs(subjects: Mapping[str, HasEdge], pixels: Tensor, normalization: Normalization,
-                white: Sequence[str]) -> None:
+                white: Sequence[str]) -> dict[str, tuple[int, ...]]:
     """Refuse an edge that cannot run on the images, or as the `white` attacks run it, before hours
-    go into others (InputError).
+    go into others (InputError); the shape of each subject's upload.
     """
+    shapes: dict[str, tuple[int, ...]] = {}
     for subject, half in subjects.items():
         with torch.random.fork_rng(devices=[]), lent(half.edge):
             try:
-                compute_features(half.edge, pixels, normalization)
+                z = compute_features(half.edge, pixels, normalization)
+                shapes[subject] = tuple(z.shape[1:])
             except InputError:
                 raise
             except Exception as error:
@@ -207,3 +209,4 @@ def _check_runs(subjects: Mapping[str, HasEdge], pixels: Tensor, normalization: 
                     f"{str(error).splitlines()[0] if str(error) else 'no reason'}. Call detach() "
                     "in the edge where it leaves torch, or name other attacks= than these."
                 ) from error
+    return shapes

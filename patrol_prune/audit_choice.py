@@ -35,7 +35,7 @@ class Factory:
     """One attack of the audit: its name, how to make it, and the seeds it runs with.
 
     `learned` says that others may start at its answer, `warm_starts` that it can do so, `fewest`
-    how many images it has to own.
+    how many images it has to own, `config` how it is set but for its seed.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Factory:
     warm_starts: bool = False
     needs: tuple[str, ...] = ()
     fewest: int = 1
+    config: Any = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _factory(
     if isinstance(choice, str):
         kind, shown = kind_of(choice), choice
         own = settings[name] if name in settings else settings_for(choice, config, settings)
-        make_attack(choice, own, device=device)  # wrong settings are refused before any work
+        first = make_attack(choice, own, device=device)  # wrong settings: before any work
 
         def make(seed: int, warm_start: Attack | None) -> Attack:
             return make_attack(shown, own, device=device, seed=seed, warm_start=warm_start)
@@ -128,7 +129,7 @@ def _factory(
         return Factory(
             name, make, seeds if kind.seeded else seeds[:1], kind.box,
             kind.box == "black" and kind.seeded, kind.warm_starts, kind.needs,
-            _FEWEST[kind.box] if kind.seeded else 1,
+            _FEWEST[kind.box] if kind.seeded else 1, getattr(first, "config", None),
         )
     if isinstance(choice, Attack) and not isinstance(choice, type):
         instance = choice

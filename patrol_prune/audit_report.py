@@ -56,6 +56,11 @@ class AuditReport:
         thumbnails: what thumbnails of the victim's images show, from one pixel to as many as the
             strongest attack's SSIM: `side`, `ssim`, `ssim_worst5`, `mse`, means over `images` of
             them, evenly spaced (at most 500, fewer of large ones).
+        setup: what the audit was made with. Two reports compare two edges where it agrees, but for
+            `features`. `attacks`: name to `seeds` and `settings` (None of an attack of your own);
+            `attackers` and `victims`: how many images, and a `sha256` of them at 8 bits;
+            `features`: subject to the shape of one upload; `normalization`, `uploads`, `versions`.
+            Empty in reports of earlier releases.
     """
 
     records: list[dict[str, Any]]
@@ -64,6 +69,7 @@ class AuditReport:
     examples: dict[str, NDArray[np.uint8]] = field(default_factory=dict)
     example_indices: list[int] = field(default_factory=list)
     thumbnails: list[dict[str, Any]] = field(default_factory=list)
+    setup: dict[str, Any] = field(default_factory=dict)
 
     @property
     def subjects(self) -> tuple[str, ...]:
@@ -137,6 +143,7 @@ class AuditReport:
             "per_image": self.per_image,
             "example_indices": self.example_indices,
             "thumbnails": self.thumbnails,
+            "setup": self.setup,
             "examples": {},
         }
         if path is not None and self.examples:
@@ -165,6 +172,7 @@ class AuditReport:
             report = cls(*(content[k] for k in ("records", "flags", "per_image")))
             report.example_indices = content["example_indices"]
             report.thumbnails = content.get("thumbnails", [])
+            report.setup = content.get("setup", {})
             files = content["examples"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CheckpointError(

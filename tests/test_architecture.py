@@ -37,6 +37,7 @@ ORDER = [
     "export",
     "attacks", "access", "alone", "received", "per_picture", "arrangement", "undoing", "warm_start",
     "audit_choice", "audit_scores", "audit_report", "audit_attack", "audit_run", "audit_kept",
+    "audit_setup",
     "audit", "_report_facts", "figures", "tables", "report", "rundir", "settings", "preparation",
     "audit_model", "run_objectives",
     "run_summary",

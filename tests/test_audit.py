@@ -73,6 +73,35 @@ def report() -> AuditReport:
     )
 
 
+def test_the_report_says_what_it_was_made_with(report: AuditReport) -> None:
+    found = report.setup
+    told = found["attacks"]["inverse_network"]
+    assert told["seeds"] == [0, 1]
+    assert {"width", "epochs", "loss"} <= told["settings"].keys() and "seed" not in told["settings"]
+    assert told["settings"]["width"] == CONFIG.width
+    assert found["features"] == {"edge": [3], "undefended": [12, 8, 8]}
+    assert found["normalization"]["mean"] == [0.5, 0.4, 0.3]
+    assert AuditReport.from_json(report.to_json()).setup == found
+    old = json.loads(report.to_json())
+    del old["setup"]
+    assert AuditReport.from_json(json.dumps(old)).setup == {}
+
+
+def test_setups_differ_where_attackers_or_pictures_do() -> None:
+    def setup(width: int = 4, known: Tensor = KNOWN, victim: Tensor = VICTIM) -> dict[str, object]:
+        config = dataclasses.replace(CONFIG, width=width, epochs=1)
+        return audit(open_edge(), known, victim, attacks={
+            "small": "inverse_network", "own": lambda seed: Oracle()}, config=config).setup
+
+    first = setup()
+    assert first["attacks"]["own"] == {"seeds": [0], "settings": None}  # type: ignore[index]
+    eight_bits = (VICTIM * 255).round().byte()
+    assert setup(victim=eight_bits.float() / 255)["victims"] == setup(victim=eight_bits)["victims"]
+    for other, key in ((setup(width=6), "attacks"), (setup(known=KNOWN[1:]), "attackers"),
+                       (setup(victim=VICTIM.flip(0)), "victims")):
+        assert {k for k in first if first[k] != other[k]} == {key}
+
+
 @pytest.mark.parametrize(("attack", "seed", "told"), [
     (None, None, "edge: "), ("rmle", None, "edge, rmle: "), ("rmle", 0, "edge, rmle, seed 0: ")])
 def test_a_warning_names_what_it_is_of_alone(

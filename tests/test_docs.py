@@ -36,7 +36,7 @@ from patrol_prune.tune_space import Candidate, Space
 
 ROOT = Path(__file__).resolve().parent.parent
 VEHICLES = "integrations/vehicle_reid/README.md"
-SNIPPETS = {"README.md": 2, "docs/audit.md": 8, "docs/bounds.md": 1, "docs/plan.md": 1,
+SNIPPETS = {"README.md": 2, "docs/audit.md": 9, "docs/bounds.md": 1, "docs/plan.md": 1,
             "docs/tune.md": 1, VEHICLES: 1}
 """Blocks of Python on each page; a test below runs each of them."""
 
@@ -155,13 +155,16 @@ def test_those_of_the_audit(
     names: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     write_folder: Callable[..., Path], import_benchmark: Callable[[str], ModuleType],
 ) -> None:
-    whole, own, published, attributes, defence, halves, deployed, pairs = snippets("docs/audit.md")
+    (whole, comparing, own, published, attributes, defence, halves, deployed,
+     pairs) = snippets("docs/audit.md")
     known, images = names["attacker_images"], names["victim_images"]
     split = pp.Split(names["model"], known[:1], at="layer3")
     names |= {"split": split, "attacker_labels": torch.arange(len(known)) % 5,
               "dense_split": pp.Split(build(), known[:1], at="layer3")}
     whole.run(names)
     assert set(names["report"].subjects) == {"edge", "undefended", "floor"}
+    comparing.run({**names, "torch": torch, "one": split, "other": names["dense_split"],
+                   "names": ("linear_inverse", "inverse_network")})
     own.run(names)
 
     write_folder(tmp_path / "cifar10", count=10, size=32)

@@ -1,0 +1,50 @@
+"""What an audit was made with, so that two reports can be told to be comparable or not."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib import metadata
+from typing import Any
+
+from torch import Tensor
+
+from patrol_prune.audit_choice import Factory, Owned
+from patrol_prune.pixels import Normalization
+
+_EACH_RUN = ("seed", "device")
+
+
+def setup_of(
+    made: Sequence[Factory], attackers: Sequence[Owned], victim: Tensor,
+    normalization: Normalization, uploads: int, features: Mapping[str, Sequence[int]],
+) -> dict[str, Any]:
+    """See `AuditReport.setup`; plain data."""
+    return {
+        "attacks": {f.name: {"seeds": list(f.seeds), "settings": _settings(f)} for f in made},
+        "attackers": [{"data": own.data, "images": own.count, "labels": own.labels is not None,
+                       "sha256": _fingerprint(own.pixels)} for own in attackers],
+        "victims": {"images": len(victim), "shape": list(victim.shape[1:]),
+                    "sha256": _fingerprint(victim)},
+        "features": {subject: list(shape) for subject, shape in features.items()},
+        "normalization": {"mean": list(normalization.mean), "std": list(normalization.std)},
+        "uploads": uploads,
+        "versions": {name: metadata.version(name) for name in ("torch", "patrol-prune")},
+    }
+
+
+def _settings(factory: Factory) -> dict[str, Any] | None:
+    """Of one of our attacks, without seed and device; None of the caller's own."""
+    if factory.box is None:
+        return None
+    config = {} if factory.config is None else asdict(factory.config)
+    return {name: value for name, value in config.items() if name not in _EACH_RUN}
+
+
+def _fingerprint(images: Tensor) -> str:
+    """The same for the same images, as uint8 or as floats that come from them."""
+    digest = hashlib.sha256(str(tuple(images.shape)).encode())
+    for part in images.split(256):
+        digest.update((part * 255.0).round().byte().numpy().tobytes())
+    return digest.hexdigest()[:16]
