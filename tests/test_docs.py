@@ -36,7 +36,7 @@ from patrol_prune.tune_space import Candidate, Space
 
 ROOT = Path(__file__).resolve().parent.parent
 VEHICLES = "integrations/vehicle_reid/README.md"
-SNIPPETS = {"README.md": 2, "docs/audit.md": 9, "docs/bounds.md": 1, "docs/plan.md": 1,
+SNIPPETS = {"README.md": 2, "docs/audit.md": 10, "docs/bounds.md": 1, "docs/plan.md": 1,
             "docs/tune.md": 1, VEHICLES: 1}
 """Blocks of Python on each page; a test below runs each of them."""
 
@@ -155,7 +155,7 @@ def test_those_of_the_audit(
     names: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     write_folder: Callable[..., Path], import_benchmark: Callable[[str], ModuleType],
 ) -> None:
-    (whole, comparing, own, published, attributes, defence, halves, deployed,
+    (whole, comparing, own, published, attributes, defence, own_defence, halves, deployed,
      pairs) = snippets("docs/audit.md")
     known, images = names["attacker_images"], names["victim_images"]
     split = pp.Split(names["model"], known[:1], at="layer3")
@@ -189,6 +189,7 @@ def test_those_of_the_audit(
     instead = re.search(r"# or (Combined.*)", defence.text)
     assert instead is not None and isinstance(eval(instead[1], names), pp.Defence)
     defended = names["split"]
+    own_defence.run({**names, "torch": torch})
     halves.run(names)
     assert names["split"] is not defended
     assert torch.equal(names["split"].edge(known[:2]), defended.edge(known[:2]))
