@@ -283,11 +283,11 @@ def _unreadable(model: nn.Module, came: str, advice: str) -> UnsupportedModelErr
                                  f"{type(model).__name__} with {came}. {advice}.")
 
 
-def check_loss_value(value: object) -> None:
-    """An InputError where a task loss gave no scalar tensor."""
+def check_loss_value(value: object, name: str = "task_loss") -> None:
+    """An InputError where a loss, or another term, is no scalar tensor."""
     if not isinstance(value, Tensor) or value.numel() != 1:
         came = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        raise InputError(f"Expected task_loss to give one number as a tensor, came {came}. Give "
+        raise InputError(f"Expected {name} to give one number as a tensor, came {came}. Give "
                          "the mean over the batch, with its gradient.")
 
 
@@ -313,6 +313,14 @@ def check_task_loss(task_loss: object) -> None:
             "Expected task_loss as a function of logits and targets, came "
             f"{task_loss!r}. Give torch.nn.functional.cross_entropy, say."
         )
+
+
+def image_shape(example: Tensor, advice: str = "") -> tuple[int, int, int]:
+    """`(channels, height, width)` of a model's input; an InputError where it is no picture."""
+    shape = tuple(example.shape[1:])
+    if len(shape) != 3:
+        raise InputError(f"Expected a model of images [N, C, H, W], came inputs {shape}.{advice}")
+    return shape
 
 
 def share_outside(pixels: Tensor, slack: float = 0.02) -> float:

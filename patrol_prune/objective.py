@@ -32,6 +32,7 @@ from patrol_prune.given import (
     check_split,
     check_targets,
     check_task_loss,
+    image_shape,
     input_and_target,
     share_outside,
     told_if_unlike,
@@ -49,6 +50,7 @@ from patrol_prune.spectral import SpectralBounds
 from patrol_prune.split import Split
 from patrol_prune.surrogate import (
     DEFAULT_SURROGATES,
+    FEW_OUTSIDE,
     SurrogateEnsemble,
     SurrogateSpec,
     checked_specs,
@@ -56,9 +58,6 @@ from patrol_prune.surrogate import (
 
 if TYPE_CHECKING:
     from patrol_prune.masks import SoftMasks
-
-_FEW = 0.05
-"""Share of pixels outside of [0, 1] from which on the normalization is taken for a wrong one."""
 
 TaskLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -139,7 +138,7 @@ class PatrolObjective:
         seed: of the perturbations, the surrogates' initial weights and the spectral form's vectors.
 
     Raises:
-        InputError: a setting out of its range.
+        InputError: a setting out of its range; `beta` with inputs that are no images.
         UnsupportedModelError: the spectral form does not know an operator of the edge.
     """
 
@@ -195,6 +194,8 @@ class PatrolObjective:
         self._looked = False
         self._surrogates: SurrogateEnsemble | None = None
         self._spectral: SpectralBounds | None = None
+        if self.beta > 0:
+            self.example_shape  # noqa: B018  inputs that are no images are refused here
         if self.uses_spectral:
             self.spectral  # noqa: B018  an edge it cannot read is refused here
 
@@ -261,7 +262,7 @@ class PatrolObjective:
         """`(1, channels, height, width)` of the model's input."""
         inputs = self.split.example_inputs
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
-        return (1, x.shape[1], x.shape[2], x.shape[3])
+        return (1, *image_shape(x, " The attackers inside rebuild images: leave beta at 0 here."))
 
     def pixels(self, x: Tensor) -> Tensor:
         """The pixels behind model inputs, on [0, 1]: what the surrogates reconstruct.
@@ -271,7 +272,7 @@ class PatrolObjective:
         if not self._looked:
             self._looked = True
             share = share_outside(self.normalization.to_pixels(x, clamp=False).float())
-            if share > _FEW:
+            if share > FEW_OUTSIDE:
                 warnings.warn(
                     f"{100 * share:.0f}% of the pixels behind the model's inputs lie outside of "
                     "[0, 1] and are clamped: the attackers inside learn other pictures than the "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.decoders import FeatureStandardizer, channel_dim, make_decoder
+from patrol_prune.decoders import FAMILIES, FeatureStandardizer, channel_dim, make_decoder
 from patrol_prune.errors import InputError, nearest
-from patrol_prune.given import check_among, check_number
+from patrol_prune.given import check_among, check_count, check_number, share_outside
 from patrol_prune.lipschitz import frozen_statistics
 from patrol_prune.metrics import SSIM_SIDE, ssim_values
 from patrol_prune.precision import autocast
@@ -19,6 +19,8 @@ SURROGATE_LOSSES = ("auto", "mse", "mse+ssim")
 SSIM_WEIGHT = 0.1
 """`"mse+ssim"` is `MSE + SSIM_WEIGHT * (1 - SSIM)`; the mean image's is about 0.06 + 0.08."""
 
+FEW_OUTSIDE = 0.05
+"""The share of pixels outside of [0, 1] beyond which they are taken for something else."""
 _MEMORY = 0.98
 
 
@@ -30,11 +32,19 @@ class SurrogateSpec:
         family: "residual", "transposed" or "unet".
         width: channels of the decoder's trunk.
         depth: its residual blocks; "transposed" has none.
+
+    Raises:
+        InputError: an unknown family, or a size that is no whole number in its range.
     """
 
     family: str
     width: int
     depth: int = 2
+
+    def __post_init__(self) -> None:
+        check_among(self.family, "a surrogate's family", FAMILIES)
+        check_count(self.width, "a surrogate's width", 1)
+        check_count(self.depth, "a surrogate's depth", 0)
 
 
 DEFAULT_SURROGATES = (
@@ -112,11 +122,10 @@ class SurrogateEnsemble(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not specs:
-            raise InputError("Expected at least one surrogate, came none. Leave beta at 0 instead.")
+        specs = checked_specs(specs, lr, loss)
         self.loss = _chosen_loss(loss, image_shape)
         self.feature_shape, self.image_shape = tuple(feature_shape), image_shape
-        self.specs, self.lr, self.seed = tuple(specs), lr, seed
+        self.specs, self.lr, self.seed = specs, lr, seed
         self.decoders = nn.ModuleList(
             self._fresh(index, seed + index) for index in range(len(self.specs))
         )
@@ -206,7 +215,16 @@ class SurrogateEnsemble(nn.Module):
         self.seen += len(pixels)
 
     def step(self, z: Tensor, pixels: Tensor, *, precision: str = "auto") -> Tensor:
-        """One training step of every surrogate; returns the mean error of each, shape `[S]`."""
+        """One training step of every surrogate; returns the mean error of each, shape `[S]`.
+
+        Raises:
+            InputError: at the first step, pixels of which many lie outside of [0, 1].
+        """
+        if not self.optimizer.state and (share := share_outside(pixels)) > FEW_OUTSIDE:
+            raise InputError(
+                f"Expected pixels on [0, 1], came {100 * share:.0f}% outside. Divide bytes by 255; "
+                "take the normalisation off model inputs by Normalization.to_pixels(x)."
+            )
         self.optimizer.zero_grad(set_to_none=True)
         with torch.enable_grad():
             errors = self.errors(z.detach(), pixels, precision=precision).mean(1)
@@ -251,11 +269,17 @@ def checked_specs(
         InputError: no specs, something else among them, an unknown name, a rate that is not
             positive, an unknown loss.
     """
-    specs = SURROGATE_SETS.get(surrogates) if isinstance(surrogates, str) else surrogates
+    specs: tuple[SurrogateSpec, ...] | None = None
+    if isinstance(surrogates, str):
+        specs = SURROGATE_SETS.get(surrogates)
+    elif isinstance(surrogates, Iterable):
+        specs = tuple(surrogates)
     if specs is None or any(not isinstance(spec, SurrogateSpec) for spec in specs):
+        is_module = isinstance(surrogates, nn.Module)
         raise InputError(
-            f"Expected surrogates as one of {', '.join(SURROGATE_SETS)}, or as "
-            f"SurrogateSpec(family, width, depth) each, came {surrogates!r}. "
+            f"Expected surrogates as one of {', '.join(SURROGATE_SETS)}, or as a sequence of "
+            "SurrogateSpec(family, width, depth), came "
+            f"{type(surrogates).__name__ if is_module else repr(surrogates)}. "
             f"{nearest(str(surrogates), tuple(SURROGATE_SETS))}")
     if not specs:
         raise InputError("Expected at least one surrogate, came none. Leave beta at 0 instead.")
@@ -263,15 +287,10 @@ def checked_specs(
     if not lr > 0:
         raise InputError(f"Expected surrogate_lr > 0, came {lr}.")
     check_among(loss, "surrogate_loss", SURROGATE_LOSSES)
-    return tuple(specs)
+    return specs
 
 
 def _chosen_loss(loss: str, image_shape: tuple[int, int, int]) -> str:
-    if loss not in SURROGATE_LOSSES:
-        raise InputError(
-            f"Expected a surrogate loss out of {', '.join(SURROGATE_LOSSES)}, came {loss!r}. "
-            f"{nearest(loss, SURROGATE_LOSSES)}"
-        )
     large = min(image_shape[1:]) >= SSIM_SIDE
     if loss == "mse+ssim" and not large:
         raise InputError(

@@ -96,6 +96,25 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "a precision of its own": (lambda: objective(split(), precision="fp8"), "precision out of"),
     "surrogates in words": (lambda: pp.PatrolObjective(split(), F.cross_entropy, surrogates="conv"),
                             "SurrogateSpec"),
+    "an ensemble as surrogates": (lambda: pp.PatrolObjective(
+        split(), F.cross_entropy, surrogates=pp.SurrogateEnsemble((4, 8, 8), (3, 16, 16), SPECS)),
+        "as a sequence of SurrogateSpec.*, came SurrogateEnsemble"),
+    "one spec": (lambda: pp.PatrolObjective(split(), F.cross_entropy, surrogates=SPECS[0]),
+                 "as a sequence of.*came SurrogateSpec"),
+    "a family of no decoder": (lambda: SurrogateSpec("resdual", 8), "family out.*mean: residual"),
+    "a width of nothing": (lambda: SurrogateSpec("residual", 0), "width as a whole number"),
+    "half a channel": (lambda: SurrogateSpec("unet", 4.5), "width as a whole number"),
+    "less than no depth": (lambda: SurrogateSpec("residual", 8, -1), "depth as a whole number"),
+    "an ensemble's rate": (lambda: pp.SurrogateEnsemble((4, 8, 8), (3, 16, 16), SPECS, lr=-1.0),
+                           "surrogate_lr"),
+    "names in an ensemble": (lambda: pp.SurrogateEnsemble((4, 8, 8), (3, 16, 16), ("residual",)),
+                             "as a sequence of SurrogateSpec"),
+    "bytes in an ensemble": (lambda: pp.SurrogateEnsemble((4, 8, 8), (3, 16, 16), SPECS).step(
+        torch.zeros(8, 4, 8, 8), images(8) * 255), "on \\[0, 1\\], came .*% outside"),
+    "attackers of no pictures": (lambda: objective(pp.Split.from_modules(
+        nn.Linear(6, 4), nn.Linear(4, 5), torch.zeros(2, 6))), "images .*leave beta at 0"),
+    "attackers of volumes": (lambda: objective(pp.Split.from_modules(
+        nn.Conv3d(3, 4, 1), nn.Flatten(), torch.zeros(2, 3, 4, 4, 4))), "images .*leave beta at 0"),
     "no surrogates": (lambda: pp.PatrolObjective(split(), F.cross_entropy, surrogates=[]),
                       "at least one surrogate"),
     "a negative rate": (lambda: objective(split(), surrogate_lr=-1.0), "surrogate_lr"),

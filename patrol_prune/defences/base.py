@@ -150,14 +150,6 @@ def sent_dtype(z: Tensor) -> torch.dtype:
     return torch.float32 if torch.is_autocast_enabled(z.device.type) else z.dtype
 
 
-def image_shape(split: Split) -> tuple[int, int, int]:
-    """`(channels, height, width)` of the model's input."""
-    shape = tuple(split.example_inputs.shape[1:])
-    if len(shape) != 3:
-        raise InputError(f"Expected a model of images [N, C, H, W], came inputs {shape}.")
-    return shape
-
-
 def calibration_features(split: Split, calibration: Tensor) -> Tensor:
     """`edge(calibration)` in evaluation mode and full precision, float32 on the edge's device.
 

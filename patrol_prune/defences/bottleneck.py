@@ -15,10 +15,10 @@ from patrol_prune.defences.base import (
     Defence,
     calibration_features,
     check_at_least,
-    image_shape,
     wrapped,
 )
 from patrol_prune.errors import InputError
+from patrol_prune.given import image_shape
 from patrol_prune.objective import PatrolObjective, TaskLoss
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
@@ -62,7 +62,7 @@ class Bottleneck(Defence):
     def apply(self, split: Split, *, calibration: Tensor | None = None) -> Split:
         """See `Defence.apply`; an InputError where the feature has fewer channels."""
         shape = tuple(split.feature_shape)
-        dim = channel_dim(shape, image_shape(split))
+        dim = channel_dim(shape, image_shape(split.example_inputs))
         wide = shape[dim - 1]
         if self.channels > wide:
             raise InputError(

@@ -17,11 +17,10 @@ from patrol_prune.defences.base import (
     Defence,
     check_at_least,
     check_share,
-    image_shape,
     sent_dtype,
     wrapped,
 )
-from patrol_prune.given import check_count
+from patrol_prune.given import check_count, image_shape
 from patrol_prune.objective import PatrolObjective, TaskLoss
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
@@ -119,7 +118,7 @@ class Disco(Defence):
 
     def apply(self, split: Split, *, calibration: Tensor | None = None) -> Split:
         """See `Defence.apply`; nothing is calibrated."""
-        dim = channel_dim(tuple(split.feature_shape), image_shape(split))
+        dim = channel_dim(tuple(split.feature_shape), image_shape(split.example_inputs))
         channels = split.feature_shape[dim - 1]
         kept = kept_channels(channels, self.ratio)
         dropper = ChannelDropper(channels, kept, dim, width=self.width,

@@ -14,11 +14,11 @@ from patrol_prune.decoders import channel_dim
 from patrol_prune.defences.base import (
     Defence,
     calibration_features,
-    image_shape,
     sent_dtype,
     wrapped,
 )
 from patrol_prune.errors import InputError
+from patrol_prune.given import image_shape
 from patrol_prune.split import Split
 
 
@@ -105,7 +105,7 @@ class Quantisation(Defence):
 
     def apply(self, split: Split, *, calibration: Tensor | None = None) -> Split:
         """See `Defence.apply`."""
-        dim = channel_dim(tuple(split.feature_shape), image_shape(split))
+        dim = channel_dim(tuple(split.feature_shape), image_shape(split.example_inputs))
         quantiser = Quantiser(split.feature_shape[dim - 1], self.bits, dim)
         if calibration is not None:
             quantiser.calibrate(calibration_features(split, calibration))
