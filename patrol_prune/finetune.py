@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.utils._pytree import tree_leaves
 
 from patrol_prune.cost import home_of
 from patrol_prune.errors import CheckpointError, InputError
@@ -87,7 +88,9 @@ def finetune(
         train_batches: batches `(x, y)` in model-input space, with a length, that can be read again
             for every epoch (a DataLoader, a list, `Batches`); `set_epoch` is called if it exists.
         objective: task, Lipschitz and adversarial terms; terms of a subclass may carry one more,
-            `penalty`, which is recorded with them.
+            `penalty`, a scalar tensor that is recorded with them; `total` alone is trained and
+            has to hold it too, weighted. A network of the subclass's own is frozen, or trained
+            by the subclass with an optimiser that is an attribute beside it.
         surrogate_batches: other images for the surrogates' inner steps, so that they cannot
             memorise those on which they are asked; the edge runs once more for each. Without
             them they learn from the model's own batch and the one before.
@@ -108,8 +111,9 @@ def finetune(
     Raises:
         TrainingError: a loss or a gradient that is NaN or infinite, with the step and the term.
         InputError: no batch, labels outside the classes, a privacy objective without its split, a
-            teacher that would be trained along, a task loss with parameters to learn of its own,
-            nothing to train, another precision in `config` than in the objective.
+            teacher that would be trained along, a task loss or an objective with parameters of its
+            own that nobody would train, a `penalty` that is no scalar tensor, nothing to train,
+            another precision in `config` than in the objective.
         UnsupportedModelError: the model is float16 or bfloat16.
         CheckpointError: `checkpoint_dir` holds an earlier training, and `resume` is not given; or
             what is to be resumed has other settings.
@@ -165,6 +169,7 @@ def check_training(
         )
     if objective is not None:
         _refuse_unlearnt_loss(model, objective)
+        _refuse_unlearnt_nets(model, objective, teacher)
     for cut in {id(s): s for s in (split, objective and objective.split)}.values():
         if isinstance(cut, Split):
             cut.refresh()
@@ -183,6 +188,35 @@ def _refuse_unlearnt_loss(model: nn.Module, objective: PatrolObjective) -> None:
             f"{type(loss).__name__} with {len(own)} parameters of its own ({own[0]} is the "
             "first), which would stay as they are. Put that layer into the model, which is "
             "trained and saved, or set requires_grad=False on those alone."
+        )
+
+
+def _refuse_unlearnt_nets(
+    model: nn.Module, objective: PatrolObjective, teacher: nn.Module | None
+) -> None:
+    """Refuse what else an objective holds with something to learn, and no optimiser beside it."""
+    held = [(name, part) for name, value in vars(objective).items() if name != "task_loss"
+            for part in tree_leaves(value)]
+    modules = [inner for _, part in held if isinstance(part, nn.Module) for inner in part.modules()]
+    optimizers = [part for part in (*(part for _, part in held),
+                                    *(value for inner in modules for value in vars(inner).values()))
+                  if isinstance(part, torch.optim.Optimizer)]
+    known = {id(p) for net in (model, teacher) if net is not None for p in net.parameters()}
+    known |= {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+    own = {}
+    for name, part in held:
+        if isinstance(part, nn.Parameter):
+            own[id(part)] = (name, part)
+        elif isinstance(part, nn.Module):
+            own.update({id(p): (f"{name}.{n}", p) for n, p in part.named_parameters()})
+    unlearnt = [name for key, (name, p) in own.items() if p.requires_grad and key not in known]
+    if unlearnt:
+        raise InputError(
+            "Expected an objective that learns nothing beside the model, came "
+            f"{type(objective).__name__} with {len(unlearnt)} parameters of its own "
+            f"({unlearnt[0]} is the first), which would stay as they are. Set requires_grad=False "
+            "on those that are to stay; train the others in terms(), by an optimiser of their own "
+            "that is an attribute of the objective too."
         )
 
 

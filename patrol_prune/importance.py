@@ -17,6 +17,7 @@ with the empirical Fisher information in the place of the second derivative.
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -71,6 +72,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
     `I_s = task_weight dL_task + lip_weight dL_lip - adv_weight dL_adv`, higher is to be kept, with
     `dL_t` the change of a term on removal of the channel as its gradients predict it, scaled as
     `normalizer` says. `GroupPatrolImportance` is another name of this class.
+    A `penalty` among the terms of an objective of one's own is not scored; a warning says so.
 
     Args:
         objective: gives the terms; its split says what is edge. Its surrogates should have been
@@ -132,6 +134,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         self.adv_weight, self.normalizer, self.training = adv_weight, normalizer, training
         self.task_change = task_change
         self.blocks = blocks
+        self._told = False
         self.zero_grad()
 
     def zero_grad(self) -> None:
@@ -209,6 +212,11 @@ class PatrolImportance(Importance):  # type: ignore[misc]
             with masks.per_image(len(x)) as copies:
                 terms = self.objective.terms(x, y, masks=masks)
                 shares = self._gradients(terms, copies)
+        if getattr(terms, "penalty", None) is not None and not self._told:
+            self._told = True
+            warnings.warn("The objective's penalty is left out of the scores, which know the terms "
+                          f"{', '.join(TERMS)}. Add it to the terms' task too where it should "
+                          "count.", stacklevel=2)
         if self._batches == 0:
             self._first_size = len(x)
         weight, counted = len(x) / self._first_size, counted_labels(y)

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from patrol_prune.distillation import Distiller
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
-from patrol_prune.given import check_targets, input_and_target
+from patrol_prune.given import check_loss_value, check_targets, input_and_target
 from patrol_prune.image_pool import ImagePool, TrainBatches, start_epoch
 from patrol_prune.lipschitz import frozen_statistics
 from patrol_prune.objective import ObjectiveTerms, PatrolObjective
@@ -232,7 +232,10 @@ class Trainer:
 
     def _refuse_nonfinite(self, step: int, values: dict[str, Tensor | None]) -> None:
         for name, value in values.items():
-            if value is not None and not math.isfinite(float(value.detach())):
+            if value is None:
+                continue
+            check_loss_value(value, f"the objective's {name}")
+            if not math.isfinite(float(value.detach())):
                 raise TrainingError(
                     f"The {name} term became {float(value.detach())} at step {step}. The last "
                     "checkpoint is kept. Lower the learning rate, beta or alpha, or check the data "
