@@ -80,8 +80,11 @@ def checked_score(importance: Any, scored: Callable[[], Any]) -> Tensor | None:
                      f"None, came {came}. Give one number per channel of group[0].")
 
 
-def check_schedule(ratios: Any, steps: int) -> list[float]:
-    """What a schedule of pruning ratios gave: the start and one for every step."""
+def check_schedule(ratios: Any, steps: int, target: float) -> list[float]:
+    """What a schedule of pruning ratios gave: the start and one for every step.
+
+    It is followed as it is up to the last step, which goes to the `target` by itself.
+    """
     values = list(ratios) if isinstance(ratios, Iterable) else []
     used = values[: steps + 1]
     if len(used) <= steps or not all(is_number(r) and math.isfinite(r) for r in used):
@@ -89,7 +92,13 @@ def check_schedule(ratios: Any, steps: int) -> list[float]:
             f"Expected of iterative_pruning_ratio_scheduler {steps + 1} finite numbers, the start "
             f"and one for each of {steps} steps, came {ratios!r}."
         )
-    return values
+    beyond = [float(r) for r in used[1:-1] if float(r) > target + 1e-6]
+    if beyond:
+        warnings.warn(
+            f"iterative_pruning_ratio_scheduler goes to {max(beyond):.4g} before the last step, "
+            f"and the budget takes {target:.4g} of the edge's MACs: the edge ends below it. Stay "
+            "within the ratio that it is called with.", stacklevel=3)
+    return [float(r) for r in used]
 
 
 def with_owners(layers: Sequence[nn.Module | nn.Parameter], model: nn.Module) -> set[int]:

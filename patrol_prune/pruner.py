@@ -144,7 +144,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
                           limits=self.limits, boundary=boundary, whole=self._kept_whole())
         self.pruning_ratio = 1.0 - self.budget / self.dense_edge_macs
         self.per_step_pruning_ratio = check_schedule(self.iterative_pruning_ratio_scheduler(
-            self.pruning_ratio, iterative_steps), iterative_steps)
+            self.pruning_ratio, iterative_steps), iterative_steps, self.pruning_ratio)
         self._decay: ChannelDecay | None = None
         self._earlier = list(split.pruning_history)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -547,6 +548,31 @@ def test_options_of_the_host_that_are_something_else(option: dict[str, Any], mes
     given = {"example_inputs": x, "importance": importance, "edge_macs": 0.5, **option}
     with pytest.raises(InputError, match=message):
         PatrolPruner(model, split=split, **given).step()
+
+
+def scheduled(given: Callable[[float, int], Any] | None) -> PatrolPruner:
+    model, x, split, importance = prepared()
+    more = {} if given is None else {"iterative_pruning_ratio_scheduler": given}
+    pruner = PatrolPruner(model, x, importance, split=split, edge_macs=0.5, iterative_steps=2,
+                          **more)
+    pruner.step()
+    pruner.step()
+    return pruner
+
+
+def test_a_schedule_may_be_a_tensor() -> None:
+    usual, given = scheduled(None), scheduled(lambda r, n: torch.linspace(0.0, r, n + 1))
+    assert given.per_step_pruning_ratio == pytest.approx(usual.per_step_pruning_ratio)
+    assert given.last_result.kept == usual.last_result.kept
+
+
+def test_a_schedule_beyond_the_budget_is_told() -> None:
+    with pytest.warns(UserWarning, match="goes to 0.6 .* the budget takes 0.5"):
+        beyond = scheduled(lambda r, n: [0.0, 0.6, r])
+    assert beyond.last_result.edge_macs <= 0.4 * beyond.dense_edge_macs
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        scheduled(lambda r, n: [0.0, r, 1.0])  # the last step goes to the budget by itself
 
 
 def test_what_an_interactive_step_did_is_read_from_the_layers() -> None:
