@@ -409,6 +409,14 @@ class TestCombined:
         with pytest.raises(InputError, match="Combined: expected"):
             Combined(parts)
 
+    def test_an_apply_without_calibration_is_named(self) -> None:
+        class Own(Defence):
+            def apply(self, split: Split) -> Split:  # type: ignore[override]
+                return split
+
+        with pytest.raises(InputError, match=r"of Own a method.*came apply\(split: 'Split'\)"):
+            Combined((FeatureDropout(0.5), Own()))
+
 
 class TestNoise:
     @pytest.mark.parametrize("kind", [GaussianNoise, LaplacianNoise])

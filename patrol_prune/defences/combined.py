@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -56,6 +57,8 @@ class Combined(Defence):
             raise InputError(f"Combined: expected one or more defences as a tuple, came {given!r}.")
         parts = tuple(inner for part in given
                       for inner in (part.parts if isinstance(part, Combined) else (part,)))
+        for part in parts:
+            _check_apply(part)
         object.__setattr__(self, "parts", parts)
         training = [part for part in parts if _trains(part)]
         if len(training) > 1:
@@ -117,6 +120,19 @@ def _set_apart(generators: Sequence[torch.Generator], place: int) -> None:
             generator.set_state(filled(key).get_state())
         else:
             generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
+
+
+def _check_apply(part: Defence) -> None:
+    """Refuse a defence whose `apply` cannot be called as `Defence.apply` is."""
+    found = inspect.signature(part.apply)
+    try:
+        found.bind(None, calibration=None)
+    except TypeError as error:
+        raise InputError(
+            f"Combined: expected of {type(part).__name__} a method apply(self, split, *, "
+            f"calibration=None) that returns a Split, came apply{found}: {error}. Take the "
+            "argument, also where nothing is calibrated."
+        ) from error
 
 
 def _trains(part: Defence) -> bool:
