@@ -54,13 +54,8 @@ TaskChange = Literal["second_order", "absolute"]
 
 
 def combine_terms(
-    task: Tensor,
-    lipschitz: Tensor,
-    adversarial: Tensor,
-    *,
-    task_weight: float = 1.0,
-    lip_weight: float = 1.0,
-    adv_weight: float = 1.0,
+    task: Tensor, lipschitz: Tensor, adversarial: Tensor, *,
+    task_weight: float = 1.0, lip_weight: float = 1.0, adv_weight: float = 1.0,
 ) -> Tensor:
     """`task_weight * dL_task + lip_weight * dL_lip - adv_weight * dL_adv`, elementwise."""
     return task_weight * task + lip_weight * lipschitz - adv_weight * adversarial
@@ -72,6 +67,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
     `I_s = task_weight dL_task + lip_weight dL_lip - adv_weight dL_adv`, higher is to be kept, with
     `dL_t` the change of a term on removal of the channel as its gradients predict it, scaled as
     `normalizer` says. `GroupPatrolImportance` is another name of this class.
+
     A `penalty` among the terms of an objective of one's own is not scored; a warning says so.
 
     Args:
@@ -105,9 +101,7 @@ class PatrolImportance(Importance):  # type: ignore[misc]
         self,
         objective: PatrolObjective,
         *,
-        task_weight: float = 1.0,
-        lip_weight: float = 1.0,
-        adv_weight: float = 1.0,
+        task_weight: float = 1.0, lip_weight: float = 1.0, adv_weight: float = 1.0,
         task_change: TaskChange = "second_order",
         normalizer: str | None = "mean",
         training: bool = False,
