@@ -20,7 +20,7 @@ from patrol_prune.attacks import (
     check_fit,
     check_reconstructions,
 )
-from patrol_prune.attacks.checks import ATTACK_FAILED, OBSERVER_FAILED
+from patrol_prune.attacks.checks import ATTACK_FAILED, CHANGED_MODEL, OBSERVER_FAILED
 from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_choice import Factory
 from patrol_prune.audit_scores import check_guess, score
@@ -112,6 +112,15 @@ def broken_off(error: Exception, factory: Factory) -> Flag:
         raise error
     return dataclasses.replace(ATTACK_FAILED, advice="Mend the attack.", meaning=(
         f"The attack raised {told(error)}. It has no score."))
+
+
+def changes(told: list[str]) -> list[Flag]:
+    """The flag of an attack while which the split changed, by what `put_back` says of it."""
+    if not told:
+        return []
+    return [dataclasses.replace(CHANGED_MODEL, meaning=(
+        f"While the attack ran, the split that it attacked changed: {'; '.join(told)}. All was put "
+        "back before the next."))]
 
 
 @torch.enable_grad()

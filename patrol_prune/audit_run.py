@@ -27,7 +27,15 @@ from patrol_prune.attacks import (
 )
 from patrol_prune.attacks.checks import NO_GRADIENT, SELF_TESTS
 from patrol_prune.attacks.registry import box_of
-from patrol_prune.audit_attack import Observer, Outcome, broken_off, carried_out, shown, told
+from patrol_prune.audit_attack import (
+    Observer,
+    Outcome,
+    broken_off,
+    carried_out,
+    changes,
+    shown,
+    told,
+)
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
 from patrol_prune.audit_scores import thumbnails
@@ -37,6 +45,7 @@ from patrol_prune.jacobian import blocked_outputs
 from patrol_prune.pixels import Normalization
 from patrol_prune.received import OUTLYING_FEATURES, not_outlying
 from patrol_prune.undoing import Undone, undone
+from patrol_prune.unharmed import put_back
 from patrol_prune.warm_start import WarmStarts
 
 logger = logging.getLogger("patrol_prune.audit")
@@ -67,6 +76,7 @@ class AuditRun:
         self.uploads = self.used = uploads
         self.begun = torch.get_rng_state()
         self.draws: Draws | None = None
+        self.halves: list[nn.Module] = []
         self.blocked: dict[str, list[Flag]] = {}
         self.result = AuditReport(records=[])
         self.last_error: Exception | None = None
@@ -129,6 +139,7 @@ class AuditRun:
         some = torch.cat([_spread(self.victim), _spread(self.attackers[0].pixels)])
         got = undone(edge, cloud, some, self.attackers[0].pixels, self.normalization, self.uploads)
         self.used = got.uploads
+        self.halves = [m for m in (got.edge, got.cloud) if isinstance(m, nn.Module)]
         self.flag(got.flags, subject, None, None)
         z_victim = compute_features(
             got.edge, self.victim, self.normalization, batch_size=self.batch_size
@@ -183,14 +194,17 @@ class AuditRun:
     ) -> Attack | None:
         """Fit one attack, reconstruct, check and record; one that breaks off is flagged, and None.
         """
-        start = time.perf_counter()
-        try:
-            made = carried_out(factory, seed, warm.of(seed), known, z_victim, self.victim,
-                               own.mean_image)
-        except Exception as error:
-            self.say(f"{factory.name} broke off: {error}")
-            self.flag([broken_off(error, factory)], subject, factory.name, seed, own)
-            self.last_error = error
+        start, made = time.perf_counter(), None
+        with put_back(*(self.halves if factory.box is None else ())) as changed:
+            try:
+                made = carried_out(factory, seed, warm.of(seed), known, z_victim, self.victim,
+                                   own.mean_image)
+            except Exception as error:
+                self.say(f"{factory.name} broke off: {error}")
+                self.flag([broken_off(error, factory)], subject, factory.name, seed, own)
+                self.last_error = error
+        self.flag(changes(changed), subject, factory.name, seed, own)
+        if made is None:
             return None
         flags = list(made.flags)
         if made.box == "white" and NO_GRADIENT not in flags:

@@ -36,6 +36,7 @@ ORDER = [
     "saved_sizes", "saved_description", "checkpoint", "defences", "_onnx", "_programs", "exported",
     "export",
     "attacks", "access", "alone", "received", "per_picture", "arrangement", "undoing", "warm_start",
+    "unharmed",
     "audit_choice", "audit_scores", "audit_report", "audit_attack", "audit_run", "audit_kept",
     "audit_setup",
     "audit", "_report_facts", "figures", "tables", "report", "rundir", "settings", "preparation",

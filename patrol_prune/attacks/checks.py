@@ -66,6 +66,12 @@ OBSERVER_FAILED = Flag(
     "The score stands, and what the observer measures is missing: mend the observer, or the attack "
     "that it looks at.",
 )
+CHANGED_MODEL = Flag(
+    "changed_model",
+    "While the attack ran, the split that it attacked changed. All was put back before the next.",
+    "Its own score may be of a split that it changed: let it work on copy.deepcopy(known.cloud), "
+    "in evaluation mode. Where the split itself counts in a buffer what it is asked, all is well.",
+)
 SEEN_ONCE = Flag(
     "seen_once",
     "The edge draws anew for every upload, and every picture was sent once. Whoever sees several "
