@@ -141,18 +141,47 @@ def _factory(
             "an instance, or a function of the seed that makes one."
         )
     if callable(choice):
-        with torch.random.fork_rng(devices=[]):
-            try:
-                tried = choice(seeds[0])
-            except Exception as error:  # costs its own score alone, when its turn comes
-                logger.warning("The attack %s cannot be made: %s", name, error)
-            else:
-                check_own(name, tried)
-        return Factory(name, lambda seed, warm: choice(seed), seeds)
+        return Factory(name, _fresh(name, choice, seeds[0]), seeds)
     raise InputError(
         "Expected an attack as a name, an object with fit and reconstruct, or a function of the "
         f"seed, came {choice!r}."
     )
+
+
+def _fresh(
+    name: str, choice: Callable[[int], Attack], seed: int
+) -> Callable[[int, Attack | None], Attack]:
+    """What a caller's function makes, tried once; of one that keeps what it made, copies of that.
+
+    What it made for the trial was never fitted. If that comes again, so may all others, and fits
+    that start at what earlier ones left would be no attackers of their own.
+    """
+    tried: Attack | None = None
+    with torch.random.fork_rng(devices=[]):
+        try:
+            tried = choice(seed)
+        except Exception as error:  # costs its own score alone, when its turn comes
+            logger.warning("The attack %s cannot be made: %s", name, error)
+        else:
+            check_own(name, tried)
+    keeps = False
+
+    def make(seed: int, warm_start: Attack | None) -> Attack:
+        nonlocal keeps
+        made = choice(seed)
+        keeps = keeps or (tried is not None and made is tried)
+        if not keeps:
+            return made
+        try:
+            return copy.deepcopy(made)
+        except Exception as error:
+            raise InputError(
+                f"Expected the function of the seed behind the attack {name!r} to make an object "
+                f"each time, came the one that it made before, which cannot be copied ({error}). "
+                "Make it inside the function."
+            ) from error
+
+    return make
 
 
 def check_own(name: str, attack: object) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from threading import Lock
 from types import SimpleNamespace
 
 import pytest
@@ -119,6 +120,41 @@ def test_both_floors_stand_below_an_attacker_with_a_part_of_the_images() -> None
 def test_a_class_is_made_for_each_seed() -> None:
     found = audit(split(), KNOWN, VICTIM, attacks=(Guess,), seeds=(3, 4), examples=0)
     assert [r["attack_seed"] for r in found.records if r["attack"] == "Guess"] == [3, 4]
+
+
+class Adds(Guess):
+    """Answers with a level that rises with each fit."""
+
+    level = 0.0
+
+    def fit(self, known: Knowledge) -> None:
+        super().fit(known)
+        self.level += 0.1
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return torch.full((len(z), 3, 16, 16), self.level)
+
+
+def test_an_attack_that_a_function_hands_back_again_begins_afresh_each_time() -> None:
+    """Whether one for all seeds, or one for each that is kept."""
+    one, kept = Adds(0), {0: Adds(0), 1: Adds(1)}
+    found = audit(
+        split(), KNOWN, VICTIM, seeds=(0, 1), attacker_images=(None, 30), check_attacks=True,
+        examples=0, attacks={"one": lambda seed: one, "kept": lambda seed: kept[seed], "new": Adds},
+    )
+    errors = [r["mse"] for r in found.records if r["subject"] == "edge"]
+    assert len(errors) == 12 and len(set(errors)) == 1
+    assert one.level == kept[0].level == kept[1].level == 0.0
+
+
+def test_one_that_is_handed_back_again_and_cannot_be_copied_costs_its_own_score_alone() -> None:
+    one = Adds(0)
+    one.lock = Lock()  # type: ignore[attr-defined]
+    found = audit(split(), KNOWN, VICTIM, examples=0,
+                  attacks={"one": lambda seed: one, "new": Adds})
+    assert {r["attack"] for r in found.records if r["subject"] == "edge"} == {"new"}
+    told = next(f["meaning"] for f in found.flags if f["attack"] == "one")
+    assert "Make it inside the function" in told and one.level == 0.0
 
 
 def test_an_instance_without_queries_needs_not_invert_trivial_edges() -> None:
