@@ -97,7 +97,8 @@ def audit(
         attacks: names (`patrol_prune.attacks.ATTACKS` has them, docs/audit.md says what they do),
             your own attacks (an object with `fit` and `reconstruct`, see `Attack`) or functions
             `seed -> attack`; a mapping names them. An attack of your own may say with an attribute
-            `box` ("black", "white", "none") what it does to the edge.
+            `box` ("black", "white", "none") what it does to the edge;
+            one that says "none" gets neither the edge nor what it sends for the attacker's images.
         seeds: one fresh attacker for each; an instance, which takes no seed, runs once.
         normalization: from pixels to the model's input; by default none.
         undefended: the split before any defence, at the same place: the ceiling.
@@ -121,8 +122,10 @@ def audit(
             attacks are given the edge alone and query it batch by batch.
         progress: called with one sentence before each step; they are logged in any case.
         observer: called after each attack with the subject, the attack's name, the fitted attack
-            and its reconstructions of the victim's images, for measures of your own. What it raises
-            on an attack of your own is a flag, on one of ours it ends the audit.
+            and its reconstructions of the victim's images, for measures of your own; one that has a
+            parameter `record` gets by that name the attack's row of the report, with the seed and
+            the attacker's images. What it raises on an attack of your own is a flag, on one of ours
+            it ends the audit.
         kept: where each attack that has ended is kept, so that an audit of the same goes on where
             an earlier one was interrupted: a `patrol_prune.audit_kept.KeptAttacks(folder, same)`,
             with `same` all that the outcome hangs on, as JSON. Attacks of your own are not kept,

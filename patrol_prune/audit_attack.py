@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,8 +27,11 @@ from patrol_prune.audit_choice import Factory
 from patrol_prune.audit_scores import check_guess, score
 from patrol_prune.errors import TrainingError
 
-Observer = Callable[[str, str, Attack, Tensor], None]
-"""Called with a subject, an attack's name, the attack and its reconstructions `[N, C, H, W]`."""
+Observer = Callable[..., None]
+"""Called with a subject, an attack's name, the attack and its reconstructions `[N, C, H, W]`.
+
+One that has a parameter `record` gets the attack's row of the report by that name.
+"""
 
 
 @dataclass(frozen=True)
@@ -82,9 +86,12 @@ def carried_out(
     what is raised has all that it can break.
     """
     own = factory.box is None
+    attack = factory.make(seed, warm_start)
+    box = box_of(attack)
     if own:  # it may change what it gets
         known, z_victim = known.copied(), z_victim.clone()
-    attack = factory.make(seed, warm_start)
+        if box == "none":  # it has no more than it says
+            known = dataclasses.replace(known, z=None, edge=None)
     fit = attack.fit(known)
     if own and fit is not None:
         fit = _plain(fit)
@@ -96,7 +103,7 @@ def carried_out(
     guess = guess.clone() if own else guess
     check_guess(guess, victim, factory.name)
     made = Outcome.of(
-        victim, guess, box=box_of(attack), attack=attack, fit=fit,
+        victim, guess, box=box, attack=attack, fit=fit,
         flags=[] if fit is None else check_fit(fit),
         doubts=check_reconstructions(victim, guess, mean_image),
     )
@@ -110,8 +117,22 @@ def broken_off(error: Exception, factory: Factory) -> Flag:
         return ATTACK_FAILED
     if factory.box is not None:  # what is wrong is the caller's to know
         raise error
-    return dataclasses.replace(ATTACK_FAILED, advice="Mend the attack.", meaning=(
-        f"The attack raised {told(error)}. It has no score."))
+    return dataclasses.replace(
+        ATTACK_FAILED,
+        meaning=f"The attack raised {told(error)}. It has no score.",
+        advice='Mend the attack. (One that says box = "none" gets neither known.z nor known.edge.)',
+    )
+
+
+def untested(cannot: Flag, error: Exception, size: str) -> Flag:
+    """The flag of a self-test in which a caller's own attack raised: it tells that, and no more."""
+    return dataclasses.replace(
+        cannot,
+        meaning=f"The attack broke off on the self-test's own pictures of {size} pixels: "
+                f"{told(error)}. Whether it can reconstruct them is not known.",
+        advice="Where it is built for pictures of another size, let it take theirs from "
+               "known.pixels, or pass this flag over; else mend the attack.",
+    )
 
 
 def changes(told: list[str]) -> list[Flag]:
@@ -125,19 +146,28 @@ def changes(told: list[str]) -> list[Flag]:
 
 @torch.enable_grad()
 def shown(
-    observer: Observer | None, subject: str, factory: Factory, made: Outcome
+    observer: Observer | None, subject: str, factory: Factory, made: Outcome,
+    record: Mapping[str, Any],
 ) -> list[Flag]:
     """Call the observer; one that fails on a caller's own attack is flagged."""
     if observer is None or made.attack is None:
         return []
     try:
-        observer(subject, factory.name, made.attack, made.guess)
+        more = {"record": dict(record)} if _takes_record(observer) else {}
+        observer(subject, factory.name, made.attack, made.guess, **more)
     except Exception as error:
         if factory.box is not None:
             raise
         return [dataclasses.replace(OBSERVER_FAILED, meaning=(
             f"The observer raised {told(error)} when it was shown this attack."))]
     return []
+
+
+def _takes_record(observer: Observer) -> bool:
+    try:
+        return "record" in inspect.signature(observer).parameters
+    except (TypeError, ValueError):  # some written in C do not say
+        return False
 
 
 def told(error: BaseException | None) -> str:

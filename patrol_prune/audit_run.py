@@ -35,6 +35,7 @@ from patrol_prune.audit_attack import (
     changes,
     shown,
     told,
+    untested,
 )
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
@@ -108,7 +109,7 @@ class AuditRun:
                     if factory.box is not None:  # as `broken_off`
                         raise
                     self.say(f"{factory.name} broke off: {error}")
-                    flags = [cannot]
+                    flags = [untested(cannot, error, f"{channels}x16x16")]
                 self.flag(flags, "identity", factory.name, factory.seeds[0])
 
     def floor(self) -> None:
@@ -211,7 +212,8 @@ class AuditRun:
             flags += self.slopes(subject, known)
         self.flag([*flags, *made.doubts], subject, factory.name, seed, own)
         self.record(subject, factory.name, seed, made, own, start, random_edge=known.random_edge)
-        self.flag(shown(self.observer, subject, factory, made), subject, factory.name, seed, own)
+        told_of = shown(self.observer, subject, factory, made, self.result.records[-1])
+        self.flag(told_of, subject, factory.name, seed, own)
         return made.attack
 
     def slopes(self, subject: str, known: Knowledge) -> list[Flag]:

@@ -804,6 +804,56 @@ def test_an_observer_gets_every_fitted_attack_and_what_it_rebuilt() -> None:
     assert torch.equal(seen[0][2], VICTIM)
 
 
+def test_an_observer_that_asks_for_it_gets_the_row_of_the_report_that_its_call_is_about() -> None:
+    rows = []
+
+    def observer(
+        subject: str, name: str, attack: object, guess: Tensor, *, record: dict[str, object]
+    ) -> None:
+        rows.append(dict(record))
+        record.clear()  # it is the observer's own
+
+    found = audit(closed_edge(), KNOWN, VICTIM, attacks={"own": lambda seed: Oracle()},
+                  observer=observer, seeds=(3, 4), attacker_images=(None, 50),
+                  shifted_data=1 - KNOWN, examples=0)
+    assert rows == [r for r in found.records if r["subject"] == "edge"]
+    told = [(r["attack_seed"], r["attacker_data"], r["attacker_images"]) for r in rows]
+    assert told == [(seed, *whose) for whose in (("same", 200), ("same", 50), ("shifted", 200))
+                    for seed in (3, 4)]
+
+
+class Unqueried(Oracle):
+    """Says that it asks the edge nothing."""
+
+    box = "none"
+
+    def __init__(self, reads: str | None = None, seen: list[Knowledge] | None = None) -> None:
+        self.reads, self.seen = reads, [] if seen is None else seen
+
+    def fit(self, known: Knowledge) -> None:
+        self.seen.append(known)
+        if self.reads == "pairs":
+            known.pairs()
+        elif self.reads == "edge":
+            known.edge(known.pixels)  # type: ignore[misc]
+
+
+def test_an_own_attack_whose_box_is_none_gets_no_answers_of_the_edge() -> None:
+    split, labels = open_edge(), torch.arange(len(KNOWN)) % 3
+    split.cloud = nn.Flatten()
+    seen: list[Knowledge] = []
+    found = audit(split, KNOWN, VICTIM, attacker_labels=labels, examples=0, attacks={
+        "good": lambda seed: Unqueried(None, seen), "pairs": Unqueried("pairs"),
+        "edge": Unqueried("edge")})
+    rows = [r for r in found.records if r["subject"] == "edge"]
+    assert [(r["attack"], r["box"]) for r in rows] == [("good", "none")]
+    assert seen[0].z is None and seen[0].edge is None and seen[0].labels is not None
+    assert seen[0].cloud is not None and seen[0].observed is not None
+    told = {f["attack"]: f for f in found.flags if f["name"] == "attack_failed"}
+    assert set(told) == {"pairs", "edge"}
+    assert all("neither known.z nor known.edge" in f["advice"] for f in told.values())
+
+
 class Gradless:
     """Turns gradients off and leaves them off."""
 

@@ -321,6 +321,29 @@ def test_an_audit_goes_on_where_a_self_test_breaks_off(
     assert ("cannot_invert_identity", "Breaks") not in found
 
 
+class Sized(Copies):
+    """Is built for pictures of 24 pixels a side."""
+
+    def __init__(self) -> None:
+        self.layer = nn.Linear(24 * 24, 1)
+
+    def fit(self, known: Knowledge) -> None:
+        super().fit(known)
+        self.layer(known.pixels.flatten(2))
+
+
+def test_a_self_test_on_which_an_own_attack_breaks_off_tells_why() -> None:
+    images = smooth_images(60, (3, 24, 24), seed=2)
+    found = audit(SimpleNamespace(edge=Open()), images[:50], images[50:],
+                  attacks={"sized": Sized()}, check_attacks=True)
+    assert [r["attack"] for r in found.records if r["subject"] == "edge"] == ["sized"]
+    told = [f for f in found.flags if f["subject"] == "identity"]
+    assert [f["name"] for f in told] == ["cannot_invert_identity", "cannot_invert_one_convolution"]
+    for flag in told:
+        assert "pictures of 3x16x16 pixels: RuntimeError" in flag["meaning"]
+        assert "shapes cannot be multiplied" in flag["meaning"]
+
+
 @pytest.mark.parametrize(
     ("start", "reached", "flagged"),
     [(0.5, 0.499, True), (0.5, 0.49, False), (None, 0.5, False), (9e-4, 9e-4, False)],
