@@ -97,8 +97,8 @@ def audit(
         attacks: names (`patrol_prune.attacks.ATTACKS` has them, docs/audit.md says what they do),
             your own attacks (an object with `fit` and `reconstruct`, see `Attack`) or functions
             `seed -> attack`; a mapping names them. An attack of your own may say with an attribute
-            `box` ("black", "white", "none") what it does to the edge;
-            one that says "none" gets neither the edge nor what it sends for the attacker's images.
+            `box` ("black", "white", "none") what it does to the edge; one that says "none" gets
+            neither the edge nor what it sends for the attacker's images.
         seeds: one fresh attacker for each; an instance, which takes no seed, runs once.
         normalization: from pixels to the model's input; by default none.
         undefended: the split before any defence, at the same place: the ceiling.
