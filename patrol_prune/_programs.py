@@ -64,6 +64,27 @@ def takes_any(program: ExportedProgram) -> bool:
     return bool(program.range_constraints)
 
 
+def draws_in(program: ExportedProgram, own: bool = False) -> bool:
+    """Whether it holds an operator that draws random numbers, or, `own`, one that does so from a
+    generator that lies in the program. Dropout that is off does not draw.
+    """
+    return any(_draws(node) and (not own or node.kwargs.get("generator") is not None)
+               for graph in program.graph_module.modules() if isinstance(graph, fx.GraphModule)
+               for node in graph.graph.nodes)
+
+
+def _draws(node: fx.Node) -> bool:
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or (
+            torch.Tag.nondeterministic_seeded not in target.tags):
+        return False
+    for place, argument in enumerate(target._schema.arguments):
+        if argument.name in ("train", "training", "dropout_p"):
+            given = node.kwargs.get(argument.name, argument.default_value)
+            return bool(node.args[place] if place < len(node.args) else given)
+    return True
+
+
 def answers_of(program: ExportedProgram, name: str) -> list[dict[str, Any]]:
     """Name, shape and type of each tensor that it gives, in their order.
 

@@ -15,7 +15,8 @@ _DRAWS = 16
 _AMONG, _VALUES = 16, 1 << 16
 _SURE = 7.0
 _STILL = 0.1
-_TWINS, _IN_COMMON, _SURELY = 8, 0.1, 5.0
+_COPIED, _COPIES = 8, 4
+_IN_COMMON, _SURELY, _NOTHING = 0.1, 5.0, 1e-6
 
 MIXES_IMAGES = Flag(
     "mixes_images",
@@ -110,7 +111,7 @@ def draws_mix_images(edge: EdgeFunction, pixels: Tensor) -> bool:
     places = _places(pixels)
     count = edge(pixels[:2])[0].numel()
     some = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:_VALUES]
-    if _draws_in_common(edge, pixels[:_TWINS], some):
+    if _draws_in_common(edge, pixels[:_COPIED], some):
         return True
     apart, together, spread = [], [], 0.0
     for _ in range(_DRAWS):
@@ -136,16 +137,21 @@ def draws_mix_images(edge: EdgeFunction, pixels: Tensor) -> bool:
 def _draws_in_common(edge: EdgeFunction, pixels: Tensor, some: Tensor) -> bool:
     """Whether pictures of one call share draws: an attacker would learn from far fewer of them.
 
-    Each picture is sent beside its own copy, 16 times; `a` and `b` are how far the two uploads are
-    from their means. `sum <a, b>` is 0 on average where each has draws of its own, and is held
-    against the draws' size and against what random signs of each product would give.
+    Four copies of each picture are sent together, 16 times; `r` is how far each value of an upload
+    is from its mean, in its own standard deviations. `sum_{a != b} <r_a, r_b>` over copies is 0 on
+    average where each has draws of its own, and is held against the draws' size and against what
+    random signs of each sum would give.
     """
-    twins = pixels.repeat_interleave(2, 0)
-    sent = torch.stack([edge(twins).flatten(1)[:, some].double() for _ in range(_DRAWS)])
+    copies = pixels.repeat_interleave(_COPIES, 0)
+    order = torch.randperm(len(copies), generator=torch.Generator().manual_seed(0))
+    sent = torch.stack([edge(copies[order]).flatten(1)[:, some].double() for _ in range(_DRAWS)])
+    sent = sent[:, order.argsort()].view(_DRAWS, len(pixels), _COPIES, -1)
     sent = sent - sent.mean(0)
-    products = (sent[:, ::2] * sent[:, 1::2]).sum(2)
-    common = abs(float(products.sum()))
-    size, by_chance = float(sent.square().sum()) / 2, float(products.square().sum().sqrt())
+    deviation = sent.square().mean((0, 2), keepdim=True).sqrt()
+    sent = (sent / deviation).where(deviation > _NOTHING * deviation.max(), 0.0)
+    sums = (sent.sum(2).square() - sent.square().sum(2)).sum(2)
+    common, size = abs(float(sums.sum())), (_COPIES - 1) * float(sent.square().sum())
+    by_chance = float(sums.square().sum().sqrt())
     return common > _IN_COMMON * size and common > _SURELY * by_chance
 
 

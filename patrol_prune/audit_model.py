@@ -18,6 +18,7 @@ from patrol_prune.errors import InputError
 from patrol_prune.preparation import Images, incoming_model, read_images
 from patrol_prune.settings import AuditConfig, RunConfig, resolve_device
 from patrol_prune.split import Split
+from patrol_prune.storage import check_replaceable
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,7 @@ def _check_place(out: Path) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out.parent):
             pass
+        check_replaceable(examples, [f"{name}.png" for name in ("originals", "edge", "undefended")])
         if out.is_dir() or (examples.exists() and not examples.is_dir()):
             raise FileExistsError(f"{out if out.is_dir() else examples} is in the way")
     except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib import metadata
@@ -21,7 +22,7 @@ def setup_of(
     normalization: Normalization, uploads: int, features: Mapping[str, Sequence[int]],
 ) -> dict[str, Any]:
     """See `AuditReport.setup`; plain data."""
-    return {
+    found = {
         "attacks": {f.name: {"seeds": list(f.seeds), "settings": _settings(f)} for f in made},
         "attackers": [{"data": own.data, "images": own.count, "labels": own.labels is not None,
                        "sha256": _fingerprint(own.pixels)} for own in attackers],
@@ -30,8 +31,10 @@ def setup_of(
         "features": {subject: list(shape) for subject, shape in features.items()},
         "normalization": {"mean": list(normalization.mean), "std": list(normalization.std)},
         "uploads": uploads,
-        "versions": {name: metadata.version(name) for name in ("torch", "patrol-prune")},
+        "versions": {name: _version(name) for name in ("torch", "patrol-prune")},
     }
+    plain: dict[str, Any] = json.loads(json.dumps(found))  # tuples as a report from a file has them
+    return plain
 
 
 def _settings(factory: Factory) -> dict[str, Any] | None:
@@ -40,6 +43,13 @@ def _settings(factory: Factory) -> dict[str, Any] | None:
         return None
     config = {} if factory.config is None else asdict(factory.config)
     return {name: value for name, value in config.items() if name not in _EACH_RUN}
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _fingerprint(images: Tensor) -> str:

@@ -22,7 +22,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
@@ -43,7 +43,7 @@ WRITE_ERRORS = (OSError, SafetensorError)
 """What a full or read-only disk raises."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-_LITTER = {".DS_Store", "Thumbs.db"}  # of file browsers
+_LITTER = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\._.*|\.nfs.*")  # of file browsers
 _TOLD_ERRNO = re.compile(r"(?:os error|code:) (\d+)")  # as safetensors writes it
 
 _ours: set[str] = set()  # names of the temporaries of this process
@@ -197,7 +197,7 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = _place(path)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path} is a file; a checkpoint is a directory. Give another path.")
-    _check_replaceable(path)
+    _check_not_here(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     clean_temporaries(path)
     temporary = _temporary(path, "tmp")
@@ -206,39 +206,39 @@ def atomic_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         with _told(path):
             yield temporary
             _write_manifest(temporary)
+        check_replaceable(path, [p.relative_to(temporary).as_posix() for p in temporary.rglob("*")])
         _put_in_place(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _check_replaceable(path: Path) -> None:
-    """That nobody's files go when a new directory takes the place of `path`."""
+def _check_not_here(path: Path) -> None:
     with contextlib.suppress(FileNotFoundError):  # of a current directory that is gone
         here = Path.cwd()
         if path.resolve() in (here, *here.parents):
             raise InputError(f"Expected a folder that can be replaced as a whole, came {path}, the "
                              "current directory or one above it. Name a folder inside it.")
-    listed = _listed(path / MANIFEST)
-    if listed is None:
-        return
-    known = {MANIFEST, *_LITTER, *listed}
+
+
+def check_replaceable(path: Path, names: Collection[str]) -> None:
+    """An InputError where files would go when a directory with files of these names takes the place
+    of `path`: others than those, and than the manifest there lists.
+    """
+    known = {MANIFEST, *names, *_listed(path / MANIFEST)}
     files = (p for p in path.rglob("*") if not p.is_dir() or p.is_symlink())
-    others = (p.relative_to(path).as_posix() for p in files)
+    others = (p.relative_to(path).as_posix() for p in files if not _LITTER.fullmatch(p.name))
     found = sorted(itertools.islice((name for name in others if name not in known), 3))
     if found:
-        raise InputError(f"{path} holds what was not written with it, {', '.join(found)}, and "
-                         "would be replaced as a whole. Give a folder of its own, or move those "
-                         "away.")
+        raise InputError(f"{path} holds what was not written with it, {', '.join(found)}, which "
+                         "would go. Give a folder of its own, or move those away.")
 
 
-def _listed(manifest: Path) -> set[str] | None:
-    """The files that a manifest names, none of another program's; None where it is torn."""
+def _listed(manifest: Path) -> set[str]:
+    """The files that a manifest names; none where it is another program's, torn or gone."""
     try:
         return set(json.loads(manifest.read_bytes())["sha256"])
-    except ValueError:
-        return None
-    except (OSError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         return set()
 
 

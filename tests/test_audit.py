@@ -90,8 +90,11 @@ def test_the_report_says_what_it_was_made_with(report: AuditReport) -> None:
 def test_setups_differ_where_attackers_or_pictures_do() -> None:
     def setup(width: int = 4, known: Tensor = KNOWN, victim: Tensor = VICTIM) -> dict[str, object]:
         config = dataclasses.replace(CONFIG, width=width, epochs=1)
-        return audit(open_edge(), known, victim, attacks={
-            "small": "inverse_network", "own": lambda seed: Oracle()}, config=config).setup
+        made = audit(open_edge(), known, victim, attacks={
+            "small": "inverse_network", "linear_inverse": "linear_inverse",
+            "own": lambda seed: Oracle()}, config=config)
+        assert AuditReport.from_json(made.to_json()).setup == made.setup
+        return made.setup
 
     first = setup()
     assert first["attacks"]["own"] == {"seeds": [0], "settings": None}  # type: ignore[index]

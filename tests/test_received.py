@@ -209,6 +209,9 @@ def test_alone_is_what_one_at_a_time_gives() -> None:
     (lambda z: z + torch.randn(1), True),  # one number for all of the batch
     (lambda z: z * (torch.rand(z.shape[1], 1, 1) > 0.5), True),
     (lambda z: z + torch.randn(z.shape[1:]) + torch.randn_like(z), True),
+    (lambda z: torch.cat([z[:, 1:] * (torch.rand(11, 1, 1) > 0.5), z[:, :1] + 99
+                          * torch.randn_like(z[:, :1])], 1), True),
+    (lambda z: z + torch.randn(2, *z.shape[1:])[torch.arange(len(z)) % 2], True),
     (lambda z: z + torch.randn(len(z), 1, 1, 1), False),
     (lambda z: z * (torch.rand(len(z), 1, 1, 1) > 0.5), False),  # all of an upload or nothing
     (lambda z: nn.functional.dropout(z, 0.5, True), False),

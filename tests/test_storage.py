@@ -158,21 +158,29 @@ def test_a_file_in_the_way_is_not_replaced(tmp_path: Path) -> None:
     assert (tmp_path / "state").read_text() == "mine"
 
 
-def test_a_folder_with_files_of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
-    """Neither one without a manifest, nor one with another program's, nor one with a file more."""
-    for name, files in {"project": {"train.py"}, "web": {"manifest.json", "app/icon.png"},
-                        "state": {"notes.txt"}}.items():
-        folder = tmp_path / name
-        if name == "state":
-            save_state(folder, state(), {"value": 1})
-        for file in files:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file).write_text('{"name": "mine"}')
-        there = sorted(folder.rglob("*"))
-        with pytest.raises(InputError, match=f"{name} holds .*{sorted(files)[0]}.* of its own"):
-            save_state(folder, state(), {"value": 2})
-        assert sorted(folder.rglob("*")) == there
-    (tmp_path / "state" / "notes.txt").rename(tmp_path / "state" / ".DS_Store")
+@pytest.mark.parametrize(("manifest", "file"), [
+    (None, "train.py"), ('{"name": "an app"}', "app/icon.png"), ('{"name": "torn', "thesis.tex"),
+    ("ours", "notes.txt")])
+def test_a_folder_with_files_of_somebody_else_is_not_replaced(
+    tmp_path: Path, manifest: str | None, file: str
+) -> None:
+    folder = tmp_path / "state"
+    if manifest == "ours":
+        save_state(folder, state(), {"value": 1})
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    (folder / file).write_text("mine")
+    if manifest not in (None, "ours"):
+        (folder / "manifest.json").write_text(str(manifest))
+    there = sorted(folder.rglob("*"))
+    with pytest.raises(InputError, match=f"state holds .*{file}, .*of its own"):
+        save_state(folder, state(), {"value": 2})
+    assert sorted(folder.rglob("*")) == there and sorted(tmp_path.iterdir()) == [folder]
+
+
+def test_what_file_browsers_leave_is_no_hindrance(tmp_path: Path) -> None:
+    save_state(tmp_path / "state", state(), {"value": 1})
+    for name in (".DS_Store", "._meta.json", "desktop.ini"):
+        (tmp_path / "state" / name).write_text("")
     save_state(tmp_path / "state", state(), {"value": 3})
     assert load_state(tmp_path / "state")[1] == {"value": 3}
 
@@ -181,7 +189,9 @@ def test_a_torn_folder_of_ours_and_an_empty_one_are_replaced(tmp_path: Path) -> 
     save_state(tmp_path / "torn", state(), {})
     (tmp_path / "torn" / "manifest.json").write_text('{"version": 1, "sh')
     (tmp_path / "empty").mkdir()
-    for name in ("torn", "empty"):
+    save_state(tmp_path / "without", state(), {})
+    (tmp_path / "without" / "manifest.json").unlink()
+    for name in ("torn", "empty", "without"):
         save_state(tmp_path / name, state(), {"name": name})
         assert load_state(tmp_path / name)[1] == {"name": name}
 
