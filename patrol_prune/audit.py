@@ -122,10 +122,10 @@ def audit(
             attacks are given the edge alone and query it batch by batch.
         progress: called with one sentence before each step; they are logged in any case.
         observer: called after each attack with the subject, the attack's name, the fitted attack
-            and its reconstructions of the victim's images, for measures of your own; one that has a
-            parameter `record` gets by that name the attack's row of the report, with the seed and
-            the attacker's images. What it raises on an attack of your own is a flag, on one of ours
-            it ends the audit.
+            and its reconstructions of the victim's images, for measures of your own; one with a
+            keyword-only parameter `record` that has no default gets by that name the attack's row
+            of the report, with the seed and the attacker's images. What it raises on an attack of
+            your own is a flag, on one of ours it ends the audit.
         kept: where each attack that has ended is kept, so that an audit of the same goes on where
             an earlier one was interrupted: a `patrol_prune.audit_kept.KeptAttacks(folder, same)`,
             with `same` all that the outcome hangs on, as JSON. Attacks of your own are not kept,

@@ -26,11 +26,12 @@ from patrol_prune.attacks.registry import box_of
 from patrol_prune.audit_choice import Factory
 from patrol_prune.audit_scores import check_guess, score
 from patrol_prune.errors import TrainingError
+from patrol_prune.unharmed import Changes
 
 Observer = Callable[..., None]
 """Called with a subject, an attack's name, the attack and its reconstructions `[N, C, H, W]`.
 
-One that has a parameter `record` gets the attack's row of the report by that name.
+One with a keyword-only parameter `record` that has no default gets the attack's row of the report.
 """
 
 
@@ -103,7 +104,7 @@ def carried_out(
     guess = guess.clone() if own else guess
     check_guess(guess, victim, factory.name)
     made = Outcome.of(
-        victim, guess, box=box, attack=attack, fit=fit,
+        victim, guess, box=box_of(attack) if own else box, attack=attack, fit=fit,
         flags=[] if fit is None else check_fit(fit),
         doubts=check_reconstructions(victim, guess, mean_image),
     )
@@ -135,13 +136,17 @@ def untested(cannot: Flag, error: Exception, size: str) -> Flag:
     )
 
 
-def changes(told: list[str]) -> list[Flag]:
-    """The flag of an attack while which the split changed, by what `put_back` says of it."""
-    if not told:
+def changes(to: Changes) -> list[Flag]:
+    """The flag of an attack while which the split changed."""
+    if not to.found:
         return []
+    after = "That was put back before the next."
+    if to.lost:
+        after = (f"What could not be put back before the next: {'; '.join(to.lost)}. Attacks after "
+                 "this one are of another split.")
     return [dataclasses.replace(CHANGED_MODEL, meaning=(
-        f"While the attack ran, the split that it attacked changed: {'; '.join(told)}. All was put "
-        "back before the next."))]
+        f"While the attack ran, the split that it attacked changed: {'; '.join(to.found)}. "
+        f"{after}"))]
 
 
 @torch.enable_grad()
@@ -165,9 +170,10 @@ def shown(
 
 def _takes_record(observer: Observer) -> bool:
     try:
-        return "record" in inspect.signature(observer).parameters
+        asked = inspect.signature(observer).parameters.get("record")
     except (TypeError, ValueError):  # some written in C do not say
         return False
+    return asked is not None and asked.kind is asked.KEYWORD_ONLY and asked.default is asked.empty
 
 
 def told(error: BaseException | None) -> str:

@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -823,6 +825,35 @@ def test_an_observer_that_asks_for_it_gets_the_row_of_the_report_that_its_call_i
     told = [(r["attack_seed"], r["attacker_data"], r["attacker_images"]) for r in rows]
     assert told == [(seed, *whose) for whose in (("same", 200), ("same", 50), ("shifted", 200))
                     for seed in (3, 4)]
+
+
+def test_an_observers_own_parameter_of_that_name_stays_its_own() -> None:
+    rows: list[str] = []
+
+    def keeps(subject: str, name: str, attack: object, guess: Tensor, record: Any = rows) -> None:
+        record.append(name)
+
+    def known(record: str, name: str, attack: object, guess: Tensor) -> None:
+        rows.append(record)
+
+    def named(subject: str, name: str, attack: object, guess: Tensor, **more: object) -> None:
+        rows.extend(more)
+
+    for observer in (keeps, known, named, partial(keeps, record=rows)):
+        found = audit(closed_edge(), KNOWN, VICTIM, attacks={"own": Oracle()}, observer=observer,
+                      examples=0)
+        assert not any(f["name"] == "observer_failed" for f in found.flags)
+    assert rows == ["own", "edge", "own"]
+
+
+def test_a_box_that_is_told_by_the_fit_is_recorded() -> None:
+    class Told(Oracle):
+        def fit(self, known: Knowledge) -> None:
+            assert known.edge is not None
+            self.box = "white"
+
+    found = audit(closed_edge(), KNOWN, VICTIM, attacks={"own": Told()}, examples=0)
+    assert found.records[-1]["box"] == "white"
 
 
 class Unqueried(Oracle):

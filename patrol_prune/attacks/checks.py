@@ -68,9 +68,9 @@ OBSERVER_FAILED = Flag(
 )
 CHANGED_MODEL = Flag(
     "changed_model",
-    "While the attack ran, the split that it attacked changed. All was put back before the next.",
+    "While the attack ran, the split that it attacked changed. That was put back before the next.",
     "Its own score may be of a split that it changed: let it work on copy.deepcopy(known.cloud), "
-    "in evaluation mode. Where the split itself counts in a buffer what it is asked, all is well.",
+    "in evaluation mode. Where the split itself counts what it is asked, all is well.",
 )
 SEEN_ONCE = Flag(
     "seen_once",
