@@ -154,7 +154,8 @@ def _fresh(
     """What a caller's function makes, tried once; of one that keeps what it made, copies of that.
 
     What it made for the trial was never fitted. If that comes again, so may all others, and fits
-    that start at what earlier ones left would be no attackers of their own.
+    that start at what earlier ones left would be no attackers of their own. What cannot be copied
+    is handed out itself, once.
     """
     tried: Attack | None = None
     with torch.random.fork_rng(devices=[]):
@@ -165,6 +166,7 @@ def _fresh(
         else:
             check_own(name, tried)
     keeps = False
+    handed_out: list[tuple[Attack, Exception]] = []  # as it came, with why
 
     def make(seed: int, warm_start: Attack | None) -> Attack:
         nonlocal keeps
@@ -172,14 +174,18 @@ def _fresh(
         keeps = keeps or (tried is not None and made is tried)
         if not keeps:
             return made
-        try:
-            return copy.deepcopy(made)
-        except Exception as error:
-            raise InputError(
-                f"Expected the function of the seed behind the attack {name!r} to make an object "
-                f"each time, came the one that it made before, which cannot be copied ({error}). "
-                "Make it inside the function."
-            ) from error
+        why = next((error for earlier, error in handed_out if earlier is made), None)
+        if why is None:
+            try:
+                return copy.deepcopy(made)
+            except Exception as error:
+                handed_out.append((made, error))
+                return made
+        raise InputError(
+            f"Expected the function of the seed behind the attack {name!r} to make an object "
+            f"each time, came the one that it made before, which cannot be copied ({why}). "
+            "Make it inside the function."
+        ) from why
 
     return make
 

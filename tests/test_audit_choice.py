@@ -147,14 +147,30 @@ def test_an_attack_that_a_function_hands_back_again_begins_afresh_each_time() ->
     assert one.level == kept[0].level == kept[1].level == 0.0
 
 
-def test_one_that_is_handed_back_again_and_cannot_be_copied_costs_its_own_score_alone() -> None:
-    one = Adds(0)
-    one.lock = Lock()  # type: ignore[attr-defined]
-    found = audit(split(), KNOWN, VICTIM, examples=0,
-                  attacks={"one": lambda seed: one, "new": Adds})
-    assert {r["attack"] for r in found.records if r["subject"] == "edge"} == {"new"}
-    told = next(f["meaning"] for f in found.flags if f["attack"] == "one")
-    assert "Make it inside the function" in told and one.level == 0.0
+class Locked(Adds):
+    """Cannot be copied until it is fitted."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.lock: object = Lock()
+
+    def fit(self, known: Knowledge) -> None:
+        super().fit(known)
+        self.lock = None
+
+
+def test_one_that_is_handed_back_again_and_cannot_be_copied_is_fitted_once() -> None:
+    one, kept = Locked(0), {0: Locked(0), 1: Locked(1)}
+    found = audit(
+        split(), KNOWN, VICTIM, examples=0, seeds=(0, 1),
+        attacks={"one": lambda seed: one, "kept": lambda seed: kept[seed], "new": Adds})
+    rows = [r for r in found.records if r["subject"] == "edge"]
+    assert [(r["attack"], r["attack_seed"]) for r in rows] == [
+        ("one", 0), ("kept", 0), ("kept", 1), ("new", 0), ("new", 1)]
+    assert len({r["mse"] for r in rows}) == 1
+    told = [(f["attack_seed"], f["meaning"]) for f in found.flags if f["attack"] == "one"]
+    assert any(seed == 1 and "Make it inside the function" in meaning for seed, meaning in told)
+    assert one.level == kept[0].level == kept[1].level == 0.1
 
 
 def test_an_instance_without_queries_needs_not_invert_trivial_edges() -> None:
