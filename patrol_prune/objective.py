@@ -205,8 +205,7 @@ class PatrolObjective:
 
     @property
     def spectral(self) -> SpectralBounds:
-        """The bounds of the edge's blocks; called, they give `k`, `[N]`. Fresh ones after pruning.
-        """
+        """The bounds of the edge's blocks; called, they give `k`, `[N]`. Fresh after pruning."""
         if self._spectral is None or not self._spectral.fits(self.split.blocks):
             self._spectral = SpectralBounds(self.split.blocks, self.split.example_inputs,
                                             seed=self.seed)
@@ -261,7 +260,8 @@ class PatrolObjective:
         """`(1, channels, height, width)` of the model's input."""
         inputs = self.split.example_inputs
         x = inputs if isinstance(inputs, Tensor) else inputs[0]
-        return (1, *image_shape(x, " The attackers inside rebuild images: leave beta at 0 here."))
+        return (1, *image_shape(x, " The attackers inside rebuild images: leave beta at 0 here. A "
+                                "subclass with attackers of its own overrides example_shape."))
 
     def pixels(self, x: Tensor) -> Tensor:
         """The pixels behind model inputs, on [0, 1]: what the surrogates reconstruct.

@@ -112,7 +112,7 @@ MISTAKES: dict[str, tuple[Callable[[], Any], str]] = {
     "bytes in an ensemble": (lambda: pp.SurrogateEnsemble((4, 8, 8), (3, 16, 16), SPECS).step(
         torch.zeros(8, 4, 8, 8), images(8) * 255), "on \\[0, 1\\], came .*% outside"),
     "attackers of no pictures": (lambda: objective(pp.Split.from_modules(
-        nn.Linear(6, 4), nn.Linear(4, 5), torch.zeros(2, 6))), "images .*leave beta at 0"),
+        nn.Linear(6, 4), nn.Linear(4, 5), torch.zeros(2, 6))), "images .*beta .*example_shape"),
     "attackers of volumes": (lambda: objective(pp.Split.from_modules(
         nn.Conv3d(3, 4, 1), nn.Flatten(), torch.zeros(2, 3, 4, 4, 4))), "images .*leave beta at 0"),
     "no surrogates": (lambda: pp.PatrolObjective(split(), F.cross_entropy, surrogates=[]),
