@@ -8,6 +8,9 @@ catches them.
 from __future__ import annotations
 
 import difflib
+import os
+import sys
+import warnings
 from collections.abc import Iterable, Mapping
 
 
@@ -91,3 +94,12 @@ def nearest(name: str, names: Iterable[str], count: int = 5) -> str:
     """The sentence that offers the names closest to a misspelt one, or an empty string."""
     close = difflib.get_close_matches(name, list(names), n=count, cutoff=0.3)
     return f"Did you mean: {', '.join(close)}?" if close else ""
+
+
+def warn_caller(message: str) -> None:
+    """A warning that points at the line outside of this package which led to it."""
+    inside, level = os.path.dirname(__file__) + os.sep, 2
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(inside):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.optim.swa_utils import AveragedModel
 from torch.utils._pytree import tree_leaves
 
 from patrol_prune.cost import home_of
-from patrol_prune.errors import CheckpointError, InputError
+from patrol_prune.errors import CheckpointError, InputError, warn_caller
 from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
 from patrol_prune.given import (
@@ -89,8 +90,9 @@ def finetune(
             for every epoch (a DataLoader, a list, `Batches`); `set_epoch` is called if it exists.
         objective: task, Lipschitz and adversarial terms; terms of a subclass may carry one more,
             `penalty`, a scalar tensor that is recorded with them; `total` alone is trained and
-            has to hold it too, weighted. A network of the subclass's own is frozen, or trained
-            by the subclass with an optimiser that is an attribute beside it.
+            has to hold it too, weighted. A network of the subclass's own is frozen or in
+            evaluation mode, or trained by the subclass with an optimiser that is an attribute
+            beside it; a warning tells of one that seems to be trained by nobody.
         surrogate_batches: other images for the surrogates' inner steps, so that they cannot
             memorise those on which they are asked; the edge runs once more for each. Without
             them they learn from the model's own batch and the one before.
@@ -111,9 +113,9 @@ def finetune(
     Raises:
         TrainingError: a loss or a gradient that is NaN or infinite, with the step and the term.
         InputError: no batch, labels outside the classes, a privacy objective without its split, a
-            teacher that would be trained along, a task loss or an objective with parameters of its
-            own that nobody would train, a `penalty` that is no scalar tensor, nothing to train,
-            another precision in `config` than in the objective.
+            teacher that would be trained along, a task loss with parameters of its own, a
+            `penalty` that is no scalar tensor, nothing to train, another precision in `config`
+            than in the objective.
         UnsupportedModelError: the model is float16 or bfloat16.
         CheckpointError: `checkpoint_dir` holds an earlier training, and `resume` is not given; or
             what is to be resumed has other settings.
@@ -134,7 +136,8 @@ def check_training(
     objective: PatrolObjective | None,
     teacher: nn.Module | None,
 ) -> None:
-    """Refuse what cannot be trained together; a split is read again, as it may have been pruned.
+    """Refuse what cannot be trained together, warn of what nobody trains, read a split again: it
+    may have been pruned.
 
     Raises:
         InputError, UnsupportedModelError: see `finetune`.
@@ -169,7 +172,7 @@ def check_training(
         )
     if objective is not None:
         _refuse_unlearnt_loss(model, objective)
-        _refuse_unlearnt_nets(model, objective, teacher)
+        _warn_of_unlearnt_nets(model, objective, teacher)
     for cut in {id(s): s for s in (split, objective and objective.split)}.values():
         if isinstance(cut, Split):
             cut.refresh()
@@ -191,33 +194,43 @@ def _refuse_unlearnt_loss(model: nn.Module, objective: PatrolObjective) -> None:
         )
 
 
-def _refuse_unlearnt_nets(
+def _warn_of_unlearnt_nets(
     model: nn.Module, objective: PatrolObjective, teacher: nn.Module | None
 ) -> None:
-    """Refuse what else an objective holds with something to learn, and no optimiser beside it."""
+    """Warn of what else an objective holds with something to learn, and no optimiser beside it.
+
+    Networks in evaluation mode and running averages are not meant to learn.
+    """
     held = [(name, part) for name, value in vars(objective).items() if name != "task_loss"
             for part in tree_leaves(value)]
-    modules = [inner for _, part in held if isinstance(part, nn.Module) for inner in part.modules()]
-    optimizers = [part for part in (*(part for _, part in held),
-                                    *(value for inner in modules for value in vars(inner).values()))
-                  if isinstance(part, torch.optim.Optimizer)]
     known = {id(p) for net in (model, teacher) if net is not None for p in net.parameters()}
-    known |= {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
-    own = {}
+    known |= {id(p) for o in _optimizers([part for _, part in held])
+              for group in o.param_groups for p in group["params"]}
+    own: dict[int, str] = {}
     for name, part in held:
-        if isinstance(part, nn.Parameter):
-            own[id(part)] = (name, part)
-        elif isinstance(part, nn.Module):
-            own.update({id(p): (f"{name}.{n}", p) for n, p in part.named_parameters()})
-    unlearnt = [name for key, (name, p) in own.items() if p.requires_grad and key not in known]
+        if isinstance(part, nn.Parameter) and part.requires_grad:
+            own[id(part)] = name
+        elif isinstance(part, nn.Module) and not isinstance(part, AveragedModel):
+            own.update({id(p): f"{name}.{path}.{n}".replace("..", ".")
+                        for path, inner in part.named_modules() if inner.training
+                        for n, p in inner.named_parameters(recurse=False) if p.requires_grad})
+    unlearnt = [name for key, name in own.items() if key not in known]
     if unlearnt:
-        raise InputError(
-            "Expected an objective that learns nothing beside the model, came "
-            f"{type(objective).__name__} with {len(unlearnt)} parameters of its own "
-            f"({unlearnt[0]} is the first), which would stay as they are. Set requires_grad=False "
-            "on those that are to stay; train the others in terms(), by an optimiser of their own "
-            "that is an attribute of the objective too."
+        warn_caller(
+            f"{type(objective).__name__} holds {len(unlearnt)} parameters of its own "
+            f"({unlearnt[0]} is the first) and no optimiser of them: unless terms() trains them "
+            "all the same, they stay as they are. Set requires_grad=False or eval() on those that "
+            "are to stay; train the others in terms(), by an optimiser of their own that is an "
+            "attribute of the objective too."
         )
+
+
+def _optimizers(parts: list[Any]) -> list[torch.optim.Optimizer]:
+    """Those among an objective's attributes, and among what these hold, in lists or as they are."""
+    inner = [module for part in parts if isinstance(part, nn.Module) for module in part.modules()]
+    helpers = [part for part in parts if hasattr(part, "__dict__") and not isinstance(part, type)]
+    beside = [leaf for holder in (*inner, *helpers) for leaf in tree_leaves(vars(holder))]
+    return [part for part in (*parts, *beside) if isinstance(part, torch.optim.Optimizer)]
 
 
 def drive(

@@ -17,7 +17,6 @@ with the empirical Fisher information in the place of the second derivative.
 from __future__ import annotations
 
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from patrol_prune._tp import Importance
-from patrol_prune.errors import InputError, nearest
+from patrol_prune.errors import InputError, nearest, warn_caller
 from patrol_prune.given import (
     check_full_precision,
     check_number,
@@ -208,9 +207,8 @@ class PatrolImportance(Importance):  # type: ignore[misc]
                 shares = self._gradients(terms, copies)
         if getattr(terms, "penalty", None) is not None and not self._told:
             self._told = True
-            warnings.warn("The objective's penalty is left out of the scores, which know the terms "
-                          f"{', '.join(TERMS)}. Add it to the terms' task too where it should "
-                          "count.", stacklevel=2)
+            warn_caller("The objective's penalty is left out of the scores, which know the terms "
+                        f"{', '.join(TERMS)}. Add it to the terms' task too where it should count.")
         if self._batches == 0:
             self._first_size = len(x)
         weight, counted = len(x) / self._first_size, counted_labels(y)

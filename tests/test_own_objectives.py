@@ -1,19 +1,22 @@
-"""Objectives of the user's own: what they hold learns or is refused, their penalty is told."""
+"""Objectives of the user's own: what they hold learns or is told, and so is their penalty."""
 
 from __future__ import annotations
 
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel
 
 import patrol_prune as pp
-from patrol_prune.defences.nopeek import PenalisedTerms
+from patrol_prune.defences.nopeek import NoPeekObjective, PenalisedTerms
 from patrol_prune.errors import InputError
 from patrol_prune.models import SmallResNet
 
@@ -78,20 +81,51 @@ def train(objective: pp.PatrolObjective, **more: Any) -> dict[str, float]:
                        progress=False, **more).history[0]
 
 
-def test_a_network_that_nobody_would_train_is_refused() -> None:
+def told_by(call: Callable[[], object]) -> list[warnings.WarningMessage]:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        call()
+    return [w for w in told if "of its own" in str(w.message) or "penalty" in str(w.message)]
+
+
+def test_a_network_that_nobody_would_train_is_told_once() -> None:
     objective = Mine(split(), disc())
-    with pytest.raises(InputError, match="came Mine with 2 parameters.*disc.weight is the first"):
-        train(objective)
-    with pytest.raises(InputError, match="disc.weight is the first"):
-        pp.learn_masks(objective.split, batches(), objective, edge_macs=0.5, progress=False)
+    message = "Mine holds 2 parameters of its own (disc.weight is the first)"
+    told = told_by(lambda: train(objective))
+    assert len(told) == 1 and message in str(told[0].message) and told[0].filename == __file__
 
 
 @pytest.mark.parametrize("held", [[disc()], {"z": disc()}, nn.Parameter(torch.zeros(()))])
 def test_wherever_it_is_held(held: Any) -> None:
     objective = pp.PatrolObjective(split(), F.cross_entropy)
     objective.held = held  # type: ignore[attr-defined]
-    with pytest.raises(InputError, match=r"\(held"):
-        train(objective)
+    assert "(held" in str(told_by(lambda: train(objective))[0].message)
+
+
+class Helper:
+    def __init__(self, *nets: nn.Module) -> None:
+        self.optimizers = [torch.optim.SGD(net.parameters(), lr=0.1) for net in nets]
+
+
+class Judge(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = disc()
+        self.optimizers = [torch.optim.SGD(self.net.parameters(), lr=0.1)]
+
+
+def beside() -> list[Any]:
+    net = disc()
+    return [net, Helper(net)]
+
+
+@pytest.mark.parametrize("held", [
+    disc().eval(), AveragedModel(disc()), nn.Sequential(disc().eval()), Judge(), beside(),
+])  # fmt: skip
+def test_what_is_not_meant_to_learn_or_is_trained_from_beside_is_not_told(held: Any) -> None:
+    objective = pp.PatrolObjective(split(), F.cross_entropy)
+    objective.held = held  # type: ignore[attr-defined]
+    assert not told_by(lambda: train(objective))
 
 
 def test_one_that_is_frozen_or_trained_beside_it_is_taken() -> None:
@@ -101,7 +135,7 @@ def test_one_that_is_frozen_or_trained_beside_it_is_taken() -> None:
         objective = Mine(split(), net.requires_grad_(optimizer is not None))
         if optimizer is not None:
             objective.optimizer = optimizer(net.parameters(), lr=0.1)  # type: ignore[attr-defined]
-        assert train(objective)["penalty"] > 0
+        assert not told_by(partial(train, objective)) and train(objective)["penalty"] > 0
         stays = all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
         assert stays == (optimizer is None)
 
@@ -113,7 +147,7 @@ def test_what_the_objective_holds_of_the_training_is_no_network_of_its_own() -> 
     objective.fit_surrogates(batches(), 1)
     teacher = copy.deepcopy(objective.split.model)
     objective.nets = {"of": teacher, "edge": objective.split.edge}  # type: ignore[attr-defined]
-    assert train(objective, teacher=teacher)
+    assert not told_by(lambda: train(objective, teacher=teacher))
 
 
 @pytest.mark.parametrize(("penalty", "came"), [
@@ -155,3 +189,20 @@ def test_a_penalty_that_is_not_scored_is_told_once() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pp.PatrolImportance(pp.PatrolObjective(split(), F.cross_entropy)).accumulate(*batches()[0])
+
+
+def package_scores() -> Callable[..., None]:
+    """A function that calls `accumulate` from a file of the package."""
+    space: dict[str, Any] = {}
+    inside = str(Path(pp.__file__).with_name("pipeline.py"))
+    exec(compile("def score(of, *batch): of.accumulate(*batch)", inside, "exec"), space)
+    score: Callable[..., None] = space["score"]
+    return score
+
+
+@pytest.mark.parametrize("accumulate", [pp.PatrolImportance.accumulate, package_scores()])
+def test_the_warning_points_at_the_line_that_led_to_it(accumulate: Callable[..., None]) -> None:
+    """The caller of `accumulate`, and behind the package's own files that of theirs."""
+    importance = pp.PatrolImportance(NoPeekObjective(split(), F.cross_entropy, weight=1.0))
+    told = told_by(lambda: [accumulate(importance, *batch) for batch in batches()])
+    assert [w.filename for w in told] == [__file__]
