@@ -25,7 +25,8 @@ from record import ROOT, record, write
 import patrol_prune as pp
 
 MODELS = ("with-patrol@half-longer-whole-light-dropout-10-avgpool",
-          "with-patrol@half-longest-whole-60-avgpool", "with-none@half-longer-0-avgpool")
+          "with-patrol@half-longest-whole-60-avgpool", "with-patrol@half-long-60-avgpool",
+          "with-none@half-longer-0-avgpool")
 KEPT = ("attack", "ssim", "ssim_worst5", "mse", "plateau", "attacker_images")
 
 
