@@ -142,17 +142,24 @@ def _draws_in_common(edge: EdgeFunction, pixels: Tensor, some: Tensor) -> bool:
     average where each has draws of its own, and is held against the draws' size and against what
     random signs of each sum would give.
     """
-    copies = pixels.repeat_interleave(_COPIES, 0)
-    order = torch.randperm(len(copies), generator=torch.Generator().manual_seed(0))
-    sent = torch.stack([edge(copies[order]).flatten(1)[:, some].double() for _ in range(_DRAWS)])
-    sent = sent[:, order.argsort()].view(_DRAWS, len(pixels), _COPIES, -1)
-    sent = sent - sent.mean(0)
+    sent = torch.cat([_copies_apart(edge, part, some) for part in pixels.split(_AMONG // _COPIES)],
+                     1)
     deviation = sent.square().mean((0, 2), keepdim=True).sqrt()
     sent = (sent / deviation).where(deviation > _NOTHING * deviation.max(), 0.0)
     sums = (sent.sum(2).square() - sent.square().sum(2)).sum(2)
     common, size = abs(float(sums.sum())), (_COPIES - 1) * float(sent.square().sum())
     by_chance = float(sums.square().sum().sqrt())
     return common > _IN_COMMON * size and common > _SURELY * by_chance
+
+
+def _copies_apart(edge: EdgeFunction, pixels: Tensor, some: Tensor) -> Tensor:
+    """`[draws, pictures, copies, values]`: uploads of one call, in random order, from their means.
+    """
+    copies = pixels.repeat_interleave(_COPIES, 0)
+    order = torch.randperm(len(copies), generator=torch.Generator().manual_seed(0))
+    sent = torch.stack([edge(copies[order]).flatten(1)[:, some].double() for _ in range(_DRAWS)])
+    sent = sent - sent.mean(0)
+    return sent[:, order.argsort()].view(_DRAWS, len(pixels), _COPIES, -1)
 
 
 def _places(pixels: Tensor) -> list[int]:

@@ -6,13 +6,13 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib import metadata
 from typing import Any
 
 from torch import Tensor
 
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.pixels import Normalization
+from patrol_prune.versions import version_of
 
 _EACH_RUN = ("seed", "device")
 
@@ -31,9 +31,9 @@ def setup_of(
         "features": {subject: list(shape) for subject, shape in features.items()},
         "normalization": {"mean": list(normalization.mean), "std": list(normalization.std)},
         "uploads": uploads,
-        "versions": {name: _version(name) for name in ("torch", "patrol-prune")},
+        "versions": {name: version_of(name) for name in ("torch", "patrol-prune")},
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found))  # tuples as a report from a file has them
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))  # tuples as a report from a file has them
     return plain
 
 
@@ -43,13 +43,6 @@ def _settings(factory: Factory) -> dict[str, Any] | None:
         return None
     config = {} if factory.config is None else asdict(factory.config)
     return {name: value for name, value in config.items() if name not in _EACH_RUN}
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _fingerprint(images: Tensor) -> str:

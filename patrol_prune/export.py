@@ -12,7 +12,6 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from patrol_prune.given import check_among, check_count, check_normalization, ch
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
 from patrol_prune.storage import MANIFEST, atomic_directory, to_json
+from patrol_prune.versions import version_of
 
 TOLERANCE = 1e-4
 """Largest difference of a file's answers, in shares of the half's largest; 1e-6 is usual."""
@@ -330,7 +330,7 @@ def _about(
         "cloud": {"input": {**feature, "shape": [batch["cloud"], *z.shape[1:]]},
                   "output": answers[0] if len(answers) == 1 else answers,
                   "parameters": count_params(split.cloud)},
-        "versions": {name: metadata.version(name) for name in ("torch", "patrol-prune")},
+        "versions": {name: version_of(name) for name in ("torch", "patrol-prune")},
     }
     if classes:
         about["classes"] = list(classes)

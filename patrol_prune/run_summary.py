@@ -6,7 +6,6 @@ import json
 import platform
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from patrol_prune.report import RunSummary, write_report
 from patrol_prune.rundir import CONFIG, RunDirectory, place_of, read_config, run_command
 from patrol_prune.settings import FREE_KEYS, MOVABLE, AuditConfig, RunConfig, build
 from patrol_prune.storage import atomic_write_json
+from patrol_prune.versions import version_of
 
 SUMMARY = "summary.json"
 AUDITING = "checkpoints/audit"
@@ -133,9 +133,5 @@ def rewrite_report(directory: str | Path) -> Path:
 def versions() -> dict[str, str]:
     """Of Python and of what the numbers depend on."""
     found = {"python": platform.python_version()}
-    for name in ("patrol-prune", "torch", "torchvision", "torch-pruning", "torchmetrics"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+    names = ("patrol-prune", "torch", "torchvision", "torch-pruning", "torchmetrics")
+    return found | {name: version_of(name) for name in names}

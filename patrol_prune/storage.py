@@ -43,7 +43,7 @@ WRITE_ERRORS = (OSError, SafetensorError)
 """What a full or read-only disk raises."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
-_LITTER = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\._.*|\.nfs.*")  # of file browsers
+_LITTER = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\._.*|\.nfs.*")  # of others
 _TOLD_ERRNO = re.compile(r"(?:os error|code:) (\d+)")  # as safetensors writes it
 
 _ours: set[str] = set()  # names of the temporaries of this process

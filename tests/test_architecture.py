@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "patrol_prune"
 
 # A module imports only from modules that stand above it.
 ORDER = [
-    "errors", "precision", "symmetric", "given", "pixels", "storage", "data",
+    "errors", "versions", "precision", "symmetric", "given", "pixels", "storage", "data",
     "reid_layout", "retrieval",
     "_vehicle_shapes", "_vehicle_scenes", "_vehicle_drawing", "_vehicle_files", "vehicles",
     "_vehicle_sites", "vehicle_identities", "vehicle_truth", "leaks", "models",
