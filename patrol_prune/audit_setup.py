@@ -33,7 +33,8 @@ def setup_of(
         "uploads": uploads,
         "versions": {name: version_of(name) for name in ("torch", "patrol-prune")},
     }
-    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))  # tuples as a report from a file has them
+    # tuples as a report from a file has them
+    plain: dict[str, Any] = json.loads(json.dumps(found, default=str))
     return plain
 
 
