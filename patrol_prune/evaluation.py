@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from patrol_prune.cost import evaluating, home_of
+from patrol_prune.cost import draws_restored, evaluating, home_of
 from patrol_prune.errors import InputError
+from patrol_prune.training_state import pack_draws, unpack_draws
 
 
 @torch.no_grad()
@@ -40,6 +41,25 @@ def accuracy(
     if count == 0:
         raise InputError("Expected at least one batch to measure the accuracy on, came none.")
     return right / count
+
+
+def try_out(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]] | None,
+            device: torch.device) -> None:
+    """See that an accuracy can be measured, on the first batch, before any work starts: nothing
+    that draws stands elsewhere afterwards. Without batches there is nothing to see.
+
+    Raises:
+        InputError: as `accuracy`.
+    """
+    if batches is None:
+        return
+    loaders = {"batches": batches}
+    draws = pack_draws(device, loaders)
+    try:
+        with draws_restored(model):
+            accuracy(model, itertools.islice(batches, 1), device=device)
+    finally:
+        unpack_draws(draws, device, loaders)
 
 
 def _check_classes(logits: Any, y: Any) -> None:

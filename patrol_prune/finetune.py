@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from patrol_prune.cost import home_of
 from patrol_prune.errors import CheckpointError, InputError, warn_caller
-from patrol_prune.evaluation import accuracy, recalibrate_batchnorm
+from patrol_prune.evaluation import accuracy, recalibrate_batchnorm, try_out
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
 from patrol_prune.given import (
     check_full_precision,
@@ -258,6 +258,7 @@ def drive(
         trainer.open()
         if resume and directory is not None:
             _resume(trainer, result, directory, drawing, loaders)
+        try_out(model, val_batches, trainer.device)
         if result.resumed_from == 0:
             trainer.warm_up_surrogates(train_batches)
         for epoch in range(result.resumed_from, trainer.config.epochs):

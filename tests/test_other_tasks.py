@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 import patrol_prune as pp
 from patrol_prune.distillation import Distiller, logit_distance
@@ -144,3 +145,41 @@ def test_validation_that_one_epoch_would_use_up_is_refused_before_any_training()
     with pytest.raises(InputError, match="val_batches that can be read again .* came generator"):
         pp.finetune(net, batches, config=config(), progress=False, val_batches=(b for b in batches))
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize(("labels", "told"), [
+    ([torch.tensor([0.0, 1.0, 0.0, 1.0])], "leave val_batches out"), ([], "came none"),
+])
+def test_validation_that_cannot_be_measured_is_refused_before_any_training(
+    labels: list[Tensor], told: str
+) -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    x = torch.rand(4, 3, 8, 8)
+    batches = [(x, torch.tensor([0, 1, 0, 1]))]
+    before = copy.deepcopy(net.state_dict())
+    with pytest.raises(InputError, match=told):
+        pp.finetune(net, batches, config=config(), progress=False,
+                    val_batches=[(x, y) for y in labels])
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_looking_at_validation_first_changes_no_draw() -> None:
+    x, y = torch.rand(8, 3, 8, 8), torch.tensor([0, 1] * 4)
+    data = TensorDataset(x, y)
+
+    def trained(**more: object) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Dropout(0.5),
+                            nn.Linear(4 * 36, 2))
+        loader = DataLoader(data, 4, shuffle=True)
+        pp.finetune(net, loader, config=config(), progress=False, **more)  # type: ignore[arg-type]
+        return net.state_dict()
+
+    mine = DataLoader(data, 4, shuffle=True, generator=torch.Generator().manual_seed(3))
+    shuffled = DataLoader(data, 4, shuffle=True)
+    for val in (mine, shuffled):
+        other = trained(val_batches=val)
+        assert all(torch.equal(v, other[k]) for k, v in trained().items())
+    stood = torch.Generator().manual_seed(3)
+    list(DataLoader(data, 4, shuffle=True, generator=stood))
+    assert torch.equal(mine.generator.get_state(), stood.get_state())  # read once, after the epoch
