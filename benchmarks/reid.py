@@ -52,6 +52,7 @@ class Reid:
         edge_macs: the device's budget: a fraction of the dense edge at the cut, or a count, which
             can be the same at several cuts.
         epochs: of fine-tuning; 8, as the record began with, or 5 for photographs where None.
+        bits: of an uploaded value of the pruned models, which are then fine-tuned once more so.
         decoder: width, residual blocks and epochs of the learned attacks, where not the usual
             32, 3 and 10: after layer3 that many channels hold half of an upload.
         attacks: by name, where not the usual ones.
@@ -69,6 +70,7 @@ class Reid:
     beta: float = 40.0
     edge_macs: str = "0.5"
     epochs: int | None = None
+    bits: int | None = None
     decoder: tuple[int, int, int] | None = None
     attacks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
@@ -84,19 +86,21 @@ def config_of(args: Reid) -> ReidRun:
     large = args.surrogates == "large"
     budget = "" if args.edge_macs == Reid.edge_macs else f"-{args.edge_macs}"
     budget += "" if args.epochs is None else f"-{args.epochs}-epochs"
+    budget += "" if args.bits is None else f"-{args.bits}-bits"
     if args.decoder is not None:
         budget += "-decoder-" + "-".join(map(str, args.decoder))
     budget += "-large-surrogates" * large
     budget += "".join(f"-{attack}" for attack in args.attacks)
     other = ("" if usual(args) else f"-{args.at}-beta-{args.beta:g}") + budget
     plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at,
-                    edge_macs=args.edge_macs)
+                    edge_macs=args.edge_macs, bits=args.bits)
     plain = replace(plain, privacy=replace(plain.privacy, beta=args.beta), finetune=replace(
         plain.finetune, epochs=args.epochs or 8))
     if large:
         plain = replace(plain, batch=replace(plain.batch, adversarial_images=None),
                         privacy=replace(plain.privacy, surrogates="large"),
-                        finetune=replace(plain.finetune, inner_steps=4))
+                        finetune=replace(plain.finetune, inner_steps=4),
+                        rounded=replace(plain.rounded, inner_steps=4))
     plain = replace(plain, attacker=attacker_of(args, plain.attacker),
                     attackers=attackers_of(args, plain.attackers))
     if args.photographs is None:

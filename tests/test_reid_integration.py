@@ -29,7 +29,8 @@ from patrol_prune.vehicle_truth import VehicleTruth, drawn_with
 from patrol_prune.vehicles import write_vehicles
 
 FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
-MODULES = ("beginning", "leak_checks", "page", "pictures", "run", "settings", "stages", "uploads")
+MODULES = ("beginning", "leak_checks", "page", "pictures", "rounding", "run", "settings", "stages",
+           "uploads")
 TINY = [
     "--data", "rendered", "--rendered.identities", "32", "--rendered.cameras", "3",
     "--rendered.images-per-camera", "2", "--model", "small_resnet", "--name", "tiny",
@@ -50,12 +51,13 @@ def script() -> Iterator[Any]:
         import leak_checks
         import page
         import pictures
+        import rounding
         import run
         import stages
         import uploads
 
         yield {"run": run, "pictures": pictures, "page": page, "leak_checks": leak_checks,
-               "stages": stages, "uploads": uploads}
+               "rounding": rounding, "stages": stages, "uploads": uploads}
     finally:
         sys.path.remove(str(FOLDER))
         for name in MODULES:
@@ -536,3 +538,38 @@ def test_dropout_stands_behind_patrols_edge_alone(script: Any, tmp_path: Path) -
     assert uploads == {"dense": 1, "patrol": 3}
     page = (tmp_path / "tiny" / "index.html").read_text()
     assert "50% of its upload dropped" in page and "3 uploads of every picture" in page
+
+
+@pytest.mark.parametrize(("more", "told"), [
+    (("--bits", "0"), "bits from 1 to 16"), (("--bits", "17"), "bits from 1 to 16"),
+    (("--bits", "2", "--privacy.dropout", "0.5"), "rounded or dropped"),
+])
+def test_bits_that_cannot_be_are_refused(script: Any, tmp_path: Path, capsys: Any,
+                                         more: tuple[str, ...], told: str) -> None:
+    assert script["run"].main([*TINY, *more, "--runs", str(tmp_path / "runs")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_both_pruned_models_send_few_bits_and_are_trained_so(script: Any, tmp_path: Path) -> None:
+    more = ["--bits", "2", "--rounded.epochs", "1", "--rounded.surrogate_warmup_steps", "2"]
+    assert script["run"].main([*TINY, *more, "--runs", str(tmp_path)]) == 0
+    run = tmp_path / "tiny"
+    result = json.loads((run / "result.json").read_text())
+    sizes = {method: about["feature_bytes"] for method, about in result["methods"].items()}
+    assert sizes["dense"] == 16 * sizes["taylor"] == 16 * sizes["patrol"]
+    assert "send 2 bits for every value" in (run / "index.html").read_text()
+    rounding = script["rounding"]
+    for method in ("taylor", "patrol"):
+        about = result["methods"][method]
+        assert len(about["history_rounded"]) == 1
+        split = pp.load(run / "checkpoints" / method, lambda: pp.build_reid_model(
+            "small_resnet", identities=result["data"]["counts"]["identities"], image_size=64))
+        sending = rounding.rounding_as(split, 2, about["steps"])
+        x = torch.rand(4, 3, 64, 64)
+        z = sending.edge(x).transpose(0, 1).flatten(1)
+        assert all(len(channel.unique()) <= 4 for channel in z)
+        assert rounding.steps_of(sending) == about["steps"]
+        want = split.edge.eval()(x)
+        assert torch.equal(sending.edge.upload(want), sending.edge.eval()(x))

@@ -9,6 +9,7 @@ from typing import Literal
 from patrol_prune.attacks import ATTACKS, DEFAULT_ATTACKS, InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.audit_choice import check_uploads
+from patrol_prune.defences import Quantisation
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.settings import PrivacyConfig, ScoreConfig
@@ -105,6 +106,8 @@ class ReidRun:
         image_size: side of the square that pictures are stretched to.
         at: where to cut, the last layer on the device.
         edge_macs: the device's budget: a count ("9.9M"), or a fraction of the dense edge.
+        bits: of an uploaded value, 1 to 16, for both pruned models, which are fine-tuned once more
+            so; None sends the values as they are.
         name: of the run.
         runs: the folder of all runs.
         device: cpu, cuda, cuda:1, mps, or auto.
@@ -116,6 +119,7 @@ class ReidRun:
         privacy: the terms that stay on while PATROL's model is fine-tuned; its dropout stands
             behind PATROL's edge alone.
         finetune: training after pruning, with either score.
+        rounded: the further training in which uploads are rounded to `bits`, with either score.
         attackers: who attacks.
         attacker: the attacker's decoder.
         rmle: the attack that optimises pixels.
@@ -129,6 +133,7 @@ class ReidRun:
     image_size: int = 64
     at: str = "layer4"
     edge_macs: str | int | float = "0.5"
+    bits: int | None = None
     name: str = "reid"
     runs: str = "runs"
     device: str = "cpu"
@@ -141,6 +146,8 @@ class ReidRun:
     privacy: PrivacyConfig = field(default_factory=lambda: PrivacyConfig(beta=10.0))
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(
         epochs=24, lr=0.03, inner_steps=2, surrogate_warmup_steps=60))
+    rounded: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(
+        epochs=10, lr=0.01, inner_steps=2, surrogate_warmup_steps=200))
     attackers: Attackers = field(default_factory=Attackers)
     attacker: InverseNetworkConfig = field(default_factory=lambda: InverseNetworkConfig(
         width=32, depth=3, epochs=10, batch_size=32, max_extensions=1))
@@ -154,6 +161,11 @@ class ReidRun:
         if self.image_size < 16:
             raise InputError("Expected an image size of at least 16 pixels, came "
                              f"{self.image_size}; SSIM cannot judge smaller ones.")
+        if self.bits is not None:
+            Quantisation(self.bits)
+            if self.privacy.dropout:
+                raise InputError("Expected bits or privacy.dropout, came both. Leave one of them "
+                                 "out: uploads are rounded or dropped, not both.")
         if self.layout not in ("auto", "folder"):
             raise InputError(f"Expected layout out of auto, folder, came {self.layout!r}.")
         if self.data == "rendered" and self.layout == "folder":

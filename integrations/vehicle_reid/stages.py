@@ -17,6 +17,8 @@ from beginning import model_of, planned
 from leak_checks import LeakChecks, row_name
 from page import write_page
 from pictures import Everybody, Pictures, everybody
+from rounding import notes as rounding_notes
+from rounding import packed_bytes, rounding, rounding_as, steps_of
 from settings import ReidRun
 from torch import Tensor, nn
 
@@ -79,7 +81,8 @@ class Work:
                 continue
             self.folder.forget(name for name, _ in stages[number:])
             for later, _ in stages[number + 1:]:  # they began with what this stage left before
-                self.folder.remove(f"checkpoints/{later}-epochs")
+                for training in (later, f"{later}-rounded"):
+                    self.folder.remove(f"checkpoints/{training}-epochs")
             self.folder.event("stage begins", stage=stage)
             with draws_for(self.device, self.config.seed, stage):
                 do()
@@ -142,7 +145,13 @@ class Work:
         return where
 
     def uploading(self, split: pp.Split, method: str) -> pp.Split:
-        """The split as it uploads, PATROL's with `privacy.dropout`; it shares the layers."""
+        """The finished split as it uploads; it shares the layers."""
+        if self.config.bits is not None and method != DENSE:
+            return rounding_as(split, self.config.bits, self.folder.notes(method)["steps"])
+        return self.dropping(split, method)
+
+    def dropping(self, split: pp.Split, method: str) -> pp.Split:
+        """PATROL's with `privacy.dropout` behind its edge; it shares the layers."""
         return (with_dropout(self.config.privacy, split, self.config.seed) if method == PATROL
                 else split)
 
@@ -180,6 +189,21 @@ class Work:
             "edge_macs": pp.edge_macs(split), "edge_params": pp.count_params(split.edge),
             "feature_bytes": pp.feature_bytes(split.feature_shape), "retrieval": asdict(found),
         }
+
+    def rounded(
+        self, split: pp.Split, method: str, **terms: Any
+    ) -> tuple[pp.Split, dict[str, Any]]:
+        """The split whose uploads are rounded to `bits`, trained so; what is to be noted of it."""
+        bits = self.config.bits
+        assert bits is not None
+        before = self.measure(split)["retrieval"]["map"]
+        sending = rounding(split, bits, self.people)
+        self.say(f"mAP {100 * before:.1f}%. Fine-tuning for {self.config.rounded.epochs} more "
+                 f"epochs with {bits} bits of every uploaded value.")
+        history = self.train(sending, self.config.rounded, f"{method}-rounded", offset=4, **terms)
+        numbers = {**self.measure(sending), "feature_bytes": packed_bytes(sending, bits)}
+        return sending, {**numbers, "steps": steps_of(sending), "map_before_rounding": before,
+                         "history_rounded": history}
 
     def train(
         self, split: pp.Split, config: pp.FinetuneConfig, name: str, *, beta: float = 0.0,
@@ -228,12 +252,14 @@ class Work:
         self.say(f"Pruned; mAP before fine-tuning {100 * before:.1f}%. Fine-tuning for "
                  f"{config.finetune.epochs} epochs.")
         on = method == PATROL
-        sending = self.uploading(split, method)
-        history = self.train(
-            sending, config.finetune, method, beta=config.privacy.beta * on,
-            alpha=config.privacy.alpha * on, teacher=teacher, offset=2,
-        )
-        numbers = self.measure(sending)
+        sending = self.dropping(split, method)
+        terms: dict[str, Any] = {"beta": config.privacy.beta * on,
+                                 "alpha": config.privacy.alpha * on, "teacher": teacher}
+        history = self.train(sending, config.finetune, method, offset=2, **terms)
+        if config.bits is None:
+            numbers = self.measure(sending)
+        else:
+            sending, numbers = self.rounded(split, method, **terms)
         self.say(f"{method}: {_told(numbers)}.")
         self.folder.finish(method, [self.save(split, method, history=pruning)], history=history,
                            kept=outcome.kept, map_before_finetuning=before, **numbers)
@@ -340,8 +366,9 @@ class Work:
                 method: {**self.folder.notes(method), "audit": self.folder.notes(f"audit {method}")}
                 for method in methods(self.config)
             },
-            "notes": [*self.people.notes, *(f"PATROL: {note}" for note in dropout_notes(
-                self.config.privacy, self.config.attackers.uploads))],
+            "notes": [*self.people.notes, *rounding_notes(self.config.bits),
+                      *(f"PATROL: {note}" for note in dropout_notes(
+                          self.config.privacy, self.config.attackers.uploads))],
             "originals": self.checks.of_originals(self.people.query.subset(self.people.victims)),
         }
         atomic_write_json(self.folder / RESULT, _finite(result))
