@@ -23,7 +23,7 @@ import torch
 from jsonargparse import auto_cli
 from PIL import Image
 from record import ROOT, command, commit, cpu_name, versions, write
-from reid_figures import run_of
+from reid_figures import float_bytes, run_of
 
 sys.path.insert(0, str(ROOT.parent / "integrations" / "vehicle_reid"))
 
@@ -205,7 +205,7 @@ def merged(before: dict[str, Any], mine: list[dict[str, Any]]) -> list[dict[str,
     kept = [row if "versions" in row else {**row, "versions": before["versions"]}
             for row in before["rows"] if run_of(row) != this]
     return sorted(kept + mine, key=lambda row: (not row["dataset"].startswith("rendered"),
-                                                -row["feature_bytes"]))
+                                                -float_bytes(row)))
 
 
 def main(args: Reid) -> None:
@@ -222,6 +222,8 @@ def main(args: Reid) -> None:
              "minutes": round(minutes(Path(config.runs) / config.name), 1),
              "budget": args.edge_macs,
              "epochs": [config.train.epochs, config.finetune.epochs],
+             **({} if args.bits is None else
+                {"bits": args.bits, "rounded_epochs": config.rounded.epochs}),
              **({} if args.decoder is None else {"decoder": list(args.decoder)}),
              **({"attacks": list(args.attacks)} if args.attacks else {}),
              **({} if args.surrogates == Reid.surrogates else {"surrogates": args.surrogates})}

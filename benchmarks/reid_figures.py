@@ -45,7 +45,13 @@ def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
 def training_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What the rows about models of one training have in common."""
     return (row["dataset"], row["split"], row["beta"], row.get("budget", "0.5"),
-            row["train_seed"], tuple(row["epochs"]), surrogates_of(row))
+            row["train_seed"], tuple(row["epochs"]), surrogates_of(row), row.get("bits"))
+
+
+def float_bytes(row: dict[str, Any]) -> float:
+    """Of the row's upload if every value were sent as float32."""
+    rounded = row.get("bits") if row["method"] != "dense" else None
+    return float(row["feature_bytes"] * 32 / (rounded or 32))
 
 
 def overview(runs: list[list[dict[str, Any]]]) -> str:
@@ -57,7 +63,8 @@ def overview(runs: list[list[dict[str, Any]]]) -> str:
         size = ", ".join([f"{width} channels, {blocks} blocks", *(f"{n} epochs" for n in epochs),
                           *families(first)])
         line = {"set": first["dataset"].split(",")[0], "split": first["split"] + budget_of(first),
-                "seed": str(first["train_seed"]), "epochs": str(first["epochs"][1]),
+                "seed": str(first["train_seed"]), "epochs": epochs_of(first),
+                "bits": str(first.get("bits", 32)),
                 "beta": f"{first['beta']:g}", "surrogates": surrogates_of(first), "decoder": size}
         for name, of in (("map", lambda row: percent(row["map"])),
                          ("ssim", lambda row: f"{row['ssim']:.3f}" + UNFINISHED * improving(row)),
@@ -69,14 +76,15 @@ def overview(runs: list[list[dict[str, Any]]]) -> str:
     several = len({line["seed"] for line in table}) > 1
     others = ({"surrogates": "surrogates"} if len({line["surrogates"] for line in table}) > 1
               else {})
+    rounded = {"bits": "bits of a value"} if len({line["bits"] for line in table}) > 1 else {}
     return "\n\n".join([
         "**Every run in one line**, dense / Taylor pruning / PATROL. Each stands below with its "
         "circumstances and what else was read.",
         render_table(table, {
             "set": "set", "split": "cut after", **({"seed": "seed"} if several else {}),
-            "epochs": "fine-tuned, epochs", "beta": "β", **others, "decoder": "attackers' decoders",
-            "map": "mAP", "ssim": "SSIM under the strongest attack",
-            "characters": "characters read",
+            "epochs": "fine-tuned, epochs", "beta": "β", **others, **rounded,
+            "decoder": "attackers' decoders", "map": "mAP",
+            "ssim": "SSIM under the strongest attack", "characters": "characters read",
         }).strip(),
     ])
 
@@ -147,7 +155,7 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"**{first['dataset'][0].upper()}{first['dataset'][1:]}**: {first['model']} with a BNNeck, "
         f"cut after {first['split']}{budget_of(first)}, trained for {first['epochs'][0]} epochs on "
         f"{counts['defender']:,} pictures of {counts['identities']} identities and fine-tuned for "
-        f"{first['epochs'][1]}, PATROL at β {first['beta']:g}{inside(first)}; "
+        f"{first['epochs'][1]}, PATROL at β {first['beta']:g}{inside(first)}{rounding_of(first)}; "
         f"{counts['query']} queries in a gallery of {counts['gallery']} pictures of "
         f"{counts['test_identities']} identities.{closed} The attacker owns "
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
@@ -169,6 +177,18 @@ def inside(row: dict[str, Any]) -> str:
     """How the attackers inside training were, where not as usual here."""
     return (" against the large set of surrogates, on whole batches and with four steps of theirs "
             "for each of the model's" if surrogates_of(row) == "large" else "")
+
+
+def epochs_of(row: dict[str, Any]) -> str:
+    """How long the pruned models were fine-tuned, and how long once more with rounded uploads."""
+    return f"{row['epochs'][1]}" + (f" + {row['rounded_epochs']}" if row.get("bits") else "")
+
+
+def rounding_of(row: dict[str, Any]) -> str:
+    """How the pruned models' uploads are rounded, where they are."""
+    return "" if not row.get("bits") else (
+        f", and for {row['rounded_epochs']} more with {row['bits']} bits of every value that a "
+        "pruned model uploads")
 
 
 def decoder_of(row: dict[str, Any]) -> str:

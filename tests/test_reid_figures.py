@@ -67,6 +67,20 @@ def test_other_surrogates_inside_are_told(figures: ModuleType) -> None:
     assert "| large |" in figures.overview([[usual], [large]])
 
 
+def test_uploads_of_few_bits_are_told_and_stand_with_their_dense_model(
+    figures: ModuleType
+) -> None:
+    usual = [measured("layer3", method) for method in ("dense", "patrol")]
+    rounded = [{**row, "bits": 2, "rounded_epochs": 10} for row in usual]
+    rounded[1]["feature_bytes"] = usual[1]["feature_bytes"] // 16
+    assert figures.run_of(usual[0]) != figures.run_of(rounded[0])
+    assert [figures.float_bytes(row) for row in rounded] == [usual[0]["feature_bytes"]] * 2
+    assert "bits" not in figures.overview([usual, usual]) + figures.about(usual)
+    told = figures.overview([usual, rounded])
+    assert "| bits of a value |" in told and "| 8 + 10 |" in told and "| 32 |" in told
+    assert "for 10 more with 2 bits of every value" in figures.about(rounded)
+
+
 def test_an_attack_that_was_still_improving_is_marked(figures: ModuleType) -> None:
     rows = [measured("layer3", "dense"), measured("layer3", "patrol", ssim=0.4, plateau=False)]
     told = figures.costs(rows)
