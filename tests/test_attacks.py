@@ -8,12 +8,17 @@ from torch import Tensor
 
 from patrol_prune.attacks import (
     ATTACKS,
+    RMLE,
     Attack,
     FitRecord,
+    ImagePrior,
+    ImagePriorConfig,
     InverseNetwork,
     InverseNetworkConfig,
     Knowledge,
+    LinearInverse,
     NearestImage,
+    RMLEConfig,
     check_features,
     check_fit,
     check_reconstructions,
@@ -125,3 +130,28 @@ def test_fewer_images_are_picked_at_random_and_all_else_stays() -> None:
         assert torch.equal(whole.pixels, KNOWN) and whole.labels is known.labels
     assert few.white_box() is known.edge
     assert Knowledge(KNOWN).first(5).z is None
+
+
+def _fitted(name: str) -> Attack:
+    """The attack on an edge that halves the images, with next to no effort."""
+    quick: dict[str, Attack] = {
+        "inverse_network": InverseNetwork(BROKEN), "linear_inverse": LinearInverse(),
+        "nearest_image": NearestImage(),
+        "rmle": RMLE(RMLEConfig(steps=2, tuning_images=2, tuning_steps=2, refine=False)),
+        "image_prior": ImagePrior(ImagePriorConfig(
+            steps=2, check_every=2, tuning_images=2, width=8, losses=("mse",), lrs=(0.01,))),
+    }
+    edge = torch.nn.AvgPool2d(2)
+    quick[name].fit(Knowledge(KNOWN, edge(KNOWN), edge=edge))
+    return quick[name]
+
+
+@pytest.mark.parametrize("name", ["inverse_network", "linear_inverse", "nearest_image", "rmle",
+                                  "image_prior"])
+def test_uploads_of_another_shape_are_refused_in_words(name: str) -> None:
+    attack = _fitted(name)
+    z = torch.rand(2, 3, 8, 8)
+    assert attack.reconstruct(z).shape == (2, 3, 16, 16)
+    for other in (z[0], torch.rand(2, 3, 4, 4), torch.rand(2, 4, 8, 8), z.flatten(1)):
+        with pytest.raises(InputError, match=r"uploads \[N, 3, 8, 8\], as this attack was fitted"):
+            attack.reconstruct(other)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -160,6 +160,16 @@ class Attack(Protocol):
 
     def reconstruct(self, z: Tensor) -> Tensor:
         """Uploads `[N, ...]` to pixels `[N, C, H, W]` on [0, 1]."""
+
+
+def check_uploads_like(z: Tensor, shape: Sequence[int]) -> None:
+    """An InputError unless these are uploads `[N, *shape]`, as an attack was fitted on."""
+    if not isinstance(z, Tensor) or tuple(z.shape[1:]) != tuple(shape) or z.dim() <= len(shape):
+        came = tuple(z.shape) if isinstance(z, Tensor) else f"a {type(z).__name__}"
+        raise InputError(
+            f"Expected uploads [N, {', '.join(map(str, shape))}], as this attack was fitted on, "
+            f"came {came}. Give what the same edge uploads, a single one as z[None], or fit anew."
+        )
 
 
 def draws_differ(edge: EdgeFunction, pixels: Tensor) -> bool:

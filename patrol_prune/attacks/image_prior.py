@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from patrol_prune.attacks.base import EdgeFunction, FitRecord, Knowledge
+from patrol_prune.attacks.base import EdgeFunction, FitRecord, Knowledge, check_uploads_like
 from patrol_prune.attacks.white_box import (
     CRITERIA,
     LOSSES,
@@ -182,6 +183,7 @@ class ImagePrior:
         self.loss, self.lr, self.steps = self.config.losses[0], self.config.lrs[0], 0
         self._edge: EdgeFunction | None = None
         self._mean_image: Tensor | None = None
+        self._shape: Sequence[int] = ()
         self._comparison = Comparison()
 
     def fit(self, known: Knowledge) -> FitRecord:
@@ -200,7 +202,7 @@ class ImagePrior:
         chosen, others = tuning_part(known, config.tuning_images, generator)
         z = features_of(known, torch.cat([chosen, others[:_SCALE_IMAGES]]), self.device)
         self._edge, self._comparison = edge, Comparison.of(known, z, draws=config.draws)
-        z = z[: len(chosen)]
+        z, self._shape = z[: len(chosen)], z.shape[1:]
         originals = known.pixels[chosen.to(known.pixels.device)].to(self.device)
         self._mean_image = PixelSpace.of(known.pixels).mean_image.to(self.device)
         means = self._mean_image.expand_as(originals).clamp(0.0, 1.0)
@@ -248,6 +250,7 @@ class ImagePrior:
         """
         if self._mean_image is None or self.steps == 0:
             raise InputError("This attack has not been fit. Call fit(Knowledge(...)) first.")
+        check_uploads_like(z, self._shape)
         parts = []
         for part in z.split(self.config.batch_size):
             descent = _Descent(self, part.detach().to(self.device), self.loss, self.lr)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from patrol_prune.attacks.base import FitRecord, Knowledge
+from patrol_prune.attacks.base import FitRecord, Knowledge, check_uploads_like
 from patrol_prune.attacks.training_pairs import TrainingPairs
 from patrol_prune.decoders import FAMILIES, FeatureStandardizer, channel_dim, make_decoder
 from patrol_prune.errors import InputError, TrainingError, nearest
@@ -236,9 +236,11 @@ class InverseNetwork:
     def reconstruct(self, z: Tensor) -> Tensor:
         """Features `[N, *feature_shape]` to float32 pixels `[N, C, H, W]` on [0, 1], on z's device.
 
-        Raises InputError before `fit`.
+        Raises InputError before `fit`, and on features of another shape.
         """
-        self._parts()[1].eval()
+        standardizer, decoder = self._parts()
+        check_uploads_like(z, standardizer.feature_shape)
+        decoder.eval()
         parts = [
             self._forward(part.to(self.device)).clamp(0.0, 1.0).to(z.device)
             for part in torch.split(z, max(64, self.config.batch_size))

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from patrol_prune.attacks.base import FitRecord, Knowledge
+from patrol_prune.attacks.base import FitRecord, Knowledge, check_uploads_like
 from patrol_prune.attacks.feature_layout import Layout
 from patrol_prune.errors import InputError
 from patrol_prune.metrics import check_pixels, mse
@@ -195,6 +195,7 @@ class LinearInverse:
         self.device = torch.device(device)
         self.held_out: Tensor | None = None
         self._solution: _Solution | None = None
+        self._shape: tuple[int, ...] = ()
 
     def fit(self, known: Knowledge) -> FitRecord:
         """Solve for every ridge weight and keep the best on held-out images.
@@ -247,7 +248,7 @@ class LinearInverse:
                     below = history[-1]
                     best = (below, solution)
         assert best is not None
-        self._solution = best[1]
+        self._solution, self._shape = best[1], shapes[0]
         choice = history.index(best[0])
         return FitRecord(
             history=tuple(history), train_history=(), initial_loss=floor, mean_image_loss=floor,
@@ -261,10 +262,11 @@ class LinearInverse:
     def reconstruct(self, z: Tensor) -> Tensor:
         """Features `[N, ...]` to float32 pixels `[N, C, H, W]` on [0, 1], on z's device.
 
-        Raises InputError before `fit`.
+        Raises InputError before `fit`, and on features of another shape.
         """
         if self._solution is None:
             raise InputError("This attack has not been trained. Call fit(known) first.")
+        check_uploads_like(z, self._shape)
         return torch.cat([self._solution(part.to(self.device).float()).to(z.device)
                           for part in z.split(_chunk(self._solution.layout))])
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from patrol_prune.attacks.base import FitRecord, Knowledge
+from patrol_prune.attacks.base import FitRecord, Knowledge, check_uploads_like
 from patrol_prune.errors import InputError
 from patrol_prune.metrics import check_pixels
 
@@ -85,6 +85,7 @@ class NearestImage:
         """Features `[N, ...]` to images of the attacker's, `[N, C, H, W]`, on z's device."""
         if self._known is None:
             raise InputError("This attack has no images yet. Call fit(known) first.")
+        check_uploads_like(z, self._mean.shape)
         wanted = z.to(self.device).float()
         best = torch.full((len(z),), torch.inf, dtype=torch.float64, device=self.device)
         choice = torch.zeros(len(z), dtype=torch.long, device=self.device)

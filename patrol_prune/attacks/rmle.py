@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 import torch
 from torch import Tensor
 
-from patrol_prune.attacks.base import Attack, FitRecord, Knowledge
+from patrol_prune.attacks.base import Attack, FitRecord, Knowledge, check_uploads_like
 from patrol_prune.attacks.pixel_descent import PixelDescent, RMLEConfig, Setting
 from patrol_prune.attacks.white_box import (
     Comparison,
@@ -75,6 +75,7 @@ class RMLE:
         self.steps = self.config.steps
         self._descent: PixelDescent | None = None
         self._own: Tensor | None = None
+        self._shape: Sequence[int] = ()
 
     def fit(self, known: Knowledge) -> FitRecord:
         """Choose the setting on the attacker's own images.
@@ -103,7 +104,7 @@ class RMLE:
         spectrum = Spectrum.of(space.from_pixels(some) - space.from_pixels(space.mean_image))
         self._own = known.pixels
         self._descent = PixelDescent(config, edge, space, spectrum, comparison)
-        z = z[: len(chosen)]
+        z, self._shape = z[: len(chosen)], z.shape[1:]
         means = space.mean_image.expand_as(originals)
         norm = gradient_norm(edge, z, means, comparison.draws)
         floor = float(error_by(config.criterion, originals, means.clamp(0.0, 1.0)).mean())
@@ -137,6 +138,7 @@ class RMLE:
         """
         if self.setting is None or self._own is None:
             raise InputError("This attack has not been fit. Call fit(Knowledge(...)) first.")
+        check_uploads_like(z, self._shape)
         config = self.config
         generator = torch.Generator().manual_seed(config.seed + _SEED_OFFSET + 1)
         picks = torch.randint(len(self._own), (len(z), config.restarts - 1), generator=generator)
