@@ -8,7 +8,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -416,6 +416,22 @@ class TestCombined:
 
         with pytest.raises(InputError, match=r"of Own a method.*came apply\(split: 'Split'\)"):
             Combined((FeatureDropout(0.5), Own()))
+
+    def test_an_objective_without_its_arguments_is_named(self) -> None:
+        class Own(Defence):
+            def objective(self, split: Split, **more: Any) -> None:
+                return None
+
+        Combined((FeatureDropout(0.5), Own()))
+
+        class Fewer(Defence):
+            def objective(  # type: ignore[override]
+                self, split: Split, *, seed: int = 0
+            ) -> None:
+                return None
+
+        with pytest.raises(InputError, match=r"of Fewer a method objective.*'normalization'"):
+            Combined((FeatureDropout(0.5), Fewer()))
 
 
 class TestNoise:

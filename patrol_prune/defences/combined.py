@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ class Combined(Defence):
         parts = tuple(inner for part in given
                       for inner in (part.parts if isinstance(part, Combined) else (part,)))
         for part in parts:
-            _check_apply(part)
+            _check_methods(part)
         object.__setattr__(self, "parts", parts)
         training = [part for part in parts if _trains(part)]
         if len(training) > 1:
@@ -122,17 +122,24 @@ def _set_apart(generators: Sequence[torch.Generator], place: int) -> None:
             generator.manual_seed(int.from_bytes(hashlib.sha256(key).digest()[:7], "big"))
 
 
-def _check_apply(part: Defence) -> None:
-    """Refuse a defence whose `apply` cannot be called as `Defence.apply` is."""
-    found = inspect.signature(part.apply)
-    try:
-        found.bind(None, calibration=None)
-    except TypeError as error:
-        raise InputError(
-            f"Combined: expected of {type(part).__name__} a method apply(self, split, *, "
-            f"calibration=None) that returns a Split, came apply{found}: {error}. Take the "
-            "argument, also where nothing is calibrated."
-        ) from error
+def _check_methods(part: Defence) -> None:
+    """Refuse a defence whose methods cannot be called as those of `Defence` are."""
+    expected: dict[str, tuple[str, str, dict[str, Any]]] = {
+        "apply": ("(self, split, *, calibration=None) that returns a Split",
+                  "also where nothing is calibrated", {"calibration": None}),
+        "objective": ("(self, split, *, normalization=None, seed=0, task_loss=F.cross_entropy) "
+                      "that returns a PatrolObjective or None", "also where it is of no use",
+                      {"normalization": None, "seed": 0, "task_loss": F.cross_entropy}),
+    }
+    for name, (call, anyway, given) in expected.items():
+        found = inspect.signature(getattr(part, name))
+        try:
+            found.bind(None, **given)
+        except TypeError as error:
+            raise InputError(
+                f"Combined: expected of {type(part).__name__} a method {name}{call}, came "
+                f"{name}{found}: {error}. Take the argument, {anyway}."
+            ) from error
 
 
 def _trains(part: Defence) -> bool:
