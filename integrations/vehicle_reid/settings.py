@@ -119,7 +119,8 @@ class ReidRun:
         privacy: the terms that stay on while PATROL's model is fine-tuned; its dropout stands
             behind PATROL's edge alone.
         finetune: training after pruning, with either score.
-        rounded: the further training in which uploads are rounded to `bits`, with either score.
+        rounded: the further training in which uploads are rounded to `bits`, with either score;
+            without the dense model to learn from, as it reads plates.
         attackers: who attacks.
         attacker: the attacker's decoder.
         rmle: the attack that optimises pixels.
@@ -147,7 +148,7 @@ class ReidRun:
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(
         epochs=24, lr=0.03, inner_steps=2, surrogate_warmup_steps=60))
     rounded: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(
-        epochs=10, lr=0.01, inner_steps=2, surrogate_warmup_steps=200))
+        epochs=24, lr=0.02, distill_weight=0.0, inner_steps=2, surrogate_warmup_steps=200))
     attackers: Attackers = field(default_factory=Attackers)
     attacker: InverseNetworkConfig = field(default_factory=lambda: InverseNetworkConfig(
         width=32, depth=3, epochs=10, batch_size=32, max_extensions=1))
