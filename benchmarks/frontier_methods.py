@@ -186,7 +186,8 @@ ATTACKED_LONGER = (SHALLOWER, "with-patrol@longer-10-layer3", "with-patrol@longe
                    "with-patrol@half-longest-whole-60-avgpool",
                    "with-patrol@half-long-60-avgpool",
                    "with-patrol@half-long-30-avgpool",
-                   "with-patrol@half-longer-whole-light-dropout-10-avgpool")
+                   "with-patrol@half-longer-whole-light-dropout-10-avgpool",
+                   "patrol-masks-layer3", "magnitude-layer3")
 """What is compared with the best of these, so that its longest attack has others beside it."""
 SEEN_OFTEN = ("with-feature_dropout@longer-0.5-layer4", "with-gaussian_noise@longer-1-layer4",
               "with-patrol@longer-dropout-10-layer4",

@@ -28,6 +28,8 @@ METHODS = {
     "patrol": "**PATROL**",
     "lighter": "**Taylor pruning, then PATROL's fine-tuning, β 10**",
     "patrol-adversarial": "PATROL, adversarial term only",
+    "patrol-masks": "PATROL, learned masks",
+    "magnitude": "pruned by magnitude",
     "control": "trained on without attackers, cut deeper",
     "deeper": "**PATROL, cut deeper**",
 }
