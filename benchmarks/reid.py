@@ -23,7 +23,7 @@ import torch
 from jsonargparse import auto_cli
 from PIL import Image
 from record import ROOT, command, commit, cpu_name, versions, write
-from reid_figures import float_bytes, run_of
+from reid_figures import largest_uploads, run_of
 
 sys.path.insert(0, str(ROOT.parent / "integrations" / "vehicle_reid"))
 
@@ -204,8 +204,9 @@ def merged(before: dict[str, Any], mine: list[dict[str, Any]]) -> list[dict[str,
     this = run_of(mine[0])
     kept = [row if "versions" in row else {**row, "versions": before["versions"]}
             for row in before["rows"] if run_of(row) != this]
+    largest = largest_uploads(kept + mine)
     return sorted(kept + mine, key=lambda row: (not row["dataset"].startswith("rendered"),
-                                                -float_bytes(row)))
+                                                -largest[run_of(row)]))
 
 
 def main(args: Reid) -> None:

@@ -48,10 +48,14 @@ def training_of(row: dict[str, Any]) -> tuple[Any, ...]:
             row["train_seed"], tuple(row["epochs"]), surrogates_of(row), row.get("bits"))
 
 
-def float_bytes(row: dict[str, Any]) -> float:
-    """Of the row's upload if every value were sent as float32."""
-    rounded = row.get("bits") if row["method"] != "dense" else None
-    return float(row["feature_bytes"] * 32 / (rounded or 32))
+def largest_uploads(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], int]:
+    """Of each run the bytes of its largest upload, that of the dense model: by it the runs are put
+    in an order in which a run with uploads of few bits stays together, and where its cut belongs.
+    """
+    found: dict[tuple[Any, ...], int] = {}
+    for row in rows:
+        found[run_of(row)] = max(row["feature_bytes"], found.get(run_of(row), 0))
+    return found
 
 
 def overview(runs: list[list[dict[str, Any]]]) -> str:
@@ -100,7 +104,9 @@ def same_budget(rows: list[dict[str, Any]]) -> str:
              if any(abs(row["edge_macs"] / count - 1) <= 0.02 for count in counts)]
     if len({row["split"] for row in alike}) < 2:
         return ""
-    alike.sort(key=lambda row: (-row["feature_bytes"], row["split"], row["method"] != "taylor"))
+    largest = largest_uploads(rows)
+    alike.sort(key=lambda row: (-largest[run_of(row)], row["split"], -(row.get("bits") or 32),
+                                row["method"] != "taylor"))
     dense = {run_of(row): row["map"] for row in rows if row["method"] == "dense"}
     kinds = {k: v for k, v in KINDS.items() if alike[0][f"{k}_rate"] is not None}
     chance = (f" Characters by chance {percent(alike[0]['characters_chance'])}."
@@ -135,6 +141,8 @@ def called(row: dict[str, Any], beside: list[dict[str, Any]]) -> str:
         name += f", β {row['beta']:g}"
     if row["method"] == "patrol" and len({surrogates_of(r) for r in beside}) > 1:
         name += f", {surrogates_of(row)} surrogates"
+    if len({r.get("bits") for r in beside}) > 1:
+        name += f", {row.get('bits') or 32} bits"
     if len({r["train_seed"] for r in beside}) > 1:
         name += f", seed {row['train_seed']}"
     return name

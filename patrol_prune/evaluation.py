@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from patrol_prune.cost import draws_restored, evaluating, home_of
 from patrol_prune.errors import InputError
+from patrol_prune.given import input_and_target
 from patrol_prune.training_state import pack_draws, unpack_draws
 
 
@@ -33,7 +34,8 @@ def accuracy(
     device = home_of(model, device)
     with evaluating(model):
         right, count = 0, 0
-        for x, y in batches:
+        for batch in batches:
+            x, y = _pair(batch)
             logits = model(x.to(device))
             _check_classes(logits, y)
             right += int((logits.argmax(1) == y.to(device)).sum())
@@ -45,8 +47,11 @@ def accuracy(
 
 def try_out(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]] | None,
             device: torch.device) -> None:
-    """See that an accuracy can be measured, on the first batch, before any work starts: nothing
-    that draws stands elsewhere afterwards. Without batches there is nothing to see.
+    """See that an accuracy can be measured, on the first batch that is not empty, before any work
+    starts. Without batches there is nothing to see.
+
+    Torch's generators, those of the loader and the model, and the batches' `epoch` stand afterwards
+    where they stood; what else a dataset draws from does not.
 
     Raises:
         InputError: as `accuracy`.
@@ -54,12 +59,30 @@ def try_out(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]] | None,
     if batches is None:
         return
     loaders = {"batches": batches}
-    draws = pack_draws(device, loaders)
+    draws, epoch = pack_draws(device, loaders), getattr(batches, "epoch", None)
+    some = (batch for batch in batches if not isinstance(y := _pair(batch)[1], Tensor) or len(y))
     try:
         with draws_restored(model):
-            accuracy(model, itertools.islice(batches, 1), device=device)
+            accuracy(model, itertools.islice(some, 1), device=device)
     finally:
         unpack_draws(draws, device, loaders)
+        if isinstance(epoch, int) and callable(back := getattr(batches, "set_epoch", None)):
+            back(epoch)
+
+
+def check_validation(batches: object) -> None:
+    """An InputError unless these can be read anew after every epoch, or are None."""
+    able = hasattr(batches, "__iter__") or hasattr(batches, "__getitem__") or batches is None
+    if isinstance(batches, Iterator) or not able:
+        raise InputError("Expected val_batches that can be read again after every epoch (a "
+                         f"DataLoader, a list), came {type(batches).__name__}.")
+
+
+def _pair(batch: Any) -> tuple[Tensor, Any]:
+    """The two parts of a batch `(x, y)`; an InputError says what else it is."""
+    if isinstance(batch, (tuple, list)) and len(batch) == 2 and isinstance(batch[0], Tensor):
+        return batch[0], batch[1]
+    return input_and_target(batch)
 
 
 def _check_classes(logits: Any, y: Any) -> None:

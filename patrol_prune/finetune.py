@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from patrol_prune.cost import home_of
 from patrol_prune.errors import CheckpointError, InputError, warn_caller
-from patrol_prune.evaluation import accuracy, recalibrate_batchnorm, try_out
+from patrol_prune.evaluation import accuracy, check_validation, recalibrate_batchnorm, try_out
 from patrol_prune.finetune_config import FinetuneConfig, learning_rate
 from patrol_prune.given import (
     check_full_precision,
@@ -242,9 +242,7 @@ def drive(
     progress: bool,
 ) -> FinetuneResult:
     """Run a trainer's epochs with its checkpoints; arguments and result as in `finetune`."""
-    if isinstance(val_batches, Iterator):
-        raise InputError("Expected val_batches that can be read again after every epoch (a "
-                         f"DataLoader, a list), came {type(val_batches).__name__}.")
+    check_validation(val_batches)
     model = trainer.model
     drawing = _drawing(model)  # as it came: a module may count what it sends
     directory = None if checkpoint_dir is None else Path(checkpoint_dir)
@@ -258,7 +256,8 @@ def drive(
         trainer.open()
         if resume and directory is not None:
             _resume(trainer, result, directory, drawing, loaders)
-        try_out(model, val_batches, trainer.device)
+        if result.resumed_from < trainer.config.epochs:
+            try_out(model, val_batches, trainer.device)
         if result.resumed_from == 0:
             trainer.warm_up_surrogates(train_batches)
         for epoch in range(result.resumed_from, trainer.config.epochs):

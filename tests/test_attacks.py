@@ -152,6 +152,6 @@ def test_uploads_of_another_shape_are_refused_in_words(name: str) -> None:
     attack = _fitted(name)
     z = torch.rand(2, 3, 8, 8)
     assert attack.reconstruct(z).shape == (2, 3, 16, 16)
-    for other in (z[0], torch.rand(2, 3, 4, 4), torch.rand(2, 4, 8, 8), z.flatten(1)):
+    for other in (z[0], z[:, :1], torch.rand(2, 3, 4, 4), torch.rand(2, 4, 8, 8), z.flatten(1)):
         with pytest.raises(InputError, match=r"uploads \[N, 3, 8, 8\], as this attack was fitted"):
             attack.reconstruct(other)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -147,20 +149,45 @@ def test_validation_that_one_epoch_would_use_up_is_refused_before_any_training()
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize(("labels", "told"), [
-    ([torch.tensor([0.0, 1.0, 0.0, 1.0])], "leave val_batches out"), ([], "came none"),
+EMPTY = (torch.rand(0, 3, 8, 8), torch.zeros(0, dtype=torch.long))
+GOOD = (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))
+
+
+@pytest.mark.parametrize(("val", "told"), [
+    ([(GOOD[0], GOOD[1].float())], "leave val_batches out"), ([], "came none"),
+    ([EMPTY], "came none"), ([(*GOOD, GOOD[1])], "came a tuple of 3"),
+    ([{"x": GOOD[0], "y": GOOD[1]}], "came a dict of x, y"), (5, "val_batches .* came int"),
 ])
 def test_validation_that_cannot_be_measured_is_refused_before_any_training(
-    labels: list[Tensor], told: str
+    val: Any, told: str
 ) -> None:
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
-    x = torch.rand(4, 3, 8, 8)
-    batches = [(x, torch.tensor([0, 1, 0, 1]))]
     before = copy.deepcopy(net.state_dict())
     with pytest.raises(InputError, match=told):
-        pp.finetune(net, batches, config=config(), progress=False,
-                    val_batches=[(x, y) for y in labels])
+        pp.finetune(net, [GOOD], config=config(), progress=False, val_batches=val)
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_validation_is_looked_at_once_before_a_training_and_not_after_its_end(
+    tmp_path: Path
+) -> None:
+    class Counted(list):  # type: ignore[type-arg]
+        read, epoch = 0, 0
+
+        def set_epoch(self, epoch: int) -> None:
+            self.epoch = epoch
+
+        def __iter__(self) -> Iterator[Any]:
+            self.read += 1
+            self.epoch += 1
+            return super().__iter__()
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 2))
+    val = Counted([EMPTY, GOOD])
+    for reads in (2, 2):
+        pp.finetune(net, [GOOD], config=config(), progress=False, val_batches=val, resume=True,
+                    checkpoint_dir=tmp_path / "epochs")
+        assert (val.read, val.epoch) == (reads, 1)
 
 
 def test_looking_at_validation_first_changes_no_draw() -> None:

@@ -366,3 +366,12 @@ def test_divergence_wrong_channels_and_no_fit() -> None:
         QueryFree(dataclasses.replace(SMALL, mean=(0.5,), std=(0.5,))).fit(known())
     with pytest.raises(InputError, match="fit"):
         QueryFree(SMALL).reconstruct(OBSERVED)
+
+
+def test_uploads_of_another_shape_are_refused_in_words() -> None:
+    attack = QueryFree(dataclasses.replace(SMALL, mode="match", epochs=1, reconstruct=("linear",)))
+    attack.fit(known())
+    z = upload(VICTIM[:2])
+    for other in (z[0], z[:, :1], z[0, 0], z.flatten(1), z[:, :, ::2]):
+        with pytest.raises(InputError, match="uploads .* as this attack was fitted on"):
+            attack.reconstruct(other)

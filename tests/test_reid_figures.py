@@ -74,7 +74,12 @@ def test_uploads_of_few_bits_are_told_and_stand_with_their_dense_model(
     rounded = [{**row, "bits": 2, "rounded_epochs": 10} for row in usual]
     rounded[1]["feature_bytes"] = usual[1]["feature_bytes"] // 16
     assert figures.run_of(usual[0]) != figures.run_of(rounded[0])
-    assert [figures.float_bytes(row) for row in rounded] == [usual[0]["feature_bytes"]] * 2
+    sizes = figures.largest_uploads([*usual, *rounded])
+    assert set(sizes.values()) == {usual[0]["feature_bytes"]} and len(sizes) == 2
+    same = [measured("layer4", "taylor", feature_bytes=512), measured("layer4", "dense"),
+            *usual, *rounded]
+    order = figures.same_budget(same)
+    assert order.index("32 bits") < order.index("2 bits") < order.index("| layer4 |")
     assert "bits" not in figures.overview([usual, usual]) + figures.about(usual)
     told = figures.overview([usual, rounded])
     assert "| bits of a value |" in told and "| 8 + 10 |" in told and "| 32 |" in told

@@ -552,11 +552,23 @@ def test_bits_that_cannot_be_are_refused(script: Any, tmp_path: Path, capsys: An
 
 
 @pytest.mark.slow
-def test_both_pruned_models_send_few_bits_and_are_trained_so(script: Any, tmp_path: Path) -> None:
+def test_both_pruned_models_send_few_bits_and_are_trained_and_attacked_so(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, attacked = script["stages"].pp, []
+    audit = package.audit
+
+    def watched(split: Any, images: Any, *rest: Any, **more: Any) -> Any:
+        z = split.edge.eval()(torch.rand(4, 3, 64, 64)).transpose(0, 1).flatten(1)
+        attacked.append(max(len(channel.unique()) for channel in z))
+        return audit(split, images, *rest, **more)
+
+    monkeypatch.setattr(package, "audit", watched)
     more = ["--bits", "2", "--rounded.epochs", "1", "--rounded.surrogate_warmup_steps", "2"]
     assert script["run"].main([*TINY, *more, "--runs", str(tmp_path)]) == 0
     run = tmp_path / "tiny"
     result = json.loads((run / "result.json").read_text())
+    assert attacked[0] > 4 and max(attacked[1:]) <= 4 and len(attacked) == 3
     sizes = {method: about["feature_bytes"] for method, about in result["methods"].items()}
     assert sizes["dense"] == 16 * sizes["taylor"] == 16 * sizes["patrol"]
     assert "send 2 bits for every value" in (run / "index.html").read_text()

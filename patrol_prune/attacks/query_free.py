@@ -15,7 +15,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from patrol_prune.attacks.base import Attack, EdgeFunction, FitRecord, Knowledge
+from patrol_prune.attacks.base import (
+    Attack,
+    EdgeFunction,
+    FitRecord,
+    Knowledge,
+    check_uploads_like,
+)
 from patrol_prune.attacks.inverse_network import InverseNetwork, InverseNetworkConfig
 from patrol_prune.attacks.linear_inverse import LinearInverse, LinearInverseConfig
 from patrol_prune.attacks.query_free_config import LEAST_HELD_OUT, QueryFreeConfig, check_knowledge
@@ -128,10 +134,11 @@ class QueryFree:
     def reconstruct(self, z: Tensor) -> Tensor:
         """Uploads `[N, ...]` to pixels `[N, C, H, W]` on [0, 1], the mean over the shadows.
 
-        Raises InputError before `fit`.
+        Raises InputError before `fit`, and on features of another shape.
         """
         if not self.reconstructors:
             raise InputError("This attack has not been trained. Call fit(known) first.")
+        check_uploads_like(z, self._ranges[0].shape)
         return self._answer(z, self.reconstructors, range(len(self.reconstructors)), self.share)
 
     def _answer(
@@ -209,6 +216,7 @@ class _Range:
     @torch.no_grad()
     def __init__(self, function: EdgeFunction, pixels: Tensor) -> None:
         z = torch.cat([function(part) for part in torch.split(pixels, 64)])
+        self.shape = z.shape[1:]
         dim = channel_dim(tuple(z.shape[1:]), tuple(pixels.shape[1:]))
         others = [d for d in range(z.dim()) if d != dim]
         self.low, self.high = (f(z, dim=others, keepdim=True) for f in (torch.amin, torch.amax))

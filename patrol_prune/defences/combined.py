@@ -124,21 +124,22 @@ def _set_apart(generators: Sequence[torch.Generator], place: int) -> None:
 
 def _check_methods(part: Defence) -> None:
     """Refuse a defence whose methods cannot be called as those of `Defence` are."""
-    expected: dict[str, tuple[str, str, dict[str, Any]]] = {
+    expected: dict[str, tuple[str, dict[str, Any]]] = {
         "apply": ("(self, split, *, calibration=None) that returns a Split",
-                  "also where nothing is calibrated", {"calibration": None}),
+                  {"calibration": None}),
         "objective": ("(self, split, *, normalization=None, seed=0, task_loss=F.cross_entropy) "
-                      "that returns a PatrolObjective or None", "also where it is of no use",
+                      "that returns a PatrolObjective or None",
                       {"normalization": None, "seed": 0, "task_loss": F.cross_entropy}),
     }
-    for name, (call, anyway, given) in expected.items():
+    for name, (call, given) in expected.items():
         found = inspect.signature(getattr(part, name))
         try:
             found.bind(None, **given)
         except TypeError as error:
             raise InputError(
                 f"Combined: expected of {type(part).__name__} a method {name}{call}, came "
-                f"{name}{found}: {error}. Take the argument, {anyway}."
+                f"{name}{found}: {error}. Take just these, also where they are of no "
+                "use; anything further needs a default."
             ) from error
 
 
