@@ -154,6 +154,7 @@ def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
             found = audit["leaks"].get(kind)
             row |= {f"{kind}_{k}": None if found is None else found["strongest"][k]
                     for k in ("rate", "chance", "count", "attack", "reader")}
+            row[f"{kind}_likest"] = likest(audit, kind)
             row[f"{kind}_original"] = (None if found is None
                                        else originals[kind]["strongest"]["rate"])
         named, of_original = audit["leaks"]["identification"], originals["identification"]
@@ -169,6 +170,15 @@ def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
         row |= {f"named_{k}_chance": of_original["chance"][k] for k in ("map", "rank1")}
         made.append(row)
     return made
+
+
+def likest(audit: dict[str, Any], kind: str) -> float | None:
+    """The best rate from what the attack with the highest SSIM rebuilt; None where nothing is read.
+    """
+    attack = audit["strongest"].get("attack")
+    rates = [r["rate"] for r in audit["leaks"].get(kind, {}).get("rows", [])
+             if r["attack"].partition(",")[0] == attack]
+    return max(rates, default=None)
 
 
 def draw(folder: Path, methods: Sequence[str], target: Path, *, count: int = 8) -> None:

@@ -37,6 +37,19 @@ def test_characters_that_nobody_could_read_before_are_no_goal(figures: ModuleTyp
     assert "asked for" not in figures.verdict(rows)
 
 
+def test_what_the_likest_pictures_give_away_stands_beside_the_most_that_is_read(
+    figures: ModuleType
+) -> None:
+    rows = [row("dense", characters_rate=0.9), row("taylor"), row("patrol", characters_rate=0.13)]
+    assert "highest SSIM" not in figures.verdict(rows)
+    rows[2]["characters_likest"] = 0.1
+    told = figures.verdict(rows)
+    assert "13.0% from PATROL's" in told and "10.0% from what the attack" in told
+    assert "not met; SSIM" in told.split("13.0%")[1]  # the most that is read decides
+    rows[2]["characters_likest"] = 0.13
+    assert "highest SSIM" not in figures.verdict(rows)
+
+
 def test_larger_decoders_are_told(figures: ModuleType) -> None:
     assert "larger decoders" not in figures.about([measured("layer3", "dense")])
     told = figures.about([measured("layer3", "dense", decoder=[64, 6, 12])])
