@@ -60,7 +60,7 @@ def try_out(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]] | None,
         return
     loaders = {"batches": batches}
     draws, epoch = pack_draws(device, loaders), getattr(batches, "epoch", None)
-    some = (batch for batch in batches if not isinstance(y := _pair(batch)[1], Tensor) or len(y))
+    some = (batch for batch in batches if not isinstance(y := _pair(batch)[1], Tensor) or y.numel())
     try:
         with draws_restored(model):
             accuracy(model, itertools.islice(some, 1), device=device)

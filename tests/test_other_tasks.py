@@ -156,6 +156,7 @@ GOOD = (torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 0, 1]))
 @pytest.mark.parametrize(("val", "told"), [
     ([(GOOD[0], GOOD[1].float())], "leave val_batches out"), ([], "came none"),
     ([EMPTY], "came none"), ([(*GOOD, GOOD[1])], "came a tuple of 3"),
+    ([(GOOD[0][:1], torch.tensor(1))], "leave val_batches out"),
     ([{"x": GOOD[0], "y": GOOD[1]}], "came a dict of x, y"), (5, "val_batches .* came int"),
 ])
 def test_validation_that_cannot_be_measured_is_refused_before_any_training(
