@@ -347,7 +347,7 @@ class Work:
         leaks = self.checks.of(victims, rebuilt, edge)
         self.folder.finish(
             f"audit {method}", [f"audits/{method}.json", f"audits/{method}_examples"],
-            strongest=_record(report, "edge"), floor=_record(report, "floor"),
+            strongest=dict(report.strongest("edge")), floor=dict(report.strongest("floor")),
             records=report.records, flags=sorted({str(f["name"]) for f in report.flags}),
             leaks=leaks,
         )
@@ -382,10 +382,6 @@ class Work:
     def result(self) -> dict[str, Any]:
         content: dict[str, Any] = json.loads(Path(self.folder / RESULT).read_text("utf-8"))
         return content
-
-
-def _record(report: AuditReport, subject: str) -> dict[str, Any]:
-    return dict(report.strongest(subject))
 
 
 def _told(numbers: dict[str, Any]) -> str:
