@@ -53,6 +53,8 @@ class Reid:
             can be the same at several cuts.
         epochs: of fine-tuning; 8, as the record began with, or 5 for photographs where None.
         bits: of an uploaded value of the pruned models, which are then fine-tuned once more so.
+        rounded_epochs: of that further fine-tuning, where not the usual 24.
+        teacher: let the pruned models learn from the dense one as well, before uploads are rounded.
         decoder: width, residual blocks and epochs of the learned attacks, where not the usual
             32, 3 and 10: after layer3 that many channels hold half of an upload.
         attacks: by name, where not the usual ones.
@@ -71,6 +73,8 @@ class Reid:
     edge_macs: str = "0.5"
     epochs: int | None = None
     bits: int | None = None
+    rounded_epochs: int | None = None
+    teacher: bool = True
     decoder: tuple[int, int, int] | None = None
     attacks: tuple[str, ...] = ()
     methods: tuple[str, ...] = ()
@@ -87,6 +91,8 @@ def config_of(args: Reid) -> ReidRun:
     budget = "" if args.edge_macs == Reid.edge_macs else f"-{args.edge_macs}"
     budget += "" if args.epochs is None else f"-{args.epochs}-epochs"
     budget += "" if args.bits is None else f"-{args.bits}-bits"
+    budget += "" if args.rounded_epochs is None else f"-{args.rounded_epochs}-rounded"
+    budget += "" if args.teacher else "-no-teacher"
     if args.decoder is not None:
         budget += "-decoder-" + "-".join(map(str, args.decoder))
     budget += "-large-surrogates" * large
@@ -96,6 +102,10 @@ def config_of(args: Reid) -> ReidRun:
                     edge_macs=args.edge_macs, bits=args.bits)
     plain = replace(plain, privacy=replace(plain.privacy, beta=args.beta), finetune=replace(
         plain.finetune, epochs=args.epochs or 8))
+    if args.rounded_epochs is not None:
+        plain = replace(plain, rounded=replace(plain.rounded, epochs=args.rounded_epochs))
+    if not args.teacher:
+        plain = replace(plain, finetune=replace(plain.finetune, distill_weight=0.0))
     if large:
         plain = replace(plain, batch=replace(plain.batch, adversarial_images=None),
                         privacy=replace(plain.privacy, surrogates="large"),
