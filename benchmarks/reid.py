@@ -54,6 +54,7 @@ class Reid:
         epochs: of fine-tuning; 8, as the record began with, or 5 for photographs where None.
         bits: of an uploaded value of the pruned models, which are then fine-tuned once more so.
         rounded_epochs: of that further fine-tuning, where not the usual 24.
+        swap_plates: train the pruned models on pictures that carry other vehicles' plates.
         teacher: let the pruned models learn from the dense one as well, before uploads are rounded.
         decoder: width, residual blocks and epochs of the learned attacks, where not the usual
             32, 3 and 10: after layer3 that many channels hold half of an upload.
@@ -74,6 +75,7 @@ class Reid:
     epochs: int | None = None
     bits: int | None = None
     rounded_epochs: int | None = None
+    swap_plates: bool = False
     teacher: bool = True
     decoder: tuple[int, int, int] | None = None
     attacks: tuple[str, ...] = ()
@@ -92,6 +94,7 @@ def config_of(args: Reid) -> ReidRun:
     budget += "" if args.epochs is None else f"-{args.epochs}-epochs"
     budget += "" if args.bits is None else f"-{args.bits}-bits"
     budget += "" if args.rounded_epochs is None else f"-{args.rounded_epochs}-rounded"
+    budget += "-swapped-plates" * args.swap_plates
     budget += "" if args.teacher else "-no-teacher"
     if args.decoder is not None:
         budget += "-decoder-" + "-".join(map(str, args.decoder))
@@ -99,7 +102,7 @@ def config_of(args: Reid) -> ReidRun:
     budget += "".join(f"-{attack}" for attack in args.attacks)
     other = ("" if usual(args) else f"-{args.at}-beta-{args.beta:g}") + budget
     plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at,
-                    edge_macs=args.edge_macs, bits=args.bits)
+                    edge_macs=args.edge_macs, bits=args.bits, swap_plates=args.swap_plates)
     plain = replace(plain, privacy=replace(plain.privacy, beta=args.beta), finetune=replace(
         plain.finetune, epochs=args.epochs or 8))
     if args.rounded_epochs is not None:

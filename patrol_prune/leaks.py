@@ -261,19 +261,41 @@ def map_square(corners: Tensor, points: Tensor) -> Tensor:
 
     Args:
         corners: where (0, 0), (1, 0), (1, 1) and (0, 1) go, `[N, 4, 2]`.
-        points: in the square's coordinates, `[P, 2]`.
+        points: in the square's coordinates, `[P, 2]`, or `[N, P, 2]` for each quadrangle its own.
 
     Returns:
         `[N, P, 2]`.
     """
+    return _mapped(_homographies(corners), points)
+
+
+def square_of(corners: Tensor, points: Tensor) -> Tensor:
+    """The inverse of `map_square`: where points lie in the unit square's coordinates.
+
+    Args:
+        corners: as there, of quadrangles with an area.
+        points: in the quadrangles' coordinates, `[P, 2]` or `[N, P, 2]`.
+
+    Returns:
+        `[N, P, 2]`; within a convex quadrangle on [0, 1].
+    """
+    return _mapped(torch.linalg.inv(_homographies(corners)), points)
+
+
+def _homographies(corners: Tensor) -> Tensor:
+    """From the unit square to each quadrangle, `[N, 3, 3]`."""
     p0, p1, p2, p3 = corners.unbind(dim=1)
     d1, d2, s = p1 - p2, p3 - p2, p0 - p1 + p2 - p3
     area = _cross(d1, d2)
-    g, h = _cross(s, d2) / area, _cross(d1, s) / area
-    u, v = points[None, :, :1], points[None, :, 1:]
-    g, h = g[:, None, None], h[:, None, None]
-    along, down = (p1 - p0)[:, None] + g * p1[:, None], (p3 - p0)[:, None] + h * p3[:, None]
-    return (along * u + down * v + p0[:, None]) / (g * u + h * v + 1)
+    g, h = (_cross(s, d2) / area)[:, None], (_cross(d1, s) / area)[:, None]
+    columns = [torch.cat(c, 1) for c in ((p1 - p0 + g * p1, g), (p3 - p0 + h * p3, h),
+                                         (p0, torch.ones_like(g)))]
+    return torch.stack(columns, 2)
+
+
+def _mapped(homographies: Tensor, points: Tensor) -> Tensor:
+    whole = F.pad(points, (0, 1), value=1.0) @ homographies.mT
+    return whole[..., :2] / whole[..., 2:]
 
 
 def _cross(a: Tensor, b: Tensor) -> Tensor:

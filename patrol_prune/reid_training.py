@@ -156,13 +156,19 @@ class PKBatches:
         """The next iteration draws order and augmentation of this epoch."""
         self.epoch = epoch
 
+    def chosen(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        """The pictures of a batch, uint8 `[P K, 3, H, W]`, before augmentation. A subclass may
+        change them; what it draws with `generator` is the same for the same epoch and seed.
+        """
+        return self.image_set.images[index]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         seed = (self.seed * 100_003 + self.epoch) % 2**32
         self.epoch += 1
         generator = torch.Generator().manual_seed(seed)
         labels = self.image_set.labels
         for index in pk_order(labels, self.identities, self.images_each, len(self), seed=seed):
-            images = self.image_set.images[index]
+            images = self.chosen(index, generator)
             if self.augment:
                 images = flip_and_shift(images, generator)
             yield self.normalization.to_input(images.float() / 255.0), labels[index]

@@ -83,6 +83,7 @@ class Everybody:
         digest: of every picture and identity.
         labels_digest: of what `digest` leaves out: cameras, junk, plates and places. Runs of
             earlier releases noted `digest` alone.
+        truth: of the defender's pictures, where the set tells it.
     """
 
     defender: ImageSet
@@ -98,6 +99,7 @@ class Everybody:
     copies: int
     digest: str
     labels_digest: str
+    truth: VehicleTruth | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -154,7 +156,7 @@ def everybody(config: ReidRun) -> Everybody:
     return Everybody(
         defender, inverter, reader, query, gallery,
         victims, found.junk, _normalization(defender), found.layout,
-        closed, copies, digest.hexdigest(), labels_digest(parts, found.junk),
+        closed, copies, digest.hexdigest(), labels_digest(parts, found.junk), own.truth,
     )
 
 

@@ -108,6 +108,8 @@ class ReidRun:
         edge_macs: the device's budget: a count ("9.9M"), or a fraction of the dense edge.
         bits: of an uploaded value, 1 to 16, for both pruned models, which are fine-tuned once more
             so; None sends the values as they are.
+        swap_plates: prune and train the pruned models on pictures that carry other vehicles'
+            plates, so that reading them teaches nothing; for sets that tell where plates are.
         name: of the run.
         runs: the folder of all runs.
         device: cpu, cuda, cuda:1, mps, or auto.
@@ -135,6 +137,7 @@ class ReidRun:
     at: str = "layer4"
     edge_macs: str | int | float = "0.5"
     bits: int | None = None
+    swap_plates: bool = False
     name: str = "reid"
     runs: str = "runs"
     device: str = "cpu"

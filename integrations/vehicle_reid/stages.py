@@ -17,6 +17,7 @@ from beginning import model_of, planned
 from leak_checks import LeakChecks, row_name
 from page import write_page
 from pictures import Everybody, Pictures, everybody
+from plates import training_batches
 from rounding import notes as rounding_notes
 from rounding import packed_bytes, rounding, rounding_as, steps_of
 from settings import ReidRun
@@ -156,11 +157,8 @@ class Work:
                 else split)
 
     def batches(self, offset: int, *, augment: bool = True) -> pp.PKBatches:
-        batch = self.config.batch
-        return pp.PKBatches(
-            self.people.defender, batch.identities, batch.images_each, augment=augment,
-            normalization=self.people.normalization, seed=self.config.seed + offset,
-        )
+        swapped = self.config.swap_plates and self.stage != DENSE
+        return training_batches(self.config, self.people, offset, augment=augment, swapped=swapped)
 
     def loss(self, model: nn.Module) -> pp.ReidLoss:
         batch = self.config.batch
