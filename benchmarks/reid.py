@@ -248,6 +248,8 @@ def main(args: Reid) -> None:
              "epochs": [config.train.epochs, config.finetune.epochs],
              **({} if args.bits is None else
                 {"bits": args.bits, "rounded_epochs": config.rounded.epochs}),
+             **({} if args.teacher else {"teacher": False}),
+             **({"swapped_plates": True} if args.swap_plates else {}),
              **({} if args.decoder is None else {"decoder": list(args.decoder)}),
              **({"attacks": list(args.attacks)} if args.attacks else {}),
              **({} if args.surrogates == Reid.surrogates else {"surrogates": args.surrogates})}

@@ -45,7 +45,8 @@ def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
 def training_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What the rows about models of one training have in common."""
     return (row["dataset"], row["split"], row["beta"], row.get("budget", "0.5"),
-            row["train_seed"], tuple(row["epochs"]), surrogates_of(row), row.get("bits"))
+            row["train_seed"], tuple(row["epochs"]), surrogates_of(row), row.get("bits"),
+            row.get("rounded_epochs"), *differently(row))
 
 
 def largest_uploads(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], int]:
@@ -143,6 +144,8 @@ def called(row: dict[str, Any], beside: list[dict[str, Any]]) -> str:
         name += f", {surrogates_of(row)} surrogates"
     if len({r.get("bits") for r in beside}) > 1:
         name += f", {row.get('bits') or 32} bits"
+    if len({tuple(differently(r)) for r in beside}) > 1:
+        name = ", ".join([name, *differently(row)])
     if len({r["train_seed"] for r in beside}) > 1:
         name += f", seed {row['train_seed']}"
     return name
@@ -165,7 +168,7 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"{counts['defender']:,} pictures of {counts['identities']} identities and fine-tuned for "
         f"{first['epochs'][1]}, PATROL at β {first['beta']:g}{inside(first)}{rounding_of(first)}; "
         f"{counts['query']} queries in a gallery of {counts['gallery']} pictures of "
-        f"{counts['test_identities']} identities.{closed} The attacker owns "
+        f"{counts['test_identities']} identities.{closed}{without_plates(first)} The attacker owns "
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
         "attacked. Floor: the mean image or the attacker's picture with the nearest upload, "
         f"whichever is closer.{decoder_of(first)}"
@@ -189,7 +192,26 @@ def inside(row: dict[str, Any]) -> str:
 
 def epochs_of(row: dict[str, Any]) -> str:
     """How long the pruned models were fine-tuned, and how long once more with rounded uploads."""
-    return f"{row['epochs'][1]}" + (f" + {row['rounded_epochs']}" if row.get("bits") else "")
+    epochs = f"{row['epochs'][1]}" + (f" + {row['rounded_epochs']}" if row.get("bits") else "")
+    return ", ".join([epochs, *differently(row)])
+
+
+def differently(row: dict[str, Any]) -> list[str]:
+    """How the pruned models were trained, where not as usual here."""
+    return (["no teacher"] * (not row.get("teacher", True))
+            + ["swapped plates"] * bool(row.get("swapped_plates")))
+
+
+def without_plates(row: dict[str, Any]) -> str:
+    """The same in sentences."""
+    told = ""
+    if not row.get("teacher", True):
+        told += (" The pruned models had no teacher: the dense model's answers, which tell plates, "
+                 "were kept from them.")
+    if row.get("swapped_plates"):
+        told += (" They were pruned and trained on pictures that carry other vehicles' plates, "
+                 "drawn anew each time; what is uploaded and attacked is the pictures as they are.")
+    return told
 
 
 def rounding_of(row: dict[str, Any]) -> str:

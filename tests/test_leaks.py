@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from patrol_prune.errors import InputError
@@ -22,6 +24,7 @@ from patrol_prune.leaks import (
     guess_rate,
     map_square,
     plate_cells,
+    square_of,
     weak_reader,
 )
 from patrol_prune.reid_layout import read_reid
@@ -81,6 +84,20 @@ def test_the_homography_agrees_with_its_linear_equations() -> None:
         matrix = np.append(np.linalg.solve(np.array(rows), quad.ravel()), 1.0).reshape(3, 3)
         seen = np.column_stack([points, np.ones(7)]) @ matrix.T
         assert np.allclose(mapped, seen[:, :2] / seen[:, 2:])
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 10_000), st.booleans())
+def test_points_of_a_quadrangle_come_back_from_the_square(seed: int, each: bool) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    square = torch.tensor([[0, 0], [1, 0], [1, 1], [0, 1]], dtype=torch.float64)
+    shifts = torch.rand(5, 4, 2, generator=generator, dtype=torch.float64)
+    corners = 10 * square + 4 * shifts - 2
+    shape = (5, 7, 2) if each else (7, 2)
+    points = torch.rand(shape, generator=generator, dtype=torch.float64)
+    there = map_square(corners, points)
+    assert torch.allclose(square_of(corners, there), points.expand(5, 7, 2))
+    assert torch.allclose(square_of(corners, corners), square.expand(5, 4, 2), atol=1e-9)
 
 
 def test_a_cell_shows_its_part_of_the_plate() -> None:

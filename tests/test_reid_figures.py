@@ -80,6 +80,20 @@ def test_other_surrogates_inside_are_told(figures: ModuleType) -> None:
     assert "| large |" in figures.overview([[usual], [large]])
 
 
+def test_what_the_pruned_models_learnt_from_is_told_where_it_is_not_the_usual(
+    figures: ModuleType
+) -> None:
+    usual = [measured("layer3", "patrol")]
+    other = [{**row, "teacher": False, "swapped_plates": True} for row in usual]
+    told = figures.overview([usual, other])
+    assert "| 8 |" in told and "| 8, no teacher, swapped plates |" in told
+    assert "had no teacher" in figures.about(other) and "other vehicles' plates" in (
+        figures.about(other))
+    assert "teacher" not in figures.about(usual) and "plates, drawn" not in figures.about(usual)
+    assert figures.training_of(usual[0]) != figures.training_of(other[0])
+    assert "no teacher, swapped plates" in figures.called(other[0], [*usual, *other])
+
+
 def test_uploads_of_few_bits_are_told_and_stand_with_their_dense_model(
     figures: ModuleType
 ) -> None:

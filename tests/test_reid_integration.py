@@ -29,8 +29,8 @@ from patrol_prune.vehicle_truth import VehicleTruth, drawn_with
 from patrol_prune.vehicles import write_vehicles
 
 FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
-MODULES = ("beginning", "leak_checks", "page", "pictures", "rounding", "run", "settings", "stages",
-           "uploads")
+MODULES = ("beginning", "leak_checks", "page", "pictures", "plates", "rounding", "run", "settings",
+           "stages", "uploads")
 TINY = [
     "--data", "rendered", "--rendered.identities", "32", "--rendered.cameras", "3",
     "--rendered.images-per-camera", "2", "--model", "small_resnet", "--name", "tiny",

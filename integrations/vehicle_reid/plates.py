@@ -1,7 +1,7 @@
 """Training pictures on which every vehicle carries another one's plate.
 
-A plate names its vehicle, so that whoever learns to tell vehicles apart learns to read plates. Where
-the defender knows where the plates of his training pictures are, he can take that incentive away.
+A plate names its vehicle: whoever learns to tell vehicles apart learns to read plates. Where the
+defender knows where they are on his training pictures, he can take that incentive away.
 """
 
 from __future__ import annotations
@@ -19,6 +19,13 @@ from torch.nn import functional as F
 import patrol_prune as pp
 from patrol_prune.leaks import map_square, square_of
 from patrol_prune.vehicle_truth import VehicleTruth
+
+
+def notes(swapped: bool) -> list[str]:
+    """What whoever reads the result has to know."""
+    return ["The pruned models were pruned and trained on pictures that carry other vehicles' "
+            "plates, the dense one on the pictures as they are; all are measured and attacked on "
+            "the pictures as they are."] * swapped
 
 
 def training_batches(

@@ -17,6 +17,7 @@ from beginning import model_of, planned
 from leak_checks import LeakChecks, row_name
 from page import write_page
 from pictures import Everybody, Pictures, everybody
+from plates import notes as plate_notes
 from plates import training_batches
 from rounding import notes as rounding_notes
 from rounding import packed_bytes, rounding, rounding_as, steps_of
@@ -365,6 +366,7 @@ class Work:
                 for method in methods(self.config)
             },
             "notes": [*self.people.notes, *rounding_notes(self.config.bits),
+                      *plate_notes(self.config.swap_plates),
                       *(f"PATROL: {note}" for note in dropout_notes(
                           self.config.privacy, self.config.attackers.uploads))],
             "originals": self.checks.of_originals(self.people.query.subset(self.people.victims)),

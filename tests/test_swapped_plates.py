@@ -1,0 +1,131 @@
+"""Training on pictures that carry other vehicles' plates, in the vehicles' script."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from patrol_prune.leaks import plate_cells
+from patrol_prune.rundir import RunDirectory
+
+FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
+
+
+@pytest.fixture(scope="module")
+def script() -> Iterator[Any]:
+    """The modules of the script, imported as it imports them."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(FOLDER))
+    try:
+        import pictures
+        import plates
+        import run
+        import stages
+
+        yield {"run": run, "pictures": pictures, "plates": plates, "stages": stages}
+    finally:
+        sys.path.remove(str(FOLDER))
+        for name in {path.stem for path in FOLDER.glob("*.py")} - before:
+            sys.modules.pop(name, None)
+
+
+def _config(script: Any, runs: Path, **more: Any) -> Any:
+    return script["run"].build(script["run"].ReidRun, {
+        "runs": str(runs), "rendered": {"identities": 32, "cameras": 3, "images_per_camera": 2},
+        "batch": {"identities": 4, "images_each": 3},
+        "attackers": {"victims": 8, "reader_share": 0.4}, **more,
+    }, "the test")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def people(script: Any, runs: Path) -> Any:
+    return script["pictures"].everybody(_config(script, runs))
+
+
+def _outside(boxes: torch.Tensor, side: int, margin: float) -> torch.Tensor:
+    """Pixels whose centre is further from the rectangle around a plate, `[N, 1, side, side]`."""
+    at = torch.arange(side) + 0.5
+    low, high = boxes.amin(1) - margin, boxes.amax(1) + margin
+    x, y = ((at < low[:, i, None]) | (at > high[:, i, None]) for i in (0, 1))
+    return (x[:, None, :] | y[:, :, None])[:, None]
+
+
+def test_a_vehicles_own_plate_changes_nothing(script: Any, people: Any) -> None:
+    images, boxes = people.defender.images, people.truth.boxes.double()
+    assert torch.equal(script["plates"].paste_plates(images, boxes, images, boxes), images)
+
+
+def test_the_donors_plate_is_seen_and_all_around_it_stays(script: Any, people: Any) -> None:
+    images, boxes = people.defender.images, people.truth.boxes.double()
+    n = len(images)
+    donors = (torch.arange(n) + n // 2) % n
+    seen = ~(people.truth.hidden | people.truth.hidden[donors])
+    pasted = script["plates"].paste_plates(images, boxes, images[donors], boxes[donors])
+    outside = _outside(boxes, images.shape[-1], 0.0).expand_as(images)
+    assert torch.equal(pasted[outside], images[outside])
+
+    def likeness(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
+        cells = [plate_cells(some.float() / 255, where, 3).flatten(1)
+                 for some, where in ((pasted, boxes), (one, two))]
+        return torch.cosine_similarity(*cells)[seen]
+
+    theirs, own = likeness(images[donors], boxes[donors]), likeness(images, boxes)
+    assert theirs.median() > 0.85 and own.median() < 0.6
+    assert (theirs > own).float().mean() > 0.95
+
+
+def test_batches_are_those_without_it_but_for_the_plates(script: Any, people: Any,
+                                                         runs: Path) -> None:
+    config, make = _config(script, runs), script["plates"].training_batches
+    plain, swapped, again = (
+        list(make(config, people, 2, augment=False, swapped=on)) for on in (False, True, True))
+    for (x, y), (other, labels), (same, _) in zip(plain, swapped, again, strict=True):
+        assert torch.equal(y, labels) and torch.equal(other, same)
+        changed = (x != other).any(1).flatten(1).float().mean(1)
+        assert (changed > 0).float().mean() > 0.8 and changed.max() < 0.3
+    second = make(config, people, 2, augment=False, swapped=True)
+    second.set_epoch(1)
+    assert not torch.equal(next(iter(second))[0], swapped[0][0])
+
+
+def test_no_hidden_plate_is_given_to_another_vehicle(script: Any, people: Any) -> None:
+    batches = script["plates"].SwappedPlates(people.defender, 4, 3, truth=people.truth)
+    assert sorted(batches.seen.tolist()) == [
+        i for i, hidden in enumerate(people.truth.hidden.tolist()) if not hidden]
+    assert people.truth.hidden.any()
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_the_dense_model_learns_from_the_pictures_as_they_are(
+    script: Any, people: Any, runs: Path, tmp_path: Path, on: bool
+) -> None:
+    swapping = script["plates"].SwappedPlates
+    with RunDirectory(tmp_path / "run", {}) as folder:
+        work = script["stages"].Work(_config(script, runs, swap_plates=on), folder,
+                                     lambda *_: None, people)
+        for stage in ("dense", "taylor", "patrol"):
+            work.stage = stage
+            assert isinstance(work.batches(2), swapping) is (on and stage != "dense")
+
+
+def test_a_set_that_tells_no_plates_is_refused_before_the_run(
+    script: Any, tmp_path: Path, capsys: Any, write_folder: Callable[..., Path]
+) -> None:
+    photos = write_folder(tmp_path / "photos", parts=("train",), count=60)
+    write_folder(tmp_path / "photos", parts=("test",), count=4)
+    assert script["run"].main([
+        "--data", str(photos), "--layout", "folder", "--image-size", "16", "--at", "layer1",
+        "--batch.identities", "3", "--swap-plates", "true", "--runs", str(tmp_path / "runs")]) == 2
+    told = capsys.readouterr().err
+    assert "tells where plates are" in told and "Leave it out" in told
+    assert not (tmp_path / "runs").exists()
