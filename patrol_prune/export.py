@@ -26,6 +26,7 @@ from patrol_prune._programs import (
     cloud_program,
     draws_in,
     first_line,
+    lying_draws,
     name_of,
     program_of,
     takes_any,
@@ -217,10 +218,7 @@ def _check_draws(edge: nn.Module, program: ExportedProgram, x: Tensor) -> None:
     for module in ours:
         module.silent = False
     if elsewhere or not draws_in(program) or draws_in(program, own=True):
-        raise UnsupportedModelError(
-            "The edge draws from a generator of its own or NumPy's, which would lie in its file: "
-            "the same numbers whenever it is loaded, and whoever has the file takes them off every "
-            "upload. Draw from torch's global generator (torch.randn_like(z), say).")
+        raise UnsupportedModelError(lying_draws("edge"))
 
 
 def _standing(half: nn.Module) -> nn.Module:

@@ -564,14 +564,16 @@ def test_both_pruned_models_send_few_bits_and_are_trained_and_attacked_so(
         return audit(split, images, *rest, **more)
 
     monkeypatch.setattr(package, "audit", watched)
-    more = ["--bits", "2", "--rounded.epochs", "1", "--rounded.surrogate_warmup_steps", "2"]
+    more = ["--bits", "2", "--rounded.epochs", "1", "--rounded.surrogate_warmup_steps", "2",
+            "--swap-plates", "true", "--finetune.distill-weight", "0"]
     assert script["run"].main([*TINY, *more, "--runs", str(tmp_path)]) == 0
     run = tmp_path / "tiny"
     result = json.loads((run / "result.json").read_text())
     assert attacked[0] > 4 and max(attacked[1:]) <= 4 and len(attacked) == 3
     sizes = {method: about["feature_bytes"] for method, about in result["methods"].items()}
     assert sizes["dense"] == 16 * sizes["taylor"] == 16 * sizes["patrol"]
-    assert "send 2 bits for every value" in (run / "index.html").read_text()
+    page = (run / "index.html").read_text()
+    assert "send 2 bits for every value" in page and "carry other vehicles" in page
     rounding = script["rounding"]
     for method in ("taylor", "patrol"):
         about = result["methods"][method]

@@ -132,7 +132,7 @@ class Residual(nn.Module):
         super().__init__()
         self.shortcut = shortcut
         self.first, self.second = nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False)
-        self.norm = nn.BatchNorm1d(2, eps=0.0)
+        self.norm = nn.BatchNorm1d(2, eps=1e-12)  # torch 2.10 refuses 0
         self.first.weight.data = torch.diag(torch.tensor([3.0, 1.0]))
         self.second.weight.data = torch.diag(torch.tensor([0.5, 2.0]))
         self.norm.weight.data = torch.tensor([-6.0, 1.0])
