@@ -54,6 +54,7 @@ class Reid:
         epochs: of fine-tuning; 8, as the record began with, or 5 for photographs where None.
         bits: of an uploaded value of the pruned models, which are then fine-tuned once more so.
         rounded_epochs: of that further fine-tuning, where not the usual 24.
+        dropout: share of PATROL's upload that is dropped at random.
         swap_plates: train the pruned models on pictures that carry other vehicles' plates.
         teacher: let the pruned models learn from the dense one as well, before uploads are rounded.
         decoder: width, residual blocks and epochs of the learned attacks, where not the usual
@@ -75,6 +76,7 @@ class Reid:
     epochs: int | None = None
     bits: int | None = None
     rounded_epochs: int | None = None
+    dropout: float = 0.0
     swap_plates: bool = False
     teacher: bool = True
     decoder: tuple[int, int, int] | None = None
@@ -94,6 +96,7 @@ def config_of(args: Reid) -> ReidRun:
     budget += "" if args.epochs is None else f"-{args.epochs}-epochs"
     budget += "" if args.bits is None else f"-{args.bits}-bits"
     budget += "" if args.rounded_epochs is None else f"-{args.rounded_epochs}-rounded"
+    budget += "" if not args.dropout else f"-dropout-{args.dropout:g}"
     budget += "-swapped-plates" * args.swap_plates
     budget += "" if args.teacher else "-no-teacher"
     if args.decoder is not None:
@@ -103,7 +106,8 @@ def config_of(args: Reid) -> ReidRun:
     other = ("" if usual(args) else f"-{args.at}-beta-{args.beta:g}") + budget
     plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at,
                     edge_macs=args.edge_macs, bits=args.bits, swap_plates=args.swap_plates)
-    plain = replace(plain, privacy=replace(plain.privacy, beta=args.beta), finetune=replace(
+    terms = replace(plain.privacy, beta=args.beta, dropout=args.dropout)
+    plain = replace(plain, privacy=terms, finetune=replace(
         plain.finetune, epochs=args.epochs or 8))
     if args.rounded_epochs is not None:
         plain = replace(plain, rounded=replace(plain.rounded, epochs=args.rounded_epochs))
@@ -249,6 +253,7 @@ def main(args: Reid) -> None:
              **({} if args.bits is None else
                 {"bits": args.bits, "rounded_epochs": config.rounded.epochs}),
              **({} if args.teacher else {"teacher": False}),
+             **({"dropout": args.dropout} if args.dropout else {}),
              **({"swapped_plates": True} if args.swap_plates else {}),
              **({} if args.decoder is None else {"decoder": list(args.decoder)}),
              **({"attacks": list(args.attacks)} if args.attacks else {}),

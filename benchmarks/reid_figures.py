@@ -168,7 +168,7 @@ def about(rows: list[dict[str, Any]]) -> str:
         f"{counts['defender']:,} pictures of {counts['identities']} identities and fine-tuned for "
         f"{first['epochs'][1]}, PATROL at β {first['beta']:g}{inside(first)}{rounding_of(first)}; "
         f"{counts['query']} queries in a gallery of {counts['gallery']} pictures of "
-        f"{counts['test_identities']} identities.{closed}{without_plates(first)} The attacker owns "
+        f"{counts['test_identities']} identities.{closed}{otherwise(first)} The attacker owns "
         f"{counts['inverter'] + counts['reader']:,} pictures, {counts['victims']} queries are "
         "attacked. Floor: the mean image or the attacker's picture with the nearest upload, "
         f"whichever is closer.{decoder_of(first)}"
@@ -199,10 +199,11 @@ def epochs_of(row: dict[str, Any]) -> str:
 def differently(row: dict[str, Any]) -> list[str]:
     """How the pruned models were trained, where not as usual here."""
     return (["no teacher"] * (not row.get("teacher", True))
-            + ["swapped plates"] * bool(row.get("swapped_plates")))
+            + ["swapped plates"] * bool(row.get("swapped_plates"))
+            + [f"PATROL's with dropout {row.get('dropout', 0):g}"] * bool(row.get("dropout")))
 
 
-def without_plates(row: dict[str, Any]) -> str:
+def otherwise(row: dict[str, Any]) -> str:
     """The same in sentences."""
     told = ""
     if not row.get("teacher", True):
@@ -211,6 +212,11 @@ def without_plates(row: dict[str, Any]) -> str:
     if row.get("swapped_plates"):
         told += (" They were pruned and trained on pictures that carry other vehicles' plates, "
                  "drawn anew each time; what is uploaded and attacked is the pictures as they are.")
+    if row.get("dropout"):
+        told += (f" {100 * row['dropout']:g}% of each of PATROL's uploads is zeroed at random, "
+                 "anew each time, " + "from the further training on" * bool(row.get("bits"))
+                 + "in training and after it" * (not row.get("bits"))
+                 + "; attackers had one upload of every picture, and whoever has more sees more.")
     return told
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from pictures import Everybody
+from settings import ReidRun
 
 import patrol_prune as pp
 from patrol_prune.defences import Quantisation
@@ -32,14 +33,15 @@ def steps_of(sending: pp.Split) -> Steps:
     return {name: value.tolist() for name, value in sending.edge.upload.named_buffers()}
 
 
-def notes(bits: int | None) -> list[str]:
+def notes(config: ReidRun) -> list[str]:
     """What whoever deploys an edge that was trained so has to know."""
+    bits = config.bits
     if bits is None:
         return []
     return [f"The pruned models send {bits} bits for every value, the dense one float32. The saved "
             f'splits do not hold that: apply pp.make_defence("quantisation", {bits}) to what '
             'pp.load gives, and copy "steps" of the method in result.json into the buffers of its '
-            "edge.upload."]
+            "edge.upload." + " PATROL's dropout stands behind that." * (config.privacy.dropout > 0)]
 
 
 def packed_bytes(sending: pp.Split, bits: int) -> int:

@@ -119,7 +119,7 @@ class ReidRun:
         train: training of the dense model.
         score: which channels PATROL removes.
         privacy: the terms that stay on while PATROL's model is fine-tuned; its dropout stands
-            behind PATROL's edge alone.
+            behind PATROL's edge alone, and with `bits` behind the rounding, from then on.
         finetune: training after pruning, with either score.
         rounded: the further training in which uploads are rounded to `bits`, with either score;
             without the dense model to learn from, as it reads plates.
@@ -167,9 +167,6 @@ class ReidRun:
                              f"{self.image_size}; SSIM cannot judge smaller ones.")
         if self.bits is not None:
             Quantisation(self.bits)
-            if self.privacy.dropout:
-                raise InputError("Expected bits or privacy.dropout, came both. Leave one of them "
-                                 "out: uploads are rounded or dropped, not both.")
         if self.layout not in ("auto", "folder"):
             raise InputError(f"Expected layout out of auto, folder, came {self.layout!r}.")
         if self.data == "rendered" and self.layout == "folder":

@@ -149,13 +149,13 @@ class Work:
     def uploading(self, split: pp.Split, method: str) -> pp.Split:
         """The finished split as it uploads; it shares the layers."""
         if self.config.bits is not None and method != DENSE:
-            return rounding_as(split, self.config.bits, self.folder.notes(method)["steps"])
+            split = rounding_as(split, self.config.bits, self.folder.notes(method)["steps"])
         return self.dropping(split, method)
 
     def dropping(self, split: pp.Split, method: str) -> pp.Split:
         """PATROL's with `privacy.dropout` behind its edge; it shares the layers."""
-        return (with_dropout(self.config.privacy, split, self.config.seed) if method == PATROL
-                else split)
+        drops = method == PATROL
+        return with_dropout(self.config.privacy, split, self.config.seed) if drops else split
 
     def batches(self, offset: int, *, augment: bool = True) -> pp.PKBatches:
         swapped = self.config.swap_plates and self.stage != DENSE
@@ -190,18 +190,17 @@ class Work:
         }
 
     def rounded(
-        self, split: pp.Split, method: str, **terms: Any
+        self, split: pp.Split, method: str, bits: int, **terms: Any
     ) -> tuple[pp.Split, dict[str, Any]]:
         """The split whose uploads are rounded to `bits`, trained so; what is to be noted of it."""
-        bits = self.config.bits
-        assert bits is not None
         before = self.measure(split)["retrieval"]["map"]
-        sending = rounding(split, bits, self.people)
+        whole = rounding(split, bits, self.people)
+        sending = self.dropping(whole, method)
         self.say(f"mAP {100 * before:.1f}%. Fine-tuning for {self.config.rounded.epochs} more "
                  f"epochs with {bits} bits of every uploaded value.")
         history = self.train(sending, self.config.rounded, f"{method}-rounded", offset=4, **terms)
         numbers = {**self.measure(sending), "feature_bytes": packed_bytes(sending, bits)}
-        return sending, {**numbers, "steps": steps_of(sending), "map_before_rounding": before,
+        return sending, {**numbers, "steps": steps_of(whole), "map_before_rounding": before,
                          "history_rounded": history}
 
     def train(
@@ -251,14 +250,14 @@ class Work:
         self.say(f"Pruned; mAP before fine-tuning {100 * before:.1f}%. Fine-tuning for "
                  f"{config.finetune.epochs} epochs.")
         on = method == PATROL
-        sending = self.dropping(split, method)
+        sending = split if config.bits is not None else self.dropping(split, method)
         terms: dict[str, Any] = {"beta": config.privacy.beta * on,
                                  "alpha": config.privacy.alpha * on, "teacher": teacher}
         history = self.train(sending, config.finetune, method, offset=2, **terms)
         if config.bits is None:
             numbers = self.measure(sending)
         else:
-            sending, numbers = self.rounded(split, method, **terms)
+            sending, numbers = self.rounded(split, method, config.bits, **terms)
         self.say(f"{method}: {_told(numbers)}.")
         self.folder.finish(method, [self.save(split, method, history=pruning)], history=history,
                            kept=outcome.kept, map_before_finetuning=before, **numbers)
@@ -365,8 +364,8 @@ class Work:
                 method: {**self.folder.notes(method), "audit": self.folder.notes(f"audit {method}")}
                 for method in methods(self.config)
             },
-            "notes": [*self.people.notes, *rounding_notes(self.config.bits),
-                      *plate_notes(self.config.swap_plates),
+            "notes": [*self.people.notes, *plate_notes(self.config.swap_plates),
+                      *rounding_notes(self.config),
                       *(f"PATROL: {note}" for note in dropout_notes(
                           self.config.privacy, self.config.attackers.uploads))],
             "originals": self.checks.of_originals(self.people.query.subset(self.people.victims)),
