@@ -33,7 +33,7 @@ def row(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("other", [
     {"train_seed": 1}, {"epochs": [20, 3]}, {"decoder": [64, 6, 12]}, {"budget": "36.4M"},
     {"beta": 40.0}, {"bits": 2, "rounded_epochs": 24}, {"teacher": False},
-    {"swapped_plates": True},
+    {"swapped_plates": True}, {"dropout": 0.5},
     {"split": "layer2"}, {"dataset": "photographs"},
 ])
 def test_rows_of_another_run_stay(reid: ModuleType, other: dict[str, Any]) -> None:

@@ -92,6 +92,12 @@ def test_what_the_pruned_models_learnt_from_is_told_where_it_is_not_the_usual(
     assert "teacher" not in figures.about(usual) and "plates, drawn" not in figures.about(usual)
     assert figures.training_of(usual[0]) != figures.training_of(other[0])
     assert "no teacher, swapped plates" in figures.called(other[0], [*usual, *other])
+    dropped = [{**row, "dropout": 0.5} for row in usual]
+    assert "50% of each of PATROL's uploads is zeroed" in figures.about(dropped)
+    assert "in training and after it" in figures.about(dropped)
+    assert "from the further training on" in figures.about(
+        [{**row, "bits": 2, "rounded_epochs": 3} for row in dropped])
+    assert figures.training_of(usual[0]) != figures.training_of(dropped[0])
 
 
 def test_uploads_of_few_bits_are_told_and_stand_with_their_dense_model(
