@@ -55,6 +55,7 @@ class Reid:
         bits: of an uploaded value of the pruned models, which are then fine-tuned once more so.
         rounded_epochs: of that further fine-tuning, where not the usual 24.
         dropout: share of PATROL's upload that is dropped at random.
+        uploads: of each picture that attackers put together, where PATROL's are dropped.
         swap_plates: train the pruned models on pictures that carry other vehicles' plates.
         teacher: let the pruned models learn from the dense one as well, before uploads are rounded.
         decoder: width, residual blocks and epochs of the learned attacks, where not the usual
@@ -77,6 +78,7 @@ class Reid:
     bits: int | None = None
     rounded_epochs: int | None = None
     dropout: float = 0.0
+    uploads: int = 1
     swap_plates: bool = False
     teacher: bool = True
     decoder: tuple[int, int, int] | None = None
@@ -97,6 +99,7 @@ def config_of(args: Reid) -> ReidRun:
     budget += "" if args.bits is None else f"-{args.bits}-bits"
     budget += "" if args.rounded_epochs is None else f"-{args.rounded_epochs}-rounded"
     budget += "" if not args.dropout else f"-dropout-{args.dropout:g}"
+    budget += "" if args.uploads == 1 else f"-{args.uploads}-uploads"
     budget += "-swapped-plates" * args.swap_plates
     budget += "" if args.teacher else "-no-teacher"
     if args.decoder is not None:
@@ -143,7 +146,7 @@ def attacker_of(args: Reid, usual: InverseNetworkConfig) -> InverseNetworkConfig
 
 def attackers_of(args: Reid, usual: Attackers) -> Attackers:
     """Who attacks."""
-    return replace(usual, attacks=args.attacks or usual.attacks)
+    return replace(usual, attacks=args.attacks or usual.attacks, uploads=args.uploads)
 
 
 def usual(args: Reid) -> bool:
@@ -254,6 +257,7 @@ def main(args: Reid) -> None:
                 {"bits": args.bits, "rounded_epochs": config.rounded.epochs}),
              **({} if args.teacher else {"teacher": False}),
              **({"dropout": args.dropout} if args.dropout else {}),
+             **({"uploads": args.uploads} if args.uploads > 1 else {}),
              **({"swapped_plates": True} if args.swap_plates else {}),
              **({} if args.decoder is None else {"decoder": list(args.decoder)}),
              **({"attacks": list(args.attacks)} if args.attacks else {}),

@@ -39,7 +39,8 @@ def reid(record: dict[str, Any]) -> str:
 
 def run_of(row: dict[str, Any]) -> tuple[Any, ...]:
     """What the rows of one run have in common, and those of another have not."""
-    return (*training_of(row), tuple(row.get("decoder", ())), tuple(row.get("attacks", ())))
+    return (*training_of(row), tuple(row.get("decoder", ())), tuple(row.get("attacks", ())),
+            row.get("uploads", 1))
 
 
 def training_of(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -66,7 +67,8 @@ def overview(runs: list[list[dict[str, Any]]]) -> str:
         found, first = {row["method"]: row for row in rows}, rows[0]
         width, blocks, *epochs = first.get("decoder", USUAL_DECODER)
         size = ", ".join([f"{width} channels, {blocks} blocks", *(f"{n} epochs" for n in epochs),
-                          *families(first)])
+                          *families(first),
+                          *[f"{n} uploads" for n in (first.get("uploads", 1),) if n > 1]])
         line = {"set": first["dataset"].split(",")[0], "split": first["split"] + budget_of(first),
                 "seed": str(first["train_seed"]), "epochs": epochs_of(first),
                 "bits": str(first.get("bits", 32)),
@@ -216,7 +218,9 @@ def otherwise(row: dict[str, Any]) -> str:
         told += (f" {100 * row['dropout']:g}% of each of PATROL's uploads is zeroed at random, "
                  "anew each time, " + "from the further training on" * bool(row.get("bits"))
                  + "in training and after it" * (not row.get("bits"))
-                 + "; attackers had one upload of every picture, and whoever has more sees more.")
+                 + "; attackers had " + (f"{row['uploads']} uploads of every picture."
+                                         if row.get("uploads", 1) > 1 else
+                                         "one upload of every picture."))
     return told
 
 

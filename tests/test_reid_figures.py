@@ -94,6 +94,11 @@ def test_what_the_pruned_models_learnt_from_is_told_where_it_is_not_the_usual(
     assert "no teacher, swapped plates" in figures.called(other[0], [*usual, *other])
     dropped = [{**row, "dropout": 0.5} for row in usual]
     assert "50% of each of PATROL's uploads is zeroed" in figures.about(dropped)
+    assert "had one upload of every picture" in figures.about(dropped)
+    several = [{**row, "uploads": 8} for row in dropped]
+    assert "had 8 uploads of every picture" in figures.about(several)
+    assert "blocks, 8 uploads |" in figures.overview([dropped, several])
+    assert figures.run_of(dropped[0]) != figures.run_of(several[0])
     assert "in training and after it" in figures.about(dropped)
     assert "from the further training on" in figures.about(
         [{**row, "bits": 2, "rounded_epochs": 3} for row in dropped])
