@@ -32,6 +32,7 @@ from settings import Attackers, ReidRun
 from uploads import DIRECT
 
 from patrol_prune.attacks import InverseNetworkConfig
+from patrol_prune.errors import InputError
 from patrol_prune.finetune import FinetuneConfig
 
 KEPT = ("attack", "attack_seed", "attacker_images", "victim_images", "ssim", "ssim_worst5", "psnr",
@@ -91,7 +92,14 @@ class Reid:
 
 
 def config_of(args: Reid) -> ReidRun:
-    """The settings of the run."""
+    """The settings of the run.
+
+    Raises:
+        InputError: settings that go with another one alone.
+    """
+    if args.rounded_epochs is not None and args.bits is None:
+        raise InputError("Expected --bits beside --rounded_epochs, came none. Give the bits of an "
+                         "uploaded value, or leave it out.")
     work = str(args.work.expanduser())
     large = args.surrogates == "large"
     budget = "" if args.edge_macs == Reid.edge_macs else f"-{args.edge_macs}"
@@ -108,7 +116,7 @@ def config_of(args: Reid) -> ReidRun:
     budget += "".join(f"-{attack}" for attack in args.attacks)
     other = ("" if usual(args) else f"-{args.at}-beta-{args.beta:g}") + budget
     plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at,
-                    edge_macs=args.edge_macs, bits=args.bits, swap_plates=args.swap_plates)
+                    edge_macs=args.edge_macs, bits=args.bits)
     terms = replace(plain.privacy, beta=args.beta, dropout=args.dropout)
     plain = replace(plain, privacy=terms, finetune=replace(
         plain.finetune, epochs=args.epochs or 8))
@@ -116,6 +124,7 @@ def config_of(args: Reid) -> ReidRun:
         plain = replace(plain, rounded=replace(plain.rounded, epochs=args.rounded_epochs))
     if not args.teacher:
         plain = replace(plain, finetune=replace(plain.finetune, distill_weight=0.0))
+    plain = replace(plain, swap_plates=args.swap_plates)
     if large:
         plain = replace(plain, batch=replace(plain.batch, adversarial_images=None),
                         privacy=replace(plain.privacy, surrogates="large"),

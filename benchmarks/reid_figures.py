@@ -148,6 +148,8 @@ def called(row: dict[str, Any], beside: list[dict[str, Any]]) -> str:
         name += f", {row.get('bits') or 32} bits"
     if len({tuple(differently(r)) for r in beside}) > 1:
         name = ", ".join([name, *differently(row)])
+    if len({r.get("rounded_epochs") for r in beside if r.get("bits")}) > 1 and row.get("bits"):
+        name += f", {epochs_of(row).partition(',')[0]} epochs"
     if len({r["train_seed"] for r in beside}) > 1:
         name += f", seed {row['train_seed']}"
     return name
@@ -206,14 +208,16 @@ def differently(row: dict[str, Any]) -> list[str]:
 
 
 def otherwise(row: dict[str, Any]) -> str:
-    """The same in sentences."""
+    """What `differently` tells, in sentences."""
     told = ""
     if not row.get("teacher", True):
-        told += (" The pruned models had no teacher: the dense model's answers, which tell plates, "
-                 "were kept from them.")
+        plates = ", which tell plates," * (row.get("plates_rate") is not None)
+        told += (f" The pruned models had no teacher: the dense model's answers{plates} were kept "
+                 "from them.")
     if row.get("swapped_plates"):
-        told += (" They were pruned and trained on pictures that carry other vehicles' plates, "
-                 "drawn anew each time; what is uploaded and attacked is the pictures as they are.")
+        told += (" The pruned models were pruned and trained on pictures that carry other "
+                 "vehicles' plates, drawn anew each time; what is uploaded and attacked is the "
+                 "pictures as they are.")
     if row.get("dropout"):
         told += (f" {100 * row['dropout']:g}% of each of PATROL's uploads is zeroed at random, "
                  "anew each time, " + "from the further training on" * bool(row.get("bits"))

@@ -15,29 +15,26 @@ from patrol_prune.errors import UnsupportedModelError
 
 logger = logging.getLogger(__name__)
 
-
-def lying_draws(name: str) -> str:
-    """Why a half that draws from another generator than torch's global one is refused."""
-    return (
-        f"The {name} draws from a generator of its own or NumPy's, which would lie in its file: "
-        "the same numbers whenever it is loaded, and whoever has the file takes them off every "
-        "upload. Draw from torch's global generator (torch.randn_like(z), say).")
+LYING_DRAWS = (
+    "The edge draws from a generator of its own or NumPy's, which would lie in its file: "
+    "the same numbers whenever it is loaded, and whoever has the file takes them off every "
+    "upload. Draw from torch's global generator (torch.randn_like(z), say).")
 
 
 def program_of(name: str, half: nn.Module, x: Tensor, any_batch: bool) -> ExportedProgram:
     """Trace it; neither `x` nor lines and paths of code on this machine stay in the program.
 
     Raises:
-        UnsupportedModelError: torch.export cannot follow it, or it draws from a generator of its
-            own that torch.export cannot put into the program.
+        UnsupportedModelError: torch.export cannot follow it, or cannot put the generator into the
+            program that an edge draws from.
     """
     try:
         with torch.no_grad():
             program = torch.export.export(
                 half, (x,), dynamic_shapes=({0: Dim.DYNAMIC},) if any_batch else None)
     except Exception as error:  # whatever torch.export raises for what it cannot follow
-        if "torch._C.Generator" in str(error):  # what torch 2.10 says of one
-            raise UnsupportedModelError(lying_draws(name)) from error
+        if name == "edge" and "torch._C.Generator" in str(error):  # what torch 2.10 says of one
+            raise UnsupportedModelError(LYING_DRAWS) from error
         many = "any number of pictures" if any_batch else "one picture"
         advice = "Leave any_batch out" if any_batch and name == "edge" else (
             "Its layers have to be ones that torch.export can follow")

@@ -22,11 +22,11 @@ from torch.utils import _pytree as pytree
 
 from patrol_prune._onnx import require_onnx, write_onnx
 from patrol_prune._programs import (
+    LYING_DRAWS,
     answers_of,
     cloud_program,
     draws_in,
     first_line,
-    lying_draws,
     name_of,
     program_of,
     takes_any,
@@ -123,6 +123,8 @@ def export(
     z = _uploads(edge, x, any_batch)
     cloud = _standing(split.cloud)
     single = x if any_batch else x[:1]
+    if _varies(edge, single):  # told before torch.export, which may not follow what it draws from
+        _refuse_onnx(formats)
     programs = {"edge": program_of("edge", edge, single, any_batch),
                 "cloud": cloud_program(cloud, z)}
     inputs = {"edge": single, "cloud": z if takes_any(programs["cloud"]) else z[:1]}
@@ -218,7 +220,7 @@ def _check_draws(edge: nn.Module, program: ExportedProgram, x: Tensor) -> None:
     for module in ours:
         module.silent = False
     if elsewhere or not draws_in(program) or draws_in(program, own=True):
-        raise UnsupportedModelError(lying_draws("edge"))
+        raise UnsupportedModelError(LYING_DRAWS)
 
 
 def _standing(half: nn.Module) -> nn.Module:

@@ -294,7 +294,8 @@ def _homographies(corners: Tensor) -> Tensor:
 
 
 def _mapped(homographies: Tensor, points: Tensor) -> Tensor:
-    whole = F.pad(points, (0, 1), value=1.0) @ homographies.mT
+    kind = torch.promote_types(points.dtype, homographies.dtype)
+    whole = F.pad(points.to(kind), (0, 1), value=1.0) @ homographies.mT.to(kind)
     return whole[..., :2] / whole[..., 2:]
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import patrol_prune as pp
 from patrol_prune import _onnx
-from patrol_prune._programs import first_line
+from patrol_prune._programs import first_line, program_of
 from patrol_prune.checkpoint import save
 from patrol_prune.cli import main
 from patrol_prune.errors import (
@@ -185,7 +185,23 @@ def test_draws_that_lie_in_the_file_are_refused(by: str, tmp_path: Path) -> None
     made = pp.Split.from_modules(edge, nn.Flatten(), X)
     with pytest.raises(UnsupportedModelError, match="a generator of its own or NumPy's"):
         export(made, tmp_path / "export", formats=("pt2",))
+    with pytest.raises(InputError, match="32 bits"):
+        export(made, tmp_path / "export")
     assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("half", ["edge", "cloud"])
+def test_a_generator_that_cannot_be_put_into_a_program_is_told_of_an_edge_alone(
+    half: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch 2.10 answers; what a cloud draws lies in no upload."""
+    def refused(*_: Any, **__: Any) -> None:
+        raise NotImplementedError("argument of type: <class 'torch._C.Generator'>")
+
+    monkeypatch.setattr(torch.export, "export", refused)
+    told = "takes them off every" if half == "edge" else "cannot be exported for one picture"
+    with pytest.raises(UnsupportedModelError, match=told):
+        program_of(half, nn.Flatten(), X[:1], False)
 
 
 @pytest.mark.parametrize("by", ["the global one", "a few"])

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from patrol_prune.errors import InputError
+
 FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
 
 
@@ -43,6 +45,26 @@ def test_rows_of_another_run_stay(reid: ModuleType, other: dict[str, Any]) -> No
     assert sorted(r["map"] for r in found) == [0.2, 0.3]
     # an earlier row keeps the versions of the record that it stood in
     assert {r["map"]: r["versions"]["torch"] for r in found} == {0.2: "1", 0.3: "2"}
+
+
+def test_rows_of_another_length_of_the_rounded_training_stay(reid: ModuleType) -> None:
+    mine, other = (row(bits=2, rounded_epochs=n, map=n) for n in (24, 48))
+    assert len(reid.merged({"versions": {}, "rows": [other]}, [mine])) == 2
+
+
+def test_each_option_is_a_setting_of_the_run_and_part_of_its_name(reid: ModuleType) -> None:
+    usual = reid.config_of(reid.Reid(bits=2))
+    options = ({"teacher": False}, {"teacher": False, "swap_plates": True},
+               {"rounded_epochs": 48}, {"dropout": 0.5}, {"uploads": 8}, {"bits": 3})
+    made = [reid.config_of(reid.Reid(**{"bits": 2, **more})) for more in options]
+    assert len({config.name for config in (usual, *made)}) == len(made) + 1
+    assert usual.finetune.distill_weight > 0 and usual.rounded.distill_weight == 0
+    assert made[0].finetune.distill_weight == 0 and not made[0].swap_plates
+    assert made[1].swap_plates and made[2].rounded.epochs == 48
+    assert made[3].privacy.dropout == 0.5 and made[4].attackers.uploads == 8
+    assert made[5].bits == 3
+    with pytest.raises(InputError, match="--bits beside"):
+        reid.config_of(reid.Reid(rounded_epochs=48))
 
 
 def test_pictures_stand_in_rows_of_a_method_each(reid: ModuleType, tmp_path: Path) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from patrol_prune.errors import InputError
 from patrol_prune.leaks import plate_cells
 from patrol_prune.rundir import RunDirectory
 
@@ -87,22 +89,44 @@ def test_the_donors_plate_is_seen_and_all_around_it_stays(script: Any, people: A
 def test_batches_are_those_without_it_but_for_the_plates(script: Any, people: Any,
                                                          runs: Path) -> None:
     config, make = _config(script, runs), script["plates"].training_batches
-    plain, swapped, again = (
-        list(make(config, people, 2, augment=False, swapped=on)) for on in (False, True, True))
-    for (x, y), (other, labels), (same, _) in zip(plain, swapped, again, strict=True):
-        assert torch.equal(y, labels) and torch.equal(other, same)
-        changed = (x != other).any(1).flatten(1).float().mean(1)
-        assert (changed > 0).float().mean() > 0.8 and changed.max() < 0.3
+    for augment in (False, True):
+        plain, swapped, again = (
+            list(make(config, people, 2, augment=augment, swapped=on))
+            for on in (False, True, True))
+        for (x, y), (other, labels), (same, _) in zip(plain, swapped, again, strict=True):
+            assert torch.equal(y, labels) and torch.equal(other, same)
+            changed = (x != other).any(1).flatten(1).float().mean(1)
+            assert changed.min() > 0 and changed.max() < 0.3
     second = make(config, people, 2, augment=False, swapped=True)
     second.set_epoch(1)
     assert not torch.equal(next(iter(second))[0], swapped[0][0])
 
 
-def test_no_hidden_plate_is_given_to_another_vehicle(script: Any, people: Any) -> None:
-    batches = script["plates"].SwappedPlates(people.defender, 4, 3, truth=people.truth)
-    assert sorted(batches.seen.tolist()) == [
-        i for i, hidden in enumerate(people.truth.hidden.tolist()) if not hidden]
-    assert people.truth.hidden.any()
+def test_plates_come_from_other_vehicles_and_from_where_nothing_hides_them(
+    script: Any, people: Any
+) -> None:
+    labels, count = people.defender.labels, len(people.defender)
+    hidden = torch.ones(count, dtype=torch.bool)
+    first, other = 0, int((labels != labels[0]).nonzero()[0])
+    hidden[[first, other]] = False
+    truth = replace(people.truth, hidden=hidden)
+    batches = script["plates"].SwappedPlates(people.defender, 4, 3, truth=truth)
+    images, boxes, index = people.defender.images, people.truth.boxes.double(), torch.arange(count)
+    found = batches.chosen(index, torch.Generator().manual_seed(0))
+    made = [script["plates"].paste_plates(images, boxes, images[[k] * count], boxes[[k] * count])
+            for k in (first, other)]
+    one, two = ((found == some).flatten(1).all(1) for some in made)
+    assert bool((one | two).all()) and bool(one.any()) and bool(two.any())
+    assert not bool(one[labels == labels[first]].any())
+    assert not bool(two[labels == labels[other]].any())
+    hidden[other] = True
+    with pytest.raises(InputError, match="at least 2 vehicles"):
+        script["plates"].SwappedPlates(people.defender, 4, 3, truth=replace(truth, hidden=hidden))
+
+
+def test_a_teacher_that_tells_plates_is_refused(script: Any, runs: Path) -> None:
+    with pytest.raises(InputError, match="no teacher beside swap_plates"):
+        _config(script, runs, swap_plates=True)
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -111,8 +135,8 @@ def test_the_dense_model_learns_from_the_pictures_as_they_are(
 ) -> None:
     swapping = script["plates"].SwappedPlates
     with RunDirectory(tmp_path / "run", {}) as folder:
-        work = script["stages"].Work(_config(script, runs, swap_plates=on), folder,
-                                     lambda *_: None, people)
+        config = _config(script, runs, swap_plates=on, finetune={"distill_weight": 0.0})
+        work = script["stages"].Work(config, folder, lambda *_: None, people)
         for stage in ("dense", "taylor", "patrol"):
             work.stage = stage
             assert isinstance(work.batches(2), swapping) is (on and stage != "dense")
@@ -125,7 +149,8 @@ def test_a_set_that_tells_no_plates_is_refused_before_the_run(
     write_folder(tmp_path / "photos", parts=("test",), count=4)
     assert script["run"].main([
         "--data", str(photos), "--layout", "folder", "--image-size", "16", "--at", "layer1",
-        "--batch.identities", "3", "--swap-plates", "true", "--runs", str(tmp_path / "runs")]) == 2
+        "--batch.identities", "3", "--swap-plates", "true", "--finetune.distill-weight", "0",
+        "--runs", str(tmp_path / "runs")]) == 2
     told = capsys.readouterr().err
     assert "tells where plates are" in told and "Leave it out" in told
     assert not (tmp_path / "runs").exists()

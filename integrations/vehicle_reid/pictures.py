@@ -139,10 +139,13 @@ def everybody(config: ReidRun) -> Everybody:
     attacker = attacker.subset(torch.randperm(len(attacker), generator=generator))
     for_readers = _attackers(attacker, config.attackers.reader_share, closed, generator)
     inverter, reader = (attacker.subset(m.nonzero().flatten()) for m in (~for_readers, for_readers))
-    if config.swap_plates and (own.truth is None or bool(own.truth.hidden.all())):
+    if config.swap_plates and (
+        own.truth is None or len(own.identities[~own.truth.hidden].unique()) < 2
+    ):
         raise InputError(
-            f"Expected a set that tells where plates are, for --swap-plates, but {root} tells of "
-            "none. Leave it out; rendered vehicles have them.")
+            "Expected a set that tells where plates are, of at least 2 vehicles of the defender's "
+            f"that nothing hides, for --swap-plates, but {root} does not. Leave it out; rendered "
+            "vehicles have them.")
     defender = _labelled(own)
     if len(inverter) < 40 or len(reader) < 20 or len(defender.classes) < config.batch.identities:
         raise InputError(

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import patrol_prune as pp
+from patrol_prune.errors import InputError
 from patrol_prune.leaks import map_square, square_of
 from patrol_prune.vehicle_truth import VehicleTruth
 
@@ -41,8 +42,8 @@ def training_batches(
 
 
 class SwappedPlates(pp.PKBatches):
-    """Batches as `PKBatches` gives them, each picture with the plate of another picture, drawn anew
-    each time from all those whose plate nothing hides.
+    """Batches as `PKBatches` gives them, each picture with the plate of another vehicle, drawn anew
+    each time from all those that nothing hides. What stood before the own plate goes with it.
 
     Args:
         image_set: as there.
@@ -56,11 +57,18 @@ class SwappedPlates(pp.PKBatches):
         super().__init__(image_set, *options, **more)
         self.boxes = truth.boxes.double()
         self.seen = (~truth.hidden).nonzero().flatten()
+        if len(image_set.labels[self.seen].unique()) < 2:
+            raise InputError("Expected plates of at least 2 vehicles that nothing hides, came "
+                             f"{len(self.seen)} plates. Leave --swap-plates out.")
 
     def chosen(self, index: Tensor, generator: torch.Generator) -> Tensor:
-        """See `PKBatches.chosen`."""
-        donors = self.seen[torch.randint(len(self.seen), (len(index),), generator=generator)]
-        images = self.image_set.images
+        """See `PKBatches.chosen`; flips and shifts stay those of the same batch without it."""
+        generator = generator.clone_state()
+        images, labels = self.image_set.images, self.image_set.labels
+        donors = index
+        while bool((same := labels[donors] == labels[index]).any()):
+            drawn = torch.randint(len(self.seen), (len(index),), generator=generator)
+            donors = torch.where(same, self.seen[drawn], donors)
         return paste_plates(images[index], self.boxes[index], images[donors], self.boxes[donors])
 
 

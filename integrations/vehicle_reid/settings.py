@@ -109,7 +109,8 @@ class ReidRun:
         bits: of an uploaded value, 1 to 16, for both pruned models, which are fine-tuned once more
             so; None sends the values as they are.
         swap_plates: prune and train the pruned models on pictures that carry other vehicles'
-            plates, so that reading them teaches nothing; for sets that tell where plates are.
+            plates, so that reading them teaches nothing; for sets that tell where plates are, and
+            without a teacher, whose answers tell plates.
         name: of the run.
         runs: the folder of all runs.
         device: cpu, cuda, cuda:1, mps, or auto.
@@ -165,6 +166,12 @@ class ReidRun:
         if self.image_size < 16:
             raise InputError("Expected an image size of at least 16 pixels, came "
                              f"{self.image_size}; SSIM cannot judge smaller ones.")
+        if self.swap_plates and any(config.distill_weight or config.feature_weight
+                                    for config in (self.finetune, self.rounded)):
+            raise InputError(
+                "Expected no teacher beside swap_plates, came weights of its answers in finetune "
+                "or rounded: it was trained with plates, and tells them. Give "
+                "--finetune.distill-weight 0.")
         if self.bits is not None:
             Quantisation(self.bits)
         if self.layout not in ("auto", "folder"):
