@@ -40,6 +40,7 @@ ATTACKS = {
     "transposed_ssim": "transposed-convolution decoder, MSE + SSIM",
     "unet": "U-shaped decoder",
     "unet_ssim": "U-shaped decoder, MSE + SSIM",
+    "dropped_ssim": "residual decoder trained with dropout, MSE + SSIM",
     "whitened_ssim": "residual decoder on whitened features, MSE + SSIM",
     "linear_inverse": "linear decoder, closed form",
     "nearest_image": "nearest of the attacker's images",

@@ -21,6 +21,7 @@ ATTACKS = {
     "transposed_ssim": "a transposed-convolution decoder trained for likeness",
     "unet": "a U-shaped decoder trained on the attacker's own pictures",
     "unet_ssim": "a U-shaped decoder trained for likeness",
+    "dropped_ssim": "a decoder network trained for likeness on uploads of which half is dropped",
     "whitened_ssim": "a decoder network trained for likeness on the uploads' whitened channels",
     "linear_inverse": "the best linear decoder, by least squares on the attacker's own pictures",
     "nearest_image": "answering with the attacker's own picture whose upload is nearest",

@@ -53,6 +53,8 @@ class InverseNetworkConfig:
         loss: `"mse"`, or `"mse+ssim"` which favours structure over the exact shade.
         whiten: read channels that are made uncorrelated (ZCA) instead of standardised ones: faint
             directions of a feature are learnt sooner.
+        dropout: share of the values that is zeroed at random behind that, in training alone, the
+            others scaled up: an attacker with few images learns less of them by heart.
         epochs: length of the schedule (linear warm-up, then cosine).
         lr: peak learning rate of AdamW; extensions restart at half of it.
         weight_decay: of AdamW.
@@ -87,6 +89,7 @@ class InverseNetworkConfig:
     depth: int = 8
     loss: str = "mse"
     whiten: bool = False
+    dropout: float = 0.0
     epochs: int = 30
     lr: float = 2e-3
     weight_decay: float = 1e-4
@@ -113,6 +116,8 @@ class InverseNetworkConfig:
         for name, least in smallest.items():
             if not getattr(self, name) >= least:
                 raise InputError(f"Expected {name} >= {least}, came {getattr(self, name)}.")
+        if not 0.0 <= self.dropout < 1.0:
+            raise InputError(f"Expected 0 <= dropout < 1, came {self.dropout}.")
         if not 0.0 < self.holdout < 1.0:
             raise InputError(f"Expected 0 < holdout < 1, came {self.holdout}.")
 
@@ -125,8 +130,10 @@ SUITE: dict[str, InverseNetworkConfig] = {
     "unet": InverseNetworkConfig(family="unet"),
     "unet_ssim": InverseNetworkConfig(family="unet", loss="mse+ssim"),
     "whitened_ssim": InverseNetworkConfig(loss="mse+ssim", whiten=True),
+    "dropped_ssim": InverseNetworkConfig(loss="mse+ssim", dropout=0.5),
 }
-"""Every family with every loss, and one that whitens, by name: none is the strongest everywhere."""
+"""Every family with every loss, one that whitens and one that learns with dropout, by name: none is
+the strongest everywhere."""
 
 
 class InverseNetwork:
@@ -247,9 +254,13 @@ class InverseNetwork:
         ]
         return torch.cat(parts)
 
-    def _forward(self, z: Tensor, *, precision: str = "fp32") -> Tensor:
+    def _forward(
+        self, z: Tensor, *, precision: str = "fp32", dropping: torch.Generator | None = None
+    ) -> Tensor:
         standardizer, decoder = self._parts()
         z = standardizer(z.float())
+        if dropping is not None and (p := self.config.dropout):
+            z = z * (torch.rand(z.shape, generator=dropping) >= p).to(z.device) / (1.0 - p)
         if z.dim() == 4:
             z = z.contiguous(memory_format=torch.channels_last)
         with autocast(self.device, precision):
@@ -319,7 +330,8 @@ class _Run:
     def _step(self, batch: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
         z, pixels = self.pairs.batch(batch)
         optimizer.zero_grad(set_to_none=True)
-        loss = self.attack._loss(pixels, self.attack._forward(z, precision=self.config.precision))
+        loss = self.attack._loss(pixels, self.attack._forward(
+            z, precision=self.config.precision, dropping=self.generator))
         loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.decoder.parameters(), 1.0)
         optimizer.step()

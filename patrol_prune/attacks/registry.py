@@ -49,7 +49,8 @@ def _learned(name: str) -> AttackKind:
     def make(config: InverseNetworkConfig, device: str, _: Attack | None) -> Attack:
         if name != "inverse_network":
             config = dataclasses.replace(config, family=named.family, loss=named.loss,
-                                         whiten=config.whiten or named.whiten)
+                                         whiten=config.whiten or named.whiten,
+                                         dropout=config.dropout or named.dropout)
         return InverseNetwork(config, device=device)
 
     return AttackKind("black", named, make)
