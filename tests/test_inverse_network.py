@@ -15,8 +15,9 @@ from patrol_prune.attacks.inverse_network import (
     InverseNetwork,
     InverseNetworkConfig,
 )
+from patrol_prune.attacks.registry import make_attack
 from patrol_prune.attacks.training_pairs import TrainingPairs
-from patrol_prune.decoders import FAMILIES
+from patrol_prune.decoders import FAMILIES, Decoder
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.metrics import mse
 
@@ -58,12 +59,41 @@ class NoisyEdge:
         return z
 
 
-def test_the_suite_is_every_family_with_every_loss_and_one_that_whitens() -> None:
-    plain = [(c.family, c.loss) for c in SUITE.values() if not c.whiten]
+def test_the_suite_is_every_family_with_every_loss_one_that_whitens_and_one_that_drops() -> None:
+    plain = [(c.family, c.loss) for c in SUITE.values() if not (c.whiten or c.dropout)]
     assert sorted(plain) == sorted((family, loss) for family in FAMILIES for loss in LOSSES)
     assert [name for name, c in SUITE.items() if c.whiten] == ["whitened_ssim"]
+    assert [name for name, c in SUITE.items() if c.dropout] == ["dropped_ssim"]
     assert SUITE["inverse_network"] == InverseNetworkConfig()
     assert isinstance(InverseNetwork(SUITE["unet_ssim"]), Attack)
+
+
+def test_dropout_stands_before_the_decoder_while_it_learns_and_not_afterwards(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, float]] = []
+    forward = Decoder.forward
+
+    def watched(decoder: Decoder, z: Tensor) -> Tensor:
+        seen.append((decoder.training, float((z == 0).float().mean())))
+        return forward(decoder, z)
+
+    monkeypatch.setattr(Decoder, "forward", watched)
+    config = dataclasses.replace(SMALL, epochs=2, max_extensions=0)
+    attack = make_attack("dropped_ssim", config)
+    assert isinstance(attack, InverseNetwork) and attack.config.dropout == 0.5
+    attack.fit(pairs())
+    z = one_convolution(VICTIM)
+    first = attack.reconstruct(z)
+    shares = {mode: [share for training, share in seen if training is mode]
+              for mode in (True, False)}
+    assert all(0.45 < share < 0.55 for share in shares[True]) and max(shares[False]) < 0.01
+    assert torch.equal(attack.reconstruct(z), first)
+    again = make_attack("dropped_ssim", config)
+    again.fit(pairs())
+    assert torch.equal(again.reconstruct(z), first)
+    with pytest.raises(InputError, match="0 <= dropout < 1"):
+        dataclasses.replace(config, dropout=1.0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
