@@ -53,8 +53,6 @@ class InverseNetworkConfig:
         loss: `"mse"`, or `"mse+ssim"` which favours structure over the exact shade.
         whiten: read channels that are made uncorrelated (ZCA) instead of standardised ones: faint
             directions of a feature are learnt sooner.
-        dropout: share of the values that is zeroed at random behind that, in training alone, the
-            others scaled up: an attacker with few images learns less of them by heart.
         epochs: length of the schedule (linear warm-up, then cosine).
         lr: peak learning rate of AdamW; extensions restart at half of it.
         weight_decay: of AdamW.
@@ -79,6 +77,8 @@ class InverseNetworkConfig:
         precision: `"bf16"` trains under autocast, `"fp32"` does not, `"auto"` takes bf16 where the
             device computes it natively. The loss, the held-out loss and reconstructions are
             always float32.
+        dropout: share of what the decoder reads that is zeroed at random, in training alone, the
+            rest scaled up: an attacker with few images learns less of them by heart.
 
     Raises:
         InputError: a value out of its range.
@@ -89,7 +89,6 @@ class InverseNetworkConfig:
     depth: int = 8
     loss: str = "mse"
     whiten: bool = False
-    dropout: float = 0.0
     epochs: int = 30
     lr: float = 2e-3
     weight_decay: float = 1e-4
@@ -102,6 +101,7 @@ class InverseNetworkConfig:
     mirror: bool | None = None
     recompute: bool = False
     precision: str = "auto"
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in (("family", FAMILIES), ("loss", LOSSES), ("precision", PRECISIONS)):
