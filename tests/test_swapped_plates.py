@@ -54,10 +54,10 @@ def people(script: Any, runs: Path) -> Any:
     return script["pictures"].everybody(_config(script, runs))
 
 
-def _outside(boxes: torch.Tensor, side: int, margin: float) -> torch.Tensor:
-    """Pixels whose centre is further from the rectangle around a plate, `[N, 1, side, side]`."""
+def _outside(boxes: torch.Tensor, side: int) -> torch.Tensor:
+    """Pixels whose centre is outside of the rectangle around a plate, `[N, 1, side, side]`."""
     at = torch.arange(side) + 0.5
-    low, high = boxes.amin(1) - margin, boxes.amax(1) + margin
+    low, high = boxes.amin(1), boxes.amax(1)
     x, y = ((at < low[:, i, None]) | (at > high[:, i, None]) for i in (0, 1))
     return (x[:, None, :] | y[:, :, None])[:, None]
 
@@ -73,7 +73,7 @@ def test_the_donors_plate_is_seen_and_all_around_it_stays(script: Any, people: A
     donors = (torch.arange(n) + n // 2) % n
     seen = ~(people.truth.hidden | people.truth.hidden[donors])
     pasted = script["plates"].paste_plates(images, boxes, images[donors], boxes[donors])
-    outside = _outside(boxes, images.shape[-1], 0.0).expand_as(images)
+    outside = _outside(boxes, images.shape[-1]).expand_as(images)
     assert torch.equal(pasted[outside], images[outside])
 
     def likeness(one: torch.Tensor, two: torch.Tensor) -> torch.Tensor:
