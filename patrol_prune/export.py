@@ -123,13 +123,14 @@ def export(
     z = _uploads(edge, x, any_batch)
     cloud = _standing(split.cloud)
     single = x if any_batch else x[:1]
-    if _varies(edge, single):  # told before torch.export, which may not follow what it draws from
+    varying = _varies(edge, single)
+    if varying:  # told before torch.export, which may not follow what it draws from
         _refuse_onnx(formats)
     programs = {"edge": program_of("edge", edge, single, any_batch),
                 "cloud": cloud_program(cloud, z)}
     inputs = {"edge": single, "cloud": z if takes_any(programs["cloud"]) else z[:1]}
-    draws = {name: _draws(half, programs[name], inputs[name])
-             for name, half in (("edge", edge), ("cloud", cloud))}
+    draws = {"edge": varying or _draws(edge, programs["edge"]),
+             "cloud": _draws(cloud, programs["cloud"]) or _varies(cloud, inputs["cloud"])}
     if draws["edge"]:
         _refuse_onnx(formats)
         _check_draws(edge, programs["edge"], single)
@@ -179,10 +180,10 @@ def _check_classes(classes: Sequence[str]) -> None:
                          "[\"cat\", \"dog\"], say.")
 
 
-def _draws(half: nn.Module, program: ExportedProgram, x: Tensor) -> bool:
-    """Whether it is made to draw random numbers, or gives other answers to the same input."""
-    return (any(isinstance(m, RandomUpload) and not m.silent for m in half.modules())
-            or draws_in(program) or _varies(half, x))
+def _draws(half: nn.Module, program: ExportedProgram) -> bool:
+    """Whether it is made to draw random numbers."""
+    return draws_in(program) or any(
+        isinstance(m, RandomUpload) and not m.silent for m in half.modules())
 
 
 def _refuse_onnx(formats: Sequence[str]) -> None:
