@@ -53,6 +53,7 @@ class Reid:
         edge_macs: the device's budget: a fraction of the dense edge at the cut, or a count, which
             can be the same at several cuts.
         epochs: of fine-tuning; 8, as the record began with, or 5 for photographs where None.
+        upload_channels: that the pruned models send, where not all.
         bits: of an uploaded value of the pruned models, which are then fine-tuned once more so.
         rounded_epochs: of that further fine-tuning, where not the usual 24.
         dropout: share of PATROL's upload that is dropped at random.
@@ -76,6 +77,7 @@ class Reid:
     beta: float = 40.0
     edge_macs: str = "0.5"
     epochs: int | None = None
+    upload_channels: int | None = None
     bits: int | None = None
     rounded_epochs: int | None = None
     dropout: float = 0.0
@@ -104,6 +106,8 @@ def config_of(args: Reid) -> ReidRun:
     large = args.surrogates == "large"
     budget = "" if args.edge_macs == Reid.edge_macs else f"-{args.edge_macs}"
     budget += "" if args.epochs is None else f"-{args.epochs}-epochs"
+    channels = args.upload_channels
+    budget += "" if channels is None else f"-{channels}-channels"
     budget += "" if args.bits is None else f"-{args.bits}-bits"
     budget += "" if args.rounded_epochs is None else f"-{args.rounded_epochs}-rounded"
     budget += "" if not args.dropout else f"-dropout-{args.dropout:g}"
@@ -116,7 +120,8 @@ def config_of(args: Reid) -> ReidRun:
     budget += "".join(f"-{attack}" for attack in args.attacks)
     other = ("" if usual(args) else f"-{args.at}-beta-{args.beta:g}") + budget
     plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at,
-                    edge_macs=args.edge_macs, bits=args.bits)
+                    edge_macs=args.edge_macs, bits=args.bits,
+                    upload_channels=channels)
     terms = replace(plain.privacy, beta=args.beta, dropout=args.dropout)
     plain = replace(plain, privacy=terms, finetune=replace(
         plain.finetune, epochs=args.epochs or 8))
@@ -264,6 +269,8 @@ def main(args: Reid) -> None:
              "epochs": [config.train.epochs, config.finetune.epochs],
              **({} if args.bits is None else
                 {"bits": args.bits, "rounded_epochs": config.rounded.epochs}),
+             **({} if args.upload_channels is None else
+                {"upload_channels": args.upload_channels}),
              **({} if args.teacher else {"teacher": False}),
              **({"dropout": args.dropout} if args.dropout else {}),
              **({"uploads": args.uploads} if args.uploads > 1 else {}),

@@ -202,7 +202,8 @@ def epochs_of(row: dict[str, Any]) -> str:
 
 def differently(row: dict[str, Any]) -> list[str]:
     """How the pruned models were trained, where not as usual here."""
-    return (["no teacher"] * (not row.get("teacher", True))
+    return ([f"{row.get('upload_channels')} channels sent"] * bool(row.get("upload_channels"))
+            + ["no teacher"] * (not row.get("teacher", True))
             + ["swapped plates"] * bool(row.get("swapped_plates"))
             + [f"PATROL's with dropout {row.get('dropout', 0):g}"] * bool(row.get("dropout")))
 
@@ -210,6 +211,9 @@ def differently(row: dict[str, Any]) -> list[str]:
 def otherwise(row: dict[str, Any]) -> str:
     """What `differently` tells, in sentences."""
     told = ""
+    if row.get("upload_channels"):
+        told += (f" The pruned models send {row['upload_channels']} channels, those of the highest "
+                 "scores, the dense one all of its own.")
     if not row.get("teacher", True):
         plates = ", which tell plates," * (row.get("plates_rate") is not None)
         told += (f" The pruned models had no teacher: the dense model's answers{plates} were kept "

@@ -35,7 +35,7 @@ def row(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("other", [
     {"train_seed": 1}, {"epochs": [20, 3]}, {"decoder": [64, 6, 12]}, {"budget": "36.4M"},
     {"beta": 40.0}, {"bits": 2, "rounded_epochs": 24}, {"teacher": False},
-    {"swapped_plates": True}, {"dropout": 0.5},
+    {"swapped_plates": True}, {"dropout": 0.5}, {"upload_channels": 16},
     {"split": "layer2"}, {"dataset": "photographs"},
 ])
 def test_rows_of_another_run_stay(reid: ModuleType, other: dict[str, Any]) -> None:
@@ -55,14 +55,15 @@ def test_rows_of_another_length_of_the_rounded_training_stay(reid: ModuleType) -
 def test_each_option_is_a_setting_of_the_run_and_part_of_its_name(reid: ModuleType) -> None:
     usual = reid.config_of(reid.Reid(bits=2))
     options = ({"teacher": False}, {"teacher": False, "swap_plates": True},
-               {"rounded_epochs": 48}, {"dropout": 0.5}, {"uploads": 8}, {"bits": 3})
+               {"rounded_epochs": 48}, {"dropout": 0.5}, {"uploads": 8}, {"bits": 3},
+               {"upload_channels": 16})
     made = [reid.config_of(reid.Reid(**{"bits": 2, **more})) for more in options]
     assert len({config.name for config in (usual, *made)}) == len(made) + 1
     assert usual.finetune.distill_weight > 0 and usual.rounded.distill_weight == 0
     assert made[0].finetune.distill_weight == 0 and not made[0].swap_plates
     assert made[1].swap_plates and made[2].rounded.epochs == 48
     assert made[3].privacy.dropout == 0.5 and made[4].attackers.uploads == 8
-    assert made[5].bits == 3
+    assert made[5].bits == 3 and made[6].upload_channels == 16
     with pytest.raises(InputError, match="--bits beside"):
         reid.config_of(reid.Reid(rounded_epochs=48))
 

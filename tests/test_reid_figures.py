@@ -92,6 +92,10 @@ def test_what_the_pruned_models_learnt_from_is_told_where_it_is_not_the_usual(
     assert "teacher" not in figures.about(usual) and "plates, drawn" not in figures.about(usual)
     assert figures.training_of(usual[0]) != figures.training_of(other[0])
     assert "no teacher, swapped plates" in figures.called(other[0], [*usual, *other])
+    narrow = [{**row, "upload_channels": 16} for row in usual]
+    assert "| 8, 16 channels sent |" in figures.overview([usual, narrow])
+    assert "send 16 channels" in figures.about(narrow) and "channels," not in figures.about(usual)
+    assert figures.training_of(usual[0]) != figures.training_of(narrow[0])
     dropped = [{**row, "dropout": 0.5} for row in usual]
     assert "50% of each of PATROL's uploads is zeroed" in figures.about(dropped)
     assert "had one upload of every picture" in figures.about(dropped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from pictures import Everybody
+from pruning import check_upload_channels
 from settings import ReidRun
 from torch import nn
 
@@ -31,8 +32,11 @@ def planned(config: ReidRun, people: Everybody) -> pp.Plan:
     Raises:
         PatrolError: no such place, or a budget that cannot be met there.
     """
-    return pp.plan(
-        model_of(config, people), people.example(), edge_macs=config.edge_macs, at=config.at,
+    model = model_of(config, people)
+    made = pp.plan(
+        model, people.example(), edge_macs=config.edge_macs, at=config.at,
         boundary="keep", max_pruning_ratio=config.score.max_pruning_ratio,
         min_channels=config.score.min_channels, round_to=config.score.round_to,
     )
+    check_upload_channels(config, model, people.example(), made.recommended)
+    return made

@@ -106,6 +106,8 @@ class ReidRun:
         image_size: side of the square that pictures are stretched to.
         at: where to cut, the last layer on the device.
         edge_macs: the device's budget: a count ("9.9M"), or a fraction of the dense edge.
+        upload_channels: channels that both pruned models send, those of the highest scores; None
+            is all of them.
         bits: of an uploaded value, 1 to 16, for both pruned models, which are fine-tuned once more
             so; None sends the values as they are.
         swap_plates: prune and train the pruned models on pictures that carry other vehicles'
@@ -137,6 +139,7 @@ class ReidRun:
     image_size: int = 64
     at: str = "layer4"
     edge_macs: str | int | float = "0.5"
+    upload_channels: int | None = None
     bits: int | None = None
     swap_plates: bool = False
     name: str = "reid"
@@ -172,6 +175,9 @@ class ReidRun:
                 "Expected no teacher beside swap_plates, came weights of its answers in finetune "
                 "or rounded: it was trained with plates, and tells them. Give "
                 "--finetune.distill-weight 0.")
+        if self.upload_channels is not None and self.upload_channels < 1:
+            raise InputError("Expected at least 1 of upload_channels, came "
+                             f"{self.upload_channels}. Leave it out to send all of them.")
         if self.bits is not None:
             Quantisation(self.bits)
         if self.layout not in ("auto", "folder"):

@@ -19,6 +19,8 @@ from page import write_page
 from pictures import Everybody, Pictures, everybody
 from plates import notes as plate_notes
 from plates import training_batches
+from pruning import notes as channel_notes
+from pruning import pruned
 from rounding import notes as rounding_notes
 from rounding import packed_bytes, rounding, rounding_as, steps_of
 from settings import ReidRun
@@ -128,7 +130,7 @@ class Work:
     def do_plan(self) -> None:
         made = planned(self.config, self.people) if self.made is None else self.made
         atomic_write_json(self.folder / "plan.json", made.to_json())
-        self.say(made.text)
+        self.say("\n".join([made.text, *channel_notes(self.config)]))
         dense = made[made.recommended].edge_macs
         self.folder.finish("plan", ["plan.json"], at=made.recommended, dense_edge_macs=dense,
                            budget=min(made.budget_edge_macs, dense))
@@ -236,15 +238,8 @@ class Work:
         config = self.config
         split, teacher = self.load(DENSE), self.load(DENSE).model
         self.say("Scoring the edge's channels.")
-        importance = self.taylor(split) if method == TAYLOR else self.patrol(split)
-        pruner = pp.PatrolPruner(
-            split.model, split.example_inputs, importance, split=split,
-            edge_macs=int(self.folder.notes("plan")["budget"]), boundary="keep",
-            max_pruning_ratio=config.score.max_pruning_ratio,
-            min_channels=config.score.min_channels, round_to=config.score.round_to,
-        )
-        outcome = pruner.step()
-        pruning = pruner.DG.pruning_history()
+        kept, pruning = pruned(config, split, int(self.folder.notes("plan")["budget"]),
+                               self.taylor if method == TAYLOR else self.patrol)
         pp.recalibrate_batchnorm(split.model, self.batches(3, augment=False), device=self.device)
         before = self.measure(split)["retrieval"]["map"]
         self.say(f"Pruned; mAP before fine-tuning {100 * before:.1f}%. Fine-tuning for "
@@ -260,7 +255,7 @@ class Work:
             sending, numbers = self.rounded(split, method, config.bits, **terms)
         self.say(f"{method}: {_told(numbers)}.")
         self.folder.finish(method, [self.save(split, method, history=pruning)], history=history,
-                           kept=outcome.kept, map_before_finetuning=before, **numbers)
+                           kept=kept, map_before_finetuning=before, **numbers)
 
     def taylor(self, split: pp.Split) -> Any:
         """Torch-Pruning's Taylor importance, with gradients of the task loss."""
@@ -365,7 +360,7 @@ class Work:
                 for method in methods(self.config)
             },
             "notes": [*self.people.notes, *plate_notes(self.config.swap_plates),
-                      *rounding_notes(self.config),
+                      *channel_notes(self.config), *rounding_notes(self.config),
                       *(f"PATROL: {note}" for note in dropout_notes(
                           self.config.privacy, self.config.attackers.uploads))],
             "originals": self.checks.of_originals(self.people.query.subset(self.people.victims)),
