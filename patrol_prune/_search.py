@@ -29,7 +29,8 @@ class Ladder:
     """One group's removals in order.
 
     `channels[:offsets[t]]` are gone after t rungs, at a loss of `scores[:t].sum()`; the cost
-    variables `segments` have then lost `gone[t]`.
+    variables `segments` have then lost `gone[t]`. Without a rung `offsets[0]` are, more than
+    none where the group's width is fixed.
     """
 
     name: str
@@ -59,7 +60,7 @@ class State:
     def with_gone(self, ladder: Ladder, t: int) -> Ints:
         """The cost variables after `t` rungs of a ladder that has none taken."""
         sizes = self.sizes.copy()
-        sizes[ladder.segments] -= ladder.gone[t]
+        sizes[ladder.segments] -= ladder.gone[t] - ladder.gone[0]
         return sizes
 
 

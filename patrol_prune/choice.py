@@ -93,6 +93,7 @@ def choose_structures(
     *,
     limits: Limits | None = None,
     initial: Mapping[str, int] | None = None,
+    fixed: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """`choose` among channels and residual blocks, which compete by score per saved MAC.
 
@@ -107,12 +108,13 @@ def choose_structures(
         budget: edge MACs, at batch 1.
         limits: floors per group.
         initial: group name -> channels before any pruning.
+        fixed: group name -> channels that it keeps, whatever the budget.
 
     Returns:
         (group name -> kept channels, names of the blocks to remove).
 
     Raises:
-        InputError, BudgetError: as `choose`.
+        InputError, BudgetError: as `choose`; InputError where a group may not keep so many.
     """
     limits = limits or Limits()
     if budget > model.dense:
@@ -121,7 +123,9 @@ def choose_structures(
             "nothing needs to be pruned. Give a fraction in (0, 1], a smaller count, or choose a "
             "deeper split."
         )
-    ladders = [_ladder(model, n, s, limits, (initial or {}).get(n)) for n, s in scores.items()]
+    start, width = initial or {}, fixed or {}
+    ladders = [_ladder(model, n, s, limits, start.get(n), width.get(n))
+               for n, s in scores.items()]
     blocks = [_block_ladder(model, n, s) for n, s in block_scores.items()]
     if blocks and not _floor_macs(model, [*ladders, *blocks]):
         blocks.remove(max(blocks, key=lambda ladder: ladder.scores[0]))
@@ -162,11 +166,13 @@ def smallest(
     limits: Limits | None = None,
     initial: Mapping[str, int] | None = None,
     blocks: Iterable[str] = (),
+    fixed: Mapping[str, int] | None = None,
 ) -> int:
-    """Edge MACs when each of these groups is at its floor and these blocks are gone."""
-    limits, start = limits or Limits(), initial or {}
+    """Edge MACs when each of these groups is at its floor and these blocks are gone; groups that
+    are `fixed` keep so many channels."""
+    limits, start, width = limits or Limits(), initial or {}, fixed or {}
     flat = {n: torch.zeros(len(model.segments(n))) for n in groups}
-    ladders = [_ladder(model, n, s, limits, start.get(n)) for n, s in flat.items()]
+    ladders = [_ladder(model, n, s, limits, start.get(n), width.get(n)) for n, s in flat.items()]
     more = [_block_ladder(model, n, 0.0) for n in blocks]
     floor = _floor_macs(model, [*ladders, *more])
     if floor or not more:
@@ -229,7 +235,8 @@ def _floor_macs(model: MacModel, ladders: list[Ladder]) -> int:
 
 
 def _ladder(
-    model: MacModel, name: str, scores: Tensor, limits: Limits, initial: int | None
+    model: MacModel, name: str, scores: Tensor, limits: Limits, initial: int | None,
+    fixed: int | None = None,
 ) -> Ladder:
     group = model.table.groups.get(name)
     if group is None:
@@ -250,6 +257,8 @@ def _ladder(
     protected = _protected_units(group, unit_scores, limits)
     order = np.lexsort((np.arange(units), unit_scores, protected))
     can_stay = allowed(group, int(protected.sum()), limits, initial or group.channels)
+    if fixed is not None:
+        can_stay = [_of_allowed(name, min(fixed, group.channels), can_stay, group.tie)]
     removed = units - np.array(can_stay, np.int64)
     channels = (order[:, None] + np.arange(group.tie) * units).reshape(-1)
     local, where = np.unique(model.segments(name)[channels], return_inverse=True)
@@ -259,6 +268,18 @@ def _ladder(
     offsets = removed * group.tie
     return Ladder(
         name, channels, offsets, np.diff(loss[removed]), local, lost.cumsum(axis=0)[offsets]
+    )
+
+
+def _of_allowed(name: str, channels: int, can_stay: list[int], tie: int) -> int:
+    """The units that so many channels are, if the limits let a group keep them."""
+    if channels % tie == 0 and channels // tie in can_stay:
+        return channels // tie
+    near = sorted((u * tie for u in can_stay), key=lambda n: abs(n - channels))[:2]
+    raise InputError(
+        f"Group {name!r} may not keep {channels} channels; the nearest numbers are "
+        f"{' and '.join(map(str, sorted(near)))}. Give one of those, or loosen min_channels, "
+        "max_pruning_ratio or round_to."
     )
 
 

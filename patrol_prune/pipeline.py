@@ -291,6 +291,7 @@ class Work:
         pruner = PatrolPruner(
             split.model, split.example_inputs, importance, split=split,
             edge_macs=int(notes["budget"]), boundary=config.boundary,
+            feature_channels=config.feature_channels,
             max_pruning_ratio=config.score.max_pruning_ratio,
             min_channels=config.score.min_channels, round_to=config.score.round_to,
             iterative_steps=config.score.steps, structures=config.score.structures,

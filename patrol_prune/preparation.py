@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from patrol_prune._tp import GroupMagnitudeImportance
 from patrol_prune.data import Batches, ImageSet, find_parts, fingerprints, load_image_folder
 from patrol_prune.defences import FeatureDropout
 from patrol_prune.errors import InputError, RunDirectoryError
@@ -19,6 +20,7 @@ from patrol_prune.models import SMALL_RESNET, build_model, load_weights
 from patrol_prune.open_attention import open_attention
 from patrol_prune.pixels import Normalization
 from patrol_prune.plan import Plan, plan
+from patrol_prune.pruner import PatrolPruner
 from patrol_prune.settings import PrivacyConfig, RunConfig
 from patrol_prune.spectral_rules import read_blocks
 from patrol_prune.split import Split
@@ -213,6 +215,12 @@ def planned(config: RunConfig, images: Images) -> Plan:
         min_channels=config.score.min_channels, round_to=config.score.round_to,
         structures=config.score.structures,
     )
+    if config.feature_channels is not None:  # a number that cannot stay is refused here
+        PatrolPruner(model, images.example(), GroupMagnitudeImportance(), edge_macs=1.0,
+                     split=Split(model, images.example(), at=made.recommended),
+                     boundary=config.boundary, feature_channels=config.feature_channels,
+                     max_pruning_ratio=config.score.max_pruning_ratio,
+                     min_channels=config.score.min_channels, round_to=config.score.round_to)
     if opened:  # the dense model is cut before its heads are opened
         Split(fresh_model(config, len(images.classes)), images.example(), at=made.recommended)
     if config.privacy.lipschitz_form == "spectral" and (

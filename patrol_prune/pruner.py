@@ -32,6 +32,7 @@ from patrol_prune.errors import InputError
 from patrol_prune.following import followed
 from patrol_prune.group_table import GroupTable, rebuilt_graph
 from patrol_prune.groups import ChannelGroup
+from patrol_prune.kept_whole import check_feature_channels, fixed_widths, reason_to_keep
 from patrol_prune.origins import recording
 from patrol_prune.prunable import check_prunable, follow_widths, preserved, whole_or_not_at_all
 from patrol_prune.prune_result import PruneResult, warn_if_off, weight_shapes
@@ -63,6 +64,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         boundary: "keep" leaves every group that crosses the split whole, so that the feature and
             the cloud stay as they are; "prune" lets them shrink: the feature narrows and the
             cloud's consumers (and, on a residual stream, its producers) follow.
+        feature_channels: with "prune", the channels that every group which crosses keeps (or all
+            of fewer) from the first step on, the best by score; with None the budget decides.
         max_pruning_ratio: largest removed fraction of a group, in (0, 1], over all steps.
         min_channels: channels every group keeps at least.
         round_to: kept numbers are multiples of this, or the full width.
@@ -96,6 +99,7 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         split: Split,
         edge_macs: float | str,
         boundary: str = "keep",
+        feature_channels: int | None = None,
         structures: str = "channels",
         max_pruning_ratio: float = 1.0,
         min_channels: int = 1,
@@ -106,13 +110,14 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         **kwargs: Any,
     ) -> None:
         check_pruner(model, split, importance, boundary, iterative_steps, reg)
+        check_feature_channels(feature_channels, boundary, structures)
         check_scored(structures, importance)
         ignored = layers_to_keep(ignored_layers)
         self.limits = Limits(min_channels, max_pruning_ratio, round_to)
         edge_macs = check_budget(edge_macs)
         check_prunable(model)
         self.split, self.boundary, self.reg = split, boundary, reg
-        self.structures = structures
+        self.structures, self.feature_channels = structures, feature_channels
         options = host_options(kwargs)
 
         def make(forward_fn: Callable[..., Any]) -> Any:
@@ -207,8 +212,9 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         if self.structures == "blocks":
             groups = []
         costs = self.costs
+        sent = fixed_widths(self.table.groups, self.feature_channels, self._kept_whole())
         return smallest(costs, groups, limits=self.limits, initial=self.initial,
-                        blocks=costs.blocks)
+                        blocks=costs.blocks, fixed=sent)
 
     def _kept_whole(self) -> dict[str, str]:
         """Edge group -> why it stays whole, the widest first."""
@@ -308,9 +314,11 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
     def _choose(
         self, scores: Mapping[str, Tensor], budget: int
     ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+        whole = {name: _NO_SCORE for name in self.table.groups if name not in scores}
+        sent = fixed_widths(self.table.groups, self.feature_channels, whole)
         return choose_structures(
             self.costs, scores, self.block_scores(), budget, limits=self.limits,
-            initial=self.initial,
+            initial=self.initial, fixed=sent,
         )  # fmt: skip
 
     def _remove_blocks(self, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -374,25 +382,9 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         logger.info("edge MACs %d -> %d (budget %d)", before, after, budget)
 
     def _reason_to_keep(self, group: ChannelGroup) -> str | None:
-        if group.blocked is not None:
-            return group.blocked
-        if group.crossing is not None and self.boundary == "keep":
-            return f"it crosses the split ({group.crossing}) and boundary='keep'"
-        for member in group.members:
-            if member.direction != "in" and self._is_ignored(member.module):
-                return f"{member.layer_name!r} is in ignored_layers"
-            if member.layer_name in self._costs.opaque:
-                return f"the multiply-adds of {member.layer_name!r} are not those of self-attention"
-            if member.module in self.num_heads:
-                return f"{member.layer_name!r} has attention heads"
-        roots = tuple(self.root_module_types)
-        if not any(m.direction != "in" and isinstance(m.module, roots) for m in group.members):
-            return "no layer that gives these channels is of the root_module_types"
-        return None
-
-    def _is_ignored(self, layer: Any) -> bool:
-        """Whether it, or a parameter of its own, is among what the caller keeps."""
-        return id(layer) in {*self._ignored, *(id(m) for m in self.ignored_layers)}
+        return reason_to_keep(self, group)
 
     def _to_keep(self) -> list[nn.Module]:
-        return [m for m in self.model.modules() if self._is_ignored(m)]
+        """Layers that, or parameters of which, the caller keeps."""
+        kept = {*self._ignored, *(id(m) for m in self.ignored_layers)}
+        return [m for m in self.model.modules() if id(m) in kept]

@@ -24,6 +24,7 @@ from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.given import check_among
 from patrol_prune.importance import TaskChange
+from patrol_prune.kept_whole import check_feature_channels
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.rundir import read_config
 from patrol_prune.storage import atomic_write_text
@@ -212,6 +213,7 @@ class RunConfig:
         image_size: side of the square images, in pixels.
         at: where to cut; without it the plan recommends.
         boundary: whether channels that cross the split are kept or pruned.
+        feature_channels: with "prune", how many of them are left; with None the budget decides.
         name: of the run.
         runs: the folder of all runs.
         batch_size: images in a training batch.
@@ -235,6 +237,7 @@ class RunConfig:
     image_size: int = 128
     at: str | None = None
     boundary: Literal["keep", "prune"] = "keep"
+    feature_channels: int | None = None
     name: str = "run"
     runs: str = "runs"
     batch_size: int = 64
@@ -277,10 +280,8 @@ class RunConfig:
             )
         for key, options in (("boundary", ("keep", "prune")),
                              ("normalization", ("auto", "dataset", "imagenet", "none"))):
-            if getattr(self, key) not in options:
-                raise InputError(
-                    f"Expected {key} out of {', '.join(options)}, came {getattr(self, key)!r}."
-                )
+            check_among(getattr(self, key), key, options)
+        check_feature_channels(self.feature_channels, self.boundary, self.score.structures)
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data, tuples as lists."""

@@ -29,7 +29,7 @@ ORDER = [
     "lipschitz", "spectral_rules",
     "spectral", "decoder_blocks", "decoders", "whitening", "ridge", "upload_reader", "surrogate",
     "objective", "survivors", "predicted_change", "importance", "mask_importance", "origins",
-    "regularizer", "_host_options",
+    "regularizer", "_host_options", "kept_whole",
     "prune_result", "pruner", "pruned_edges", "plan_choice", "plan",
     "training_state", "evaluation",
     "distillation", "image_pool", "finetune_config", "trainer", "finetune", "learned_masks",

@@ -97,6 +97,26 @@ def test_the_edge_meets_the_budget_and_is_the_one_that_was_saved(finished: RunRe
     assert info.normalization is not None and info.normalization.mean[0] > 0.2
 
 
+def test_a_run_leaves_as_many_channels_of_the_upload_as_it_was_told(
+    folder: Path, tmp_path: Path
+) -> None:
+    config = replace(tiny(folder, tmp_path / "runs"), boundary="prune", feature_channels=9)
+    result = run(config)
+    assert result.summary.pruned["feature_bytes"] == 4 * 9 * 8 * 8
+    assert result.summary.pruned["edge_macs"] <= result.summary.plan["budget"]
+    split = load(
+        result.directory / "edge.patrol", lambda: build_model("small_resnet", 3, image_size=16)
+    )
+    assert split.feature_shape == (9, 8, 8)
+
+
+def test_a_number_of_channels_that_cannot_stay_costs_no_run(folder: Path, tmp_path: Path) -> None:
+    config = replace(tiny(folder, tmp_path / "runs"), boundary="prune", feature_channels=7)
+    with pytest.raises(InputError, match="may not keep 7 .* are 8 and 9.* max_pruning_ratio"):
+        run(config)
+    assert not (tmp_path / "runs").exists()
+
+
 def test_floor_and_ceiling_stand_beside_the_edge(finished: RunResult) -> None:
     assert finished.audit.subjects == ("floor", "edge", "undefended")
     assert set(finished.audit.examples) == {"originals", "floor", "edge", "undefended"}

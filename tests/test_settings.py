@@ -52,6 +52,8 @@ def test_frozen() -> None:
         ({"name": "../elsewhere"}, "plain folder name"),
         ({"name": ""}, "plain folder name"),
         ({"boundary": "cut"}, "keep, prune, came 'cut'"),
+        ({"feature_channels": 4}, "feature_channels=4, came 'keep'. Give boundary='prune'"),
+        ({"boundary": "prune", "feature_channels": 0}, "feature_channels as a whole number"),
         ({"normalization": "imagent"}, "came 'imagent'"),
         ({"score": {"batches": 0}}, "at least one calibration batch"),
         ({"score": {"task_weight": 0, "lip_weight": 0, "adv_weight": 0}}, "one of them positive"),

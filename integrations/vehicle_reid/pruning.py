@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch_pruning as tp
 from settings import ReidRun
+from torch import nn
 
 import patrol_prune as pp
-from patrol_prune.errors import InputError
-from patrol_prune.group_table import GroupTable, remove_channels
 
 
 def pruned(
@@ -30,13 +30,21 @@ def pruned(
     """
     sent: dict[str, tuple[int, int]] = {}
     if config.upload_channels is not None:
-        whole = pruner_of(config, split, budget, score(split), boundary="prune")
-        sent = narrow(split, whole, config.upload_channels)
-        history = whole.table.graph.pruning_history()
-        split.pruning_history = list(history)
-    pruner = pruner_of(config, split, budget, score(split), boundary="keep")
-    outcome = pruner.step()
-    return {**sent, **outcome.kept}, list(split.pruning_history)
+        kept = narrowing(config, split, score(split)).step().kept
+        sent = {name: widths for name, widths in kept.items() if widths[0] < widths[1]}
+    pruner = pp.PatrolPruner(
+        split.model, split.example_inputs, score(split), split=split, edge_macs=budget,
+        max_pruning_ratio=config.score.max_pruning_ratio,
+        min_channels=config.score.min_channels, round_to=config.score.round_to,
+    )
+    return {**sent, **pruner.step().kept}, list(split.pruning_history)
+
+
+def narrowing(config: ReidRun, split: pp.Split, importance: Any) -> pp.PatrolPruner:
+    """What leaves `upload_channels` of the channels that are sent, and all others."""
+    return pp.PatrolPruner(
+        split.model, split.example_inputs, importance, split=split, edge_macs=1.0,
+        boundary="prune", feature_channels=config.upload_channels)
 
 
 def notes(config: ReidRun) -> list[str]:
@@ -46,56 +54,14 @@ def notes(config: ReidRun) -> list[str]:
         "highest scores; the rest of the edge is pruned to the budget afterwards."]
 
 
-def pruner_of(
-    config: ReidRun, split: pp.Split, budget: int, importance: Any, *, boundary: str
-) -> pp.PatrolPruner:
-    return pp.PatrolPruner(
-        split.model, split.example_inputs, importance, split=split, edge_macs=budget,
-        boundary=boundary, max_pruning_ratio=config.score.max_pruning_ratio,
-        min_channels=config.score.min_channels, round_to=config.score.round_to,
-    )
-
-
-def narrow(split: pp.Split, pruner: pp.PatrolPruner, channels: int) -> dict[str, tuple[int, int]]:
-    """Leave so many channels of every group that crosses the split, those of the highest scores.
+def check_upload_channels(
+    config: ReidRun, model: nn.Module, example: torch.Tensor, at: str
+) -> None:
+    """Refuse, before any training, a cut where the upload cannot be narrowed so.
 
     Raises:
-        InputError: nothing that crosses the split may shrink.
+        InputError: no channel that crosses there can go.
     """
-    table, (scores, whole) = pruner.table, pruner.scores()
-    sent = crossing(table, channels)
-    kept_whole = {name: whole[name] for name in sent if name not in scores}
-    if kept_whole:
-        raise InputError("Expected channels of the upload that can be removed, came " + "; ".join(
-            f"{name}: {why}" for name, why in kept_whole.items()) + ". Leave out upload_channels.")
-    remove_channels(table, {name: scores[name].argsort(descending=True)[channels:]
-                            for name in sent})
-    split.refresh()
-    return {name: (channels, before) for name, before in sent.items()}
-
-
-def crossing(table: GroupTable, channels: int) -> dict[str, int]:
-    """Channels of every group that crosses the split, where they are more than so many."""
-    return {name: group.channels for name, group in table.groups.items()
-            if group.crossing is not None and group.channels > channels}
-
-
-def check_upload_channels(config: ReidRun, model: torch.nn.Module, example: torch.Tensor,
-                          at: str) -> None:
-    """Refuse, before any training, a number that leaves every channel of the upload.
-
-    Raises:
-        InputError: so many channels as there are, or more; or none that pruning can follow.
-    """
-    if config.upload_channels is None:
-        return
-    split = pp.Split(model, example, at=at)
-    table = GroupTable.build(model, example, split=split)
-    widths = [g.channels for g in table.groups.values() if g.crossing is not None]
-    if not widths:
-        raise InputError(f"Expected a cut where pruning can narrow the upload, came {at}: no "
-                         "channel that crosses there can be followed. Leave out upload_channels.")
-    if max(widths) <= config.upload_channels:
-        raise InputError(
-            f"Expected fewer upload_channels than the {max(widths)} that are sent after {at}, came "
-            f"{config.upload_channels}. Give fewer, or leave it out to send all of them.")
+    if config.upload_channels is not None:
+        narrowing(config, pp.Split(model, example, at=at),
+                  tp.importance.GroupMagnitudeImportance()).choose()

@@ -107,7 +107,7 @@ class ReidRun:
         at: where to cut, the last layer on the device.
         edge_macs: the device's budget: a count ("9.9M"), or a fraction of the dense edge.
         upload_channels: channels that both pruned models send, those of the highest scores; None
-            is all of them.
+            is all of them, and so is a larger number.
         bits: of an uploaded value, 1 to 16, for both pruned models, which are fine-tuned once more
             so; None sends the values as they are.
         swap_plates: prune and train the pruned models on pictures that carry other vehicles'
