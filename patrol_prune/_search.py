@@ -94,13 +94,15 @@ class Search:
     def _by_density(self) -> Ints:
         """Ladder numbers, one entry per rung, in the order of removal."""
         densities, owners, rungs = [np.zeros(0)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        start = self._after(np.zeros(0, np.int64)).sizes
+        whole = self.model.macs_of_sizes(start)
         for k, ladder in enumerate(self.ladders):
             steps, kind = np.unique(np.diff(ladder.gone, axis=0), axis=0, return_inverse=True)
             saved = np.empty(len(steps))
             for i, step in enumerate(steps):
-                sizes = self.model.sizes.copy()
+                sizes = start.copy()
                 sizes[ladder.segments] -= step
-                saved[i] = self.model.dense - self.model.macs_of_sizes(sizes)
+                saved[i] = whole - self.model.macs_of_sizes(sizes)
             with np.errstate(divide="ignore", invalid="ignore"):
                 each = saved[kind.reshape(-1)]
                 densities.append(np.where(each > 0, ladder.scores / each, np.inf))

@@ -47,6 +47,12 @@ class Limits:
                 f"Expected max_pruning_ratio in (0, 1], came {self.max_pruning_ratio}."
             )
 
+    def set_ones(self) -> list[str]:
+        """The names of those that hold a group back."""
+        return [*["min_channels"] * (self.min_channels > 1),
+                *["round_to"] * ((self.round_to or 1) > 1),
+                *["max_pruning_ratio"] * (self.max_pruning_ratio < 1.0)]
+
     def floor(self, channels: int) -> int:
         """The fewest channels a group that started with `channels` may keep."""
         ratio_floor = int(np.ceil(channels * (1.0 - self.max_pruning_ratio) - 1e-9))
@@ -129,7 +135,8 @@ def choose_structures(
     blocks = [_block_ladder(model, n, s) for n, s in block_scores.items()]
     if blocks and not _floor_macs(model, [*ladders, *blocks]):
         blocks.remove(max(blocks, key=lambda ladder: ladder.scores[0]))
-    require_reachable(budget, _floor_macs(model, [*ladders, *blocks]), model.dense)
+    require_reachable(budget, _floor_macs(model, [*ladders, *blocks]), model.dense,
+                      fixed=bool(fixed))
     search = Search(model, [*ladders, *blocks], budget)
     taken = search.run(exchange=bool(ladders) or not blocks).taken
     gone = tuple(b.name for b, t in zip(blocks, taken[len(ladders):], strict=True) if t)
@@ -194,7 +201,7 @@ def must_stay(group: ChannelGroup, scores: Tensor, limits: Limits) -> Tensor:
 
 def require_reachable(
     budget: int, floor: int, dense: int, *, limits: Limits | None = None,
-    boundary: str = "keep", whole: Mapping[str, str] | None = None,
+    boundary: str = "keep", whole: Mapping[str, str] | None = None, fixed: bool = False,
 ) -> None:
     """Refuse a budget below the smallest edge there is, and say how small that is and what helps.
 
@@ -203,18 +210,17 @@ def require_reachable(
         limits: those that hold; without, all may.
         boundary: as the pruner has it.
         whole: group -> why it stays whole, the first few of which are named.
+        fixed: whether the width of the upload is, which fewer channels there would lower.
 
     Raises:
         BudgetError: `floor > budget`.
     """
     if floor <= budget:
         return
-    set_ones = limits or Limits(2, 0.5, 2)
     helps = ["Raise edge_macs", "choose a shallower split",
-             *["allow boundary='prune'"] * (boundary == "keep")]
-    loose = [*["min_channels"] * (set_ones.min_channels > 1),
-             *["round_to"] * ((set_ones.round_to or 1) > 1),
-             *["max_pruning_ratio"] * (set_ones.max_pruning_ratio < 1.0)]
+             *["allow boundary='prune'"] * (boundary == "keep" and not fixed),
+             *["give fewer feature_channels"] * fixed]
+    loose = (limits or Limits(2, 0.5, 2)).set_ones()
     if loose:
         helps.append(f"loosen {' or '.join(loose)}" + " where they are set" * (limits is None))
     named = "; ".join(f"{name}: {why}" for name, why in list((whole or {}).items())[:_NAMED])
@@ -258,7 +264,7 @@ def _ladder(
     order = np.lexsort((np.arange(units), unit_scores, protected))
     can_stay = allowed(group, int(protected.sum()), limits, initial or group.channels)
     if fixed is not None:
-        can_stay = [_of_allowed(name, min(fixed, group.channels), can_stay, group.tie)]
+        can_stay = [_of_allowed(group, min(fixed, group.channels), can_stay, limits)]
     removed = units - np.array(can_stay, np.int64)
     channels = (order[:, None] + np.arange(group.tie) * units).reshape(-1)
     local, where = np.unique(model.segments(name)[channels], return_inverse=True)
@@ -271,15 +277,18 @@ def _ladder(
     )
 
 
-def _of_allowed(name: str, channels: int, can_stay: list[int], tie: int) -> int:
-    """The units that so many channels are, if the limits let a group keep them."""
+def _of_allowed(group: ChannelGroup, channels: int, can_stay: list[int], limits: Limits) -> int:
+    """The units that so many channels are, if the group may keep them."""
+    tie = group.tie
     if channels % tie == 0 and channels // tie in can_stay:
         return channels // tie
     near = sorted((u * tie for u in can_stay), key=lambda n: abs(n - channels))[:2]
+    loose = limits.set_ones()
     raise InputError(
-        f"Group {name!r} may not keep {channels} channels; the nearest numbers are "
-        f"{' and '.join(map(str, sorted(near)))}. Give one of those, or loosen min_channels, "
-        "max_pruning_ratio or round_to."
+        f"Expected feature_channels that group {group.name!r} may keep, came {channels}; the "
+        f"nearest numbers are {' and '.join(map(str, sorted(near)))}."
+        + f" Its channels go {tie} at a time." * (tie > 1)
+        + f" Give one of those{', or loosen ' * bool(loose)}{' or '.join(loose)}."
     )
 
 

@@ -52,7 +52,7 @@ def fixed_widths(
         told = "; ".join(f"{name}: {why}" for name, why in wide.items())
         raise InputError(
             "Expected channels that cross the split and can be removed, for feature_channels="
-            f"{channels}, came {told or 'none'}. Leave feature_channels out, or cut elsewhere.")
+            f"{channels}, came {told or 'none'}. Score them, cut elsewhere, or leave it out.")
     return dict.fromkeys(sent, channels)
 
 

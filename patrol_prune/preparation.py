@@ -215,8 +215,11 @@ def planned(config: RunConfig, images: Images) -> Plan:
         min_channels=config.score.min_channels, round_to=config.score.round_to,
         structures=config.score.structures,
     )
-    if config.feature_channels is not None:  # a number that cannot stay is refused here
-        PatrolPruner(model, images.example(), GroupMagnitudeImportance(), edge_macs=1.0,
+    if config.feature_channels is not None:  # what cannot stay, or fit with it, is refused here
+        cost = made[made.recommended].edge_macs
+        blocks = config.score.structures != "channels"  # which may make room
+        PatrolPruner(model, images.example(), GroupMagnitudeImportance(),
+                     edge_macs=cost if blocks else min(made.budget_edge_macs, cost),
                      split=Split(model, images.example(), at=made.recommended),
                      boundary=config.boundary, feature_channels=config.feature_channels,
                      max_pruning_ratio=config.score.max_pruning_ratio,

@@ -146,7 +146,8 @@ class PatrolPruner(BasePruner):  # type: ignore[misc]
         self.dense_edge_macs = self._costs.dense
         self.budget = budget_as_count(edge_macs, self.dense_edge_macs)
         require_reachable(self.budget, self.smallest_edge_macs(), self.dense_edge_macs,
-                          limits=self.limits, boundary=boundary, whole=self._kept_whole())
+                          limits=self.limits, boundary=boundary, whole=self._kept_whole(),
+                          fixed=feature_channels is not None)
         self.pruning_ratio = 1.0 - self.budget / self.dense_edge_macs
         self.per_step_pruning_ratio = check_schedule(self.iterative_pruning_ratio_scheduler(
             self.pruning_ratio, iterative_steps), iterative_steps, self.pruning_ratio)

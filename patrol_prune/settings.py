@@ -213,7 +213,7 @@ class RunConfig:
         image_size: side of the square images, in pixels.
         at: where to cut; without it the plan recommends.
         boundary: whether channels that cross the split are kept or pruned.
-        feature_channels: with "prune", how many of them are left; with None the budget decides.
+        feature_channels: with "prune", how many each group of them keeps; None is by the budget.
         name: of the run.
         runs: the folder of all runs.
         batch_size: images in a training batch.

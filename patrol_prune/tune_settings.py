@@ -93,6 +93,10 @@ class TuneConfig(RunConfig):
         self._check_trials()
 
     def _check_search(self) -> None:
+        if self.feature_channels is not None:
+            raise InputError(
+                f"Expected no feature_channels in a search, came {self.feature_channels}: it plans "
+                "without. Leave it out, and give it to patrol-prune run.")
         if self.trials < 1 or (self.timeout is not None and not self.timeout > 0):
             raise InputError(
                 "Expected at least one trial and a timeout of more than 0 seconds, came "

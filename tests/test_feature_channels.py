@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -49,6 +50,33 @@ def test_a_budget_that_takes_nothing_leaves_everything_else() -> None:
     result = pruner.step()
     assert {name for name, (now, before) in result.kept.items() if now < before} == {STREAM}
     assert split.feature_shape == (3, 8, 8) and result.edge_macs < result.budget
+
+
+@pytest.mark.parametrize("seed", [1, 6])
+def test_what_feeds_the_upload_is_priced_by_its_width_then(seed: int) -> None:
+    """Priced by the whole one, the layer before the cut gave up most of its channels."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        layers: list[nn.Module] = []
+        for wide, narrow in ((3, 32), (32, 32), (32, 32), (32, 128)):
+            layers += [nn.Conv2d(wide, narrow, 3, padding=1), nn.ReLU()]
+        model = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(128, 5))
+    split = pp.Split(model, X, at="6")
+    pruner = pruner_of(split, edge_macs=0.12, feature_channels=4)
+    generator = torch.Generator().manual_seed(seed)
+    scores = {name: torch.rand(len(s), generator=generator)
+              for name, s in pruner.scores()[0].items()}
+    pruner.scores = lambda: (scores, {})  # type: ignore[method-assign]
+    kept = {name: len(idxs) for name, idxs in pruner.choose().items()}
+    loss = {n: [0.0, *scores[n].sort().values.cumsum(0).tolist()] for n in ("0", "2", "4")}
+
+    def lost(widths: tuple[int, ...]) -> float:
+        return sum(loss[n][32 - width] for n, width in zip(loss, widths, strict=True))
+
+    least = min(lost(widths) for widths in itertools.product(range(1, 33), repeat=3)
+                if pruner.costs.macs({**dict(zip(loss, widths, strict=True)), "6": 4})
+                <= pruner.budget)
+    assert kept["6"] == 4 and lost(tuple(kept[n] for n in loss)) <= 1.1 * least
 
 
 @settings(max_examples=12, deadline=None)
@@ -105,7 +133,8 @@ def test_channels_that_would_go_are_what_the_regularizer_decays() -> None:
     ({"structures": "blocks"}, "feature_channels=4"),
     ({"feature_channels": 0}, "feature_channels"),
     ({"feature_channels": 2.5}, "feature_channels"),
-    ({"min_channels": 6}, f"Group '{STREAM}' may not keep 4 channels; the nearest numbers are 6"),
+    ({"min_channels": 6},
+     f"'{STREAM}' may keep, came 4; .* are 6 and 7. Give one of those, or loosen min_channels"),
     ({"max_pruning_ratio": 0.5}, "are 8 and 9.*max_pruning_ratio"),
     ({"round_to": 8}, "the nearest numbers are 8 and 16"),
 ])
@@ -115,6 +144,21 @@ def test_what_cannot_be_is_refused_before_any_step(more: dict[str, Any], told: s
     with pytest.raises((InputError, BudgetError), match=told):
         pp.PatrolPruner(split.model, X, tp.importance.GroupMagnitudeImportance(p=2), split=split,
                         edge_macs=0.9, **given)
+
+
+def test_a_budget_that_the_width_leaves_no_room_for_says_so() -> None:
+    with pytest.raises(BudgetError, match="give fewer feature_channels"):
+        pruner_of(split_of(), edge_macs=0.005, feature_channels=15)
+
+
+def test_channels_that_go_together_are_told() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1),
+                          nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1, groups=4),
+                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 5))
+    split = pp.Split(model, X, at="2")
+    with pytest.raises(InputError, match="are 8 and 12. Its channels go 4 at a time. Give one of "
+                                         "those\\.$"):
+        pruner_of(split, edge_macs=0.9, feature_channels=6)
 
 
 def test_layers_that_the_caller_keeps_are_named() -> None:

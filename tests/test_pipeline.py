@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from patrol_prune import commands, pipeline
+from patrol_prune._tp import GroupMagnitudeImportance
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.checkpoint import load, read_info
 from patrol_prune.cli import main
@@ -32,10 +33,12 @@ from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
 from patrol_prune.pipeline import RunResult, run
 from patrol_prune.preparation import fresh_model, normalization_kind, read_images
+from patrol_prune.pruner import PatrolPruner
 from patrol_prune.reaudit import audit_again
 from patrol_prune.run_summary import audit_notes, read_summary, rewrite_report
 from patrol_prune.rundir import RunDirectory, read_config
 from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig
+from patrol_prune.split import Split
 from patrol_prune.training_state import draws_for
 
 Writer = Callable[..., Path]
@@ -112,8 +115,18 @@ def test_a_run_leaves_as_many_channels_of_the_upload_as_it_was_told(
 
 def test_a_number_of_channels_that_cannot_stay_costs_no_run(folder: Path, tmp_path: Path) -> None:
     config = replace(tiny(folder, tmp_path / "runs"), boundary="prune", feature_channels=7)
-    with pytest.raises(InputError, match="may not keep 7 .* are 8 and 9.* max_pruning_ratio"):
+    with pytest.raises(InputError, match="may keep, came 7; .* are 8 and 9.* max_pruning_ratio"):
         run(config)
+    model = fresh_model(config, 3)
+    split = Split(model, torch.zeros(1, 3, 16, 16), at="layer2")
+    floors = [PatrolPruner(model, split.example_inputs, GroupMagnitudeImportance(), split=split,
+                           edge_macs=1.0, boundary="prune", feature_channels=channels,
+                           max_pruning_ratio=config.score.max_pruning_ratio).smallest_edge_macs()
+              for channels in (None, split.feature_shape[0])]
+    assert floors[0] < floors[1]
+    tight = replace(config, feature_channels=split.feature_shape[0], edge_macs=sum(floors) // 2)
+    with pytest.raises(BudgetError, match="give fewer feature_channels"):
+        run(tight)
     assert not (tmp_path / "runs").exists()
 
 

@@ -29,8 +29,10 @@ def script() -> Iterator[Any]:
         import pruning
         import run
         import settings
+        import stages
 
-        yield {"run": run, "pruning": pruning, "beginning": beginning, "settings": settings}
+        yield {"run": run, "pruning": pruning, "beginning": beginning, "settings": settings,
+               "stages": stages}
     finally:
         sys.path.remove(str(FOLDER))
         for name in {path.stem for path in FOLDER.glob("*.py")} - before:
@@ -61,6 +63,42 @@ def test_so_many_channels_are_sent_and_the_edge_meets_the_budget(script: Any,
     assert len(history) == len(again.pruning_history)
 
 
+def test_narrowing_alone_may_meet_the_budget(script: Any) -> None:
+    config = script["settings"].ReidRun(at="layer3", upload_channels=2)
+    split = pp.Split(model(), X, at="layer3")
+    budget = int(0.9 * pp.edge_macs(split))
+    kept, _ = script["pruning"].pruned(config, split, budget, magnitude)
+    assert pp.edge_macs(split) < budget and split.feature_shape == (2, 8, 8)
+    assert all(now == before for name, (now, before) in kept.items() if "layer3.0.d" not in name)
+
+
+def test_taylor_scores_the_narrowed_model_by_its_own_gradients(script: Any) -> None:
+    config = script["settings"].ReidRun(at="layer3", upload_channels=16)
+    split = pp.Split(model(), X, at="layer3")
+    generator = torch.Generator().manual_seed(0)
+    batch = torch.rand(8, 3, 32, 32, generator=generator), torch.arange(8) // 2
+
+    class Scoring(script["stages"].Work):
+        def __init__(self) -> None:
+            self.config, self.device = config, torch.device("cpu")
+
+        def scoring_batches(self) -> Any:
+            return iter([batch])
+
+    work, seen = Scoring(), []
+
+    def score(split: pp.Split) -> Any:
+        importance = work.taylor(split)
+        seen.append(split.model.layer1[0].conv1.weight.grad.clone())
+        return importance
+
+    script["pruning"].narrowing(config, split, score(split)).step()
+    score(split)
+    split.model.zero_grad(set_to_none=True)
+    score(split)
+    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[0], seen[1])
+
+
 def test_without_it_every_channel_is_sent(script: Any) -> None:
     config = script["settings"].ReidRun(at="layer3")
     split = pp.Split(model(), X, at="layer3")
@@ -69,8 +107,9 @@ def test_without_it_every_channel_is_sent(script: Any) -> None:
 
 
 def test_a_number_of_none_is_refused_before_the_run(script: Any) -> None:
-    with pytest.raises(InputError, match="at least 1"):
-        script["settings"].ReidRun(upload_channels=0)
+    for wrong in (0, True, "16"):
+        with pytest.raises(InputError, match="upload_channels as a whole number of at least 1"):
+            script["settings"].ReidRun(upload_channels=wrong)
 
 
 def test_a_cut_where_nothing_can_be_narrowed_is_refused_before_any_training(script: Any) -> None:

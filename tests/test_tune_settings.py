@@ -36,6 +36,7 @@ def test_a_file_gives_the_same_settings_back(tmp_path: Path, config: TuneConfig)
     ("change", "message"),
     [
         ({"trials": 0}, "at least one trial"),
+        ({"boundary": "prune", "feature_channels": 8}, "no feature_channels in a search, came 8"),
         ({"timeout": 0}, "more than 0 seconds"),
         ({"storage": " "}, "URL or a path"),
         ({"splits": ["auto", "layer1"]}, "auto alone"),

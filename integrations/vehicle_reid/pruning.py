@@ -33,7 +33,8 @@ def pruned(
         kept = narrowing(config, split, score(split)).step().kept
         sent = {name: widths for name, widths in kept.items() if widths[0] < widths[1]}
     pruner = pp.PatrolPruner(
-        split.model, split.example_inputs, score(split), split=split, edge_macs=budget,
+        split.model, split.example_inputs, score(split), split=split,
+        edge_macs=min(budget, pp.edge_macs(split)),
         max_pruning_ratio=config.score.max_pruning_ratio,
         min_channels=config.score.min_channels, round_to=config.score.round_to,
     )
@@ -50,8 +51,9 @@ def narrowing(config: ReidRun, split: pp.Split, importance: Any) -> pp.PatrolPru
 def notes(config: ReidRun) -> list[str]:
     """What the plan, which leaves the upload whole, does not tell."""
     return [] if config.upload_channels is None else [
-        f"Of what is sent the pruned models keep {config.upload_channels} channels, those of the "
-        "highest scores; the rest of the edge is pruned to the budget afterwards."]
+        f"Of what is sent the pruned models keep {config.upload_channels} channels (all, where "
+        "they are no more), those of the highest scores; the rest of the edge is pruned to the "
+        "budget afterwards."]
 
 
 def check_upload_channels(

@@ -12,6 +12,7 @@ from patrol_prune.audit_choice import check_uploads
 from patrol_prune.defences import Quantisation
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
+from patrol_prune.given import check_count
 from patrol_prune.settings import PrivacyConfig, ScoreConfig
 
 
@@ -106,8 +107,9 @@ class ReidRun:
         image_size: side of the square that pictures are stretched to.
         at: where to cut, the last layer on the device.
         edge_macs: the device's budget: a count ("9.9M"), or a fraction of the dense edge.
-        upload_channels: channels that both pruned models send, those of the highest scores; None
-            is all of them, and so is a larger number.
+        upload_channels: channels that both pruned models send, of each group that crosses the
+            split, those of the highest scores, whatever the limits of `score`; None is all of
+            them, and so is a larger number.
         bits: of an uploaded value, 1 to 16, for both pruned models, which are fine-tuned once more
             so; None sends the values as they are.
         swap_plates: prune and train the pruned models on pictures that carry other vehicles'
@@ -175,9 +177,7 @@ class ReidRun:
                 "Expected no teacher beside swap_plates, came weights of its answers in finetune "
                 "or rounded: it was trained with plates, and tells them. Give "
                 "--finetune.distill-weight 0.")
-        if self.upload_channels is not None and self.upload_channels < 1:
-            raise InputError("Expected at least 1 of upload_channels, came "
-                             f"{self.upload_channels}. Leave it out to send all of them.")
+        check_count(self.upload_channels, "upload_channels", 1, optional=True)
         if self.bits is not None:
             Quantisation(self.bits)
         if self.layout not in ("auto", "folder"):

@@ -260,6 +260,7 @@ class Work:
     def taylor(self, split: pp.Split) -> Any:
         """Torch-Pruning's Taylor importance, with gradients of the task loss."""
         split.model.eval()
+        split.model.zero_grad(set_to_none=True)  # scores of before it was narrowed are in there
         with self.loss(split.model) as loss:
             for x, y in self.scoring_batches():
                 loss(split.model(x.to(self.device)), y.to(self.device)).backward()
