@@ -245,7 +245,8 @@ def decoder_of(row: dict[str, Any]) -> str:
     if "decoder" not in row:
         return others
     width, blocks, epochs = row["decoder"]
-    return (f" Attacked by larger decoders, of {width} channels and {blocks} residual blocks, "
+    larger = "larger " * (width > USUAL_DECODER[0])
+    return (f" Attacked by {larger}decoders, of {width} channels and {blocks} residual blocks, "
             f"trained for {epochs} epochs and half as many more.{others}")
 
 
