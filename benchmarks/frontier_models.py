@@ -199,13 +199,10 @@ def narrowed(args: Frontier, data: Data, split: pp.Split, origin: Method, channe
     if not folder.is_dir():
         method = Method("patrol", origin.split, "patrol", score_beta=args.beta)
         importance = scored(args, data, method, split)
-        for name, group in importance.masks.table.groups.items():
-            if group.crossing is not None:
-                gone = importance.scores[name].argsort()[: group.channels - channels].tolist()
-                importance.masks.table.raw[name].prune(gone, record_history=False)
+        pp.PatrolPruner(split.model, split.example_inputs, importance, split=split, edge_macs=1.0,
+                        boundary="prune", feature_channels=channels).step()
         recalibrate_batchnorm(split.model, data.batches(args.seed + 1))
-        history = [*split.pruning_history, *importance.masks.table.graph.pruning_history()]
-        pp.save(split, folder, history=history)
+        pp.save(split, folder)
     return pp.load(folder, lambda: SmallResNet(10, width=args.width))
 
 

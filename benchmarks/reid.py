@@ -120,8 +120,7 @@ def config_of(args: Reid) -> ReidRun:
     budget += "".join(f"-{attack}" for attack in args.attacks)
     other = ("" if usual(args) else f"-{args.at}-beta-{args.beta:g}") + budget
     plain = ReidRun(runs=work, name=f"reid-rendered{other}", seed=args.seed, at=args.at,
-                    edge_macs=args.edge_macs, bits=args.bits,
-                    upload_channels=channels)
+                    edge_macs=args.edge_macs, bits=args.bits, upload_channels=channels)
     terms = replace(plain.privacy, beta=args.beta, dropout=args.dropout)
     plain = replace(plain, privacy=terms, finetune=replace(
         plain.finetune, epochs=args.epochs or 8))

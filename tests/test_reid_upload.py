@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,28 +15,13 @@ from torch import nn
 import patrol_prune as pp
 from patrol_prune.errors import InputError
 
-FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
 X = torch.zeros(1, 3, 32, 32)
 
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
-    """The modules of the script, imported as it imports them."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import beginning
-        import pruning
-        import run
-        import settings
-        import stages
-
-        yield {"run": run, "pruning": pruning, "beginning": beginning, "settings": settings,
-               "stages": stages}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in {path.stem for path in FOLDER.glob("*.py")} - before:
-            sys.modules.pop(name, None)
+def script(import_vehicles: Callable[[str], ModuleType]) -> dict[str, Any]:
+    """Modules of the script."""
+    return {name: import_vehicles(name) for name in ("pruning", "settings", "stages")}
 
 
 def model() -> nn.Module:

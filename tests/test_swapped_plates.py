@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,25 +15,11 @@ from patrol_prune.errors import InputError
 from patrol_prune.leaks import plate_cells
 from patrol_prune.rundir import RunDirectory
 
-FOLDER = Path(__file__).resolve().parent.parent / "integrations" / "vehicle_reid"
-
 
 @pytest.fixture(scope="module")
-def script() -> Iterator[Any]:
-    """The modules of the script, imported as it imports them."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import pictures
-        import plates
-        import run
-        import stages
-
-        yield {"run": run, "pictures": pictures, "plates": plates, "stages": stages}
-    finally:
-        sys.path.remove(str(FOLDER))
-        for name in {path.stem for path in FOLDER.glob("*.py")} - before:
-            sys.modules.pop(name, None)
+def script(import_vehicles: Callable[[str], ModuleType]) -> dict[str, Any]:
+    """Modules of the script."""
+    return {name: import_vehicles(name) for name in ("run", "pictures", "plates", "stages")}
 
 
 def _config(script: Any, runs: Path, **more: Any) -> Any:
