@@ -346,8 +346,8 @@ class Work:
 
     def do_finetune(self) -> None:
         config = self.config
-        plain, teacher = self.load(PRUNED), self.load(DENSE)
-        split = with_dropout(config.privacy, plain, config.seed)
+        teacher = self.load(DENSE)
+        split = with_dropout(config.privacy, self.load(PRUNED), config.seed)
         objective = training_objective(config, split, self.images.normalization)
         self.say(f"Fine-tuning for {config.finetune.epochs} epochs with the privacy terms on.")
         directory = self.folder / FINETUNING
@@ -358,7 +358,7 @@ class Work:
         )
         numbers = self.measure(split)
         self.say(f"Accuracy after fine-tuning: {100 * numbers['accuracy']:.1f}%.")
-        self.save(plain, EDGE, extra={"classes": list(self.images.classes), **numbers,
+        self.save(split, EDGE, extra={"classes": list(self.images.classes), **numbers,
                                       "dropout": config.privacy.dropout})
         keep_newest(directory)
         self.folder.finish("finetune", [EDGE], history=result.history, **numbers)

@@ -276,8 +276,13 @@ def refuse_changed_weights(
 
 
 def with_dropout(privacy: PrivacyConfig, split: Split, seed: int) -> Split:
-    """The split as it uploads, `privacy.dropout` behind the edge; it shares the layers."""
-    return FeatureDropout(privacy.dropout, seed).apply(split) if privacy.dropout else split
+    """The split as it uploads, `privacy.dropout` behind the edge; it shares the layers.
+
+    The split itself where that is there already, as in one that was saved so.
+    """
+    if not privacy.dropout or isinstance(split.defence, FeatureDropout):
+        return split
+    return FeatureDropout(privacy.dropout, seed).apply(split)
 
 
 def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:
@@ -287,9 +292,8 @@ def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:
     if not p:
         return []
     told = [f"The edge was trained and attacked with {100 * p:g}% of its upload dropped at random, "
-            "anew for every upload. The saved split does not hold that: on the device, run "
-            f'pp.make_defence("feature_dropout", {p}, seed=secrets.randbits(256))'
-            ".apply(pp.load(...)), with a seed that nobody knows."]
+            "anew for every upload. The saved split does that too, by the draws in its file: on "
+            "every device call split.edge.upload.reseed() before it sends."]
     each = "one upload" if uploads == 1 else f"{uploads} uploads"
     told.append(f"The attackers had {each} of every picture.")
     if uploads == 1:

@@ -16,9 +16,12 @@ from patrol_prune.prunable import WIDTHS
 from patrol_prune.saved_sizes import are_ints, live_tensors
 
 FORMAT = "patrol-prune split, version 1"
+DEFENDED_FORMAT = "patrol-prune split, version 2"
+"""Of a split with defences, which a release that knows version 1 alone would leave out."""
 ARCHITECTURE = "architecture.json"
 SPLIT = "split.json"
-_EARLIER_LACK = ("other_mode", "frozen", "removed_blocks", "opened_attention", "answers")
+_EARLIER_LACK = ("other_mode", "frozen", "removed_blocks", "opened_attention", "answers",
+                 "defences")
 
 
 def read_about(content: bytes, path: Path) -> dict[str, Any]:
@@ -28,12 +31,15 @@ def read_about(content: bytes, path: Path) -> dict[str, Any]:
         CheckpointError: it is of another format, or says what `save` does not write.
     """
     about = _parsed(content, path)
-    if about.get("format") != FORMAT:
+    if about.get("format") not in (FORMAT, DEFENDED_FORMAT):
         raise CheckpointError(
             f"Expected {path} to be a {FORMAT}, came {about.get('format')!r}. It was written by "
             "another version; load it there and save it again.",
             path=str(path),
         )
+    if (about["format"] == DEFENDED_FORMAT) != bool(about.get("defences")):
+        raise refusal(path, f"its format does not go with its defences, "
+                            f"{about.get('defences')!r}")
     return _checked(about, _ABOUT, path)
 
 
@@ -150,10 +156,18 @@ def _are_widths(value: Any) -> bool:
         key in WIDTHS and isinstance(v, (int, list)) for key, v in value.items())
 
 
+def _are_defences(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(entry, dict) and isinstance(entry.get("name"), str)
+        and isinstance(entry.get("settings"), dict) and isinstance(entry.get("training"), bool)
+        and all(_list_of(str)(entry.get(key)) for key in ("other_mode", "frozen"))
+        for entry in value)
+
+
 _ABOUT: dict[str, Callable[[Any], bool]] = {
     "at": _is(str), "two_modules": _is(bool), "training": _is(bool),
     "other_mode": _list_of(str), "frozen": _list_of(str), "example": _is_example,
-    "normalization": _is_normalization, "extra": _is(dict),
+    "normalization": _is_normalization, "extra": _is(dict), "defences": _are_defences,
 }
 _ARCHITECTURE: dict[str, Callable[[Any], bool]] = {
     "pruning_history": _rows_of(_is(str), _is(bool), are_ints),

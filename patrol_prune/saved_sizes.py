@@ -21,11 +21,20 @@ logger = logging.getLogger(__name__)
 _ANSWERS = 16
 
 
-def modes(model: nn.Module) -> dict[str, Any]:
-    """Which modules are training, and which parameters do not learn."""
+def modes(model: nn.Module, runs_in: nn.Module | None = None) -> dict[str, Any]:
+    """Which modules are training, and which parameters do not learn.
+
+    Args:
+        model: of whose modules it is told.
+        runs_in: holds the layers and is what runs, where it is not `model`: modules that it does
+            not hold, which merely hold others, are in its mode.
+    """
+    whole = model if runs_in is None else runs_in
+    run = {id(module) for module in whole.modules()}
     return {
-        "training": model.training,
-        "other_mode": [n for n, m in model.named_modules() if m.training != model.training],
+        "training": whole.training,
+        "other_mode": [n for n, m in model.named_modules()
+                       if id(m) in run and m.training != whole.training],
         "frozen": [n for n, p in model.named_parameters() if not p.requires_grad],
     }
 

@@ -110,9 +110,8 @@ class PrivacyConfig:
         alpha: weight of the block-wise Lipschitz constants.
         beta: weight of the surrogate attackers' reconstruction error.
         dropout: share of the uploaded values that is zeroed at random, anew for every upload, in
-            training and under attack (`defences.FeatureDropout`; the report says how to put it
-            behind the saved edge). Whoever sees several uploads of one picture sees the rest of
-            it; see `audit.uploads`.
+            training, under attack and in the saved edge (`defences.FeatureDropout`). Whoever
+            sees several uploads of one picture sees the rest of it; see `audit.uploads`.
         surrogates: the attackers inside, "usual" or "large" (`surrogate.SURROGATE_SETS`).
         surrogate_loss: theirs: "mse+ssim" sees more than the paper's "mse"; "auto"
             takes it where the images have at least 11 pixels a side.

@@ -6,9 +6,10 @@ that a single floating-point tensor crosses; everything that the cloud needs is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, pairwise
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -142,6 +143,12 @@ class Split:
     pair of channels; None where other things than such layers multiply."""
     removed_blocks: Sequence[tuple[str, int]] = ()
     """The residual blocks that were removed, each with the length of `pruning_history` then."""
+    undefended: Split | None = None
+    """The split before a `Defence` put something behind its edge; it shares the layers."""
+    defence: object | None = None
+    """The `Defence` that did."""
+    behind: Mapping[str, nn.Module] = MappingProxyType({})
+    """What it put there: "upload" behind the edge, and "receive" before the cloud if need be."""
 
     def __init__(
         self, model: nn.Module, example_inputs: Tensor | Sequence[Tensor], at: str
@@ -318,9 +325,12 @@ class Split:
             )
         else:
             made = Split, (self.model, self.example_inputs, self.at)
-        history = {"pruning_history": list(self.pruning_history),
-                   "removed_blocks": list(self.removed_blocks)}
-        return *made, history
+        known: dict[str, Any] = {"pruning_history": list(self.pruning_history),
+                                 "removed_blocks": list(self.removed_blocks)}
+        if self.undefended is not None:
+            known |= {"undefended": self.undefended, "defence": self.defence,
+                      "behind": dict(self.behind)}
+        return *made, known
 
 
 def _sample(model: nn.Module, example_inputs: Tensor | Sequence[Tensor]) -> Tensor:

@@ -155,7 +155,7 @@ def test_those_of_the_audit(
     names: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     write_folder: Callable[..., Path], import_benchmark: Callable[[str], ModuleType],
 ) -> None:
-    (whole, comparing, own, published, attributes, defence, own_defence, halves, deployed,
+    (whole, comparing, own, published, attributes, defence, own_defence, kept, deployed,
      pairs) = snippets("docs/audit.md")
     known, images = names["attacker_images"], names["victim_images"]
     split = pp.Split(names["model"], known[:1], at="layer3")
@@ -189,10 +189,15 @@ def test_those_of_the_audit(
     instead = re.search(r"# or (Combined.*)", defence.text)
     assert instead is not None and isinstance(eval(instead[1], names), pp.Defence)
     defended = names["split"]
-    own_defence.run({**names, "torch": torch})
-    halves.run(names)
-    assert names["split"] is not defended
-    assert torch.equal(names["split"].edge(known[:2]), defended.edge(known[:2]))
+    names |= {"torch": torch}
+    own_defence.run(names)
+    mine = names["mine"]
+    kept.run(names)
+    for now, before in ((names["split"], defended), (names["mine"], mine)):
+        assert now is not before
+        assert torch.equal(now.edge(known[:2]), before.edge(known[:2]))
+    with torch.no_grad():
+        assert not torch.equal(names["plain"].edge(known[:2]), names["split"].edge(known[:2]))
 
     plain = pp.Split(build().eval(), known[:1], at="layer3")
     pp.export(plain, "deploy", formats=("pt2",))

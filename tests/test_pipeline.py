@@ -22,6 +22,7 @@ from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.checkpoint import load, read_info
 from patrol_prune.cli import main
 from patrol_prune.cost import edge_macs
+from patrol_prune.defences import FeatureDropout
 from patrol_prune.errors import (
     BudgetError,
     InputError,
@@ -253,10 +254,12 @@ def test_dropout_on_the_upload_is_trained_measured_and_attacked(
     saved = load(
         result.directory / "edge.patrol", lambda: build_model("small_resnet", 3, image_size=16)
     )
-    assert saved.at == "layer2"  # the layers alone
+    assert saved.defence == FeatureDropout(0.5, config.seed)
+    assert saved.undefended is not None and saved.undefended.at == "layer2"
     assert read_info(result.directory / "edge.patrol").extra["dropout"] == 0.5
     ours, theirs = weights(result), weights(finished)
-    assert not all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    plain = saved.undefended.model.state_dict()
+    assert not all(torch.equal(plain[name], theirs[name]) for name in theirs)
 
     real, saves = module.save_state, []
 

@@ -7,7 +7,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 import patrol_prune as pp
 from patrol_prune.audit_report import AuditReport
+from patrol_prune.checkpoint import read_info
 from patrol_prune.errors import InputError, RunDirectoryError
 from patrol_prune.leaks import PlateReader
 from patrol_prune.models import build_model
@@ -552,22 +553,57 @@ def test_bits_that_cannot_be_are_refused(script: Any, tmp_path: Path, capsys: An
     assert not (tmp_path / "runs").exists()
 
 
-def test_dropout_stands_behind_the_rounding_of_patrols_edge_alone(script: Any) -> None:
+@dataclass
+class Folder:
+    """As much of a run's folder as keeps a split."""
+
+    path: Path
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+
+def test_dropout_stands_behind_the_rounding_of_patrols_edge_alone(
+    script: Any, tmp_path: Path
+) -> None:
     model = build_model("small_resnet", 3, image_size=32).eval()
     split = pp.Split(model, torch.zeros(1, 3, 32, 32), at="layer1")
     x = torch.rand(8, 3, 32, 32)
     sending = pp.make_defence("quantisation", 2).apply(split, calibration=x)
-    steps = script["rounding"].steps_of(sending)
     config = script["stages"].ReidRun(bits=2, privacy=PrivacyConfig(dropout=0.5))
-    work = script["stages"].Work(config, SimpleNamespace(notes=lambda _: {"steps": steps}),
-                                 lambda *_: None, object())
+    work = script["stages"].Work(config, Folder(tmp_path), lambda *_: None,
+                                 SimpleNamespace(normalization=pp.Normalization.imagenet()))
+    work.factory = lambda: build_model("small_resnet", 3, image_size=32)
+    for method in ("dense", "taylor", "patrol"):
+        work.save(work.dropping(split if method == "dense" else sending, method), method)
     whole = sending.edge(x)
-    assert torch.equal(work.uploading(split, "taylor").edge(x), whole)
-    assert torch.equal(work.uploading(split, "dense").edge(x), split.edge(x))
-    dropped = work.uploading(split, "patrol").edge(x)
+    assert torch.equal(work.finished("taylor").edge(x), whole)
+    assert torch.equal(work.finished("dense").edge(x), split.edge(x))
+    dropped = work.finished("patrol").edge(x)
     assert bool(((dropped == 0) | (dropped == 2 * whole)).all())
     kept = (dropped != 0).float().mean() / (whole != 0).float().mean()
     assert float(kept) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("bits", "dropout", "refused"), [
+    (2, 0.0, {"taylor", "patrol"}), (None, 0.5, {"patrol"}), (None, 0.0, set()),
+])
+def test_a_model_that_an_earlier_release_saved_without_its_rounding_is_not_attacked(
+    script: Any, tmp_path: Path, bits: int | None, dropout: float, refused: set[str],
+) -> None:
+    split = pp.Split(build_model("small_resnet", 3, image_size=32), torch.zeros(1, 3, 32, 32),
+                     at="layer1")
+    config = script["stages"].ReidRun(bits=bits, privacy=PrivacyConfig(dropout=dropout))
+    work = script["stages"].Work(config, Folder(tmp_path), lambda *_: None,
+                                 SimpleNamespace(normalization=pp.Normalization.imagenet()))
+    work.factory = lambda: build_model("small_resnet", 3, image_size=32)
+    for method in ("dense", "taylor", "patrol"):
+        work.save(split, method)
+        if method in refused:
+            with pytest.raises(RunDirectoryError, match=f"a model of {method} that rounds or"):
+                work.finished(method)
+        else:
+            assert work.finished(method).defence is None
 
 
 @pytest.mark.slow
@@ -596,16 +632,16 @@ def test_both_pruned_models_send_few_bits_and_are_trained_and_attacked_so(
     page = (run / "index.html").read_text()
     assert "send 2 bits for every value" in page and "carry other vehicles" in page
     assert ("dropout stands behind that" in page) is (dropout > 0)
-    rounding = script["rounding"]
     for method in ("taylor", "patrol"):
         about = result["methods"][method]
         assert len(about["history_rounded"]) == 1
         split = pp.load(run / "checkpoints" / method, lambda: pp.build_reid_model(
             "small_resnet", identities=result["data"]["counts"]["identities"], image_size=64))
-        sending = rounding.rounding_as(split, 2, about["steps"])
+        names = read_info(run / "checkpoints" / method).defences
+        drops = method == "patrol" and dropout > 0
+        assert names == ("quantisation", "feature_dropout")[: 1 + drops]
         x = torch.rand(4, 3, 64, 64)
-        z = sending.edge(x).transpose(0, 1).flatten(1)
-        assert all(len(channel.unique()) <= 4 for channel in z)
-        assert rounding.steps_of(sending) == about["steps"]
-        want = split.edge.eval()(x)
-        assert torch.equal(sending.edge.upload(want), sending.edge.eval()(x))
+        z = split.edge(x)
+        assert all(len(channel.unique()) <= 4 + drops for channel in z.transpose(0, 1).flatten(1))
+        plain = split if not drops else split.undefended
+        assert torch.equal(plain.edge.upload(plain.undefended.edge(x)), plain.edge(x))

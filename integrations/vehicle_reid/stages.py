@@ -22,7 +22,7 @@ from plates import training_batches
 from pruning import notes as channel_notes
 from pruning import pruned
 from rounding import notes as rounding_notes
-from rounding import packed_bytes, rounding, rounding_as, steps_of
+from rounding import packed_bytes, rounding
 from settings import ReidRun
 from torch import Tensor, nn
 
@@ -148,11 +148,20 @@ class Work:
         pp.save(split, self.folder / where, normalization=self.people.normalization, **more)
         return where
 
-    def uploading(self, split: pp.Split, method: str) -> pp.Split:
-        """The finished split as it uploads; it shares the layers."""
-        if self.config.bits is not None and method != DENSE:
-            split = rounding_as(split, self.config.bits, self.folder.notes(method)["steps"])
-        return self.dropping(split, method)
+    def finished(self, method: str) -> pp.Split:
+        """The finished split as it uploads.
+
+        Raises:
+            RunDirectoryError: an earlier release saved it without what stands behind its edge.
+        """
+        split, privacy = self.load(method), self.config.privacy
+        rounds = self.config.bits is not None and method != DENSE
+        if split.defence is None and (rounds or (method == PATROL and privacy.dropout)):
+            raise RunDirectoryError(
+                f"Expected in {self.folder.path} a model of {method} that rounds or drops what it "
+                "uploads, came one that does not: an earlier release saved it. Start the run anew "
+                "with --overwrite.")
+        return split
 
     def dropping(self, split: pp.Split, method: str) -> pp.Split:
         """PATROL's with `privacy.dropout` behind its edge; it shares the layers."""
@@ -196,14 +205,12 @@ class Work:
     ) -> tuple[pp.Split, dict[str, Any]]:
         """The split whose uploads are rounded to `bits`, trained so; what is to be noted of it."""
         before = self.measure(split)["retrieval"]["map"]
-        whole = rounding(split, bits, self.people)
-        sending = self.dropping(whole, method)
+        sending = self.dropping(rounding(split, bits, self.people), method)
         self.say(f"mAP {100 * before:.1f}%. Fine-tuning for {self.config.rounded.epochs} more "
                  f"epochs with {bits} bits of every uploaded value.")
         history = self.train(sending, self.config.rounded, f"{method}-rounded", offset=4, **terms)
         numbers = {**self.measure(sending), "feature_bytes": packed_bytes(sending, bits)}
-        return sending, {**numbers, "steps": steps_of(whole), "map_before_rounding": before,
-                         "history_rounded": history}
+        return sending, {**numbers, "map_before_rounding": before, "history_rounded": history}
 
     def train(
         self, split: pp.Split, config: pp.FinetuneConfig, name: str, *, beta: float = 0.0,
@@ -309,7 +316,7 @@ class Work:
         config, people = self.config, self.people
         victims = people.query.subset(people.victims)
         rebuilt: dict[str, tuple[Tensor, Tensor | None]] = {}
-        split = self.uploading(self.load(method), method)
+        split = self.finished(method)
         seen = split.edge
         if method == PATROL and config.privacy.dropout and config.attackers.uploads > 1:
             seen = Repeated(seen, config.attackers.uploads)

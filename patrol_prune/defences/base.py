@@ -33,7 +33,8 @@ class Defence:
 
     `split.model.state_dict()` then holds everything, calibrated values and the state of random
     draws included: `apply` on a fresh split, without calibration, and `load_state_dict` give the
-    same edge. This base changes nothing; each defence overrides what it needs.
+    same edge, as `save` and `load` do. This base changes nothing; each defence overrides what it
+    needs.
 
     Attributes:
         name: as `make_defence` takes it.
@@ -176,10 +177,20 @@ def calibration_features(split: Split, calibration: Tensor) -> Tensor:
     return z
 
 
-def wrapped(split: Split, upload: nn.Module, receive: nn.Module | None = None) -> Split:
+def wrapped(
+    split: Split, upload: nn.Module, receive: nn.Module | None = None, *,
+    by: Defence | None = None,
+) -> Split:
     """A split whose edge ends in `upload`, and whose cloud starts with `receive` if there is one.
 
     The layers are those of `split`; the new modules take its device and mode.
+
+    Args:
+        split: before.
+        upload: from feature to feature.
+        receive: from what comes to what the old cloud takes.
+        by: the defence that puts them there, so that `save` can tell of it: its `name` and those
+            of its fields that are numbers or words.
     """
     device = device_of(split.model, split.example_inputs)
     cloud = split.cloud
@@ -191,4 +202,7 @@ def wrapped(split: Split, upload: nn.Module, receive: nn.Module | None = None) -
     made = Split.from_modules(edge, cloud, split.example_inputs)
     for module in (made.model, edge, cloud):
         module.training = split.model.training
+    if by is not None:
+        made.undefended, made.defence = split, by
+        made.behind = {"upload": upload} | ({} if receive is None else {"receive": receive})
     return made

@@ -82,7 +82,7 @@ class Bottleneck(Defence):
         up = _pointwise(directions, mean, is_map=is_map)
         kind = next((p.dtype for p in split.edge.parameters() if p.is_floating_point()),
                     torch.float32)
-        return wrapped(split, down.to(kind), up.to(kind))
+        return wrapped(split, down.to(kind), up.to(kind), by=self)
 
     def objective(
         self,

@@ -123,7 +123,7 @@ class Disco(Defence):
         kept = kept_channels(channels, self.ratio)
         dropper = ChannelDropper(channels, kept, dim, width=self.width,
                                  temperature=self.temperature, seed=self.seed)
-        return wrapped(split, dropper)
+        return wrapped(split, dropper, by=self)
 
     def objective(
         self,

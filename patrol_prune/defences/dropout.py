@@ -69,4 +69,4 @@ class FeatureDropout(Defence):
 
     def apply(self, split: Split, *, calibration: Tensor | None = None) -> Split:
         """See `Defence.apply`; nothing is calibrated."""
-        return wrapped(split, Dropper(self.p, self.seed, self.spared))
+        return wrapped(split, Dropper(self.p, self.seed, self.spared), by=self)

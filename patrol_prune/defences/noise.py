@@ -91,7 +91,7 @@ class GaussianNoise(Defence):
         if calibration is not None:
             noise.sigma.fill_(self.sigma * root_mean_square(
                 calibration_features(split, calibration)).item())
-        return wrapped(split, noise)
+        return wrapped(split, noise, by=self)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class Quantisation(Defence):
         quantiser = Quantiser(split.feature_shape[dim - 1], self.bits, dim)
         if calibration is not None:
             quantiser.calibrate(calibration_features(split, calibration))
-        return wrapped(split, quantiser)
+        return wrapped(split, quantiser, by=self)
 
     def upload_bytes(self, feature_shape: Sequence[int]) -> int:
         """`bits` per value, packed, in whole bytes."""

@@ -1,0 +1,302 @@
+"""A split is saved with the defences behind its edge, and loads to the very edge that was sent."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torchvision import models
+
+import patrol_prune as pp
+from patrol_prune.checkpoint import read_info
+from patrol_prune.defences import (
+    Bottleneck,
+    Combined,
+    Defence,
+    Disco,
+    FeatureDropout,
+    GaussianNoise,
+    LaplacianNoise,
+    Patrol,
+    Quantisation,
+    RandomUpload,
+)
+from patrol_prune.defences.base import wrapped
+from patrol_prune.errors import CheckpointError
+from patrol_prune.models import SmallResNet
+from patrol_prune.storage import atomic_directory
+
+X = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+DEFENCES = [
+    Quantisation(2), GaussianNoise(0.5, seed=3), LaplacianNoise(0.3, seed=2**200 + 1),
+    FeatureDropout(0.5, seed=7, spared=0.25), Bottleneck(3), Disco(0.5),
+    Combined((FeatureDropout(0.3), Bottleneck(4), Patrol(beta=10.0), Quantisation(3))),
+]
+
+
+def small() -> nn.Module:
+    return SmallResNet(5, width=8)
+
+
+def vit() -> nn.Module:
+    return models.VisionTransformer(32, 8, 2, 4, 16, 32, num_classes=5)
+
+
+def trained(factory: Callable[[], nn.Module] = small, at: str = "layer2") -> pp.Split:
+    torch.manual_seed(0)
+    model = factory().train()
+    with torch.no_grad():
+        model(torch.rand(8, 3, 32, 32))
+    return pp.Split(model.eval(), X, at)
+
+
+@dataclass(frozen=True)
+class Mine(Defence):
+    """One that this package does not know."""
+
+    name: ClassVar[str] = "mine"
+
+    factor: float = 2.0
+
+    def apply(self, split: pp.Split, *, calibration: Tensor | None = None) -> pp.Split:
+        return wrapped(split, Scaled(self.factor), by=self)
+
+
+class Scaled(RandomUpload):
+    """Multiplies, and keeps how often it was called."""
+
+    calls: Tensor
+
+    def __init__(self, factor: float) -> None:
+        super().__init__(0)
+        self.factor = factor
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, z: Tensor) -> Tensor:
+        self.calls.add_(1)
+        return self.factor * z * torch.rand(1, generator=self.generator(z.device)).item()
+
+
+def same_draws(one: pp.Split, other: pp.Split, x: Tensor = X) -> bool:
+    """Whether both send, and answer, alike three times over."""
+    with torch.no_grad():
+        sent = [(one.edge(x), other.edge(x)) for _ in range(3)]
+        return all(torch.equal(a, b) and torch.equal(one.cloud(a), other.cloud(b))
+                   for a, b in sent)
+
+
+@pytest.mark.parametrize("defence", DEFENCES, ids=lambda d: d.name)
+@pytest.mark.parametrize("pruned", [False, True])
+def test_what_was_sent_is_sent_again(tmp_path: Path, defence: Defence, pruned: bool) -> None:
+    split = trained()
+    if pruned:
+        pp.PatrolPruner(split.model, X, tp.importance.GroupMagnitudeImportance(), split=split,
+                        edge_macs=0.5).step()
+    sending = defence.apply(split, calibration=X)
+    with torch.no_grad():
+        sending.edge(X)  # what draws is not where it began
+    pp.save(sending, tmp_path / "it", normalization=pp.Normalization.imagenet())
+    again = pp.load(tmp_path / "it", small)
+    assert again.feature_shape == sending.feature_shape
+    assert again.undefended is not None and again.undefended.edge is not again.edge
+    assert same_draws(again, sending)
+    innermost = again
+    while innermost.undefended is not None:
+        innermost = innermost.undefended
+    with torch.no_grad():
+        assert torch.equal(innermost.edge(X), split.edge(X))
+    assert list(innermost.pruning_history) == list(split.pruning_history)
+    assert bool(innermost.pruning_history) == pruned
+    told = read_info(tmp_path / "it")
+    assert told.defences == (("feature_dropout", "bottleneck", "quantisation")
+                             if isinstance(defence, Combined) else (defence.name,))
+    assert told.at == "layer2" and told.normalization == pp.Normalization.imagenet()
+
+
+def test_it_can_be_trained_saved_and_loaded_again(tmp_path: Path) -> None:
+    sending = Quantisation(3).apply(trained(), calibration=X)
+    pp.save(sending, tmp_path / "one")
+    again = pp.load(tmp_path / "one", small)
+    pp.finetune(again, [(X, torch.arange(6) % 5)], progress=False,
+                config=pp.FinetuneConfig(epochs=1, distill_weight=0.0))
+    assert not same_draws(again, sending)
+    pp.save(again, tmp_path / "two")
+    assert same_draws(pp.load(tmp_path / "two", small), again)
+
+
+@pytest.mark.parametrize("at", ["layer2", "encoder.layers.encoder_layer_0"])
+def test_a_copy_is_saved_like_its_original(tmp_path: Path, at: str) -> None:
+    factory = small if at == "layer2" else vit
+    split = copy.deepcopy(Quantisation(4).apply(trained(factory, at), calibration=X))
+    assert isinstance(split.defence, Quantisation)
+    with torch.no_grad():
+        for parameter in split.model.parameters():  # also a class token's, which no layer holds
+            parameter.mul_(0.9)
+    pp.save(split, tmp_path / "it")
+    assert read_info(tmp_path / "it").defences == ("quantisation",)
+    assert same_draws(pp.load(tmp_path / "it", factory), split)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("defence", [Quantisation(2), Bottleneck(3)], ids=lambda d: d.name)
+def test_types_and_modes_come_back(tmp_path: Path, defence: Defence, dtype: torch.dtype) -> None:
+    sending = defence.apply(trained(), calibration=X)
+    sending.model.to(dtype).train()
+    sending.edge.upload.eval()
+    for parameter in sending.edge.upload.parameters():
+        parameter.requires_grad_(False)
+    pp.save(sending, tmp_path / "it")
+    again = pp.load(tmp_path / "it", small)
+    state, other = sending.model.state_dict(), again.model.state_dict()
+    assert {k: (v.dtype, v.shape) for k, v in state.items()} == {
+        k: (v.dtype, v.shape) for k, v in other.items()}
+    assert not again.edge.upload.training and again.edge.features.training
+    assert all(not p.requires_grad for p in again.edge.upload.parameters())
+    sending.model.eval()
+    pp.save(sending, tmp_path / "evaluating")
+    again = pp.load(tmp_path / "evaluating", small)
+    assert again.undefended is not None
+    assert not any(m.training for m in again.undefended.model.modules())
+    assert not again.model.training and not again.edge.upload.training
+    assert same_draws(again, sending, X.to(dtype))
+
+
+def test_one_of_your_own_is_given_to_load(tmp_path: Path) -> None:
+    both = Combined((Mine(3.0), Quantisation(4)))
+    sending = both.apply(trained(), calibration=X)
+    with torch.no_grad():
+        sending.edge(X)
+    pp.save(sending, tmp_path / "it")
+    with pytest.raises(CheckpointError, match="'mine', which is none of this package"):
+        pp.load(tmp_path / "it", small)
+    again = pp.load(tmp_path / "it", small, defence=both)
+    assert same_draws(again, sending)
+    assert int(again.edge.features.upload.calls) == int(sending.edge.features.upload.calls) > 3
+    for wrong, came in ((Mine(), "came mine"), (Quantisation(4), "came quantisation"),
+                        (Combined((Mine(), Mine())), "came mine [+] mine"),
+                        (Patrol(), "came none")):
+        with pytest.raises(CheckpointError, match=f"Expected mine [+] quantisation .* {came}"):
+            pp.load(tmp_path / "it", small, defence=wrong)
+
+
+def test_a_defence_that_the_file_has_not_is_refused(tmp_path: Path) -> None:
+    pp.save(trained(), tmp_path / "it")
+    assert read_info(tmp_path / "it").defences == ()
+    with pytest.raises(CheckpointError, match="Expected no defence .* came quantisation"):
+        pp.load(tmp_path / "it", small, defence=Quantisation(4))
+
+
+def test_halves_are_no_longer_what_the_factory_gives(tmp_path: Path) -> None:
+    sending = Quantisation(4).apply(trained(), calibration=X)
+    pp.save(sending, tmp_path / "it")
+    with pytest.raises(CheckpointError, match="before its defence, which load puts there itself"):
+        pp.load(tmp_path / "it", lambda: (sending.edge, sending.cloud))
+
+
+def test_a_defence_behind_two_modules(tmp_path: Path) -> None:
+    def halves() -> tuple[nn.Module, nn.Module]:
+        return (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()),
+                nn.Sequential(nn.Flatten(), nn.Linear(4 * 30 * 30, 5)))
+
+    sending = Quantisation(2).apply(pp.Split.from_modules(*halves(), X), calibration=X)
+    pp.save(sending, tmp_path / "it")
+    assert same_draws(pp.load(tmp_path / "it", halves), sending)
+
+
+def pruned_itself(sending: pp.Split) -> None:
+    sending.pruning_history = [["edge.features.conv1", True, [0]]]
+
+
+def other_upload(sending: pp.Split) -> None:
+    sending.model.edge.upload = nn.ReLU()
+    sending.refresh()
+
+
+def other_layer(sending: pp.Split) -> None:
+    sending.model.edge.features.conv1 = copy.deepcopy(sending.model.edge.features.conv1)
+    sending.refresh()
+
+
+@pytest.mark.parametrize("change", [other_upload, other_layer])
+def test_one_that_was_changed_since_is_saved_as_two_halves(
+    tmp_path: Path, change: Callable[[pp.Split], None],
+) -> None:
+    """The record of its defence would leave the change out."""
+    def halves() -> tuple[nn.Module, nn.Module]:
+        made = Quantisation(2).apply(pp.Split(small(), X, "layer2"))
+        change(made)
+        return made.edge, made.cloud
+
+    sending = Quantisation(2).apply(trained(), calibration=X)
+    change(sending)
+    pp.save(sending, tmp_path / "it")
+    assert read_info(tmp_path / "it").defences == ()
+    assert same_draws(pp.load(tmp_path / "it", halves), sending)
+
+
+def test_one_that_was_pruned_behind_its_defence_is_saved_as_two_halves(tmp_path: Path) -> None:
+    sending = FeatureDropout(0.5).apply(trained())
+    pruned_itself(sending)
+    pp.save(sending, tmp_path / "it")
+    assert read_info(tmp_path / "it").defences == ()
+
+
+def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+    """A copy of a saved split with another split.json, whole."""
+    with atomic_directory(to) as folder:
+        for file in path.iterdir():
+            if file.name not in ("manifest.json", ".lock"):
+                (folder / file.name).write_bytes(file.read_bytes())
+        about = json.loads((folder / "split.json").read_text())
+        change(about)
+        (folder / "split.json").write_text(json.dumps(about))
+    return to
+
+
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda a: a.update(defences=[]), "format does not go with its defences"),
+    (lambda a: a.pop("defences"), "format does not go with its defences"),
+    (lambda a: a.update(format="patrol-prune split, version 1"), "format does not go with"),
+    (lambda a: a.update(format="patrol-prune split, version 3"), "another version"),
+    (lambda a: a["defences"][0].update(name=3), "its 'defences' is"),
+    (lambda a: a["defences"][0].pop("frozen"), "its 'defences' is"),
+    (lambda a: a["defences"][0].update(name="unheard"), "'unheard', which is none of this"),
+    (lambda a: a["defences"][0].update(settings={"bits": 99}), "from 1 to 16, came 99"),
+    (lambda a: a["defences"][0].update(settings={"colour": 1}), "no setting 'colour'"),
+    (lambda a: a["defences"].append(a["defences"][0]), "holds other numbers"),
+    (lambda a: a["defences"][0].update(name="feature_dropout", settings={}), "other numbers"),
+])
+def test_files_that_save_never_wrote_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], said: str,
+) -> None:
+    pp.save(Quantisation(2).apply(trained(), calibration=X), tmp_path / "it")
+    with pytest.raises(CheckpointError, match=said):
+        pp.load(rewritten(tmp_path / "it", tmp_path / "odd", change), small)
+
+
+def test_numbers_of_another_defence_are_refused(tmp_path: Path) -> None:
+    pp.save(Quantisation(2).apply(trained(), calibration=X), tmp_path / "it")
+    with pytest.raises(CheckpointError, match="manifest"):
+        (tmp_path / "it" / "defences.safetensors").unlink()
+        pp.load(tmp_path / "it", small)
+
+
+def test_an_exported_edge_that_was_loaded_rounds(tmp_path: Path) -> None:
+    sending = Quantisation(2).apply(trained(), calibration=X)
+    pp.save(sending, tmp_path / "it")
+    again = pp.load(tmp_path / "it", small)
+    again.model.eval()
+    pp.export(again, tmp_path / "deploy", formats=("onnx",))
+    deployed = pp.load_exported(tmp_path / "deploy")
+    with torch.no_grad():
+        z = deployed.edge(X[:1])
+    levels = [len(z[:, c].unique()) for c in range(z.shape[1])]
+    assert max(levels) <= 4
