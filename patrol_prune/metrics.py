@@ -7,13 +7,15 @@ privacy.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from patrol_prune.errors import InputError
@@ -123,12 +125,14 @@ def thumbnail(images: Tensor, side: int) -> Tensor:
 
 
 def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
-    """`1 - mean SSIM` of `y` against `x`, a differentiable scalar; not validated, not chunked."""
+    """`1 - mean SSIM` of `y` against `x`, a scalar to be differentiated once; not validated, not
+    chunked.
+    """
     return 1.0 - _ssim(x, y).mean()
 
 
 def ssim_values(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of each image `y` against `x`, shape `[N]`, differentiable; not validated."""
+    """SSIM of each image `y` against `x`, shape `[N]`, to be differentiated once; not validated."""
     return _ssim(x, y)
 
 
@@ -147,6 +151,9 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
     x, y = (images if images.dtype == torch.float64 else images.float() for images in (x, y))
     # Half-precision products would round away the variances of smooth images.
     with torch.autocast(x.device.type, enabled=False):
+        if torch.is_grad_enabled() and y.requires_grad and not x.requires_grad:
+            values: Tensor = _SSIMOfGuess.apply(x, y)
+            return values
         mean_x, mean_y = _windowed(x), _windowed(y)
         both_squared, product = mean_x**2 + mean_y**2, mean_x * mean_y
         variances = _windowed(x**2 + y**2) - both_squared  # only their sum is needed
@@ -154,6 +161,41 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
         likeness = ((2.0 * product + _C1) * (2.0 * cov + _C2)
                     / ((both_squared + _C1) * (variances + _C2)))
         return likeness.mean(dim=(1, 2, 3))
+
+
+class _SSIMOfGuess(torch.autograd.Function):
+    """SSIM of each `y` against a fixed `x`, with its gradient written out: as autograd's up to
+    rounding, in two thirds of the time.
+
+    With `S` the likeness at a pixel, `S = A B / (D E)`, `A = 2 mu_x mu_y + C1`, `B = 2 cov + C2`,
+    `D = mu_x^2 + mu_y^2 + C1`, `E = var_x + var_y + C2`, and `W'` the transpose of the window:
+
+        dS/dy = 2 W'[(mu_x (B - A) + mu_y S (D - E)) / (D E)] + 2 x W'[A / (D E)] - 2 y W'[S / E]
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+        mean_x, mean_y = _windowed(x), _windowed(y)
+        product = mean_x * mean_y
+        squares = mean_x.square().addcmul_(mean_y, mean_y)
+        e = _windowed(x.square().addcmul_(y, y)).sub_(squares).add_(_C2)
+        b = _windowed(x * y).sub_(product).mul_(2.0).add_(_C2)
+        a, d = product.mul_(2.0).add_(_C1), squares.add_(_C1)
+        share = (d * e).reciprocal_()
+        s = (a * b).mul_(share)
+        values = s.mean(dim=(1, 2, 3))
+        of_product = a * share
+        of_mean = b.sub_(a).mul_(mean_x).addcmul_(d.sub_(e).mul_(s), mean_y).mul_(share)
+        gradient = _spread(of_mean).addcmul_(_spread(of_product), x)
+        gradient.addcmul_(_spread(s.div_(e)), y, value=-1.0)
+        ctx.save_for_backward(gradient.mul_(2.0 / x[0].numel()))
+        return values
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * upstream.view(-1, 1, 1, 1)
 
 
 def _windowed(values: Tensor) -> Tensor:
@@ -168,14 +210,34 @@ def _windowed(values: Tensor) -> Tensor:
     return height @ functional.linear(values, width)
 
 
+def _spread(values: Tensor) -> Tensor:
+    """The transpose of `_windowed`: what every pixel has of the windows that it is in."""
+    if max(values.shape[2:]) > _TILE:
+        return _out_of_tiles(_out_of_tiles(values).mT).mT
+    height, width = (_window_matrix(side, values) for side in values.shape[2:])
+    return height.mT @ (values @ width)
+
+
 def _in_tiles(values: Tensor) -> Tensor:
     """Gaussian means along the last dimension; what lies outside of a tile's window is left out."""
-    side, means = values.shape[3], []
+    return torch.cat([functional.linear(values[..., low:high], rows)
+                      for _, low, high, rows in _tiles(values)], 3)
+
+
+def _out_of_tiles(values: Tensor) -> Tensor:
+    """The transpose of `_in_tiles`."""
+    spread = torch.zeros_like(values)
+    for start, low, high, rows in _tiles(values):
+        spread[..., low:high] += values[..., start : start + _TILE] @ rows
+    return spread
+
+
+def _tiles(values: Tensor) -> Iterator[tuple[int, int, int, Tensor]]:
+    """Along the last dimension: start of a tile, the stretch that enters its means, the weights."""
+    side = values.shape[3]
     for start in range(0, side, _TILE):
         low, high = max(0, start - SSIM_SIDE // 2), min(side, start + _TILE + SSIM_SIDE // 2)
-        rows = _window_matrix(high - low, values)[start - low :][:_TILE]
-        means.append(functional.linear(values[..., low:high], rows))
-    return torch.cat(means, 3)
+        yield start, low, high, _window_matrix(high - low, values)[start - low :][:_TILE]
 
 
 def _window_matrix(side: int, like: Tensor) -> Tensor:

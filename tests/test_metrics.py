@@ -5,7 +5,7 @@ import math
 import piq
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
@@ -92,6 +92,47 @@ def of_torchmetrics(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     values = structural_similarity_index_measure(y, x, data_range=1.0, reduction="none")
     assert isinstance(values, torch.Tensor)
     return values.reshape(-1)
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.integers(11, 40), st.integers(11, 40), st.integers(1, 4), st.integers(0, 2**16))
+@example(140, 17, 1, 0)  # by tiles
+@example(13, 300, 2, 1)
+def test_the_written_out_gradient_is_the_derivative(
+    height: int, width: int, channels: int, seed: int
+) -> None:
+    x, y = (images(seed + i, (3, channels, height, width)).double() for i in (0, 1))
+    x[1], y[2] = 0.4, x[2]  # a flat picture, and one that is rebuilt exactly
+    weights = torch.tensor([1.0, -2.0, 0.5]).double()
+
+    def value(guess: torch.Tensor) -> torch.Tensor:
+        return (metrics.ssim_values(x, guess) * weights).sum()
+
+    y.requires_grad_()
+    (ours,) = torch.autograd.grad(value(y), y)
+    original = x.clone().requires_grad_()  # then autograd does it
+    (theirs,) = torch.autograd.grad((metrics.ssim_values(original, y) * weights).sum(), y)
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+    direction, h = images(seed + 2, y.shape).double() - 0.5, 1e-6
+    with torch.no_grad():
+        slope = (value(y + h * direction) - value(y - h * direction)) / (2 * h)
+    torch.testing.assert_close((ours * direction).sum(), slope, rtol=1e-6, atol=1e-9)
+
+
+def test_the_written_out_gradient_is_there_only_where_it_is_asked_for() -> None:
+    x, y = images(0), images(1)
+    plain = metrics.ssim_values(x, y)
+    assert not plain.requires_grad
+    guess = y.clone().requires_grad_()
+    told = metrics.ssim_values(x, guess)
+    torch.testing.assert_close(told.detach(), plain, rtol=0, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(metrics.ssim_values(x, guess), plain)
+    both = metrics.ssim_values(x.clone().requires_grad_(), guess)
+    torch.testing.assert_close(both, told, rtol=0, atol=1e-6)
+    (first,) = torch.autograd.grad(told.square().sum(), guess, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        first.sum().backward()
 
 
 def test_the_loss_stays_exact_under_autocast_and_after_inference() -> None:
