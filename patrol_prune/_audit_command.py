@@ -15,8 +15,8 @@ from patrol_prune.attacks import ATTACKS
 from patrol_prune.audit_model import ModelAudit, audit_model
 from patrol_prune.errors import InputError
 from patrol_prune.pipeline import RunResult
+from patrol_prune.plain_settings import build
 from patrol_prune.reaudit import audit_again
-from patrol_prune.settings import build
 from patrol_prune.tables import attack_table, flag_lines
 
 _WHO = ("attacks", "seeds", "victims", "attacker_images", "check_attacks", "uploads")

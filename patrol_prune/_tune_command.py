@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from patrol_prune.errors import UnmetLimitsError
-from patrol_prune.settings import build
+from patrol_prune.plain_settings import build
 from patrol_prune.tables import front_table
 from patrol_prune.tune import tune
 from patrol_prune.tune_result import ANEW, CAUTION, UNMEASURED, TuneResult

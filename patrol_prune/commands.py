@@ -24,10 +24,11 @@ from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.errors import InputError, PatrolError
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.pipeline import RunResult, run
+from patrol_prune.plain_settings import build
 from patrol_prune.report import console_table
 from patrol_prune.run_summary import rewrite_report
 from patrol_prune.rundir import CONFIG, make_folder, run_command
-from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig, build
+from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig
 from patrol_prune.storage import WRITE_ERRORS
 from patrol_prune.vehicles import write_vehicles
 

@@ -20,13 +20,14 @@ from patrol_prune import checkpoint
 from patrol_prune._block_pruning import STRUCTURES
 from patrol_prune.audit import audit
 from patrol_prune.audit_report import AuditReport
-from patrol_prune.cost import count_params, edge_macs, feature_bytes
+from patrol_prune.cost import count_params, edge_macs
 from patrol_prune.errors import RunDirectoryError
-from patrol_prune.finetune import accuracy, finetune, recalibrate_batchnorm
+from patrol_prune.finetune import FinetuneConfig, accuracy, finetune, recalibrate_batchnorm
 from patrol_prune.importance import PatrolImportance
 from patrol_prune.plan import Plan, short
 from patrol_prune.preparation import (
     Images,
+    budget_of,
     fresh_model,
     held_out_batches,
     images_of,
@@ -36,12 +37,14 @@ from patrol_prune.preparation import (
     planned,
     read_images,
     refuse_changed,
+    rounding,
+    sent_bytes,
     training_batches,
     with_dropout,
 )
 from patrol_prune.pruner import PatrolPruner
 from patrol_prune.report import RunSummary
-from patrol_prune.run_objectives import scoring_objective, training_objective
+from patrol_prune.run_objectives import fine_tuned, scoring_objective
 from patrol_prune.run_summary import AUDITING, audit_notes, kept_attacks, read_summary, write_page
 from patrol_prune.rundir import CONFIG, RunDirectory
 from patrol_prune.settings import FREE_KEYS, MOVABLE, RunConfig, resolve_device
@@ -54,9 +57,9 @@ logger = logging.getLogger(__name__)
 STAGES = ("data", "plan", "model", "prune", "finetune", "audit", "report")
 EDGE, EXPORT = "edge.patrol", "export"
 DENSE, PRUNED = "checkpoints/dense", "checkpoints/pruned"
-TRAINING, FINETUNING = "checkpoints/train", "checkpoints/finetune"
-STARTS_FROM = {TRAINING: ("data",), FINETUNING: ("data", "plan", "model", "prune"),
-               AUDITING: STAGES[:STAGES.index("audit")], EXPORT: STAGES[:STAGES.index("audit")]}
+TRAINING, FINETUNING, ROUNDING = (f"checkpoints/{n}" for n in ("train", "finetune", "rounded"))
+STARTS_FROM = {TRAINING: ("data",), **dict.fromkeys((FINETUNING, ROUNDING), STAGES[:4]),
+               **dict.fromkeys((AUDITING, EXPORT), STAGES[:STAGES.index("audit")])}
 """Folders of what a stage keeps as it goes, or was made of it -> the stages whose result it began
 with."""
 Progress = Callable[[str, str], None]
@@ -227,7 +230,7 @@ class Work:
         atomic_write_json(self.folder / "plan.json", made.to_json())
         self.say(made.text)
         self.folder.finish("plan", ["plan.json"], at=made.recommended,
-                           budget=_budget(made), budget_asked=made.budget_edge_macs)
+                           budget=budget_of(made), budget_asked=made.budget_edge_macs)
 
     @property
     def at(self) -> str:
@@ -247,16 +250,14 @@ class Work:
         split.model.cpu()
         checkpoint.save(split, self.folder / name, normalization=self.images.normalization, **more)
 
-    def measure(self, split: Split) -> dict[str, float]:
-        """Cost of the edge and accuracy of the whole, on the test images."""
+    def measure(self, split: Split, bits: int | None = None) -> dict[str, float]:
+        """Cost of the edge, with so many bits a value, and accuracy of the whole on the tests."""
         return {
             "edge_macs": edge_macs(split),
             "edge_params": count_params(split.edge),
-            "feature_bytes": feature_bytes(split.feature_shape),
-            "accuracy": accuracy(
-                split.model.to(self.device), held_out_batches(self.config, self.images),
-                device=self.device,
-            ),
+            "feature_bytes": sent_bytes(split, bits),
+            "accuracy": accuracy(split.model.to(self.device), device=self.device,
+                                 batches=held_out_batches(self.config, self.images)),
         }
 
     def do_model(self) -> None:
@@ -323,15 +324,10 @@ class Work:
 
     def repair(self, split: Split, step: int) -> None:
         """Fine-tune between two pruning steps."""
-        epochs = self.config.score.between_epochs
+        config, epochs = self.config, self.config.score.between_epochs
         self.say(f"Fine-tuning for {epochs} epochs before the next pruning step.")
-        split = with_dropout(self.config.privacy, split, self.config.seed)
-        finetune(
-            split, training_batches(self.config, self.images, augment=True, offset=20 + step),
-            objective=training_objective(self.config, split, self.images.normalization),
-            config=replace(self.config.finetune, epochs=epochs),
-            teacher=self.load(DENSE).model, progress=self.bars, device=self.device,
-        )
+        self.train(with_dropout(config.privacy, split, config.seed),
+                   replace(config.finetune, epochs=epochs), offset=20 + step)
 
     def score(self, importance: PatrolImportance, step: int) -> None:
         score = self.config.score
@@ -345,23 +341,32 @@ class Work:
             importance.accumulate(x.to(self.device), y.to(self.device))
 
     def do_finetune(self) -> None:
-        config = self.config
-        teacher = self.load(DENSE)
-        split = with_dropout(config.privacy, self.load(PRUNED), config.seed)
-        objective = training_objective(config, split, self.images.normalization)
+        config, plain = self.config, self.load(PRUNED)
+        split = with_dropout(config.privacy, plain, config.seed)
         self.say(f"Fine-tuning for {config.finetune.epochs} epochs with the privacy terms on.")
-        directory = self.folder / FINETUNING
-        result = finetune(
-            split, training_batches(config, self.images, augment=True, offset=2),
-            objective=objective, config=config.finetune, teacher=teacher.model,
-            checkpoint_dir=directory, resume=True, progress=self.bars, device=self.device,
-        )
-        numbers = self.measure(split)
+        history = self.train(split, config.finetune, FINETUNING, offset=2)
+        rounded: list[dict[str, float]] = []
+        if config.bits is not None:
+            self.say(f"Fine-tuning for {config.rounded.epochs} more, with {config.bits} bits of "
+                     "every uploaded value.")
+            split = rounding(plain, config.bits, self.images)
+            split = with_dropout(config.privacy, split, config.seed)
+            rounded = self.train(split, config.rounded, ROUNDING, offset=4)
+        numbers = self.measure(split, config.bits)
         self.say(f"Accuracy after fine-tuning: {100 * numbers['accuracy']:.1f}%.")
         self.save(split, EDGE, extra={"classes": list(self.images.classes), **numbers,
                                       "dropout": config.privacy.dropout})
-        keep_newest(directory)
-        self.folder.finish("finetune", [EDGE], history=result.history, **numbers)
+        for directory in (FINETUNING, ROUNDING):
+            keep_newest(self.folder / directory)
+        self.folder.finish("finetune", [EDGE], history=history, history_rounded=rounded, **numbers)
+
+    def train(
+        self, split: Split, config: FinetuneConfig, kept: str | None = None, *, offset: int
+    ) -> list[dict[str, float]]:
+        """Fine-tune with the privacy terms on, resumed from the epochs that are `kept`."""
+        return fine_tuned(
+            self.config, self.images, split, config, teacher=self.load(DENSE).model, offset=offset,
+            kept=None if kept is None else self.folder / kept, bars=self.bars, device=self.device)
 
     def do_audit(self) -> None:
         config = self.config
@@ -392,8 +397,3 @@ class Work:
             self.finish_audit()
         self.say(f"The report is {write_page(self.config, self.folder, self.notes)}.")
         self.folder.remove(AUDITING)
-
-
-def _budget(made: Plan) -> int:
-    """What the pruner is asked for: a split that fits as it is has nothing to lose."""
-    return min(made.budget_edge_macs, made[made.recommended].edge_macs)

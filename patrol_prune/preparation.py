@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune._tp import GroupMagnitudeImportance
+from patrol_prune.cost import feature_bytes
 from patrol_prune.data import Batches, ImageSet, find_parts, fingerprints, load_image_folder
-from patrol_prune.defences import FeatureDropout
+from patrol_prune.defences import FeatureDropout, Quantisation
 from patrol_prune.errors import InputError, RunDirectoryError
 from patrol_prune.models import SMALL_RESNET, build_model, load_weights
 from patrol_prune.open_attention import open_attention
@@ -28,6 +29,7 @@ from patrol_prune.storage import sha256_of
 
 logger = logging.getLogger(__name__)
 
+_CALIBRATING = 500
 _ANEW = "give the run another --name, or start it anew with --overwrite."
 
 
@@ -275,6 +277,11 @@ def refuse_changed_weights(
         )
 
 
+def budget_of(made: Plan) -> int:
+    """What the pruner is asked for: a split that fits as it is has nothing to lose."""
+    return min(made.budget_edge_macs, made[made.recommended].edge_macs)
+
+
 def with_dropout(privacy: PrivacyConfig, split: Split, seed: int) -> Split:
     """The split as it uploads, `privacy.dropout` behind the edge; it shares the layers.
 
@@ -283,6 +290,29 @@ def with_dropout(privacy: PrivacyConfig, split: Split, seed: int) -> Split:
     if not privacy.dropout or isinstance(split.defence, FeatureDropout):
         return split
     return FeatureDropout(privacy.dropout, seed).apply(split)
+
+
+def rounding(split: Split, bits: int, images: Images) -> Split:
+    """The split whose uploads are rounded to `bits`, each channel over the range that it takes on
+    some of the defender's pictures; it shares the layers."""
+    count = min(_CALIBRATING, len(images.defender))
+    some = images.defender.pixels(
+        torch.linspace(0, len(images.defender) - 1, count).round().long())
+    return Quantisation(bits).apply(split, calibration=images.normalization.to_input(some))
+
+
+def sent_bytes(split: Split, bits: int | None) -> int:
+    """Bytes of one upload, its values packed where they are rounded."""
+    shape = split.feature_shape
+    return feature_bytes(shape) if bits is None else Quantisation(bits).upload_bytes(shape)
+
+
+def rounding_notes(bits: int | None) -> list[str]:
+    """What whoever deploys an edge that rounds has to know."""
+    return [] if bits is None else [
+        f"The edge rounds every value that it uploads to {bits} bits, and was trained and attacked "
+        "so; it hands the rounded numbers on as floating point. What is to be sent of each is "
+        "round(value / scale) + zero_point, by the buffers of the saved split's edge.upload."]
 
 
 def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:

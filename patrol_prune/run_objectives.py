@@ -1,11 +1,18 @@
-"""The objectives of a run: the one that channels are scored by, and the one it trains with."""
+"""The objectives of a run: the one that channels are scored by, and the one it trains with; and
+that training."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import torch
+from torch import nn
 from torch.nn import functional as F
 
+from patrol_prune.finetune import FinetuneConfig, finetune
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.pixels import Normalization
+from patrol_prune.preparation import Images, training_batches
 from patrol_prune.settings import RunConfig
 from patrol_prune.split import Split
 
@@ -36,3 +43,28 @@ def training_objective(
         surrogates=privacy.surrogates, surrogate_loss=privacy.surrogate_loss,
         normalization=normalization, seed=config.seed + 1, precision=config.finetune.precision,
     )
+
+
+def fine_tuned(
+    config: RunConfig, images: Images, split: Split, how: FinetuneConfig, *, teacher: nn.Module,
+    offset: int, kept: Path | None, bars: bool, device: torch.device,
+) -> list[dict[str, float]]:
+    """Fine-tune with the privacy terms on, resumed from the epochs that are `kept`; its history.
+
+    Args:
+        config: of the run.
+        images: of the run.
+        split: as it uploads.
+        how: the training.
+        teacher: the dense model.
+        offset: of the seed by which batches are drawn.
+        kept: the folder of epochs; None keeps none.
+        bars: show progress bars.
+        device: where to train.
+    """
+    return finetune(
+        split, training_batches(config, images, augment=True, offset=offset),
+        objective=training_objective(config, split, images.normalization), config=how,
+        teacher=teacher, checkpoint_dir=kept, resume=kept is not None, progress=bars,
+        device=device,
+    ).history

@@ -12,10 +12,11 @@ from typing import Any
 from patrol_prune.audit_kept import KeptAttacks
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import RunDirectoryError
-from patrol_prune.preparation import Images, dropout_notes
+from patrol_prune.plain_settings import build
+from patrol_prune.preparation import Images, dropout_notes, rounding_notes
 from patrol_prune.report import RunSummary, write_report
 from patrol_prune.rundir import CONFIG, RunDirectory, place_of, read_config, run_command
-from patrol_prune.settings import FREE_KEYS, MOVABLE, AuditConfig, RunConfig, build
+from patrol_prune.settings import FREE_KEYS, MOVABLE, AuditConfig, RunConfig
 from patrol_prune.storage import atomic_write_json
 from patrol_prune.versions import version_of
 
@@ -40,7 +41,7 @@ def audit_notes(config: RunConfig, *, device: str, notes: Iterable[str]) -> dict
     """What is kept with an audit: who attacked, where, and what a page on it has to say."""
     dropout = dropout_notes(config.privacy, config.audit.uploads)
     return {"settings": config.to_dict()["audit"], "device": device, "versions": versions(),
-            "notes": [*notes, *dropout]}
+            "notes": [*notes, *rounding_notes(config.bits), *dropout]}
 
 
 def summarise(config: RunConfig, folder: RunDirectory, notes: Iterable[str] = ()) -> RunSummary:

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import re
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -20,21 +16,21 @@ from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.attention_heads import check_unit
 from patrol_prune.audit_choice import check_uploads
 from patrol_prune.choice import Limits
+from patrol_prune.defences import Quantisation
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.given import check_among
 from patrol_prune.importance import TaskChange
 from patrol_prune.kept_whole import check_feature_channels
 from patrol_prune.lipschitz import LipschitzForm
+from patrol_prune.plain_settings import Config, as_plain, build
 from patrol_prune.rundir import read_config
 from patrol_prune.storage import atomic_write_text
 from patrol_prune.surrogate import SURROGATE_LOSSES, SURROGATE_SETS
 
-Config = TypeVar("Config")
 FREE_KEYS = ("name", "runs", "device")  # may differ when a run is resumed
 MOVABLE = {"data": ("data", "digest"), "weights": ("data", "weights_sha256")}
 """May lie elsewhere when a run is resumed -> the stage and the note that say what they held."""
-_PATHS = ("data", "runs", "weights", "out", "undefended", "shifted", "storage")
 
 
 @dataclass(frozen=True)
@@ -213,6 +209,8 @@ class RunConfig:
         at: where to cut; without it the plan recommends.
         boundary: whether channels that cross the split are kept or pruned.
         feature_channels: with "prune", how many each group of them keeps; None is by the budget.
+        bits: of every uploaded value, 1 to 16, to which the finished edge rounds it; None is
+            float32. It costs a further training, `rounded`.
         name: of the run.
         runs: the folder of all runs.
         batch_size: images in a training batch.
@@ -224,6 +222,7 @@ class RunConfig:
         score: which channels go.
         privacy: the terms that stay on.
         finetune: training after pruning.
+        rounded: training behind that, with uploads of `bits`.
         audit: who attacks.
         attacker: the attacker's network; attacks by other names take its size and schedule.
         rmle: the attack that optimises pixels.
@@ -237,6 +236,7 @@ class RunConfig:
     at: str | None = None
     boundary: Literal["keep", "prune"] = "keep"
     feature_channels: int | None = None
+    bits: int | None = None
     name: str = "run"
     runs: str = "runs"
     batch_size: int = 64
@@ -249,6 +249,7 @@ class RunConfig:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     privacy: PrivacyConfig = field(default_factory=PrivacyConfig)
     finetune: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(epochs=10, lr=0.02))
+    rounded: FinetuneConfig = field(default_factory=lambda: FinetuneConfig(epochs=4, lr=0.01))
     audit: AuditConfig = field(default_factory=AuditConfig)
     attacker: InverseNetworkConfig = field(
         default_factory=lambda: InverseNetworkConfig(width=48, depth=4, epochs=20)
@@ -281,10 +282,15 @@ class RunConfig:
                              ("normalization", ("auto", "dataset", "imagenet", "none"))):
             check_among(getattr(self, key), key, options)
         check_feature_channels(self.feature_channels, self.boundary, self.score.structures)
+        if self.bits is not None:
+            Quantisation(self.bits)  # refuses what it refuses
+            if self.privacy.alpha:
+                raise InputError("Expected privacy.alpha=0 beside bits (a rounded upload jumps), "
+                                 f"came {self.privacy.alpha}. Leave one of them out.")
 
     def to_dict(self) -> dict[str, Any]:
         """The settings as plain data, tuples as lists."""
-        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        plain: dict[str, Any] = as_plain(dataclasses.asdict(self))
         return plain
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
@@ -301,77 +307,6 @@ def check_seed(seed: int, name: str) -> None:
     """An InputError for a seed that not every random generator takes."""
     if not 0 <= seed < 2**63:
         raise InputError(f"Expected {name} in [0, 2**63), came {seed}.")
-
-
-def build(
-    kind: type[Config], values: Mapping[str, Any], where: str, group: str = ""
-) -> Config:
-    """A (nested) dataclass from plain data, `~` expanded in paths.
-
-    Args:
-        kind: the dataclass.
-        values: its fields.
-        where: they come from.
-        group: the dotted setting that they are the fields of, for errors.
-
-    Raises:
-        InputError: an unknown key, a missing one, or a value of the wrong type; `where` is named.
-    """
-    hints = typing.get_type_hints(kind)
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    for key in values:
-        if key not in fields:
-            raise InputError(f"{where} has an unknown setting {key!r}. {nearest(key, fields)}")
-    required = [
-        n for n, f in fields.items()
-        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    missing = [n for n in required if n not in values]
-    if missing:
-        raise InputError(f"{where} lacks {', '.join(missing)}.")
-    typed = {k: _typed(hints[k], v, f"{where}: {k}") for k, v in values.items()}
-    for name in _PATHS:
-        if isinstance(typed.get(name), str):
-            typed[name] = os.path.expanduser(typed[name])
-    try:
-        return kind(**typed)
-    except InputError as error:
-        named = set(re.findall(rf"\b({'|'.join(fields)})\b", str(error))) if group else set()
-        if not named or f"{group}." in str(error):
-            raise
-        whose = f"{group}.{named.pop()}" if len(named) == 1 else group
-        raise InputError(f"{whose}: {error}") from error
-
-
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return build(hint, value, where, where.rpartition(": ")[2])  # type: ignore[arg-type]
-    origin = get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        return _typed(next(a for a in get_args(hint) if a is not type(None)), value, where)
-    if origin is Literal:
-        return value
-    if origin is tuple and isinstance(value, (list, tuple)):
-        return tuple(_typed(get_args(hint)[0], v, where) for v in value)
-    if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if hint is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value, re.I):
-        return float(value)  # YAML takes 1e-3, without a point, for text
-    if hint is bool and isinstance(value, bool):
-        return value
-    if isinstance(hint, type) and (not isinstance(value, hint) or isinstance(value, bool)):
-        raise InputError(f"{where}: expected {hint.__name__}, came {value!r}.")
-    return value
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def resolve_device(name: str) -> torch.device:

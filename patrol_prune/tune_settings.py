@@ -97,6 +97,10 @@ class TuneConfig(RunConfig):
             raise InputError(
                 f"Expected no feature_channels in a search, came {self.feature_channels}: it plans "
                 "without. Leave it out, and give it to patrol-prune run.")
+        if self.bits is not None:
+            raise InputError(
+                f"Expected no bits in a search, came {self.bits}. Leave it out, and give it to "
+                "patrol-prune run.")
         if self.trials < 1 or (self.timeout is not None and not self.timeout > 0):
             raise InputError(
                 "Expected at least one trial and a timeout of more than 0 seconds, came "

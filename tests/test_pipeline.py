@@ -22,7 +22,7 @@ from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.checkpoint import load, read_info
 from patrol_prune.cli import main
 from patrol_prune.cost import edge_macs
-from patrol_prune.defences import FeatureDropout
+from patrol_prune.defences import FeatureDropout, Quantisation
 from patrol_prune.errors import (
     BudgetError,
     InputError,
@@ -282,6 +282,69 @@ def test_dropout_on_the_upload_is_trained_measured_and_attacked(
     found = {(r["subject"], r["attack"]): r["uploads"] for r in often.audit.records}
     assert found["edge", "linear_inverse"] == 4 and found["undefended", "linear_inverse"] == 1
     assert "4 uploads of every picture" in often.report.read_text(encoding="utf-8")
+
+
+def rounded_run(folder: Path, runs: Path) -> RunConfig:
+    return replace(tiny(folder, runs), bits=2, rounded=FinetuneConfig(
+        epochs=2, surrogate_warmup_steps=1, inner_steps=1))
+
+
+def test_an_upload_of_few_bits_is_trained_measured_saved_attacked_and_exported(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attacked, audit = [], pipeline.audit
+
+    def watched(split: Split, *rest: object, **more: object) -> object:
+        attacked.append(split.defence)
+        return audit(split, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(pipeline, "audit", watched)
+    result = run(rounded_run(folder, tmp_path))
+    assert attacked == [Quantisation(2)]
+    saved = load(
+        result.directory / "edge.patrol", lambda: build_model("small_resnet", 3, image_size=16))
+    assert saved.defence == Quantisation(2) and saved.undefended is not None
+    x = torch.rand(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    z, plain = saved.edge(x), saved.undefended.edge(x)
+    assert max(len(channel.unique()) for channel in z.transpose(0, 1).flatten(1)) <= 4
+    assert torch.equal(saved.edge.upload(plain), z) and not torch.equal(plain, z)
+    dense, pruned = result.summary.dense["feature_bytes"], result.summary.pruned["feature_bytes"]
+    assert dense == 16 * pruned == 4 * plain[0].numel()
+    assert "rounds every value that it uploads to 2 bits" in result.report.read_text("utf-8")
+    notes = json.loads((result.directory / "manifest.json").read_text())["stages"]["finetune"]
+    assert [len(notes["notes"][k]) for k in ("history", "history_rounded")] == [2, 2]
+    assert main(["export", str(result.directory), "--formats", "pt2"]) == 0
+    exported = torch.export.load(result.directory / "export" / "edge.pt2").module()
+    normal = read_info(result.directory / "edge.patrol").normalization
+    assert normal is not None
+    with torch.no_grad():
+        torch.testing.assert_close(exported(x[:1]), saved.edge(normal.to_input(x[:1])))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("saves", [2, 3])
+def test_rounding_that_was_stopped_ends_at_the_same(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saves: int
+) -> None:
+    """Stopped behind the first training, and inside of the second one."""
+    whole = weights(run(rounded_run(folder, tmp_path / "one")))
+    module = sys.modules["patrol_prune.finetune"]
+    real, done = module.save_state, []
+
+    def stopping(*arguments: object, **more: object) -> None:
+        real(*arguments, **more)  # type: ignore[arg-type]
+        done.append(1)
+        if len(done) == 1 + saves:  # one of the dense model's
+            raise KeyboardInterrupt
+
+    halted = rounded_run(folder, tmp_path / "two")
+    monkeypatch.setattr(module, "save_state", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        run(halted)
+    monkeypatch.undo()
+    again = weights(run(halted))
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+    assert again.keys() == whole.keys()
 
 
 def test_a_harmed_stage_and_all_after_it_are_done_again(

@@ -12,12 +12,12 @@ import yaml
 
 from patrol_prune.audit_model import ModelAudit
 from patrol_prune.errors import InputError
+from patrol_prune.plain_settings import build
 from patrol_prune.settings import (
     AuditConfig,
     PrivacyConfig,
     RunConfig,
     ScoreConfig,
-    build,
     resolve_device,
 )
 
@@ -54,6 +54,9 @@ def test_frozen() -> None:
         ({"boundary": "cut"}, "keep, prune, came 'cut'"),
         ({"feature_channels": 4}, "feature_channels=4, came 'keep'. Give boundary='prune'"),
         ({"boundary": "prune", "feature_channels": 0}, "feature_channels as a whole number"),
+        ({"bits": 0}, "bits from 1 to 16, came 0"),
+        ({"bits": 2.5}, "bits: expected int, came 2.5"),
+        ({"bits": 2, "privacy": {"alpha": 0.1}}, r"privacy\.alpha=0 beside bits .* came 0\.1"),
         ({"normalization": "imagent"}, "came 'imagent'"),
         ({"score": {"batches": 0}}, "at least one calibration batch"),
         ({"score": {"task_weight": 0, "lip_weight": 0, "adv_weight": 0}}, "one of them positive"),

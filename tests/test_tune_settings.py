@@ -37,6 +37,7 @@ def test_a_file_gives_the_same_settings_back(tmp_path: Path, config: TuneConfig)
     [
         ({"trials": 0}, "at least one trial"),
         ({"boundary": "prune", "feature_channels": 8}, "no feature_channels in a search, came 8"),
+        ({"bits": 2}, "no bits in a search, came 2"),
         ({"timeout": 0}, "more than 0 seconds"),
         ({"storage": " "}, "URL or a path"),
         ({"splits": ["auto", "layer1"]}, "auto alone"),

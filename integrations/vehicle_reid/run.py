@@ -29,8 +29,9 @@ from settings import ReidRun
 from stages import OUTPUTS, PAGE, Work
 
 from patrol_prune.errors import PatrolError
+from patrol_prune.plain_settings import build
 from patrol_prune.rundir import CONFIG, RunDirectory
-from patrol_prune.settings import FREE_KEYS, build, resolve_device
+from patrol_prune.settings import FREE_KEYS, resolve_device
 from patrol_prune.storage import WRITE_ERRORS
 
 BAD_INPUT, INTERRUPTED = 2, 130
