@@ -30,10 +30,16 @@ from torch import Tensor, nn
 
 from patrol_prune.defences import Defence
 from patrol_prune.errors import CheckpointError, UnsupportedModelError
-from patrol_prune.given import built_by, check_split
+from patrol_prune.given import built_by, check_kind, check_split
 from patrol_prune.open_attention import opened_attention
 from patrol_prune.pixels import Normalization
-from patrol_prune.saved_defence import chain_of, described, numbers_of, put_behind
+from patrol_prune.saved_defence import (
+    chain_of,
+    described,
+    numbers_of,
+    put_behind,
+    read_by_halves,
+)
 from patrol_prune.saved_description import (
     ARCHITECTURE,
     DEFENDED_FORMAT,
@@ -133,6 +139,8 @@ def save(
     check_split(split)
     runs, (split, *defended) = split.model, chain_of(split)
     tensors = _state(split.model)
+    for one in defended[:1]:
+        tensors |= {k: v for k, v in read_by_halves(one).items() if k in tensors}
     steps = history if history is not None else getattr(split, "pruning_history", None) or []
     architecture = {
         "pruning_history": [
@@ -189,6 +197,8 @@ def load(
         CheckpointError: a file is missing, torn, changed or odd, or the factory's model or the
             defence is not the one that was saved; `path` names the file.
     """
+    if defence is not None:
+        check_kind(defence, "defence", Defence, "Give it as it was applied, or leave it out.")
     first = built_by(model_factory)
     path = Path(path)
     files = _files(path)

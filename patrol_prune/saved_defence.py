@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from itertools import chain
+from itertools import pairwise
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
-from patrol_prune.defences import DEFENCES, Defence, make_defence
-from patrol_prune.errors import CheckpointError, PatrolError
+from patrol_prune._trace import attribute_of
+from patrol_prune.defences import DEFENCES, CemPatrol, Combined, Defence, make_defence
+from patrol_prune.errors import CheckpointError, UnsupportedModelError
 from patrol_prune.saved_description import refusal
 from patrol_prune.saved_sizes import cast, fits, modes, put_modes
 from patrol_prune.split import Split
+
+_OURS = "patrol_prune"
+_UNTOLD = ("training", "silent")
+"""Attributes of a module that are no part of how it was made."""
 
 
 def chain_of(split: Split) -> list[Split]:
@@ -28,20 +36,41 @@ def chain_of(split: Split) -> list[Split]:
         if not _is_as_made(splits[-1], inner):
             return [split]
         splits.append(inner)
-    return splits[::-1]
+    chain = splits[::-1]
+    return chain if _would_be_rebuilt(chain) else [split]
 
 
 def described(defended: Sequence[Split]) -> list[dict[str, Any]]:
-    """Name, settings and modes of each defence of a chain, the one next to the edge first."""
-    return [{"name": _name_of(split.defence), "settings": _settings_of(split.defence),
-             **modes(_parts(split))} for split in defended]
+    """Name, settings, origin and modes of each defence of a chain, the one next to the edge first.
+    """
+    return [{"name": _name_of(one.defence), "settings": _settings_of(one.defence),
+             "of": _OURS if _is_ours(one.defence) else type(one.defence).__qualname__,
+             **modes(_parts(one))} for one in defended]
 
 
 def numbers_of(defended: Sequence[Split]) -> dict[str, Tensor]:
-    """Every tensor of the defences of a chain, `0.upload.scale` and the like."""
-    return {f"{place}.{name}": value.detach().cpu().contiguous().clone()
-            for place, split in enumerate(defended)
-            for name, value in _parts(split).state_dict().items()}
+    """Every tensor of the defences of a chain, `0.upload.scale` and the like.
+
+    Raises:
+        UnsupportedModelError: the state of one holds more than tensors.
+    """
+    found = {f"{place}.{name}": value for place, one in enumerate(defended)
+             for name, value in _parts(one).state_dict().items()}
+    odd = [name for name, value in found.items() if not isinstance(value, Tensor)]
+    if odd:
+        raise UnsupportedModelError(
+            f"Expected a defence whose state is tensors alone, came {odd[0]}, which is "
+            f"{type(found[odd[0]]).__name__}. Only tensors are saved.")
+    return {name: value.detach().cpu().contiguous().clone() for name, value in found.items()}
+
+
+def read_by_halves(split: Split) -> dict[str, Tensor]:
+    """Parameters and buffers that the halves of a defended split read as they are, by their names
+    in the model: where the whole was cast, the model's own may be those of before."""
+    return {str(node.target): attribute_of(half, str(node.target)).detach().cpu().contiguous()
+            for half in split.model.modules() if isinstance(half, fx.GraphModule)
+            for node in half.graph.nodes if node.op == "get_attr"
+            if isinstance(attribute_of(half, str(node.target)), Tensor)}
 
 
 def put_behind(
@@ -60,60 +89,143 @@ def put_behind(
     Raises:
         CheckpointError: a defence that is not known, other ones than the file's, or other numbers.
     """
-    names = [str(entry["name"]) for entry in told]
     if given is None:
-        for entry in told:
-            split = _rebuilt(entry, path).apply(split)
+        made = _rebuilt(split, told, path)
     else:
-        split = given.apply(split)
-    made = chain_of(split)[1:]
-    came = [_name_of(one.defence) for one in made]
-    if came != names:
+        made = _as_given(split, told, given, path)
+    try:
+        _fill(made, told, tensors)
+    except Exception as error:  # torch refuses numbers in many ways
         raise CheckpointError(
-            f"Expected {' + '.join(names) or 'no defence'} behind the edge, as {path} tells, came "
-            f"{' + '.join(came) or 'none'}. Give defence= as it was applied before the split was "
-            "saved, or leave it out where the file has none.", path=str(path))
-    for place, (one, entry) in enumerate(zip(made, told, strict=True)):
-        parts, prefix = _parts(one), f"{place}."
-        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        if not fits(parts, own):
+            f"What stands behind the edge is not what {path} and the numbers beside it tell of "
+            f"({error}). Give the factory, and where it is your own the defence, that were there "
+            "when the split was saved.", path=str(path)) from error
+    return made
+
+
+def _rebuilt(split: Split, told: Sequence[Mapping[str, Any]], path: Path) -> Split:
+    for entry in told:
+        name = entry["name"]
+        if entry["of"] != _OURS or name not in DEFENCES:
             raise CheckpointError(
-                f"The {names[place]} behind the edge holds other numbers than {path} tells of. "
-                "Give the factory, and where it is your own the defence, that were there when the "
-                "split was saved.", path=str(path))
-        cast(parts, own)
-        parts.load_state_dict(own)
-        put_modes(parts, entry)
+                f"The split in {path.parent} was saved with the defence {name!r}, which is none of "
+                "this package. Give it as defence=, as it was applied (several as one Combined).",
+                path=str(path))
+        try:
+            split = make_defence(name, **entry["settings"]).apply(split)
+        except Exception as error:  # settings that nobody saved are refused in many ways
+            raise refusal(path, f"no defence is set up so ({error})") from error
     return split
 
 
-def _rebuilt(entry: Mapping[str, Any], path: Path) -> Defence:
-    name = str(entry["name"])
-    if name not in DEFENCES:
+def _as_given(
+    split: Split, told: Sequence[Mapping[str, Any]], given: Defence, path: Path
+) -> Split:
+    parts = given.parts if isinstance(given, Combined) else (given,)
+    behind = tuple(p for p in parts if not isinstance(p, CemPatrol))  # that is in the history
+    before = {name: value.shape for name, value in split.model.state_dict().items()}
+    made = Combined(behind).apply(split) if behind else split
+    chain = [made]
+    while (inner := chain[-1].undefended) is not None:
+        chain.append(inner)
+    came = [(_name_of(one.defence), _unseeded(_settings_of(one.defence))) for one in chain[-2::-1]]
+    expected = [(str(entry["name"]), _unseeded(entry["settings"])) for entry in told]
+    after = {name: value.shape for name, value in split.model.state_dict().items()}
+    if chain[-1] is not split or came != expected or before != after:
         raise CheckpointError(
-            f"The split in {path.parent} was saved with the defence {name!r}, which is none of "
-            "this package. Give it as defence=, as it was applied (several as one Combined).",
-            path=str(path))
-    try:
-        return make_defence(name, **entry["settings"])
-    except PatrolError as error:
-        raise refusal(path, f"no defence is set up so ({error})") from error
+            f"Expected {_listed(expected)} behind the edge, as {path} tells, came {_listed(came)}. "
+            "Give defence= as it was applied before the split was saved, or leave it out where "
+            "the file has none.", path=str(path))
+    return made
+
+
+def _fill(made: Split, told: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
+    """Give the defences their numbers, types and modes; a ValueError where they are others'."""
+    chain = [made]
+    while len(chain) < len(told):
+        inner = chain[-1].undefended
+        assert inner is not None
+        chain.append(inner)
+    for place, (one, entry) in enumerate(zip(chain[::-1], told, strict=True)):
+        parts, prefix = _parts(one), f"{place}."
+        own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        now = parts.state_dict()
+        if not fits(parts, own) or any(
+            t.is_floating_point() != now[n].is_floating_point() for n, t in own.items()
+        ):
+            raise ValueError(f"the {entry['name']} holds other numbers")
+        cast(parts, own)
+        parts.load_state_dict(own)
+        put_modes(parts, entry)
+    places = {str(place) for place in range(len(told))}
+    if unknown := [name for name in tensors if name.partition(".")[0] not in places]:
+        raise ValueError(f"there is no place for {unknown[0]}")
 
 
 def _is_as_made(split: Split, inner: Split) -> bool:
     """Whether `split` is `inner` with its defence behind it, and nothing else has changed."""
     if not isinstance(split.defence, Defence) or split.pruning_history or split.removed_blocks:
         return False
-    upload = getattr(getattr(split.model, "edge", None), "upload", None)
-    if upload is None or upload is not split.behind.get("upload"):
+    edge = getattr(split.model, "edge", nn.Identity())
+    cloud = getattr(split.model, "cloud", nn.Identity())
+    if [name for name, _ in edge.named_children()] != ["features", "upload"] or (
+        edge.upload is not split.behind.get("upload")
+    ):
         return False
-    ours = {id(p) for p in chain(inner.model.parameters(), _parts(split).parameters())}
-    return all(id(p) in ours for p in split.model.parameters())
+    if "receive" in split.behind and (
+        [name for name, _ in cloud.named_children()] != ["receive", "rest"]
+        or cloud.receive is not split.behind["receive"]
+    ):
+        return False
+    if any(is_lazy(p) for p in inner.model.parameters()):  # of a layer that never runs
+        return False
+    parts = _parts(split)
+    layers = {id(m) for whole in (inner.model, parts) for m in whole.modules()}
+    ours = {id(p) for whole in (inner.model, parts) for p in whole.parameters()}
+    return all(id(p) in ours for p in split.model.parameters()) and all(
+        id(m) in layers or isinstance(m, fx.GraphModule)
+        for m in split.model.modules() if not any(True for _ in m.children()))
+
+
+@torch.no_grad()
+def _would_be_rebuilt(chain: Sequence[Split]) -> bool:
+    """Whether the settings make what stands there; from one of the caller's own on, it is he who
+    builds them."""
+    for inner, outer in pairwise(chain):
+        if not _is_ours(outer.defence):
+            return True
+        try:
+            made = make_defence(_name_of(outer.defence), **_settings_of(outer.defence)).apply(inner)
+        except Exception:  # of settings that are no plain numbers
+            return False
+        if not _alike(_parts(made), _parts(outer)):
+            return False
+    return True
+
+
+def _alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether both are made alike, whatever numbers they hold."""
+    here, there = dict(one.named_modules()), dict(other.named_modules())
+    return here.keys() == there.keys() and fits(one, other.state_dict()) and all(
+        type(here[n]) is type(there[n]) and _attributes(here[n]) == _attributes(there[n])
+        for n in here)
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    values = {name: _plain(value) for name, value in vars(module).items()
+              if name not in _UNTOLD and not name.startswith("_")}
+    return {name: value for name, value in values.items()
+            if isinstance(value, (bool, int, float, str, tuple, type(None)))}
 
 
 def _parts(split: Split) -> nn.ModuleDict:
     """What its own defence put behind the edge, and before the cloud."""
     return nn.ModuleDict(dict(split.behind))
+
+
+def _is_ours(defence: object) -> bool:
+    """Whether the class is one that `make_defence` builds, and not one derived from it."""
+    return type(defence) is DEFENCES.get(_name_of(defence))
 
 
 def _name_of(defence: object) -> str:
@@ -122,6 +234,28 @@ def _name_of(defence: object) -> str:
 
 def _settings_of(defence: object) -> dict[str, Any]:
     """Those that are plain numbers and words; others, as surrogates, are of its training alone."""
-    values = {f.name: getattr(defence, f.name) for f in fields(defence)} if is_dataclass(
+    values = {f.name: _plain(getattr(defence, f.name)) for f in fields(defence)} if is_dataclass(
         defence) and not isinstance(defence, type) else {}
     return {name: v for name, v in values.items() if isinstance(v, (bool, int, float, str))}
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's and torch's numbers as Python's."""
+    if isinstance(value, Tensor) and value.numel() == 1:
+        return value.item()
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
+
+
+def _unseeded(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Where draws stand is among the numbers; a seed depends on what stands before."""
+    return {name: value for name, value in settings.items() if name != "seed"}
+
+
+def _listed(defences: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    told = [f"{name}({', '.join(f'{k}={v}' for k, v in settings.items())})"
+            for name, settings in defences]
+    return " + ".join(told) or "no defence"

@@ -159,7 +159,8 @@ def _are_widths(value: Any) -> bool:
 def _are_defences(value: Any) -> bool:
     return isinstance(value, list) and all(
         isinstance(entry, dict) and isinstance(entry.get("name"), str)
-        and isinstance(entry.get("settings"), dict) and isinstance(entry.get("training"), bool)
+        and isinstance(entry.get("of"), str) and isinstance(entry.get("settings"), dict)
+        and isinstance(entry.get("training"), bool)
         and all(_list_of(str)(entry.get(key)) for key in ("other_mode", "frozen"))
         for entry in value)
 

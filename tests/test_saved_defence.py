@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch_pruning as tp
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torchvision import models
 
@@ -19,6 +21,7 @@ import patrol_prune as pp
 from patrol_prune.checkpoint import read_info
 from patrol_prune.defences import (
     Bottleneck,
+    CemPatrol,
     Combined,
     Defence,
     Disco,
@@ -30,7 +33,7 @@ from patrol_prune.defences import (
     RandomUpload,
 )
 from patrol_prune.defences.base import wrapped
-from patrol_prune.errors import CheckpointError
+from patrol_prune.errors import CheckpointError, InputError, UnsupportedModelError
 from patrol_prune.models import SmallResNet
 from patrol_prune.storage import atomic_directory
 
@@ -180,10 +183,13 @@ def test_one_of_your_own_is_given_to_load(tmp_path: Path) -> None:
     again = pp.load(tmp_path / "it", small, defence=both)
     assert same_draws(again, sending)
     assert int(again.edge.features.upload.calls) == int(sending.edge.features.upload.calls) > 3
-    for wrong, came in ((Mine(), "came mine"), (Quantisation(4), "came quantisation"),
-                        (Combined((Mine(), Mine())), "came mine [+] mine"),
-                        (Patrol(), "came none")):
-        with pytest.raises(CheckpointError, match=f"Expected mine [+] quantisation .* {came}"):
+    for wrong, came in (
+        (Mine(), r"mine\(factor=2"), (Quantisation(4), r"quantisation\(bits=4\)\."),
+        (Combined((Mine(), Mine())), r"mine\(.*\) \+ mine\("), (Patrol(), "no defence"),
+        (Combined((Mine(3.0), Quantisation(8))), r"quantisation\(bits=8\)"),
+        (Combined((Mine(4.0), Quantisation(4))), "factor=4.0"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"mine\(.*4\) behind the .* came .*{came}"):
             pp.load(tmp_path / "it", small, defence=wrong)
 
 
@@ -192,6 +198,18 @@ def test_a_defence_that_the_file_has_not_is_refused(tmp_path: Path) -> None:
     assert read_info(tmp_path / "it").defences == ()
     with pytest.raises(CheckpointError, match="Expected no defence .* came quantisation"):
         pp.load(tmp_path / "it", small, defence=Quantisation(4))
+    for odd in ("quantisation", (Quantisation(4),), Quantisation):
+        with pytest.raises(InputError, match="Expected defence as a Defence, came"):
+            pp.load(tmp_path / "it", small, defence=odd)  # type: ignore[arg-type]
+
+
+def test_what_prunes_is_in_the_history_and_prunes_no_second_time(tmp_path: Path) -> None:
+    both = Combined((CemPatrol(ratio=0.3), Mine(3.0)))
+    sending = both.apply(trained(), calibration=X)
+    pp.save(sending, tmp_path / "it")
+    again = pp.load(tmp_path / "it", small, defence=both)
+    assert pp.edge_macs(again) == pp.edge_macs(sending)
+    assert same_draws(again, sending)
 
 
 def test_halves_are_no_longer_what_the_factory_gives(tmp_path: Path) -> None:
@@ -211,6 +229,71 @@ def test_a_defence_behind_two_modules(tmp_path: Path) -> None:
     assert same_draws(pp.load(tmp_path / "it", halves), sending)
 
 
+@dataclass(frozen=True)
+class Stronger(FeatureDropout):
+    """Of the name of one that the package knows."""
+
+    def apply(self, split: pp.Split, *, calibration: Tensor | None = None) -> pp.Split:
+        made = super().apply(split)
+        made.edge.upload.p = 0.99
+        return made
+
+
+def test_one_derived_from_a_known_one_is_given_to_load(tmp_path: Path) -> None:
+    sending = Stronger(0.5).apply(trained())
+    pp.save(sending, tmp_path / "it")
+    with pytest.raises(CheckpointError, match="'feature_dropout', which is none of this package"):
+        pp.load(tmp_path / "it", small)
+    assert same_draws(pp.load(tmp_path / "it", small, defence=Stronger(0.5)), sending)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.75), np.float64(0.75), torch.tensor(0.75)])
+def test_numbers_of_other_libraries_are_kept(tmp_path: Path, number: Any) -> None:
+    narrow = np.int64(8)
+    for name, defence in (("p", FeatureDropout(number)), ("ratio", Disco(number, width=narrow))):
+        sending = defence.apply(trained(), calibration=X)
+        pp.save(sending, tmp_path / name)
+        again = pp.load(tmp_path / name, small)
+        assert getattr(again.defence, name) == 0.75
+        assert same_draws(again, sending)
+
+
+class Positioned(nn.Module):
+    """Reads a buffer of its own between its layers."""
+
+    pos: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.register_buffer("pos", torch.randn(4, 32, 32))
+        self.last = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.second(self.first(x).relu() + self.pos).relu()
+        return self.last(z.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("change", ["half", "double", "other numbers", "other tensors"])
+def test_a_buffer_that_the_edge_reads_itself_is_the_edges(tmp_path: Path, change: str) -> None:
+    torch.manual_seed(0)
+    split = pp.Split(Positioned().eval(), X, "relu_1")
+    sending = Quantisation(6).apply(split, calibration=X)
+    x = X
+    if change in ("half", "double"):
+        getattr(sending.model, change)()
+        x = getattr(X, change)()
+    else:
+        sending.model.double()
+        x = X.double()
+        other = {name: value + 0.1 if name.endswith("pos") else value
+                 for name, value in sending.model.state_dict().items()}
+        sending.model.load_state_dict(other, assign=change == "other tensors")
+    pp.save(sending, tmp_path / "it")
+    assert read_info(tmp_path / "it").defences == ("quantisation",)
+    assert same_draws(pp.load(tmp_path / "it", Positioned), sending, x)
+
+
 def pruned_itself(sending: pp.Split) -> None:
     sending.pruning_history = [["edge.features.conv1", True, [0]]]
 
@@ -225,7 +308,27 @@ def other_layer(sending: pp.Split) -> None:
     sending.refresh()
 
 
-@pytest.mark.parametrize("change", [other_upload, other_layer])
+def more_behind(sending: pp.Split) -> None:
+    sending.model.edge.append(nn.Tanh())
+    sending.refresh()
+
+
+def more_between(sending: pp.Split) -> None:
+    sending.model.edge.features = nn.Sequential(sending.model.edge.features, nn.Tanh())
+    sending.refresh()
+
+
+def more_in_the_cloud(sending: pp.Split) -> None:
+    sending.model.cloud = nn.Sequential(sending.model.cloud, nn.Softmax(1))
+    sending.refresh()
+
+
+def other_steps(sending: pp.Split) -> None:
+    sending.model.edge.upload.levels = 1
+
+
+@pytest.mark.parametrize("change", [other_upload, other_layer, more_behind, more_between,
+                                    more_in_the_cloud, other_steps])
 def test_one_that_was_changed_since_is_saved_as_two_halves(
     tmp_path: Path, change: Callable[[pp.Split], None],
 ) -> None:
@@ -242,6 +345,27 @@ def test_one_that_was_changed_since_is_saved_as_two_halves(
     assert same_draws(pp.load(tmp_path / "it", halves), sending)
 
 
+def test_a_narrow_layer_under_other_names_is_saved_as_two_halves(tmp_path: Path) -> None:
+    sending = Bottleneck(4).apply(trained(), calibration=X)
+    nn.utils.parametrizations.weight_norm(sending.edge.upload)
+    pp.save(sending, tmp_path / "it")
+    assert read_info(tmp_path / "it").defences == ()
+
+
+def test_a_narrow_layer_that_was_pruned_is_saved_as_two_halves(tmp_path: Path) -> None:
+    def halves() -> tuple[nn.Module, nn.Module]:
+        made = Bottleneck(8).apply(pp.Split(small(), X, "layer2"))
+        return made.edge, made.cloud
+
+    sending = Bottleneck(8).apply(trained(), calibration=X)
+    tp.pruner.BasePruner(sending.model, X, tp.importance.GroupMagnitudeImportance(),
+                         pruning_ratio=0.5, ignored_layers=[sending.model.cloud.rest.fc]).step()
+    sending.refresh()
+    pp.save(sending, tmp_path / "it")
+    assert read_info(tmp_path / "it").defences == ()
+    assert same_draws(pp.load(tmp_path / "it", halves), sending)
+
+
 def test_one_that_was_pruned_behind_its_defence_is_saved_as_two_halves(tmp_path: Path) -> None:
     sending = FeatureDropout(0.5).apply(trained())
     pruned_itself(sending)
@@ -249,7 +373,10 @@ def test_one_that_was_pruned_behind_its_defence_is_saved_as_two_halves(tmp_path:
     assert read_info(tmp_path / "it").defences == ()
 
 
-def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any]], None]) -> Path:
+def rewritten(
+    path: Path, to: Path, change: Callable[[dict[str, Any]], None],
+    more: Callable[[Path], None] = lambda folder: None,
+) -> Path:
     """A copy of a saved split with another split.json, whole."""
     with atomic_directory(to) as folder:
         for file in path.iterdir():
@@ -258,6 +385,7 @@ def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any]], None]) ->
         about = json.loads((folder / "split.json").read_text())
         change(about)
         (folder / "split.json").write_text(json.dumps(about))
+        more(folder)
     return to
 
 
@@ -273,6 +401,12 @@ def rewritten(path: Path, to: Path, change: Callable[[dict[str, Any]], None]) ->
     (lambda a: a["defences"][0].update(settings={"colour": 1}), "no setting 'colour'"),
     (lambda a: a["defences"].append(a["defences"][0]), "holds other numbers"),
     (lambda a: a["defences"][0].update(name="feature_dropout", settings={}), "other numbers"),
+    (lambda a: a["defences"][0].pop("of"), "its 'defences' is"),
+    (lambda a: a["defences"][0].update(settings={"name": "quantisation"}), "no defence is set up"),
+    (lambda a: a["defences"][0].update(name="bottleneck", settings={"channels": 99}),
+     "split.json as .* at most the feature's"),
+    (lambda a: a["defences"][0].update(name="gaussian_noise", settings={"seed": "x"}),
+     "no defence is set up so"),
 ])
 def test_files_that_save_never_wrote_are_refused(
     tmp_path: Path, change: Callable[[dict[str, Any]], None], said: str,
@@ -282,11 +416,36 @@ def test_files_that_save_never_wrote_are_refused(
         pp.load(rewritten(tmp_path / "it", tmp_path / "odd", change), small)
 
 
-def test_numbers_of_another_defence_are_refused(tmp_path: Path) -> None:
-    pp.save(Quantisation(2).apply(trained(), calibration=X), tmp_path / "it")
-    with pytest.raises(CheckpointError, match="manifest"):
-        (tmp_path / "it" / "defences.safetensors").unlink()
-        pp.load(tmp_path / "it", small)
+@pytest.mark.parametrize(("change", "said"), [
+    (lambda t: t.pop("0.upload.scale"), "holds other numbers"),
+    (lambda t: t.clear(), "holds other numbers"),
+    (lambda t: t.update({"0.upload.scale": t["0.upload.scale"][:-1]}), "holds other numbers"),
+    (lambda t: t.update({"0.upload.scale": t["0.upload.scale"].int()}), "holds other numbers"),
+    (lambda t: t.update({"2.upload.scale": torch.ones(1)}), "no place for 2.upload.scale"),
+    (lambda t: t.update({"1.upload._extra_state": torch.zeros(5, dtype=torch.uint8)}),
+     "not what .* tell of"),
+])
+def test_numbers_that_save_never_wrote_are_refused(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], None], said: str,
+) -> None:
+    sending = Quantisation(2).apply(trained(), calibration=X)
+    pp.save(FeatureDropout(0.5).apply(sending), tmp_path / "it")
+
+    def changed(folder: Path) -> None:
+        numbers = load_file(folder / "defences.safetensors")
+        change(numbers)
+        save_file(numbers, folder / "defences.safetensors")
+
+    odd = rewritten(tmp_path / "it", tmp_path / "odd", lambda about: None, changed)
+    with pytest.raises(CheckpointError, match=said):
+        pp.load(odd, small)
+
+
+def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
+    sending = Mine().apply(trained())
+    sending.edge.upload.get_extra_state = lambda: {"a": 1}
+    with pytest.raises(UnsupportedModelError, match="0.upload._extra_state, which is dict"):
+        pp.save(sending, tmp_path / "it")
 
 
 def test_an_exported_edge_that_was_loaded_rounds(tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ class Work:
         else:
             sending, numbers = self.rounded(split, method, config.bits, **terms)
         self.say(f"{method}: {_told(numbers)}.")
-        self.folder.finish(method, [self.save(split, method, history=pruning)], history=history,
+        self.folder.finish(method, [self.save(sending, method, history=pruning)], history=history,
                            kept=kept, map_before_finetuning=before, **numbers)
 
     def taylor(self, split: pp.Split) -> Any:
