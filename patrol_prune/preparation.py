@@ -322,8 +322,10 @@ def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:
     if not p:
         return []
     told = [f"The edge was trained and attacked with {100 * p:g}% of its upload dropped at random, "
-            "anew for every upload. The saved split does that too, by the draws in its file: on "
-            "every device call split.edge.upload.reseed() before it sends."]
+            "anew for every upload. The saved split does that too, by the draws in its file (one "
+            "that an earlier release saved does not, its split.defence is None: put "
+            f'pp.make_defence("feature_dropout", {p}) behind it). On every device call '
+            "split.edge.upload.reseed() before it sends."]
     each = "one upload" if uploads == 1 else f"{uploads} uploads"
     told.append(f"The attackers had {each} of every picture.")
     if uploads == 1:

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 import patrol_prune as pp
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.checkpoint import read_info
+from patrol_prune.data import ImageSet
 from patrol_prune.errors import InputError, RunDirectoryError
 from patrol_prune.leaks import PlateReader
 from patrol_prune.models import build_model
@@ -583,6 +584,37 @@ def test_dropout_stands_behind_the_rounding_of_patrols_edge_alone(
     assert bool(((dropped == 0) | (dropped == 2 * whole)).all())
     kept = (dropped != 0).float().mean() / (whole != 0).float().mean()
     assert float(kept) == pytest.approx(0.5, abs=0.02)
+
+
+@pytest.mark.parametrize(("bits", "dropout", "kept"), [
+    (2, 0.0, ("quantisation",)), (2, 0.5, ("quantisation", "feature_dropout")),
+    (None, 0.5, ("feature_dropout",)), (None, 0.0, ()),
+])
+def test_what_was_trained_is_what_is_saved(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bits: int | None, dropout: float,
+    kept: tuple[str, ...],
+) -> None:
+    stages, trained = script["stages"], []
+    split = pp.Split(build_model("small_resnet", 3, image_size=32).eval(),
+                     torch.zeros(1, 3, 32, 32), at="layer1")
+    monkeypatch.setattr(stages, "pruned", lambda *_: ({}, []))
+    monkeypatch.setattr(stages.pp, "recalibrate_batchnorm", lambda *_, **more: None)
+    monkeypatch.setattr(stages.Work, "load", lambda *_: split)
+    monkeypatch.setattr(stages.Work, "batches", lambda *_, **more: None)
+    monkeypatch.setattr(stages.Work, "measure", lambda *_: {
+        "retrieval": {"map": 0.5, "rank1": 0.5}})
+    monkeypatch.setattr(stages.Work, "train", lambda _, sending, *more, **terms: (
+        trained.append(sending.defence) or []))
+    config = stages.ReidRun(bits=bits, privacy=PrivacyConfig(dropout=dropout))
+    folder = Folder(tmp_path)
+    folder.notes = lambda stage: {"budget": 1}
+    folder.finish = lambda *_, **more: None
+    defender = ImageSet(torch.zeros(4, 3, 32, 32, dtype=torch.uint8), torch.zeros(4), ("a",))
+    work = stages.Work(config, folder, lambda *_: None, SimpleNamespace(
+        normalization=pp.Normalization.imagenet(), defender=defender))
+    work.do_pruned("patrol")
+    assert read_info(tmp_path / "checkpoints/patrol").defences == kept
+    assert [getattr(d, "name", None) for d in trained[-1:]] == [*(kept or (None,))][-1:]
 
 
 @pytest.mark.parametrize(("bits", "dropout", "refused"), [
