@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from patrol_prune.errors import InputError
@@ -125,14 +124,12 @@ def thumbnail(images: Tensor, side: int) -> Tensor:
 
 
 def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
-    """`1 - mean SSIM` of `y` against `x`, a scalar to be differentiated once; not validated, not
-    chunked.
-    """
+    """`1 - mean SSIM` of `y` against `x`, a differentiable scalar; not validated, not chunked."""
     return 1.0 - _ssim(x, y).mean()
 
 
 def ssim_values(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of each image `y` against `x`, shape `[N]`, to be differentiated once; not validated."""
+    """SSIM of each image `y` against `x`, shape `[N]`, differentiable; not validated."""
     return _ssim(x, y)
 
 
@@ -151,16 +148,21 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
     x, y = (images if images.dtype == torch.float64 else images.float() for images in (x, y))
     # Half-precision products would round away the variances of smooth images.
     with torch.autocast(x.device.type, enabled=False):
-        if torch.is_grad_enabled() and y.requires_grad and not x.requires_grad:
+        if (torch.is_grad_enabled() and y.requires_grad and not x.requires_grad
+                and x.shape == y.shape and len(x)):
             values: Tensor = _SSIMOfGuess.apply(x, y)
             return values
-        mean_x, mean_y = _windowed(x), _windowed(y)
-        both_squared, product = mean_x**2 + mean_y**2, mean_x * mean_y
-        variances = _windowed(x**2 + y**2) - both_squared  # only their sum is needed
-        cov = _windowed(x * y) - product
-        likeness = ((2.0 * product + _C1) * (2.0 * cov + _C2)
-                    / ((both_squared + _C1) * (variances + _C2)))
-        return likeness.mean(dim=(1, 2, 3))
+        return _likeness(x, y)
+
+
+def _likeness(x: Tensor, y: Tensor) -> Tensor:
+    mean_x, mean_y = _windowed(x), _windowed(y)
+    both_squared, product = mean_x**2 + mean_y**2, mean_x * mean_y
+    variances = _windowed(x**2 + y**2) - both_squared  # only their sum is needed
+    cov = _windowed(x * y) - product
+    likeness = ((2.0 * product + _C1) * (2.0 * cov + _C2)
+                / ((both_squared + _C1) * (variances + _C2)))
+    return likeness.mean(dim=(1, 2, 3))
 
 
 class _SSIMOfGuess(torch.autograd.Function):
@@ -188,13 +190,16 @@ class _SSIMOfGuess(torch.autograd.Function):
         of_mean = b.sub_(a).mul_(mean_x).addcmul_(d.sub_(e).mul_(s), mean_y).mul_(share)
         gradient = _spread(of_mean).addcmul_(_spread(of_product), x)
         gradient.addcmul_(_spread(s.div_(e)), y, value=-1.0)
-        ctx.save_for_backward(gradient.mul_(2.0 / x[0].numel()))
+        ctx.save_for_backward(x, y, gradient.mul_(2.0 / x[0].numel()))
         return values
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
-        (gradient,) = ctx.saved_tensors
+        x, y, gradient = ctx.saved_tensors
+        if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
+            with torch.autocast(x.device.type, enabled=False):
+                (again,) = torch.autograd.grad(_likeness(x, y), y, upstream, create_graph=True)
+            return None, again
         return None, gradient * upstream.view(-1, 1, 1, 1)
 
 

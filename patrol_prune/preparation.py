@@ -307,12 +307,15 @@ def sent_bytes(split: Split, bits: int | None) -> int:
     return feature_bytes(shape) if bits is None else Quantisation(bits).upload_bytes(shape)
 
 
-def rounding_notes(bits: int | None) -> list[str]:
-    """What whoever deploys an edge that rounds has to know."""
+def rounding_notes(bits: int | None, dropout: float) -> list[str]:
+    """What whoever deploys an edge that rounds, and drops that share behind it, has to know."""
+    where, value = "edge.upload", "value"
+    if dropout:
+        where, value = "edge.features.upload", f"{1.0 - dropout:g} * value"
     return [] if bits is None else [
         f"The edge rounds every value that it uploads to {bits} bits, and was trained and attacked "
         "so; it hands the rounded numbers on as floating point. What is to be sent of each is "
-        "round(value / scale) + zero_point, by the buffers of the saved split's edge.upload."]
+        f"round({value} / scale) + zero_point, by the buffers of the saved split's {where}."]
 
 
 def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:

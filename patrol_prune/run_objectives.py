@@ -33,15 +33,15 @@ def scoring_objective(
 
 
 def training_objective(
-    config: RunConfig, split: Split, normalization: Normalization
+    config: RunConfig, split: Split, normalization: Normalization, precision: str
 ) -> PatrolObjective:
-    """The objective that the model is fine-tuned with."""
+    """The objective that the model is fine-tuned with, in that precision."""
     privacy = config.privacy
     return PatrolObjective(
         split, F.cross_entropy, alpha=privacy.alpha, beta=privacy.beta,
         noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
         surrogates=privacy.surrogates, surrogate_loss=privacy.surrogate_loss,
-        normalization=normalization, seed=config.seed + 1, precision=config.finetune.precision,
+        normalization=normalization, seed=config.seed + 1, precision=precision,
     )
 
 
@@ -64,7 +64,7 @@ def fine_tuned(
     """
     return finetune(
         split, training_batches(config, images, augment=True, offset=offset),
-        objective=training_objective(config, split, images.normalization), config=how,
-        teacher=teacher, checkpoint_dir=kept, resume=kept is not None, progress=bars,
+        objective=training_objective(config, split, images.normalization, how.precision),
+        config=how, teacher=teacher, checkpoint_dir=kept, resume=kept is not None, progress=bars,
         device=device,
     ).history

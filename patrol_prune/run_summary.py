@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def audit_notes(config: RunConfig, *, device: str, notes: Iterable[str]) -> dict
     """What is kept with an audit: who attacked, where, and what a page on it has to say."""
     dropout = dropout_notes(config.privacy, config.audit.uploads)
     return {"settings": config.to_dict()["audit"], "device": device, "versions": versions(),
-            "notes": [*notes, *rounding_notes(config.bits), *dropout]}
+            "notes": [*notes, *rounding_notes(config.bits, config.privacy.dropout), *dropout]}
 
 
 def summarise(config: RunConfig, folder: RunDirectory, notes: Iterable[str] = ()) -> RunSummary:
@@ -67,7 +67,8 @@ def summarise(config: RunConfig, folder: RunDirectory, notes: Iterable[str] = ()
         prune={name: (now, before) for name, (now, before) in told["prune"]["kept"].items()},
         dense={key: told["model"][key] for key in _COST},
         pruned={key: told["finetune"][key] for key in _COST},
-        history=told["finetune"]["history"],
+        history=_in_a_row(told["finetune"]["history"],
+                          told["finetune"].get("history_rounded", ())),
         config=config.to_dict(),
         versions=audit["versions"],
         seed=config.seed,
@@ -75,6 +76,13 @@ def summarise(config: RunConfig, folder: RunDirectory, notes: Iterable[str] = ()
         device=audit["device"],
         notes=list(dict.fromkeys([*notes, *audit["notes"]])),
     )
+
+
+def _in_a_row(
+    first: Sequence[dict[str, Any]], then: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The epochs of two trainings, one behind the other."""
+    return [*first, *({**one, "epoch": len(first) + i} for i, one in enumerate(then, 1))]
 
 
 def write_page(config: RunConfig, folder: RunDirectory, notes: Iterable[str] = ()) -> Path:

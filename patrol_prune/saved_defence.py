@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from patrol_prune._halves import Composed, Follow, OnCopy
 from patrol_prune._trace import attribute_of
 from patrol_prune.defences import DEFENCES, CemPatrol, Combined, Defence, make_defence
 from patrol_prune.errors import CheckpointError, UnsupportedModelError
@@ -67,8 +68,13 @@ def numbers_of(defended: Sequence[Split]) -> dict[str, Tensor]:
 def read_by_halves(split: Split) -> dict[str, Tensor]:
     """Parameters and buffers that the halves of a defended split read as they are, by their names
     in the model: where the whole was cast, the model's own may be those of before."""
+    halves = [m for m in split.model.modules() if isinstance(m, fx.GraphModule)]
+    for half in halves:
+        for hook in half._forward_pre_hooks.values():
+            if isinstance(hook, Follow):  # what was replaced since it ran
+                hook(half, (split.example_inputs,))
     return {str(node.target): attribute_of(half, str(node.target)).detach().cpu().contiguous()
-            for half in split.model.modules() if isinstance(half, fx.GraphModule)
+            for half in halves
             for node in half.graph.nodes if node.op == "get_attr"
             if isinstance(attribute_of(half, str(node.target)), Tensor)}
 
@@ -123,15 +129,17 @@ def _as_given(
 ) -> Split:
     parts = given.parts if isinstance(given, Combined) else (given,)
     behind = tuple(p for p in parts if not isinstance(p, CemPatrol))  # that is in the history
-    before = {name: value.shape for name, value in split.model.state_dict().items()}
+    before = {name: value.clone() for name, value in split.model.state_dict().items()}
     made = Combined(behind).apply(split) if behind else split
     chain = [made]
     while (inner := chain[-1].undefended) is not None:
         chain.append(inner)
     came = [(_name_of(one.defence), _unseeded(_settings_of(one.defence))) for one in chain[-2::-1]]
     expected = [(str(entry["name"]), _unseeded(entry["settings"])) for entry in told]
-    after = {name: value.shape for name, value in split.model.state_dict().items()}
-    if chain[-1] is not split or came != expected or before != after:
+    same = fits(split.model, before)
+    if same:  # what it did to the weights is in the file already
+        split.model.load_state_dict(before)
+    if chain[-1] is not split or came != expected or not same:
         raise CheckpointError(
             f"Expected {_listed(expected)} behind the edge, as {path} tells, came {_listed(came)}. "
             "Give defence= as it was applied before the split was saved, or leave it out where "
@@ -142,11 +150,9 @@ def _as_given(
 def _fill(made: Split, told: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
     """Give the defences their numbers, types and modes; a ValueError where they are others'."""
     chain = [made]
-    while len(chain) < len(told):
-        inner = chain[-1].undefended
-        assert inner is not None
+    while (inner := chain[-1].undefended) is not None:
         chain.append(inner)
-    for place, (one, entry) in enumerate(zip(chain[::-1], told, strict=True)):
+    for place, (one, entry) in enumerate(zip(chain[-2::-1], told, strict=True)):
         parts, prefix = _parts(one), f"{place}."
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         now = parts.state_dict()
@@ -180,27 +186,34 @@ def _is_as_made(split: Split, inner: Split) -> bool:
     if any(is_lazy(p) for p in inner.model.parameters()):  # of a layer that never runs
         return False
     parts = _parts(split)
-    layers = {id(m) for whole in (inner.model, parts) for m in whole.modules()}
+    wholes = (inner.model, parts, inner.cloud)
+    layers = {id(m) for whole in wholes for m in whole.modules()} | {
+        id(m) for m in (split.model, edge, cloud) if type(m) in (Composed, nn.Sequential)}
     ours = {id(p) for whole in (inner.model, parts) for p in whole.parameters()}
     return all(id(p) in ours for p in split.model.parameters()) and all(
-        id(m) in layers or isinstance(m, fx.GraphModule)
-        for m in split.model.modules() if not any(True for _ in m.children()))
+        id(m) in layers or isinstance(m, (fx.GraphModule, OnCopy)) or type(m) is nn.Module
+        for m in split.model.modules())
 
 
 @torch.no_grad()
 def _would_be_rebuilt(chain: Sequence[Split]) -> bool:
-    """Whether the settings make what stands there; from one of the caller's own on, it is he who
-    builds them."""
-    for inner, outer in pairwise(chain):
-        if not _is_ours(outer.defence):
-            return True
-        try:
-            made = make_defence(_name_of(outer.defence), **_settings_of(outer.defence)).apply(inner)
-        except Exception:  # of settings that are no plain numbers
-            return False
-        if not _alike(_parts(made), _parts(outer)):
-            return False
-    return True
+    """Whether the settings make what stands there; one of the caller's own he builds himself."""
+    modes = [(m, m.training) for m in chain[-1].model.modules()]
+    try:
+        return all(_makes(outer, inner) for inner, outer in pairwise(chain)
+                   if _is_ours(outer.defence))
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _makes(outer: Split, inner: Split) -> bool:
+    """Whether the defence of `outer`, by its settings alone, puts behind `inner` what is there."""
+    try:
+        made = make_defence(_name_of(outer.defence), **_settings_of(outer.defence)).apply(inner)
+    except Exception:  # of settings that are no plain numbers
+        return False
+    return _alike(_parts(made), _parts(outer))
 
 
 def _alike(one: nn.Module, other: nn.Module) -> bool:

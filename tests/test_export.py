@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,33 @@ def test_steps_are_the_same_in_the_file(bits: int, tmp_path: Path) -> None:
     with torch.no_grad():
         mine = made.edge(x)
     assert torch.equal(z, mine) if bits != 4 else float((z - mine).abs().max()) <= 1e-4
+
+
+def test_a_value_half_way_between_two_steps_may_go_either_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = pp.make_defence("quantisation", 8).apply(split(), calibration=X)
+    module, apart = sys.modules["patrol_prune.export"], [0, 0.0]
+
+    class Otherwise(module.ExportedHalf):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            z = super().__call__(x)
+            if z.dim() == 4:
+                z.view(-1)[: int(apart[0])] += apart[1]
+            return z
+
+    monkeypatch.setattr(module, "ExportedHalf", Otherwise)
+    values, step = made.edge(X[:1]).numel(), float(made.edge.upload.scale.max())
+    few = max(1, values // 1000)
+    apart[:] = few, step
+    assert export(made, tmp_path / "a", formats=("pt2",)).differences["edge.pt2"] > 1e-4
+    for too_much in ((few + 1, step), (few, 1.01 * step)):
+        apart[:] = too_much
+        with pytest.raises(UnsupportedModelError, match="something else"):
+            export(made, tmp_path / "b", formats=("pt2",))
+    apart[:] = few, step
+    with pytest.raises(UnsupportedModelError, match="something else"):
+        export(split(), tmp_path / "b", formats=("pt2",))
 
 
 def test_an_edge_that_draws_is_no_onnx(tmp_path: Path) -> None:

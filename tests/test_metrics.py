@@ -130,9 +130,15 @@ def test_the_written_out_gradient_is_there_only_where_it_is_asked_for() -> None:
         assert torch.equal(metrics.ssim_values(x, guess), plain)
     both = metrics.ssim_values(x.clone().requires_grad_(), guess)
     torch.testing.assert_close(both, told, rtol=0, atol=1e-6)
-    (first,) = torch.autograd.grad(told.square().sum(), guess, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        first.sum().backward()
+    seconds = []
+    for original in (x.double(), x.double().requires_grad_()):  # of the latter, autograd's own
+        guess = y.double().requires_grad_()
+        value = metrics.ssim_values(original, guess).square().sum()
+        (first,) = torch.autograd.grad(value, guess, create_graph=True)
+        seconds.append(torch.autograd.grad(first.square().sum(), guess)[0])
+    torch.testing.assert_close(*seconds, rtol=1e-9, atol=1e-14)
+    one = metrics.ssim_values(x[:1], y.clone().requires_grad_())
+    torch.testing.assert_close(one, metrics.ssim_values(x[:1].expand_as(y), y), rtol=0, atol=1e-6)
 
 
 def test_the_loss_stays_exact_under_autocast_and_after_inference() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import shutil
 import sys
@@ -33,7 +34,13 @@ from patrol_prune.errors import (
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
 from patrol_prune.pipeline import RunResult, run
-from patrol_prune.preparation import fresh_model, normalization_kind, read_images
+from patrol_prune.preparation import (
+    fresh_model,
+    normalization_kind,
+    read_images,
+    rounding_notes,
+    with_dropout,
+)
 from patrol_prune.pruner import PatrolPruner
 from patrol_prune.reaudit import audit_again
 from patrol_prune.run_summary import audit_notes, read_summary, rewrite_report
@@ -286,7 +293,7 @@ def test_dropout_on_the_upload_is_trained_measured_and_attacked(
 
 def rounded_run(folder: Path, runs: Path) -> RunConfig:
     return replace(tiny(folder, runs), bits=2, rounded=FinetuneConfig(
-        epochs=2, surrogate_warmup_steps=1, inner_steps=1))
+        epochs=2, surrogate_warmup_steps=1, inner_steps=1, precision="fp32"))
 
 
 def test_an_upload_of_few_bits_is_trained_measured_saved_attacked_and_exported(
@@ -311,6 +318,7 @@ def test_an_upload_of_few_bits_is_trained_measured_saved_attacked_and_exported(
     dense, pruned = result.summary.dense["feature_bytes"], result.summary.pruned["feature_bytes"]
     assert dense == 16 * pruned == 4 * plain[0].numel()
     assert "rounds every value that it uploads to 2 bits" in result.report.read_text("utf-8")
+    assert [record["epoch"] for record in result.summary.history] == [1, 2, 3, 4]
     notes = json.loads((result.directory / "manifest.json").read_text())["stages"]["finetune"]
     assert [len(notes["notes"][k]) for k in ("history", "history_rounded")] == [2, 2]
     assert main(["export", str(result.directory), "--formats", "pt2"]) == 0
@@ -319,6 +327,29 @@ def test_an_upload_of_few_bits_is_trained_measured_saved_attacked_and_exported(
     assert normal is not None
     with torch.no_grad():
         torch.testing.assert_close(exported(x[:1]), saved.edge(normal.to_input(x[:1])))
+
+
+def test_what_is_said_of_an_edge_that_rounds_and_drops_is_so() -> None:
+    """The numbers that the note says are to be sent are those of the steps."""
+    split = Split(build_model("small_resnet", 3, image_size=16).eval(),
+                  torch.zeros(1, 3, 16, 16), at="layer2")
+    x = torch.rand(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    privacy = PrivacyConfig(dropout=0.25)
+    rounds = Quantisation(3).apply(split, calibration=x)
+    (plain,), (dropped,) = rounding_notes(3, 0.0), rounding_notes(3, 0.25)
+    assert rounding_notes(None, 0.25) == []
+    for note, sending in ((plain, rounds), (dropped, with_dropout(privacy, rounds, 0))):
+        assert note.count("3 bits") == 1
+        told = re.search(r"of each is (round\(.*\) \+ zero_point), .*split's (\S+)\.$", note)
+        assert told is not None
+        part = sending
+        for name in told[2].split("."):
+            part = getattr(part, name)
+        names = {"round": torch.round, "value": sending.edge(x),
+                 "scale": part.scale.view(1, -1, 1, 1), "zero_point": part.zero_point.view(
+                     1, -1, 1, 1)}
+        codes = eval(told[1], names)
+        assert sorted(codes.unique().tolist()) == list(range(8))
 
 
 @pytest.mark.slow

@@ -274,7 +274,8 @@ class Positioned(nn.Module):
         return self.last(z.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("change", ["half", "double", "other numbers", "other tensors"])
+@pytest.mark.parametrize("change", ["half", "double", "other numbers", "other tensors",
+                                    "put anew"])
 def test_a_buffer_that_the_edge_reads_itself_is_the_edges(tmp_path: Path, change: str) -> None:
     torch.manual_seed(0)
     split = pp.Split(Positioned().eval(), X, "relu_1")
@@ -289,6 +290,8 @@ def test_a_buffer_that_the_edge_reads_itself_is_the_edges(tmp_path: Path, change
         other = {name: value + 0.1 if name.endswith("pos") else value
                  for name, value in sending.model.state_dict().items()}
         sending.model.load_state_dict(other, assign=change == "other tensors")
+        if change == "put anew":
+            split.model.pos = 3.0 * split.model.pos.double()
     pp.save(sending, tmp_path / "it")
     assert read_info(tmp_path / "it").defences == ("quantisation",)
     assert same_draws(pp.load(tmp_path / "it", Positioned), sending, x)
@@ -323,12 +326,33 @@ def more_in_the_cloud(sending: pp.Split) -> None:
     sending.refresh()
 
 
+class Clip(nn.Module):
+    """A tenth of what it holds says: it has a child, and no number of its own."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.1 * self.inner(x)  # type: ignore[no-any-return]
+
+
+def clipped_cloud(sending: pp.Split) -> None:
+    sending.model.cloud = Clip(sending.model.cloud)
+    sending.refresh()
+
+
+def clipped_edge(sending: pp.Split) -> None:
+    sending.model.edge.features = Clip(sending.model.edge.features)
+    sending.refresh()
+
+
 def other_steps(sending: pp.Split) -> None:
     sending.model.edge.upload.levels = 1
 
 
 @pytest.mark.parametrize("change", [other_upload, other_layer, more_behind, more_between,
-                                    more_in_the_cloud, other_steps])
+                                    more_in_the_cloud, other_steps, clipped_cloud, clipped_edge])
 def test_one_that_was_changed_since_is_saved_as_two_halves(
     tmp_path: Path, change: Callable[[pp.Split], None],
 ) -> None:
@@ -343,6 +367,52 @@ def test_one_that_was_changed_since_is_saved_as_two_halves(
     pp.save(sending, tmp_path / "it")
     assert read_info(tmp_path / "it").defences == ()
     assert same_draws(pp.load(tmp_path / "it", halves), sending)
+
+
+def test_a_known_one_behind_your_own_that_was_changed_is_saved_as_two_halves(
+    tmp_path: Path,
+) -> None:
+    sending = Combined((Mine(), FeatureDropout(0.1))).apply(trained())
+    pp.save(sending, tmp_path / "as made")
+    assert read_info(tmp_path / "as made").defences == ("mine", "feature_dropout")
+    sending.edge.upload.p = 0.9
+    pp.save(sending, tmp_path / "it")
+    assert read_info(tmp_path / "it").defences == ()
+
+
+def test_a_defence_that_puts_nothing_behind_the_edge_may_be_given(tmp_path: Path) -> None:
+    split = trained()
+    pp.save(split, tmp_path / "it")
+    for defence in (Patrol(), CemPatrol(), Combined((Patrol(),))):
+        again = pp.load(tmp_path / "it", small, defence=defence)
+        assert again.defence is None and same_draws(again, split)
+
+
+@dataclass(frozen=True)
+class Halving(Mine):
+    """Changes the weights as well."""
+
+    def apply(self, split: pp.Split, *, calibration: Tensor | None = None) -> pp.Split:
+        with torch.no_grad():
+            for parameter in split.model.parameters():
+                parameter.mul_(0.5)
+        return super().apply(split)
+
+
+def test_what_your_own_does_to_the_weights_is_done_once(tmp_path: Path) -> None:
+    sending = Halving().apply(trained())
+    pp.save(sending, tmp_path / "it")
+    assert same_draws(pp.load(tmp_path / "it", small, defence=Halving()), sending)
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    sending = Combined((Bottleneck(3), Quantisation(4))).apply(trained(), calibration=X)
+    sending.model.train()
+    state = {k: v.clone() for k, v in sending.model.state_dict().items()}
+    modes = [m.training for m in sending.model.modules()]
+    pp.save(sending, tmp_path / "it")
+    assert modes == [m.training for m in sending.model.modules()] and all(modes)
+    assert all(torch.equal(v, state[k]) for k, v in sending.model.state_dict().items())
 
 
 def test_a_narrow_layer_under_other_names_is_saved_as_two_halves(tmp_path: Path) -> None:
