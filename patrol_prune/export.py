@@ -93,8 +93,8 @@ def export(
     """Write both halves, as they run in evaluation mode, and check what the files compute.
 
     Every file is run on random inputs and compared with the half that it was made of, but for
-    halves that draw, before the folder is put in its place. The split stays as it is, and where it
-    is.
+    halves that draw, before the folder is put in its place. Of an edge that rounds, a thousandth
+    of the values may lie a step apart. The split stays as it is, and where it is.
 
     Args:
         split: cut, pruned and trained; a defence behind the edge is written with it.
