@@ -149,11 +149,7 @@ class Work:
         return where
 
     def finished(self, method: str) -> pp.Split:
-        """The finished split as it uploads.
-
-        Raises:
-            RunDirectoryError: an earlier release saved it without what stands behind its edge.
-        """
+        """The finished split as it uploads; one that an earlier release saved is refused."""
         split, privacy = self.load(method), self.config.privacy
         rounds = self.config.bits is not None and method != DENSE
         if split.defence is None and (rounds or (method == PATROL and privacy.dropout)):
