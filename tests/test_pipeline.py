@@ -296,6 +296,7 @@ def rounded_run(folder: Path, runs: Path) -> RunConfig:
         epochs=2, surrogate_warmup_steps=1, inner_steps=1, precision="fp32"))
 
 
+@pytest.mark.slow
 def test_an_upload_of_few_bits_is_trained_measured_saved_attacked_and_exported(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -516,16 +516,3 @@ def test_state_that_is_no_tensor_is_refused(tmp_path: Path) -> None:
     sending.edge.upload.get_extra_state = lambda: {"a": 1}
     with pytest.raises(UnsupportedModelError, match="0.upload._extra_state, which is dict"):
         pp.save(sending, tmp_path / "it")
-
-
-def test_an_exported_edge_that_was_loaded_rounds(tmp_path: Path) -> None:
-    sending = Quantisation(2).apply(trained(), calibration=X)
-    pp.save(sending, tmp_path / "it")
-    again = pp.load(tmp_path / "it", small)
-    again.model.eval()
-    pp.export(again, tmp_path / "deploy", formats=("onnx",))
-    deployed = pp.load_exported(tmp_path / "deploy")
-    with torch.no_grad():
-        z = deployed.edge(X[:1])
-    levels = [len(z[:, c].unique()) for c in range(z.shape[1])]
-    assert max(levels) <= 4

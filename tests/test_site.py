@@ -19,6 +19,7 @@ def test_each_public_name_stands_on_the_api_page_once() -> None:
     assert sorted(listed) == [name for name in pp.__all__ if name != "__version__"]
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
     """Links between pages, pages that no list has, and every public docstring's markup."""
     for needed in ("sphinx", "myst_parser", "furo"):
