@@ -349,7 +349,7 @@ class Work:
         if config.bits is not None:
             self.say(f"Fine-tuning for {config.rounded.epochs} more, with {config.bits} bits of "
                      "every uploaded value.")
-            split = rounding(plain, config.bits, self.images)
+            split = rounding(plain, config.bits, self.images.defender, self.images.normalization)
             split = with_dropout(config.privacy, split, config.seed)
             rounded = self.train(split, config.rounded, ROUNDING, offset=4)
         numbers = self.measure(split, config.bits)

@@ -292,13 +292,12 @@ def with_dropout(privacy: PrivacyConfig, split: Split, seed: int) -> Split:
     return FeatureDropout(privacy.dropout, seed).apply(split)
 
 
-def rounding(split: Split, bits: int, images: Images) -> Split:
+def rounding(split: Split, bits: int, defender: ImageSet, normalization: Normalization) -> Split:
     """The split whose uploads are rounded to `bits`, each channel over the range that it takes on
     some of the defender's pictures; it shares the layers."""
-    count = min(_CALIBRATING, len(images.defender))
-    some = images.defender.pixels(
-        torch.linspace(0, len(images.defender) - 1, count).round().long())
-    return Quantisation(bits).apply(split, calibration=images.normalization.to_input(some))
+    count = min(_CALIBRATING, len(defender))
+    some = defender.pixels(torch.linspace(0, len(defender) - 1, count).round().long())
+    return Quantisation(bits).apply(split, calibration=normalization.to_input(some))
 
 
 def sent_bytes(split: Split, bits: int | None) -> int:

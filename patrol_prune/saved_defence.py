@@ -32,13 +32,15 @@ def chain_of(split: Split) -> list[Split]:
     `[split]` where that would not tell all of it: nothing stands behind the edge, what does was
     not put there by a `Defence` or was changed since, or the defended split itself was pruned.
     """
-    splits = [split]
-    while (inner := splits[-1].undefended) is not None:
-        if not _is_as_made(splits[-1], inner):
-            return [split]
-        splits.append(inner)
-    chain = splits[::-1]
-    return chain if _would_be_rebuilt(chain) else [split]
+    chain = _all_of(split)
+    kept = all(_is_as_made(outer, inner) for inner, outer in pairwise(chain))
+    return chain if kept and _would_be_rebuilt(chain) else [split]
+
+
+def _all_of(split: Split) -> list[Split]:
+    """What stands one behind the other, from the split without a defence on."""
+    inner = split.undefended
+    return [split] if inner is None else [*_all_of(inner), split]
 
 
 def described(defended: Sequence[Split]) -> list[dict[str, Any]]:
@@ -131,15 +133,13 @@ def _as_given(
     behind = tuple(p for p in parts if not isinstance(p, CemPatrol))  # that is in the history
     before = {name: value.clone() for name, value in split.model.state_dict().items()}
     made = Combined(behind).apply(split) if behind else split
-    chain = [made]
-    while (inner := chain[-1].undefended) is not None:
-        chain.append(inner)
-    came = [(_name_of(one.defence), _unseeded(_settings_of(one.defence))) for one in chain[-2::-1]]
+    first, *defended = _all_of(made)
+    came = [(_name_of(one.defence), _unseeded(_settings_of(one.defence))) for one in defended]
     expected = [(str(entry["name"]), _unseeded(entry["settings"])) for entry in told]
     same = fits(split.model, before)
     if same:  # what it did to the weights is in the file already
         split.model.load_state_dict(before)
-    if chain[-1] is not split or came != expected or not same:
+    if first is not split or came != expected or not same:
         raise CheckpointError(
             f"Expected {_listed(expected)} behind the edge, as {path} tells, came {_listed(came)}. "
             "Give defence= as it was applied before the split was saved, or leave it out where "
@@ -149,10 +149,7 @@ def _as_given(
 
 def _fill(made: Split, told: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]) -> None:
     """Give the defences their numbers, types and modes; a ValueError where they are others'."""
-    chain = [made]
-    while (inner := chain[-1].undefended) is not None:
-        chain.append(inner)
-    for place, (one, entry) in enumerate(zip(chain[-2::-1], told, strict=True)):
+    for place, (one, entry) in enumerate(zip(_all_of(made)[1:], told, strict=True)):
         parts, prefix = _parts(one), f"{place}."
         own = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         now = parts.state_dict()

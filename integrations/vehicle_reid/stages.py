@@ -22,7 +22,6 @@ from plates import training_batches
 from pruning import notes as channel_notes
 from pruning import pruned
 from rounding import notes as rounding_notes
-from rounding import packed_bytes, rounding
 from settings import ReidRun
 from torch import Tensor, nn
 
@@ -30,7 +29,13 @@ import patrol_prune as pp
 from patrol_prune.access import Repeated, compute_features
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.errors import RunDirectoryError
-from patrol_prune.preparation import dropout_notes, refuse_changed_weights, with_dropout
+from patrol_prune.preparation import (
+    dropout_notes,
+    refuse_changed_weights,
+    rounding,
+    sent_bytes,
+    with_dropout,
+)
 from patrol_prune.run_summary import versions
 from patrol_prune.rundir import RunDirectory
 from patrol_prune.settings import resolve_device
@@ -150,19 +155,17 @@ class Work:
 
     def finished(self, method: str) -> pp.Split:
         """The finished split as it uploads; one that an earlier release saved is refused."""
-        split, privacy = self.load(method), self.config.privacy
-        rounds = self.config.bits is not None and method != DENSE
-        if split.defence is None and (rounds or (method == PATROL and privacy.dropout)):
+        split, dropout = self.load(method), self.config.privacy.dropout * (method == PATROL)
+        if split.defence is None and (dropout or (self.config.bits and method != DENSE)):
             raise RunDirectoryError(
                 f"Expected in {self.folder.path} a model of {method} that rounds or drops what it "
-                "uploads, came one that does not: an earlier release saved it. Start the run anew "
-                "with --overwrite.")
+                "uploads, came an earlier release's. Start the run anew with --overwrite.")
         return split
 
     def dropping(self, split: pp.Split, method: str) -> pp.Split:
         """PATROL's with `privacy.dropout` behind its edge; it shares the layers."""
-        drops = method == PATROL
-        return with_dropout(self.config.privacy, split, self.config.seed) if drops else split
+        return split if method != PATROL else with_dropout(
+            self.config.privacy, split, self.config.seed)
 
     def batches(self, offset: int, *, augment: bool = True) -> pp.PKBatches:
         swapped = self.config.swap_plates and self.stage != DENSE
@@ -201,11 +204,12 @@ class Work:
     ) -> tuple[pp.Split, dict[str, Any]]:
         """The split whose uploads are rounded to `bits`, trained so; what is to be noted of it."""
         before = self.measure(split)["retrieval"]["map"]
-        sending = self.dropping(rounding(split, bits, self.people), method)
+        whole = rounding(split, bits, self.people.defender, self.people.normalization)
+        sending = self.dropping(whole, method)
         self.say(f"mAP {100 * before:.1f}%. Fine-tuning for {self.config.rounded.epochs} more "
                  f"epochs with {bits} bits of every uploaded value.")
         history = self.train(sending, self.config.rounded, f"{method}-rounded", offset=4, **terms)
-        numbers = {**self.measure(sending), "feature_bytes": packed_bytes(sending, bits)}
+        numbers = {**self.measure(sending), "feature_bytes": sent_bytes(sending, bits)}
         return sending, {**numbers, "map_before_rounding": before, "history_rounded": history}
 
     def train(
