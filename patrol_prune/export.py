@@ -33,7 +33,7 @@ from patrol_prune._programs import (
 )
 from patrol_prune.cost import count_params, edge_macs, feature_bytes
 from patrol_prune.defences import RandomUpload
-from patrol_prune.defences.quantisation import Quantiser
+from patrol_prune.defences.quantisation import Quantisation, Quantiser
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.exported import ABOUT, FORMATS, ExportedHalf
 from patrol_prune.given import check_among, check_count, check_normalization, check_split
@@ -59,7 +59,10 @@ class Exported:
             shares of the half's largest absolute value; None for what draws, which cannot be
             compared.
         about: what `about.json` says: of each half `input` and `output`, of the edge its
-            multiply-adds (`macs`) and `parameters`.
+            multiply-adds (`macs`) and `parameters`. `bytes` are those of the file's numbers; where
+            the edge rounds them last, `rounded` says to how many `bits`, to how many `bytes` an
+            upload packs, and the `scale` and `zero_point` of each index of the `dimension` that
+            holds the channels: send `round(value / scale) + zero_point`.
     """
 
     path: Path
@@ -325,6 +328,17 @@ def _relative(mine: Tensor, theirs: Tensor) -> float:
     return float((mine - theirs).abs().max()) / (largest or 1.0)
 
 
+def _rounded(split: Split, z: Tensor) -> dict[str, Any]:
+    """How the edge rounds what it uploads, where that is the last that it does."""
+    last = split.behind.get("upload")
+    if not isinstance(last, Quantiser):
+        return {}
+    bits = last.levels.bit_length()
+    return {"rounded": {
+        "bits": bits, "bytes": Quantisation(bits).upload_bytes(z.shape[1:]), "dimension": last.dim,
+        "scale": last.scale.tolist(), "zero_point": last.zero_point.tolist()}}
+
+
 def _about(
     split: Split, programs: dict[str, ExportedProgram], inputs: dict[str, Tensor],
     normalization: Normalization | None, classes: Sequence[str],
@@ -335,7 +349,7 @@ def _about(
     image = {"name": "image", "shape": [batch["edge"], *inputs["edge"].shape[1:]],
              "dtype": name_of(inputs["edge"].dtype), "holds": pixels}
     feature = {"name": "feature", "shape": [batch["edge"], *z.shape[1:]], "dtype": name_of(z.dtype),
-               "bytes": feature_bytes(z.shape[1:], z.dtype)}
+               "bytes": feature_bytes(z.shape[1:], z.dtype), **_rounded(split, z)}
     answers = answers_of(programs["cloud"], "answer")
     about: dict[str, Any] = {
         "at": getattr(split, "at", "") or "",

@@ -86,6 +86,7 @@ def test_the_files_compute_what_the_halves_do_from_pixels(tmp_path: Path) -> Non
     assert told["edge"]["input"] == {"name": "image", "shape": [1, 3, 12, 12], "dtype": "float32",
                                      "holds": "pixels on [0, 1]"}
     assert told["edge"]["output"]["bytes"] == 6 * 10 * 10 * 4
+    assert "rounded" not in told["edge"]["output"]
     assert told["cloud"]["input"]["shape"] == ["any", 6, 10, 10]
     assert set(read_whole(written.path)) == {*written.differences, "about.json"}
 
@@ -141,12 +142,20 @@ def test_a_line_that_ends_in_a_colon_is_told_with_the_next() -> None:
 @pytest.mark.parametrize("bits", [1, 4, 8, 16])
 def test_steps_are_the_same_in_the_file(bits: int, tmp_path: Path) -> None:
     made = pp.make_defence("quantisation", bits).apply(split(), calibration=X)
-    path = export(made, tmp_path / "export", formats=("pt2",) if bits != 4 else ("onnx",)).path
-    x = X[:1]
+    written = export(made, tmp_path / "export", formats=("pt2",) if bits != 4 else ("onnx",))
+    path, x = written.path, X[:1]
     z = by_torch(path / "edge.pt2", x) if bits != 4 else by_onnx(path / "edge.onnx", x)
     with torch.no_grad():
         mine = made.edge(x)
     assert torch.equal(z, mine) if bits != 4 else float((z - mine).abs().max()) <= 1e-4
+    told = written.about["edge"]["output"]
+    assert (told["bytes"], told["rounded"]["bytes"]) == (600 * 4, 600 * bits // 8)
+    assert (told["rounded"]["bits"], told["rounded"]["dimension"]) == (bits, 1)
+    scale, zero = (torch.tensor(told["rounded"][k]).view(-1, 1, 1) for k in ("scale", "zero_point"))
+    whole = (z / scale).round() + zero  # what is sent, as the docstring says
+    assert 0 <= int(whole.min()) <= int(whole.max()) < 2**bits
+    torch.testing.assert_close((whole - zero) * scale, mine, rtol=0, atol=1e-4)
+    assert written.about["cloud"]["input"]["rounded"] == told["rounded"]
 
 
 def test_a_value_half_way_between_two_steps_may_go_either_way(
