@@ -33,6 +33,8 @@ TRIAL_COLUMNS = {
     "feature_bytes": "Upload", "beta": "beta", "alpha": "alpha", "accuracy": "Accuracy",
     "ssim": "SSIM",
 }
+UPLOAD_COLUMNS = {"feature_channels": "Channels", "bits": "Bits"}
+"""Of a search that tries them, beside those."""
 _IN_A_TERMINAL = ("attack", "attacker", "ssim", "ssim_worst5", "psnr", "mse", "rank1")
 
 
@@ -112,7 +114,11 @@ def front_table(
         caption: below.
     """
     table = Table(title=title, caption=caption, caption_justify="left")
-    for key, heading in TRIAL_COLUMNS.items():
+    more = {key: heading for key, heading in UPLOAD_COLUMNS.items()
+            if any(row[key] is not None for row in rows)}
+    columns = [*TRIAL_COLUMNS.items()]
+    columns[4:4] = more.items()  # before beta
+    for key, heading in columns:
         left = key == "split"
         table.add_column(heading, justify="left" if left else "right", no_wrap=left)
     for row in rows:
@@ -120,7 +126,7 @@ def front_table(
             **row, "beta": f"{row['beta']:.3g}", "alpha": f"{row['alpha']:g}",
             "edge_macs": short(row["edge_macs"]), "feature_bytes": short(row["feature_bytes"], "B"),
         }
-        table.add_row(*(number(key, shown[key]) for key in TRIAL_COLUMNS))
+        table.add_row(*(number(key, shown[key]) for key, _ in columns))
     return table
 
 

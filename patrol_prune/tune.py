@@ -1,4 +1,5 @@
-"""Search beta, alpha, the split and the budget's use for one's own model, images and limits.
+"""Search beta, alpha, the split, the budget's use and what is uploaded, for one's own model, images
+and limits.
 
 Each trial is a short run of the pipeline from one dense model that all trials share. What comes out
 is the front between accuracy and the strongest attack's SSIM, among the trials that keep to the
@@ -174,7 +175,7 @@ class _Search:
         begun, point = time.monotonic(), self.suggest(trial)
         self.say(
             "trial", f"{trial.number}: cut after {point.split}, {short(point.edge_macs)} MACs, "
-            f"beta {point.beta:.3g}, alpha {point.alpha:g}.",
+            f"beta {point.beta:.3g}, alpha {point.alpha:g}{_upload(point)}.",
         )
         folder = self.folder / TRIALS / f"{trial.number:04d}"
         try:
@@ -198,12 +199,14 @@ class _Search:
         names = [candidate.name for candidate in self.space.candidates]
         split = trial.suggest_categorical("split", names)
         share = trial.suggest_float("budget_share", *config.budget_range)
-        return Point(
-            split=split,
-            edge_macs=self.space[split].edge_macs(share),
-            beta=trial.suggest_float("beta", *config.beta_range, log=True),
-            alpha=trial.suggest_categorical("alpha", config.alpha_choices),
-        )
+        beta = trial.suggest_float("beta", *config.beta_range, log=True)
+        alpha = trial.suggest_categorical("alpha", config.alpha_choices)
+        bits, channels = (  # no name in the study for what has one value
+            trial.suggest_categorical(name, tried) if len(tried) > 1 else tried[0]
+            for name, tried in (("bits", config.tried_bits),
+                                ("feature_channels", config.tried_channels)))
+        return Point(split, self.space.edge_macs(split, share, channels), beta, alpha, bits,
+                     channels)
 
     def found(self, number: int, point: Point, result: RunResult, seconds: float) -> TuneTrial:
         config, summary = self.config, result.summary
@@ -218,7 +221,8 @@ class _Search:
                              "be ranked by.")
         return TuneTrial(
             number=number, split=point.split, edge_macs_asked=point.edge_macs, beta=point.beta,
-            alpha=point.alpha, accuracy=accuracy, ssim=ssim, attack=str(strongest["attack"]),
+            alpha=point.alpha, bits=point.bits, feature_channels=point.feature_channels,
+            accuracy=accuracy, ssim=ssim, attack=str(strongest["attack"]),
             edge_macs=int(summary.pruned["edge_macs"]),
             feature_bytes=int(summary.pruned["feature_bytes"]), dense_accuracy=float(dense),
             limits=Limits(self.space.budget_edge_macs, floor, config.max_feature_bytes),
@@ -229,6 +233,11 @@ class _Search:
             sound=is_sound(config.trial_attacks, result.audit.flags),
             seconds=round(seconds, 1),
         )
+
+
+def _upload(point: Point) -> str:
+    told = "" if point.feature_channels is None else f", {point.feature_channels} channels sent"
+    return told if point.bits is None else f"{told}, {point.bits} bits of a value"
 
 
 def _figures(found: TuneTrial) -> str:

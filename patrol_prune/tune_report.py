@@ -25,7 +25,8 @@ def write_results(config: TuneConfig, result: TuneResult, dense: Path) -> TuneRe
     files = {"json": folder / "tune.json"}
     written = {_config_file(folder, trial): trial for trial in front}
     for path, trial in written.items():
-        point = Point(trial.split, trial.edge_macs_asked, trial.beta, trial.alpha)
+        point = Point(trial.split, trial.edge_macs_asked, trial.beta, trial.alpha, trial.bits,
+                      trial.feature_channels)
         full_config(config, point, dense, f"{config.name}-{trial.number:04d}").to_yaml(path)
         files[f"trial {trial.number}"] = path
     for stale in (folder / FRONT).glob("trial-*.yaml"):

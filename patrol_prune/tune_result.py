@@ -70,7 +70,7 @@ class TuneTrial:
         ssim: of the strongest of the trial's short attacks, mean over the victim's images.
         attack: which one that was.
         edge_macs: multiply-adds of the pruned edge.
-        feature_bytes: uploaded per image, as float32.
+        feature_bytes: uploaded per image, as float32 or packed bits.
         dense_accuracy: of the model before pruning.
         limits: what held for this trial, `edge_macs` and `feature_bytes` at most and `accuracy` at
             least; None is no limit.
@@ -78,6 +78,8 @@ class TuneTrial:
         flags: names of what the audit warned of, as that an attack was still improving.
         sound: whether `ssim` measures anything: no attack broke off, and one at least learnt.
         seconds: that it took.
+        bits: of an uploaded value; None is float32.
+        feature_channels: that the edge was to send; None is as many as the budget left.
     """
 
     number: int
@@ -96,6 +98,8 @@ class TuneTrial:
     flags: tuple[str, ...] = ()
     seconds: float = 0.0
     sound: bool = True
+    bits: int | None = None
+    feature_channels: int | None = None
 
     @property
     def excess(self) -> dict[str, float]:

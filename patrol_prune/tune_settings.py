@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from patrol_prune.attacks import ATTACKS
+from patrol_prune.defences import Quantisation
 from patrol_prune.errors import InputError, nearest
+from patrol_prune.kept_whole import check_feature_channels
 from patrol_prune.preparation import normalization_kind
 from patrol_prune.settings import PrivacyConfig, RunConfig
 
@@ -56,10 +58,14 @@ class TuneConfig(RunConfig):
         beta_range: least and largest weight of the surrogate attackers, as in [2,100]; on a log
             scale.
         alpha_choices: weights of the Lipschitz term that are tried, as in [0,0.01].
+        bits_choices: bits of an uploaded value that are tried, as in [null,4,2], null for float32;
+            without it `bits` alone.
+        feature_channels_choices: how many channels that cross the split stay, as in [32,16], null
+            for as many as the budget leaves; without it `feature_channels` alone.
         min_accuracy: the least accuracy, in [0, 1].
         max_accuracy_drop: how far below the dense model's the accuracy may lie, in [0, 1].
-        max_feature_bytes: the most that may be uploaded per image, as float32.
-        trial_epochs: epochs of fine-tuning in a trial.
+        max_feature_bytes: the most that may be uploaded per image, as float32 or packed bits.
+        trial_epochs: epochs of fine-tuning in a trial, and as many again with rounded uploads.
         trial_attacks: the attacks of a trial; the strongest ranks it.
         trial_attack_epochs: epochs of an attacker's training in a trial.
         trial_victims: images to be reconstructed in a trial.
@@ -78,6 +84,8 @@ class TuneConfig(RunConfig):
     budget_range: tuple[float, float] = (0.5, 1.0)
     beta_range: tuple[float, float] = (2.0, 100.0)
     alpha_choices: tuple[float, ...] = (0.0, 0.01)
+    bits_choices: tuple[int | None, ...] = ()
+    feature_channels_choices: tuple[int | None, ...] = ()
     min_accuracy: float | None = None
     max_accuracy_drop: float | None = None
     max_feature_bytes: int | None = None
@@ -93,14 +101,6 @@ class TuneConfig(RunConfig):
         self._check_trials()
 
     def _check_search(self) -> None:
-        if self.feature_channels is not None:
-            raise InputError(
-                f"Expected no feature_channels in a search, came {self.feature_channels}: it plans "
-                "without. Leave it out, and give it to patrol-prune run.")
-        if self.bits is not None:
-            raise InputError(
-                f"Expected no bits in a search, came {self.bits}. Leave it out, and give it to "
-                "patrol-prune run.")
         if self.trials < 1 or (self.timeout is not None and not self.timeout > 0):
             raise InputError(
                 "Expected at least one trial and a timeout of more than 0 seconds, came "
@@ -135,6 +135,35 @@ class TuneConfig(RunConfig):
                 "Expected alpha_choices of 0 alone beside privacy.dropout (a run does not train "
                 f"both), came {alphas}. Give --alpha_choices '[0.0]'."
             )
+        self._check_uploads()
+
+    def _check_uploads(self) -> None:
+        """What is tried of the width of the upload, and of the bits of its values."""
+        for name in ("bits", "feature_channels"):
+            given, choices = getattr(self, name), getattr(self, f"{name}_choices")
+            if len(set(choices)) < len(choices) or (choices and given is not None):
+                raise InputError(
+                    f"Expected {name}_choices to be different numbers (or null), and {name} left "
+                    f"out beside them, came {choices} and {given}.")
+        for channels in self.tried_channels:
+            check_feature_channels(channels, self.boundary, self.score.structures)
+        for bits in self.tried_bits:
+            if bits is not None:
+                Quantisation(bits)  # refuses what it refuses
+        if any(bits is not None for bits in self.tried_bits) and max(self.alpha_choices) > 0:
+            raise InputError(
+                "Expected alpha_choices of 0 alone beside bits (a rounded upload jumps), came "
+                f"{self.alpha_choices}. Give --alpha_choices '[0.0]'.")
+
+    @property
+    def tried_bits(self) -> tuple[int | None, ...]:
+        """Bits of an uploaded value; None stands for float32."""
+        return self.bits_choices or (self.bits,)
+
+    @property
+    def tried_channels(self) -> tuple[int | None, ...]:
+        """Channels that are sent; None stands for as many as the budget leaves."""
+        return self.feature_channels_choices or (self.feature_channels,)
 
     def _check_limits(self) -> None:
         if self.min_accuracy is not None and self.max_accuracy_drop is not None:
@@ -204,12 +233,16 @@ class Point:
         edge_macs: what the pruner is asked for, in multiply-adds.
         beta: weight of the surrogate attackers.
         alpha: weight of the Lipschitz term.
+        bits: of an uploaded value; None is float32.
+        feature_channels: that are sent; None is as many as the budget leaves.
     """
 
     split: str
     edge_macs: int
     beta: float
     alpha: float
+    bits: int | None = None
+    feature_channels: int | None = None
 
 
 def full_config(config: TuneConfig, point: Point, dense: Path, name: str) -> RunConfig:
@@ -218,6 +251,7 @@ def full_config(config: TuneConfig, point: Point, dense: Path, name: str) -> Run
         name=name, at=point.split, edge_macs=str(point.edge_macs), weights=str(dense),
         normalization=normalization_kind(config),
         privacy=replace(config.privacy, alpha=point.alpha, beta=point.beta),
+        bits=point.bits, feature_channels=point.feature_channels,
     )
 
 
@@ -231,6 +265,7 @@ def trial_config(config: TuneConfig, point: Point, dense: Path, folder: Path) ->
         full,
         runs=str(folder.parent),
         finetune=replace(full.finetune, epochs=min(config.trial_epochs, full.finetune.epochs)),
+        rounded=replace(full.rounded, epochs=min(config.trial_epochs, full.rounded.epochs)),
         audit=replace(
             full.audit, attacks=config.trial_attacks, seeds=full.audit.seeds[:1],
             victims=min(config.trial_victims, full.audit.victims), attacker_images=(),
@@ -246,5 +281,6 @@ def trial_config(config: TuneConfig, point: Point, dense: Path, folder: Path) ->
 def dense_config(config: TuneConfig, point: Point, folder: Path) -> RunConfig:
     """The run whose first stages train the dense model for all trials; `point` is any that fits."""
     return config.run_config(
-        name="dense", runs=str(folder), at=point.split, edge_macs=str(point.edge_macs)
+        name="dense", runs=str(folder), at=point.split, edge_macs=str(point.edge_macs),
+        bits=None, feature_channels=None,
     )

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
 
-from patrol_prune.errors import BudgetError, InputError, nearest
+from patrol_prune._tp import GroupMagnitudeImportance
+from patrol_prune.errors import BudgetError, InputError, PatrolError, nearest
 from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import Plan, PlanRow, parse_budget, plan, short
-from patrol_prune.split import SplitPoint, split_points
+from patrol_prune.pruner import PatrolPruner
+from patrol_prune.split import Split, SplitPoint, split_points
 from patrol_prune.tune_settings import AUTO, TuneConfig
 
 
@@ -34,13 +38,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Space:
-    """The candidates, shallow to deep, and the device's budget in multiply-adds."""
+    """The candidates, shallow to deep, and the device's budget in multiply-adds.
+
+    `narrowed` has the smallest edge of a candidate that sends so many channels, by both.
+    """
 
     candidates: tuple[Candidate, ...]
     budget_edge_macs: int
+    narrowed: Mapping[tuple[str, int], int] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Candidate:
         return next(c for c in self.candidates if c.name == name)
+
+    def edge_macs(self, name: str, share: float, channels: int | None = None) -> int:
+        """What the pruner is asked for, where the edge sends so many channels."""
+        asked = self[name].edge_macs(share)
+        return asked if channels is None else max(self.narrowed[name, channels], asked)
 
 
 def search_space(config: TuneConfig, model: nn.Module, example: Tensor) -> Space:
@@ -49,10 +62,12 @@ def search_space(config: TuneConfig, model: nn.Module, example: Tensor) -> Space
     "auto" takes `most_splits` of the plan's, whole modules before their parts and then the deepest,
     that fit, need no more than `max_channel_ratio` of their channels removed, still transmit more
     than a vector, and upload at most `max_feature_bytes` (as they are; `boundary="prune"` may still
-    shrink a larger one). Attention heads of `model` are opened first, where a run would.
+    shrink a larger one), and can send each of the numbers of channels that are tried. Attention
+    heads of `model` are opened first, where a run would.
 
     Raises:
-        InputError: a split that does not exist, or a budget that is none or needs no pruning.
+        InputError: a split that does not exist, a budget that is none or needs no pruning, or
+            channels that cannot go at a place that was asked for, or at any.
         BudgetError: no place, or one of those asked for, can be brought under the budget.
     """
     if config.score.heads:
@@ -71,7 +86,49 @@ def search_space(config: TuneConfig, model: nn.Module, example: Tensor) -> Space
                   min(budget, row.edge_macs))
         for row in rows
     )
-    return Space(chosen, budget)
+    return _narrowed(config, model, example, Space(chosen, budget))
+
+
+def _narrowed(config: TuneConfig, model: nn.Module, example: Tensor, space: Space) -> Space:
+    """The space with the smallest edges of all widths; of "auto", the places where each can be."""
+    tried = [channels for channels in config.tried_channels if channels is not None]
+    if not tried:
+        return space
+    known: dict[tuple[str, int], int] = {}
+    refused: dict[str, PatrolError] = {}
+    for place in space.candidates:
+        try:
+            known |= {(place.name, n): _smallest(config, model, example, place, n) for n in tried}
+        except PatrolError as error:
+            refused[place.name] = error
+    able = tuple(place for place in space.candidates if place.name not in refused)
+    if refused and (not able or config.at is not None or config.splits != (AUTO,)):
+        name, why = next(iter(refused.items()))
+        raise InputError(f"Where the model is cut after {name}, it cannot send each of "
+                         f"{', '.join(map(str, tried))} channels: {why}") from why
+    return replace(space, candidates=able, narrowed=known)
+
+
+def _smallest(
+    config: TuneConfig, model: nn.Module, example: Tensor, place: Candidate, channels: int
+) -> int:
+    """Multiply-adds of the smallest edge there that sends so many channels.
+
+    Raises:
+        PatrolError: there is none within the budget.
+    """
+    score = config.score
+    return PatrolPruner(
+        model, example, GroupMagnitudeImportance(), split=Split(model, example, at=place.name),
+        edge_macs=place.most_edge_macs, boundary=config.boundary, feature_channels=channels,
+        max_pruning_ratio=score.max_pruning_ratio, min_channels=score.min_channels,
+        round_to=score.round_to, structures=score.structures,
+    ).smallest_edge_macs()
+
+
+def _least_bytes(config: TuneConfig, row: PlanRow) -> int:
+    """What a place uploads with the fewest bits that are tried, its channels as they are."""
+    return math.ceil(row.feature_bytes * min(bits or 32 for bits in config.tried_bits) / 32)
 
 
 def _plan(
@@ -91,12 +148,12 @@ def _fitting(config: TuneConfig, made: Plan) -> list[PlanRow]:
             and row.strength <= config.max_channel_ratio]
     most = config.max_feature_bytes
     small = [row for row in able
-             if most is None or row.feature_bytes <= most or config.boundary == "prune"]
+             if most is None or _least_bytes(config, row) <= most or config.boundary == "prune"]
     if able and not small:
-        least = min(able, key=lambda row: row.feature_bytes)
+        least = min(able, key=lambda row: _least_bytes(config, row))
         raise BudgetError(
             f"No place to cut within {short(made.budget_edge_macs)} MACs uploads at most {most:,} "
-            f"bytes; the least is {least.feature_bytes:,}, after {least.name}. Raise "
+            f"bytes; the least is {_least_bytes(config, least):,}, after {least.name}. Raise "
             "--max-feature-bytes or --edge-macs, or allow --boundary prune."
         )
     if not small:
@@ -125,9 +182,10 @@ def _asked_for(
             rows |= {row.name: row for row in made.rows}
             row = made[made.recommended]
         most = config.max_feature_bytes
-        if most is not None and row.feature_bytes > most and config.boundary == "keep":
+        least = _least_bytes(config, row)
+        if most is not None and least > most and config.boundary == "keep":
             raise InputError(
-                f"After {asked}, {row.feature_bytes:,} bytes are uploaded, more than the {most:,} "
+                f"After {asked}, {least:,} bytes are uploaded, more than the {most:,} "
                 "of --max-feature-bytes. Leave this split out, or allow --boundary prune."
             )
         chosen[row.name] = row

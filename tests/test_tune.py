@@ -145,6 +145,31 @@ def test_trials_stay_within_the_ranges_and_the_budget(
     assert len({c.name for c in pretended.configs}) == 8
 
 
+def test_what_is_uploaded_is_searched_too(
+    folder: Path, tmp_path: Path, pretended: Pretended, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = (Candidate("layer1", 400, 1000), Candidate("layer2", 600, 1000))
+    narrowed = {("layer1", 8): 900, ("layer2", 8): 950}
+    monkeypatch.setattr(module, "search_space", lambda *_: Space(places, 1000, narrowed))
+    config = tiny(folder, tmp_path, trials=8, boundary="prune", alpha_choices=(0.0,),
+                  bits_choices=(None, 2), feature_channels_choices=(None, 8))
+    result = tune(config)
+    tried = [(t.bits, t.feature_channels) for t in result.trials]
+    assert set(tried) == {(None, None), (2, None), (None, 8), (2, 8)}
+    assert tried == [(c.bits, c.feature_channels) for c in pretended.configs]
+    for trial in result.trials:
+        if trial.feature_channels == 8:
+            assert trial.edge_macs_asked >= narrowed[trial.split, 8]
+        full = RunConfig.from_yaml(result.files[f"trial {trial.number}"])
+        assert (full.bits, full.feature_channels) == (trial.bits, trial.feature_channels)
+    conclude(result, Console(width=140))
+    table = capsys.readouterr().out
+    assert "Channels" in table and "Bits" in table
+    conclude(tune(tiny(folder, tmp_path, name="without")), Console(width=140))
+    assert "Bits" not in capsys.readouterr().out
+
+
 def test_a_floor_below_the_dense_model(folder: Path, tmp_path: Path, pretended: Pretended) -> None:
     result = tune(tiny(folder, tmp_path, trials=6, max_accuracy_drop=0.05))
     assert all(t.limits.accuracy == pytest.approx(0.85) for t in result.trials)
@@ -319,3 +344,23 @@ def test_for_real(folder: Path, tmp_path: Path) -> None:
     trial = json.loads((tmp_path / "tune" / "trials" / f"{first.number:04d}" / "summary.json")
                        .read_text())
     assert CAUTION in trial["notes"] and CAUTION not in full["notes"]
+
+
+@pytest.mark.slow
+def test_narrow_and_rounded_uploads_for_real(folder: Path, tmp_path: Path) -> None:
+    config = tiny(folder, tmp_path, trials=4, trial_attacks=("linear_inverse",), boundary="prune",
+                  alpha_choices=(0.0,), bits_choices=(2, 4), feature_channels=8,
+                  splits=("layer2",), max_feature_bytes=8 * 8 * 8 // 4)
+    result = tune(config)
+    assert len(result.trials) == 4 and not result.failures
+    assert {t.bits for t in result.trials} == {2, 4}
+    for trial in result.trials:
+        assert trial.feature_bytes == 8 * 8 * 8 * trial.bits // 8
+        assert (trial.excess["feature_bytes"] <= 0) == (trial.bits == 2)
+        kept = json.loads((tmp_path / "tune" / "trials" / f"{trial.number:04d}" / "summary.json")
+                          .read_text())["config"]
+        assert kept["rounded"]["epochs"] == 1
+    first = result.front[0]
+    assert main(["run", "--config", str(result.files[f"trial {first.number}"])]) == 0
+    full = json.loads((tmp_path / f"tune-{first.number:04d}" / "summary.json").read_text())
+    assert full["pruned"]["feature_bytes"] == first.feature_bytes == 128

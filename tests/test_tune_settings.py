@@ -14,9 +14,16 @@ from torch import nn
 
 from patrol_prune import tune_space
 from patrol_prune.errors import BudgetError, InputError
+from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
 from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig
-from patrol_prune.tune_settings import Point, TuneConfig, trial_config
+from patrol_prune.tune_settings import (
+    Point,
+    TuneConfig,
+    dense_config,
+    full_config,
+    trial_config,
+)
 from patrol_prune.tune_space import Candidate, Space, search_space
 
 CHANGED = TuneConfig(
@@ -24,9 +31,11 @@ CHANGED = TuneConfig(
     splits=("layer1", "layer2"), beta_range=(1.0, 10.0), alpha_choices=(0.1,), min_accuracy=0.8,
     max_feature_bytes=4096, trial_attacks=("linear_inverse",), seed=3,
 )
+UPLOADS = TuneConfig("photos", "9.9M", boundary="prune", feature_channels_choices=(None, 16, 8),
+                     bits_choices=(None, 4, 2), alpha_choices=(0.0,))
 
 
-@pytest.mark.parametrize("config", [TuneConfig("photos", "9.9M"), CHANGED])
+@pytest.mark.parametrize("config", [TuneConfig("photos", "9.9M"), CHANGED, UPLOADS])
 def test_a_file_gives_the_same_settings_back(tmp_path: Path, config: TuneConfig) -> None:
     config.to_yaml(tmp_path / "c.yaml")
     assert TuneConfig.from_yaml(tmp_path / "c.yaml") == config
@@ -36,8 +45,14 @@ def test_a_file_gives_the_same_settings_back(tmp_path: Path, config: TuneConfig)
     ("change", "message"),
     [
         ({"trials": 0}, "at least one trial"),
-        ({"boundary": "prune", "feature_channels": 8}, "no feature_channels in a search, came 8"),
-        ({"bits": 2}, "no bits in a search, came 2"),
+        ({"feature_channels_choices": [8]}, "boundary to let channels"),
+        ({"boundary": "prune", "feature_channels_choices": [8, 0]}, "at least 1 or None, came 0"),
+        ({"boundary": "prune", "feature_channels": 8, "feature_channels_choices": [4]},
+         "feature_channels left out beside them, came \\(4,\\) and 8"),
+        ({"bits": 2}, "alpha_choices of 0 alone beside bits"),
+        ({"bits_choices": [None, 2]}, "alpha_choices of 0 alone beside bits"),
+        ({"bits_choices": [2, 2], "alpha_choices": [0.0]}, "different numbers"),
+        ({"bits_choices": [17], "alpha_choices": [0.0]}, "from 1 to 16, came 17"),
         ({"timeout": 0}, "more than 0 seconds"),
         ({"storage": " "}, "URL or a path"),
         ({"splits": ["auto", "layer1"]}, "auto alone"),
@@ -105,6 +120,22 @@ def test_a_trial_is_the_full_run_made_short() -> None:
     assert (trial.seed, trial.batch_size, trial.audit.attacker_share) == (4, 16, 0.2)
     # The pixels are normalised as the dense model was trained, not as ImageNet's.
     assert trial.normalization == "dataset"
+    assert (trial.bits, trial.feature_channels) == (None, None)
+
+
+def test_what_is_uploaded_is_the_points_and_never_the_dense_model_s() -> None:
+    config = replace(UPLOADS, trial_epochs=2, rounded=FinetuneConfig(epochs=7))
+    point = Point("layer2", 1234, beta=9.0, alpha=0.0, bits=2, feature_channels=8)
+    dense, folder = Path("d.safetensors"), Path("runs/tune/trials/0003")
+    trial = trial_config(config, point, dense, folder)
+    assert (trial.bits, trial.feature_channels, trial.rounded.epochs) == (2, 8, 2)
+    full = full_config(config, point, dense, "x")
+    assert (full.bits, full.feature_channels, full.rounded.epochs) == (2, 8, 7)
+    fixed = replace(UPLOADS, feature_channels_choices=(), bits_choices=(), bits=4,
+                    feature_channels=16)
+    assert (fixed.tried_bits, fixed.tried_channels) == ((4,), (16,))
+    first = dense_config(fixed, point, Path("runs/tune"))
+    assert (first.bits, first.feature_channels) == (None, None)
 
 
 def test_every_setting_of_a_run_is_one_of_a_search() -> None:
@@ -152,6 +183,32 @@ def test_auto_takes_the_deepest_places_that_fit_moderately() -> None:
     assert "layer4" not in [c.name for c in space(max_channel_ratio=0.2).candidates]
     assert [c.name for c in space(at="layer1").candidates] == ["layer1"]
     assert space(edge_macs="0.5", at="layer2").budget_edge_macs == found.budget_edge_macs // 2
+
+
+def test_a_place_has_to_send_each_of_the_widths_that_are_tried() -> None:
+    wide = space(boundary="prune")
+    assert not wide.narrowed and wide.edge_macs("layer2", 0.1) == wide["layer2"].edge_macs(0.1)
+    found = space(boundary="prune", feature_channels_choices=(None, 16, 32))
+    assert found.candidates == wide.candidates[:3], "a quarter of layer4's has to stay"
+    for place in found.candidates[1:]:
+        few, more = (found.narrowed[place.name, n] for n in (16, 32))
+        assert place.least_edge_macs <= few < more < place.most_edge_macs
+        assert found.edge_macs(place.name, 0.01, 32) == more
+        assert found.edge_macs(place.name, 0.01) == place.least_edge_macs
+        assert found.edge_macs(place.name, 1.0, 16) == place.most_edge_macs
+    with pytest.raises(InputError, match=r"after layer4, it cannot .* 16 channels: .* 32 and 33"):
+        space(boundary="prune", splits=("layer3", "layer4"), feature_channels=16)
+    with pytest.raises(InputError, match="after layer3, it cannot send each of 32 channels"):
+        space(boundary="prune", at="layer3", edge_macs="500000", feature_channels=32)
+
+
+def test_the_limit_of_bytes_is_that_of_the_fewest_bits() -> None:
+    with pytest.raises(InputError, match="layer1, 16,384 bytes"):
+        space(splits=("layer1",), max_feature_bytes=2000)
+    few = {"alpha_choices": (0.0,), "bits_choices": (None, 2), "splits": ("layer1",)}
+    assert space(max_feature_bytes=2000, **few).candidates
+    with pytest.raises(InputError, match="layer1, 1,024 bytes"):
+        space(max_feature_bytes=1000, **few)
 
 
 def test_shares_of_the_budget_are_counts_that_can_be_reached() -> None:
