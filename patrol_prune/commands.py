@@ -81,8 +81,8 @@ options after it change it. The same settings resume a run that was interrupted,
 epoch of a training, or in its audit after the attacks that had ended; --data and --weights may be
 in another place by then. (A decoder is trained once more where rmle is still to come, which may
 begin at its answer.)""",
-    "tune": """Search beta, alpha, the split, how much of the budget to use and what is sent, for your
-own model, images and limits. What is asked for is that of `run`, and limits:
+    "tune": """Search beta, alpha, the split, how much of the budget to use and what is sent, for
+your own model, images and limits. What is asked for is that of `run`, and limits:
 
   --min-accuracy SHARE        the least accuracy, or
   --max-accuracy-drop SHARE   how far below the dense model's it may lie
