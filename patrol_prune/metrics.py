@@ -149,7 +149,8 @@ def _ssim(x: Tensor, y: Tensor) -> Tensor:
     # Half-precision products would round away the variances of smooth images.
     with torch.autocast(x.device.type, enabled=False):
         if (torch.is_grad_enabled() and y.requires_grad and not x.requires_grad
-                and x.shape == y.shape and len(x)):
+                and x.shape == y.shape and len(x)
+                and not torch._C._are_functorch_transforms_active()):  # of torch.func
             values: Tensor = _SSIMOfGuess.apply(x, y)
             return values
         return _likeness(x, y)

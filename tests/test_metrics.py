@@ -141,6 +141,18 @@ def test_the_written_out_gradient_is_there_only_where_it_is_asked_for() -> None:
     torch.testing.assert_close(one, metrics.ssim_values(x[:1].expand_as(y), y), rtol=0, atol=1e-6)
 
 
+def test_transforms_of_torch_func_follow_the_loss() -> None:
+    x, y = images(0).double(), images(1).double()
+    guess = y.clone().requires_grad_()
+    (ours,) = torch.autograd.grad(metrics.ssim_loss(x, guess), guess)
+    torch.testing.assert_close(torch.func.grad(metrics.ssim_loss, 1)(x, y), ours)
+    one = torch.func.grad(lambda a, b: metrics.ssim_loss(a[None], b[None]), 1)
+    torch.testing.assert_close(torch.func.vmap(one)(x, y), len(x) * ours)
+    direction = images(2).double()
+    _, slope = torch.func.jvp(lambda z: metrics.ssim_loss(x, z), (y,), (direction,))
+    torch.testing.assert_close(slope, (ours * direction).sum())
+
+
 def test_the_loss_stays_exact_under_autocast_and_after_inference() -> None:
     metrics._window_weights.cache_clear()
     x = images(0, (2, 3, 19, 19))
