@@ -94,6 +94,7 @@ _WHERE = {
     "Exported": "export",
     "ExportedSplit": "exported",
     "load_exported": "exported",
+    "UploadFormat": "packing",
     "Defence": "defences.base",
     "make_defence": "defences",
     "Attack": "attacks.base",
@@ -164,6 +165,7 @@ if TYPE_CHECKING:
     from patrol_prune.objective import PatrolObjective
     from patrol_prune.open_attention import OpenedAttention, open_attention
     from patrol_prune.origins import rebuild_optimizer
+    from patrol_prune.packing import UploadFormat
     from patrol_prune.pixels import Normalization
     from patrol_prune.plan import Plan, plan
     from patrol_prune.plan_limits import PlanLimits

@@ -33,10 +33,11 @@ from patrol_prune._programs import (
 )
 from patrol_prune.cost import count_params, edge_macs, feature_bytes
 from patrol_prune.defences import RandomUpload
-from patrol_prune.defences.quantisation import Quantisation, Quantiser
+from patrol_prune.defences.quantisation import Quantiser
 from patrol_prune.errors import InputError, UnsupportedModelError
 from patrol_prune.exported import ABOUT, FORMATS, ExportedHalf
 from patrol_prune.given import check_among, check_count, check_normalization, check_split
+from patrol_prune.packing import UploadFormat
 from patrol_prune.pixels import Normalization
 from patrol_prune.split import Split
 from patrol_prune.storage import MANIFEST, atomic_directory, to_json
@@ -60,9 +61,7 @@ class Exported:
             compared.
         about: what `about.json` says: of each half `input` and `output`, of the edge its
             multiply-adds (`macs`) and `parameters`. `bytes` are those of the file's numbers; where
-            the edge rounds them last, `rounded` says to how many `bits`, to how many `bytes` an
-            upload packs, and the `scale` and `zero_point` of each index of the `dimension` that
-            holds the channels: send `round(value / scale) + zero_point`.
+            the edge rounds them last, `rounded` says how they pack: `UploadFormat.from_about`.
     """
 
     path: Path
@@ -328,15 +327,10 @@ def _relative(mine: Tensor, theirs: Tensor) -> float:
     return float((mine - theirs).abs().max()) / (largest or 1.0)
 
 
-def _rounded(split: Split, z: Tensor) -> dict[str, Any]:
+def _rounded(split: Split) -> dict[str, Any]:
     """How the edge rounds what it uploads, where that is the last that it does."""
-    last = split.behind.get("upload")
-    if not isinstance(last, Quantiser):
-        return {}
-    bits = last.levels.bit_length()
-    return {"rounded": {
-        "bits": bits, "bytes": Quantisation(bits).upload_bytes(z.shape[1:]), "dimension": last.dim,
-        "scale": last.scale.tolist(), "zero_point": last.zero_point.tolist()}}
+    rounds = isinstance(split.behind.get("upload"), Quantiser)
+    return {"rounded": UploadFormat.of(split).to_dict()} if rounds else {}
 
 
 def _about(
@@ -349,7 +343,7 @@ def _about(
     image = {"name": "image", "shape": [batch["edge"], *inputs["edge"].shape[1:]],
              "dtype": name_of(inputs["edge"].dtype), "holds": pixels}
     feature = {"name": "feature", "shape": [batch["edge"], *z.shape[1:]], "dtype": name_of(z.dtype),
-               "bytes": feature_bytes(z.shape[1:], z.dtype), **_rounded(split, z)}
+               "bytes": feature_bytes(z.shape[1:], z.dtype), **_rounded(split)}
     answers = answers_of(programs["cloud"], "answer")
     about: dict[str, Any] = {
         "at": getattr(split, "at", "") or "",

@@ -314,7 +314,9 @@ def rounding_notes(bits: int | None, dropout: float) -> list[str]:
     return [] if bits is None else [
         f"The edge rounds every value that it uploads to {bits} bits, and was trained and attacked "
         "so; it hands the rounded numbers on as floating point. What is to be sent of each is "
-        f"round({value} / scale) + zero_point, by the buffers of the saved split's {where}."]
+        f"round({value} / scale) + zero_point, by the buffers of the saved split's {where}"
+        + (", which the export tells as well; pp.UploadFormat packs them." if not dropout
+           else ".")]
 
 
 def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:

@@ -34,6 +34,7 @@ ORDER = [
     "training_state", "evaluation",
     "distillation", "image_pool", "finetune_config", "trainer", "finetune", "learned_masks",
     "defences", "saved_sizes", "saved_description", "saved_defence", "saved_model", "checkpoint",
+    "packing",
     "_onnx", "_programs", "exported",
     "export",
     "attacks", "access", "alone", "received", "per_picture", "arrangement", "undoing", "warm_start",

@@ -36,7 +36,7 @@ from patrol_prune.tune_space import Candidate, Space
 
 ROOT = Path(__file__).resolve().parent.parent
 VEHICLES = "integrations/vehicle_reid/README.md"
-SNIPPETS = {"README.md": 2, "docs/audit.md": 10, "docs/bounds.md": 1, "docs/plan.md": 1,
+SNIPPETS = {"README.md": 3, "docs/audit.md": 10, "docs/bounds.md": 1, "docs/plan.md": 1,
             "docs/tune.md": 1, VEHICLES: 1}
 """Blocks of Python on each page; a test below runs each of them."""
 
@@ -130,7 +130,7 @@ def test_no_snippet_is_without_a_test() -> None:
 
 
 def test_the_readmes(names: dict[str, Any]) -> None:
-    first, second = snippets("README.md")
+    first, second, packed = snippets("README.md")
     first.run(names, {"steps=300": "steps=2"})
     split, images = names["split"], names["example_inputs"]
     assert pp.edge_macs(split) <= 0.4 * pp.edge_macs(pp.Split(names["dense"], images[:1], "layer3"))
@@ -149,6 +149,14 @@ def test_the_readmes(names: dict[str, Any]) -> None:
     second.run(names)
     assert {r["attack"] for r in names["report"].records if r["subject"] == "edge"} == {
         "linear_inverse", "inverse_network", "unet_ssim", "rmle"}
+    rounded = pp.make_defence("quantisation", 2).apply(split, calibration=images)
+    pp.export(rounded, "runs/shop/export", formats=("pt2",))
+    with torch.no_grad():
+        z = rounded.edge(images)
+    found = {**names, "z": z}
+    packed.run(found)
+    assert torch.equal(found["z"], z)
+    assert {len(upload) for upload in found["uploads"]} == {z[0].numel() // 4}
 
 
 def test_those_of_the_audit(
