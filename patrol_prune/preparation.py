@@ -308,15 +308,13 @@ def sent_bytes(split: Split, bits: int | None) -> int:
 
 def rounding_notes(bits: int | None, dropout: float) -> list[str]:
     """What whoever deploys an edge that rounds, and drops that share behind it, has to know."""
-    where, value = "edge.upload", "value"
+    where, value, packed = "edge.upload", "value", " (pp.UploadFormat packs them)"
     if dropout:
-        where, value = "edge.features.upload", f"{1.0 - dropout:g} * value"
+        where, value, packed = "edge.features.upload", f"{1.0 - dropout:g} * value", ""
     return [] if bits is None else [
         f"The edge rounds every value that it uploads to {bits} bits, and was trained and attacked "
-        "so; it hands the rounded numbers on as floating point. What is to be sent of each is "
-        f"round({value} / scale) + zero_point, by the buffers of the saved split's {where}"
-        + (", which the export tells as well; pp.UploadFormat packs them." if not dropout
-           else ".")]
+        f"so; it hands the rounded numbers on as floating point{packed}. What is to be sent of each "
+        f"is round({value} / scale) + zero_point, by the buffers of the saved split's {where}."]
 
 
 def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:
