@@ -313,8 +313,8 @@ def rounding_notes(bits: int | None, dropout: float) -> list[str]:
         where, value, packed = "edge.features.upload", f"{1.0 - dropout:g} * value", ""
     return [] if bits is None else [
         f"The edge rounds every value that it uploads to {bits} bits, and was trained and attacked "
-        f"so; it hands the rounded numbers on as floating point{packed}. What is to be sent of each "
-        f"is round({value} / scale) + zero_point, by the buffers of the saved split's {where}."]
+        f"so; it hands the rounded numbers on as floating point{packed}. What is to be sent of "
+        f"each is round({value} / scale) + zero_point, by the buffers of the saved split's {where}."]
 
 
 def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:
