@@ -314,7 +314,8 @@ def rounding_notes(bits: int | None, dropout: float) -> list[str]:
     return [] if bits is None else [
         f"The edge rounds every value that it uploads to {bits} bits, and was trained and attacked "
         f"so; it hands the rounded numbers on as floating point{packed}. What is to be sent of "
-        f"each is round({value} / scale) + zero_point, by the buffers of the saved split's {where}."]
+        f"each is round({value} / scale) + zero_point, by the buffers of the saved "
+        f"split's {where}."]
 
 
 def dropout_notes(privacy: PrivacyConfig, uploads: int) -> list[str]:
