@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from torch import Tensor, nn
+from torch.nn import functional
 
-from patrol_prune._tp import GroupMagnitudeImportance
 from patrol_prune.errors import BudgetError, InputError, PatrolError, nearest
+from patrol_prune.importance import PatrolImportance
+from patrol_prune.objective import PatrolObjective
 from patrol_prune.open_attention import open_attention
 from patrol_prune.plan import Plan, PlanRow, parse_budget, plan, short
 from patrol_prune.pruner import PatrolPruner
@@ -117,10 +119,12 @@ def _smallest(
     Raises:
         PatrolError: there is none within the budget.
     """
-    score = config.score
+    score, split = config.score, Split(model, example, at=place.name)
+    scores = PatrolImportance(PatrolObjective(split, functional.cross_entropy),
+                              blocks=score.structures != "channels")  # nothing is scored here
     return PatrolPruner(
-        model, example, GroupMagnitudeImportance(), split=Split(model, example, at=place.name),
-        edge_macs=place.most_edge_macs, boundary=config.boundary, feature_channels=channels,
+        model, example, scores, split=split, edge_macs=place.most_edge_macs,
+        boundary=config.boundary, feature_channels=channels,
         max_pruning_ratio=score.max_pruning_ratio, min_channels=score.min_channels,
         round_to=score.round_to, structures=score.structures,
     ).smallest_edge_macs()

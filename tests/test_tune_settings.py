@@ -196,7 +196,10 @@ def test_a_place_has_to_send_each_of_the_widths_that_are_tried() -> None:
         assert found.edge_macs(place.name, 0.01, 32) == more
         assert found.edge_macs(place.name, 0.01) == place.least_edge_macs
         assert found.edge_macs(place.name, 1.0, 16) == place.most_edge_macs
-    with pytest.raises(InputError, match=r"after layer4, it cannot .* 16 channels: .* 32 and 33"):
+    with_blocks = space(boundary="prune", feature_channels=16, splits=("layer3",),
+                        score=ScoreConfig(structures="both"))
+    assert with_blocks.narrowed["layer3", 16] < found.narrowed["layer3", 16]
+    with pytest.raises(InputError, match=r"after layer4, .* 16 channels: .* 32 and 33"):
         space(boundary="prune", splits=("layer3", "layer4"), feature_channels=16)
     with pytest.raises(InputError, match="after layer3, it cannot send each of 32 channels"):
         space(boundary="prune", at="layer3", edge_macs="500000", feature_channels=32)
