@@ -16,7 +16,7 @@ from patrol_prune import tune_space
 from patrol_prune.errors import BudgetError, InputError
 from patrol_prune.finetune import FinetuneConfig
 from patrol_prune.models import build_model
-from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig
+from patrol_prune.settings import AuditConfig, PrivacyConfig, RunConfig, ScoreConfig
 from patrol_prune.tune_settings import (
     Point,
     TuneConfig,
