@@ -128,7 +128,8 @@ class UploadFormat:
                 "came others. Pack what the edge itself uploads, with the format of that edge.")
         places = np.arange(self.bits, dtype=np.int32)[::-1]
         bits = (whole.flatten(1).numpy().astype(np.int32)[..., None] >> places) & 1
-        packed = np.packbits(bits.astype(np.uint8).reshape(len(z), -1), axis=1)
+        flat = bits.astype(np.uint8).reshape(len(z), math.prod(self.shape) * self.bits)
+        packed = np.packbits(flat, axis=1)
         return [row.tobytes() for row in packed]
 
     def unpack(self, uploads: Sequence[bytes]) -> Tensor:

@@ -56,7 +56,7 @@ def test_the_order_of_the_bits_is_as_told() -> None:
     whole = torch.tensor([[[0, 7], [1, 4]]])
     z = (whole - torch.tensor([1, 4]).view(2, 1)) * torch.tensor([0.5, 2.0]).view(2, 1)
     assert FORMAT.pack(z) == [bytes([0b000_111_00, 0b1_100_0000])]
-    assert FORMAT.upload_bytes == 2
+    assert FORMAT.upload_bytes == 2 and FORMAT.pack(z[:0]) == []
 
 
 def test_of_a_split_of_one_that_was_saved_and_of_an_export(tmp_path: Path) -> None:
