@@ -329,8 +329,12 @@ def _relative(mine: Tensor, theirs: Tensor) -> float:
 
 def _rounded(split: Split) -> dict[str, Any]:
     """How the edge rounds what it uploads, where that is the last that it does."""
-    rounds = isinstance(split.behind.get("upload"), Quantiser)
-    return {"rounded": UploadFormat.of(split).to_dict()} if rounds else {}
+    if not isinstance(split.behind.get("upload"), Quantiser):
+        return {}
+    try:
+        return {"rounded": UploadFormat.of(split).to_dict()}
+    except InputError:  # steps that the feature's type cannot tell apart
+        return {}
 
 
 def _about(

@@ -11,11 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from patrol_prune._programs import name_of
 from patrol_prune.defences.quantisation import Quantiser
 from patrol_prune.errors import InputError
 from patrol_prune.given import check_count, check_split
 from patrol_prune.split import Split
 
+_MOST_BITS = {"bfloat16": 6, "float16": 9}
 _OFF, _OFF_IN_HALF = 0.01, 0.25
 """How far from a whole step a value may lie, in steps; 16-bit numbers are rounded too."""
 
@@ -35,6 +37,7 @@ class UploadFormat:
         dimension: which of `[N, *shape]` holds the channels.
         scale: the step of each channel.
         zero_point: what stands for 0 in each.
+        dtype: of the feature; bfloat16 tells 6 bits apart, float16 9.
 
     Raises:
         InputError: numbers that do not fit each other.
@@ -45,6 +48,7 @@ class UploadFormat:
     dimension: int
     scale: tuple[float, ...]
     zero_point: tuple[int, ...]
+    dtype: str = "float32"
 
     def __post_init__(self) -> None:
         check_count(self.bits, "bits", 1)
@@ -57,6 +61,10 @@ class UploadFormat:
                 "Expected at most 16 bits, and a scale and a zero_point for each index of the "
                 f"dimension, came {self.bits} bits, dimension {self.dimension} of {self.shape}, "
                 f"{len(self.scale)} scales and {len(self.zero_point)} zero points.")
+        if self.bits > _MOST_BITS.get(self.dtype, 16):
+            raise InputError(f"Expected at most {_MOST_BITS[self.dtype]} bits in {self.dtype}, "
+                             f"which cannot hold {self.bits}. Round to fewer, or give the model "
+                             "in float32.")
         if not all(0 < step < math.inf for step in self.scale):
             raise InputError("Expected finite scales above 0, came others. A defence has to be "
                              "applied with calibration=, or a saved split loaded.")
@@ -76,7 +84,8 @@ class UploadFormat:
                 f"defence is {getattr(split.defence, 'name', None)!r}. Apply "
                 'pp.make_defence("quantisation", 4), or load a split that was saved with it.')
         return cls(last.levels.bit_length(), tuple(split.feature_shape), last.dim,
-                   tuple(last.scale.tolist()), tuple(last.zero_point.tolist()))
+                   tuple(last.scale.tolist()), tuple(last.zero_point.tolist()),
+                   name_of(split.example_inputs.dtype))
 
     @classmethod
     def from_about(cls, about: Mapping[str, Any]) -> UploadFormat:
@@ -88,8 +97,8 @@ class UploadFormat:
         try:
             sent = about["edge"]["output"]
             told = sent["rounded"]
-            values = [told[name] for name in ("dimension", "scale", "zero_point")]
-            return cls(told["bits"], tuple(sent["shape"][1:]), *values)
+            return cls(told["bits"], tuple(sent["shape"][1:]), told["dimension"], told["scale"],
+                       told["zero_point"], sent["dtype"])
         except (KeyError, TypeError) as error:
             raise InputError(
                 "Expected what about.json says of an edge that rounds what it uploads, with "
@@ -102,9 +111,9 @@ class UploadFormat:
         return math.ceil(math.prod(self.shape) * self.bits / 8)
 
     def to_dict(self) -> dict[str, Any]:
-        """As `about.json` has it, but for the shape, which stands beside it there."""
+        """As `about.json` has it, but for shape and type, which stand beside it there."""
         plain = {name: list(value) if isinstance(value, tuple) else value
-                 for name, value in asdict(self).items() if name != "shape"}
+                 for name, value in asdict(self).items() if name not in ("shape", "dtype")}
         return {**plain, "bytes": self.upload_bytes}
 
     def pack(self, z: Tensor) -> list[bytes]:
@@ -133,7 +142,7 @@ class UploadFormat:
         return [row.tobytes() for row in packed]
 
     def unpack(self, uploads: Sequence[bytes]) -> Tensor:
-        """What the edge uploaded, `[N, *shape]` as float32, from the bytes of each.
+        """What the edge uploaded, `[N, *shape]` of its type, from the bytes of each.
 
         Raises:
             InputError: no upload, or one of another length.
@@ -148,7 +157,7 @@ class UploadFormat:
         weights = 1 << np.arange(self.bits, dtype=np.int32)[::-1]
         whole = torch.from_numpy(bits.reshape(len(uploads), count, self.bits) @ weights)
         scale, zero = self._each()
-        return ((whole.view(-1, *self.shape) - zero) * scale).float()
+        return ((whole.view(-1, *self.shape) - zero) * scale).to(getattr(torch, self.dtype))
 
     def _each(self) -> tuple[Tensor, Tensor]:
         """Scale and zero point, to stand beside features, in float64."""

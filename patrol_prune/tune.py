@@ -236,7 +236,7 @@ class _Search:
 
 
 def _upload(point: Point) -> str:
-    told = "" if point.feature_channels is None else f", {point.feature_channels} channels sent"
+    told = "" if point.feature_channels is None else f", {point.feature_channels} channels a group"
     return told if point.bits is None else f"{told}, {point.bits} bits of a value"
 
 

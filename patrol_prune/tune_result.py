@@ -79,7 +79,7 @@ class TuneTrial:
         sound: whether `ssim` measures anything: no attack broke off, and one at least learnt.
         seconds: that it took.
         bits: of an uploaded value; None is float32.
-        feature_channels: that the edge was to send; None is as many as the budget left.
+        feature_channels: of each group that crosses; None is as many as the budget left.
     """
 
     number: int

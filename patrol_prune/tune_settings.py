@@ -65,7 +65,8 @@ class TuneConfig(RunConfig):
         min_accuracy: the least accuracy, in [0, 1].
         max_accuracy_drop: how far below the dense model's the accuracy may lie, in [0, 1].
         max_feature_bytes: the most that may be uploaded per image, as float32 or packed bits.
-        trial_epochs: epochs of fine-tuning in a trial, and as many again with rounded uploads.
+        trial_epochs: epochs of fine-tuning in a trial, and, up to `rounded.epochs`, as many with
+            rounded uploads.
         trial_attacks: the attacks of a trial; the strongest ranks it.
         trial_attack_epochs: epochs of an attacker's training in a trial.
         trial_victims: images to be reconstructed in a trial.
@@ -141,6 +142,9 @@ class TuneConfig(RunConfig):
         """What is tried of the width of the upload, and of the bits of its values."""
         for name in ("bits", "feature_channels"):
             given, choices = getattr(self, name), getattr(self, f"{name}_choices")
+            if not isinstance(choices, tuple | list):
+                raise InputError(f"Expected {name}_choices as a list, came {choices!r}. Write "
+                                 "[8, 4], say, or leave it out.")
             if len(set(choices)) < len(choices) or (choices and given is not None):
                 raise InputError(
                     f"Expected {name}_choices to be different numbers (or null), and {name} left "
@@ -234,7 +238,7 @@ class Point:
         beta: weight of the surrogate attackers.
         alpha: weight of the Lipschitz term.
         bits: of an uploaded value; None is float32.
-        feature_channels: that are sent; None is as many as the budget leaves.
+        feature_channels: of each group that crosses; None is as many as the budget leaves.
     """
 
     split: str

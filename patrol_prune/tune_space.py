@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 from torch.nn import functional
@@ -17,6 +18,8 @@ from patrol_prune.plan import Plan, PlanRow, parse_budget, plan, short
 from patrol_prune.pruner import PatrolPruner
 from patrol_prune.split import Split, SplitPoint, split_points
 from patrol_prune.tune_settings import AUTO, TuneConfig
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,60 +82,94 @@ def search_space(config: TuneConfig, model: nn.Module, example: Tensor) -> Space
     if config.at is not None and config.at not in named:
         raise InputError(f"There is no split point {config.at!r}. {nearest(config.at, named)}")
     budget = parse_budget(config.edge_macs, points, named.get(config.at or ""))
-    if config.splits == (AUTO,) and config.at is None:
-        rows = _fitting(config, _plan(config, model, example, budget, None))
-    else:
-        rows = _asked_for(config, model, example, budget, points)
-    chosen = tuple(
-        Candidate(row.name, min(row.smallest_edge_macs, budget, row.edge_macs),
-                  min(budget, row.edge_macs))
-        for row in rows
-    )
-    return _narrowed(config, model, example, Space(chosen, budget))
-
-
-def _narrowed(config: TuneConfig, model: nn.Module, example: Tensor, space: Space) -> Space:
-    """The space with the smallest edges of all widths; of "auto", the places where each can be."""
-    tried = [channels for channels in config.tried_channels if channels is not None]
-    if not tried:
-        return space
-    known: dict[tuple[str, int], int] = {}
+    auto = config.splits == (AUTO,) and config.at is None
+    rows = (_fitting(config, _plan(config, model, example, budget, None)) if auto
+            else _asked_for(config, model, example, budget, points))
+    chosen: dict[str, Candidate] = {}
+    narrowed: dict[tuple[str, int], int] = {}
     refused: dict[str, PatrolError] = {}
-    for place in space.candidates:
+    for row in rows:
+        if auto and len(chosen) == config.most_splits:
+            break
+        place = Candidate(row.name, min(row.smallest_edge_macs, budget, row.edge_macs),
+                          min(budget, row.edge_macs))
         try:
-            known |= {(place.name, n): _smallest(config, model, example, place, n) for n in tried}
+            narrowed |= _widths(config, model, example, place)
+            chosen[row.name] = place
         except PatrolError as error:
-            refused[place.name] = error
-    able = tuple(place for place in space.candidates if place.name not in refused)
-    if refused and (not able or config.at is not None or config.splits != (AUTO,)):
-        name, why = next(iter(refused.items()))
-        raise InputError(f"Where the model is cut after {name}, it cannot send each of "
-                         f"{', '.join(map(str, tried))} channels: {why}") from why
-    return replace(space, candidates=able, narrowed=known)
+            refused[row.name] = error
+    if refused:
+        _tell_refused(config, refused, some=auto and bool(chosen))
+    deeper = chosen if not auto else [p.name for p in points if p.name in chosen]
+    return Space(tuple(chosen[name] for name in deeper), budget, narrowed)
 
 
-def _smallest(
-    config: TuneConfig, model: nn.Module, example: Tensor, place: Candidate, channels: int
-) -> int:
-    """Multiply-adds of the smallest edge there that sends so many channels.
+def _tell_refused(config: TuneConfig, refused: Mapping[str, PatrolError], *, some: bool) -> None:
+    """Warn of the places that cannot send what is tried, where `some` others can; else refuse."""
+    tried = ", ".join(str(n) for n in config.tried_channels if n is not None)
+    if some:
+        for name, error in refused.items():
+            logger.warning("No trial is cut after %s, which cannot send each of %s channels: %s",
+                           name, tried, error)
+        return
+    name, why = next(iter(refused.items()))
+    raise InputError(f"Where the model is cut after {name}, it cannot send each of {tried} "
+                     f"channels: {why} Give other numbers, or name --splits that can.") from why
+
+
+def _widths(
+    config: TuneConfig, model: nn.Module, example: Tensor, place: Candidate
+) -> dict[tuple[str, int], int]:
+    """Place and channels -> multiply-adds of the smallest edge that sends so many there, for each
+    number that is tried.
 
     Raises:
-        PatrolError: there is none within the budget.
+        PatrolError: one is more than there are, cannot be kept, or leaves no edge within the
+            budget; or the least upload of all is above the limit.
     """
+    tried = [channels for channels in config.tried_channels if channels is not None]
+    if not tried:
+        return {}
     score, split = config.score, Split(model, example, at=place.name)
     scores = PatrolImportance(PatrolObjective(split, functional.cross_entropy),
                               blocks=score.structures != "channels")  # nothing is scored here
-    return PatrolPruner(
-        model, example, scores, split=split, edge_macs=place.most_edge_macs,
-        boundary=config.boundary, feature_channels=channels,
-        max_pruning_ratio=score.max_pruning_ratio, min_channels=score.min_channels,
-        round_to=score.round_to, structures=score.structures,
-    ).smallest_edge_macs()
+    known: dict[tuple[str, int], int] = {}
+    for channels in tried:
+        pruner = PatrolPruner(
+            model, example, scores, split=split, edge_macs=place.most_edge_macs,
+            boundary=config.boundary, feature_channels=channels,
+            max_pruning_ratio=score.max_pruning_ratio, min_channels=score.min_channels,
+            round_to=score.round_to, structures=score.structures)
+        known[place.name, channels] = pruner.smallest_edge_macs()
+        there = [g.channels for g in pruner.table.groups.values() if g.crossing is not None]
+        if channels > max(there):
+            raise InputError(f"Expected at most the {max(there)} channels that cross there, came "
+                             f"{channels}.")
+        if channels == min(tried) and None not in config.tried_channels:
+            _check_least(config, split, there, channels)
+    return known
+
+
+def _check_least(config: TuneConfig, split: Split, there: Sequence[int], channels: int) -> None:
+    """Refuse a limit of bytes below the narrowest upload with the fewest bits."""
+    shape, most = split.feature_shape, config.max_feature_bytes
+    if most is None or sum(there) not in shape:
+        return
+    sent = sum(min(channels, width) for width in there)
+    bits = _least_bits(config)
+    least = math.ceil(math.prod(shape) // sum(there) * sent * bits / 8)
+    if least > most:
+        raise InputError(f"Expected max_feature_bytes of at least {least:,}, which {channels} "
+                         f"channels take with {bits} bits a value, came {most:,}.")
 
 
 def _least_bytes(config: TuneConfig, row: PlanRow) -> int:
     """What a place uploads with the fewest bits that are tried, its channels as they are."""
-    return math.ceil(row.feature_bytes * min(bits or 32 for bits in config.tried_bits) / 32)
+    return math.ceil(row.feature_bytes * _least_bits(config) / 32)
+
+
+def _least_bits(config: TuneConfig) -> int:
+    return min(bits or 32 for bits in config.tried_bits)
 
 
 def _plan(
@@ -147,6 +184,7 @@ def _plan(
 
 
 def _fitting(config: TuneConfig, made: Plan) -> list[PlanRow]:
+    """The plan's places for "auto", the best first."""
     able = [row for row in made.rows
             if row.fits and not row.is_tail and row.strength is not None
             and row.strength <= config.max_channel_ratio]
@@ -167,7 +205,7 @@ def _fitting(config: TuneConfig, made: Plan) -> list[PlanRow]:
             "--max-channel-ratio, or name --splits. See: patrol-prune plan"
         )
     whole = sorted(range(len(small)), key=lambda i: (small[i].name.count("."), -i))
-    return [small[i] for i in sorted(whole[: config.most_splits])]
+    return [small[i] for i in whole]
 
 
 def _asked_for(

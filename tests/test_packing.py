@@ -49,7 +49,10 @@ def test_the_same_numbers_come_back_in_as_many_bytes_as_are_counted(
     assert torch.equal(made.unpack(uploads), z)
     assert torch.equal(made.unpack(uploads[2:3]), z[2:3])
     if bits <= 6:  # bfloat16 has 8 bits of its own
-        assert made.pack(z.bfloat16()) == made.pack(z.half()) == uploads
+        for dtype in (torch.bfloat16, torch.float16):
+            half = replace(made, dtype=str(dtype).removeprefix("torch."))
+            assert half.pack(z.to(dtype)) == uploads
+            assert torch.equal(half.unpack(uploads), z.to(dtype))
 
 
 def test_the_order_of_the_bits_is_as_told() -> None:
@@ -78,6 +81,23 @@ def test_of_a_split_of_one_that_was_saved_and_of_an_export(tmp_path: Path) -> No
     assert torch.equal(mine.unpack(mine.pack(deployed.edge(X))), z)
 
 
+def test_what_an_edge_in_half_precision_sends_goes_into_its_cloud(tmp_path: Path) -> None:
+    plain = split()
+    halves = pp.Split(plain.model.bfloat16(), X[:1].bfloat16(), at="edge")
+    made = pp.make_defence("quantisation", 6).apply(halves, calibration=X.bfloat16())
+    sent = pp.UploadFormat.of(made)
+    with torch.no_grad():
+        z = made.edge(X.bfloat16())
+        again = sent.unpack(sent.pack(z))
+        assert again.dtype == torch.bfloat16 and made.cloud(again).shape == (5, 4)
+    torch.testing.assert_close(again, z, rtol=1e-2, atol=0)
+    fine = pp.make_defence("quantisation", 8).apply(halves, calibration=X.bfloat16())
+    with pytest.raises(InputError, match="at most 6 bits in bfloat16"):
+        pp.UploadFormat.of(fine)
+    about = pp.export(fine, tmp_path / "export", formats=("pt2",)).about
+    assert "rounded" not in about["edge"]["output"]
+
+
 def test_what_does_not_round_last_has_no_such_format() -> None:
     for other in (split(), pp.make_defence("feature_dropout", 0.5).apply(
             pp.make_defence("quantisation", 4).apply(split(), calibration=X))):
@@ -96,6 +116,8 @@ def test_what_does_not_round_last_has_no_such_format() -> None:
     ({"dimension": 3}, "dimension 3"), ({"scale": (1.0,)}, "1 scales"),
     ({"scale": (1.0, 0.0)}, "above 0"), ({"scale": (1.0, math.nan)}, "above 0"),
     ({"zero_point": (1, 2, 3)}, "3 zero points"),
+    ({"bits": 7, "dtype": "bfloat16"}, "at most 6 bits in bfloat16"),
+    ({"bits": 10, "dtype": "float16"}, "at most 9 bits in float16"),
 ])
 def test_numbers_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):

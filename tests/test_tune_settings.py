@@ -51,6 +51,7 @@ def test_a_file_gives_the_same_settings_back(tmp_path: Path, config: TuneConfig)
          "feature_channels left out beside them, came \\(4,\\) and 8"),
         ({"bits": 2}, "alpha_choices of 0 alone beside bits"),
         ({"bits_choices": [None, 2]}, "alpha_choices of 0 alone beside bits"),
+        ({"bits_choices": None}, "bits_choices as a list, came None"),
         ({"bits_choices": [2, 2], "alpha_choices": [0.0]}, "different numbers"),
         ({"bits_choices": [17], "alpha_choices": [0.0]}, "from 1 to 16, came 17"),
         ({"timeout": 0}, "more than 0 seconds"),
@@ -189,10 +190,14 @@ def test_a_place_has_to_send_each_of_the_widths_that_are_tried() -> None:
     wide = space(boundary="prune")
     assert not wide.narrowed and wide.edge_macs("layer2", 0.1) == wide["layer2"].edge_macs(0.1)
     found = space(boundary="prune", feature_channels_choices=(None, 16, 32))
-    assert found.candidates == wide.candidates[:3], "a quarter of layer4's has to stay"
-    for place in found.candidates[1:]:
+    names = [place.name for place in found.candidates]
+    # Of layer4's a quarter has to stay, and layer1 has fewer.
+    assert names[-1] == "layer3" and not {"layer1", "layer4"} & set(names)
+    assert [c.name for c in space(boundary="prune", feature_channels=16, most_splits=1).candidates
+            ] == ["layer3"], "left out before they are counted"
+    for place in found.candidates:
         few, more = (found.narrowed[place.name, n] for n in (16, 32))
-        assert place.least_edge_macs <= few < more < place.most_edge_macs
+        assert place.least_edge_macs <= few < more <= place.most_edge_macs
         assert found.edge_macs(place.name, 0.01, 32) == more
         assert found.edge_macs(place.name, 0.01) == place.least_edge_macs
         assert found.edge_macs(place.name, 1.0, 16) == place.most_edge_macs
@@ -203,6 +208,18 @@ def test_a_place_has_to_send_each_of_the_widths_that_are_tried() -> None:
         space(boundary="prune", splits=("layer3", "layer4"), feature_channels=16)
     with pytest.raises(InputError, match="after layer3, it cannot send each of 32 channels"):
         space(boundary="prune", at="layer3", edge_macs="500000", feature_channels=32)
+
+
+def test_a_width_that_is_not_there_or_sends_too_much_is_refused() -> None:
+    with pytest.raises(InputError, match="after layer1, .* at most the 16 channels"):
+        space(boundary="prune", splits=("layer1",), feature_channels=17)
+    few = {"boundary": "prune", "splits": ("layer2",), "feature_channels": 8}
+    least = 8 * 8 * 8 * 4
+    assert space(max_feature_bytes=least, **few).candidates
+    with pytest.raises(InputError, match=f"at least {least:,}, which 8 channels take with 32"):
+        space(max_feature_bytes=least - 1, **few)
+    with pytest.raises(InputError, match="at least 128, .* with 2 bits"):
+        space(max_feature_bytes=127, bits_choices=(4, 2), alpha_choices=(0.0,), **few)
 
 
 def test_the_limit_of_bytes_is_that_of_the_fewest_bits() -> None:
