@@ -59,6 +59,8 @@ class Reid:
         dropout: share of PATROL's upload that is dropped at random.
         uploads: of each picture that attackers put together, where PATROL's are dropped.
         swap_plates: train the pruned models on pictures that carry other vehicles' plates.
+        private_plates: share of the attackers' error inside that is counted on plates; another
+            attack, on all three models, counts them as much.
         teacher: let the pruned models learn from the dense one as well, before uploads are rounded.
         decoder: width, residual blocks and epochs of the learned attacks, where not the usual
             32, 3 and 10: after layer3 that many channels hold half of an upload.
@@ -83,6 +85,7 @@ class Reid:
     dropout: float = 0.0
     uploads: int = 1
     swap_plates: bool = False
+    private_plates: float = 0.0
     teacher: bool = True
     decoder: tuple[int, int, int] | None = None
     attacks: tuple[str, ...] = ()
@@ -113,6 +116,7 @@ def config_of(args: Reid) -> ReidRun:
     budget += "" if not args.dropout else f"-dropout-{args.dropout:g}"
     budget += "" if args.uploads == 1 else f"-{args.uploads}-uploads"
     budget += "-swapped-plates" * args.swap_plates
+    budget += f"-private-plates-{args.private_plates:g}" if args.private_plates else ""
     budget += "" if args.teacher else "-no-teacher"
     if args.decoder is not None:
         budget += "-decoder-" + "-".join(map(str, args.decoder))
@@ -128,7 +132,7 @@ def config_of(args: Reid) -> ReidRun:
         plain = replace(plain, rounded=replace(plain.rounded, epochs=args.rounded_epochs))
     if not args.teacher:
         plain = replace(plain, finetune=replace(plain.finetune, distill_weight=0.0))
-    plain = replace(plain, swap_plates=args.swap_plates)
+    plain = replace(plain, swap_plates=args.swap_plates, private_plates=args.private_plates)
     if large:
         plain = replace(plain, batch=replace(plain.batch, adversarial_images=None),
                         privacy=replace(plain.privacy, surrogates="large"),
@@ -274,6 +278,7 @@ def main(args: Reid) -> None:
              **({"dropout": args.dropout} if args.dropout else {}),
              **({"uploads": args.uploads} if args.uploads > 1 else {}),
              **({"swapped_plates": True} if args.swap_plates else {}),
+             **({"private_plates": args.private_plates} if args.private_plates else {}),
              **({} if args.decoder is None else {"decoder": list(args.decoder)}),
              **({"attacks": list(args.attacks)} if args.attacks else {}),
              **({} if args.surrogates == Reid.surrogates else {"surrogates": args.surrogates})}

@@ -205,6 +205,8 @@ def differently(row: dict[str, Any]) -> list[str]:
     return ([f"{row.get('upload_channels')} channels sent"] * bool(row.get("upload_channels"))
             + ["no teacher"] * (not row.get("teacher", True))
             + ["swapped plates"] * bool(row.get("swapped_plates"))
+            + [f"PATROL's aimed at plates, {100 * row.get('private_plates', 0):g}%"]
+            * bool(row.get("private_plates"))
             + [f"PATROL's with dropout {row.get('dropout', 0):g}"] * bool(row.get("dropout")))
 
 
@@ -222,6 +224,10 @@ def otherwise(row: dict[str, Any]) -> str:
         told += (" The pruned models were pruned and trained on pictures that carry other "
                  "vehicles' plates, drawn anew each time; what is uploaded and attacked is the "
                  "pictures as they are.")
+    if row.get("private_plates"):
+        told += (f" {100 * row['private_plates']:g}% of the error of the attackers inside is "
+                 "counted on plates, which a detector finds that was trained on the defender's "
+                 "pictures; a fresh decoder whose loss counts them as much attacks all models.")
     if row.get("dropout"):
         told += (f" {100 * row['dropout']:g}% of each of PATROL's uploads is zeroed at random, "
                  "anew each time, " + "from the further training on" * bool(row.get("bits"))

@@ -28,6 +28,7 @@ _WHERE = {
     "UnmetLimitsError": "errors",
     "MissingPackageError": "errors",
     "Normalization": "pixels",
+    "PrivateRegions": "regions",
     "ImageSet": "data",
     "Batches": "data",
     "load_image_folder": "data",
@@ -103,7 +104,7 @@ _WHERE = {
     "ImagePrior": "attacks.image_prior",
     "ImagePriorConfig": "attacks.image_prior",
     "InverseNetwork": "attacks.inverse_network",
-    "InverseNetworkConfig": "attacks.inverse_network",
+    "InverseNetworkConfig": "attacks.inverse_network_config",
     "LinearInverse": "attacks.linear_inverse",
     "LinearInverseConfig": "attacks.linear_inverse",
     "QueryFree": "attacks.query_free",
@@ -126,7 +127,8 @@ __all__ = sorted([*_WHERE, "__version__"])
 if TYPE_CHECKING:
     from patrol_prune.attacks.base import Attack, FitRecord, Knowledge
     from patrol_prune.attacks.image_prior import ImagePrior, ImagePriorConfig
-    from patrol_prune.attacks.inverse_network import InverseNetwork, InverseNetworkConfig
+    from patrol_prune.attacks.inverse_network import InverseNetwork
+    from patrol_prune.attacks.inverse_network_config import InverseNetworkConfig
     from patrol_prune.attacks.linear_inverse import LinearInverse, LinearInverseConfig
     from patrol_prune.attacks.query_free import QueryFree
     from patrol_prune.attacks.query_free_config import QueryFreeConfig
@@ -170,6 +172,7 @@ if TYPE_CHECKING:
     from patrol_prune.plan import Plan, plan
     from patrol_prune.plan_limits import PlanLimits
     from patrol_prune.pruner import PatrolPruner
+    from patrol_prune.regions import PrivateRegions
     from patrol_prune.reid_layout import (
         ReidImage,
         ReidSet,

@@ -128,9 +128,12 @@ def ssim_loss(x: Tensor, y: Tensor) -> Tensor:
     return 1.0 - _ssim(x, y).mean()
 
 
-def ssim_values(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM of each image `y` against `x`, shape `[N]`, differentiable; not validated."""
-    return _ssim(x, y)
+def ssim_values(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
+    """SSIM of each image `y` against `x`, shape `[N]`, differentiable; not validated.
+
+    With `weights` `[N, 1, H, W]`, of mean 1 over each image, pixels count so much in the mean.
+    """
+    return _ssim(x, y, weights)
 
 
 def _mse(x: Tensor, y: Tensor) -> Tensor:
@@ -144,25 +147,27 @@ def _ssim_wide(x: Tensor, y: Tensor) -> Tensor:
     return _ssim(x.cpu().double(), y.cpu().double()).to(x.device, torch.float32)
 
 
-def _ssim(x: Tensor, y: Tensor) -> Tensor:
+def _ssim(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     x, y = (images if images.dtype == torch.float64 else images.float() for images in (x, y))
     # Half-precision products would round away the variances of smooth images.
     with torch.autocast(x.device.type, enabled=False):
         if (torch.is_grad_enabled() and y.requires_grad and not x.requires_grad
                 and x.shape == y.shape and len(x)
                 and not torch._C._are_functorch_transforms_active()):  # of torch.func
-            values: Tensor = _SSIMOfGuess.apply(x, y)
+            values: Tensor = _SSIMOfGuess.apply(x, y, weights)
             return values
-        return _likeness(x, y)
+        return _likeness(x, y, weights)
 
 
-def _likeness(x: Tensor, y: Tensor) -> Tensor:
+def _likeness(x: Tensor, y: Tensor, weights: Tensor | None = None) -> Tensor:
     mean_x, mean_y = _windowed(x), _windowed(y)
     both_squared, product = mean_x**2 + mean_y**2, mean_x * mean_y
     variances = _windowed(x**2 + y**2) - both_squared  # only their sum is needed
     cov = _windowed(x * y) - product
     likeness = ((2.0 * product + _C1) * (2.0 * cov + _C2)
                 / ((both_squared + _C1) * (variances + _C2)))
+    if weights is not None:
+        likeness = likeness * weights
     return likeness.mean(dim=(1, 2, 3))
 
 
@@ -174,10 +179,12 @@ class _SSIMOfGuess(torch.autograd.Function):
     `D = mu_x^2 + mu_y^2 + C1`, `E = var_x + var_y + C2`, and `W'` the transpose of the window:
 
         dS/dy = 2 W'[(mu_x (B - A) + mu_y S (D - E)) / (D E)] + 2 x W'[A / (D E)] - 2 y W'[S / E]
+
+    Weights of pixels stand within each `W'[...]`.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
         mean_x, mean_y = _windowed(x), _windowed(y)
         product = mean_x * mean_y
         squares = mean_x.square().addcmul_(mean_y, mean_y)
@@ -186,22 +193,27 @@ class _SSIMOfGuess(torch.autograd.Function):
         a, d = product.mul_(2.0).add_(_C1), squares.add_(_C1)
         share = (d * e).reciprocal_()
         s = (a * b).mul_(share)
-        values = s.mean(dim=(1, 2, 3))
+        values = (s if weights is None else s * weights).mean(dim=(1, 2, 3))
+        of_guess = s / e
+        if weights is not None:
+            share.mul_(weights)
+            of_guess.mul_(weights)
         of_product = a * share
         of_mean = b.sub_(a).mul_(mean_x).addcmul_(d.sub_(e).mul_(s), mean_y).mul_(share)
         gradient = _spread(of_mean).addcmul_(_spread(of_product), x)
-        gradient.addcmul_(_spread(s.div_(e)), y, value=-1.0)
-        ctx.save_for_backward(x, y, gradient.mul_(2.0 / x[0].numel()))
+        gradient.addcmul_(_spread(of_guess), y, value=-1.0)
+        ctx.save_for_backward(x, y, weights, gradient.mul_(2.0 / x[0].numel()))
         return values
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor]:
-        x, y, gradient = ctx.saved_tensors
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+        x, y, weights, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient is to be differentiated in its turn
             with torch.autocast(x.device.type, enabled=False):
-                (again,) = torch.autograd.grad(_likeness(x, y), y, upstream, create_graph=True)
-            return None, again
-        return None, gradient * upstream.view(-1, 1, 1, 1)
+                (again,) = torch.autograd.grad(_likeness(x, y, weights), y, upstream,
+                                               create_graph=True)
+            return None, again, None
+        return None, gradient * upstream.view(-1, 1, 1, 1), None
 
 
 def _windowed(values: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_map
 
 from patrol_prune.cost import evaluating
 from patrol_prune.errors import InputError
@@ -45,7 +44,8 @@ from patrol_prune.lipschitz import (
     lipschitz_loss,
 )
 from patrol_prune.pixels import Normalization
-from patrol_prune.precision import PRECISIONS, autocast
+from patrol_prune.precision import PRECISIONS, autocast, in_float32
+from patrol_prune.regions import PrivateRegions, check_regions
 from patrol_prune.spectral import SpectralBounds
 from patrol_prune.split import Split
 from patrol_prune.surrogate import (
@@ -69,12 +69,6 @@ def _numbers(alpha: float | Sequence[float]) -> list[float]:
     except (TypeError, ValueError, RuntimeError) as error:
         raise InputError(
             f"Expected alpha as a number or one for each edge block, came {alpha!r}.") from error
-
-
-def _in_float32(answers: Any) -> Any:
-    """The model's answers in full precision, also where they are several in a tuple or a dict."""
-    return tree_map(lambda part: part.float() if isinstance(part, Tensor)
-                    and part.is_floating_point() else part, answers)
 
 
 @dataclass
@@ -132,6 +126,8 @@ class PatrolObjective:
         surrogate_loss: what they minimise and the model maximises: "mse" is the paper's form,
             "mse+ssim" (`MSE + 0.1 (1 - SSIM)`) decodes far more near the mean image, "auto" is the
             latter where the images have at least 11 pixels a side.
+        private: where pictures are private: both terms of an image's error, for the model and for
+            the attackers inside, count more there; None counts every pixel the same.
         normalization: the map from pixels on [0, 1] to the model's input.
         precision: "auto", "fp32" or "bf16" arithmetic of the edge, the cloud and the surrogates;
             in training, "auto" leaves it to the training's own setting.
@@ -156,6 +152,7 @@ class PatrolObjective:
         adversarial_images: int | None = None,
         surrogates: Sequence[SurrogateSpec] | str = DEFAULT_SURROGATES,
         surrogate_lr: float = 2e-3, surrogate_loss: str = "auto",
+        private: PrivateRegions | None = None,
         normalization: Normalization | None = None,
         precision: str = "auto",
         seed: int = 0,
@@ -169,6 +166,7 @@ class PatrolObjective:
         check_among(lipschitz_form, "lipschitz_form", get_args(LipschitzForm))
         check_among(lipschitz_reduction, "lipschitz_reduction", get_args(Reduction))
         check_among(precision, "precision", PRECISIONS)
+        check_regions(private)
         specs = checked_specs(surrogates, surrogate_lr, surrogate_loss)
         alphas = _numbers(alpha)
         weights = [*alphas, beta]
@@ -188,7 +186,7 @@ class PatrolObjective:
         self.normalization = normalization or Normalization()
         self.precision = precision
         self.specs, self.surrogate_lr, self.seed = specs, float(surrogate_lr), seed
-        self.surrogate_loss = surrogate_loss
+        self.surrogate_loss, self.private = surrogate_loss, private
         self.generator = torch.Generator().manual_seed(seed)
         self._looked = False
         self._surrogates: SurrogateEnsemble | None = None
@@ -225,7 +223,8 @@ class PatrolObjective:
         alphas = torch.as_tensor(self.alpha, dtype=torch.double).tolist()
         pixels = self.normalization
         pixels_as = {"mean": [float(v) for v in pixels.mean], "std": [float(v) for v in pixels.std]}
-        return {"alpha": alphas, **pixels_as, **{name: getattr(self, name) for name in (
+        private = {} if self.private is None else {"private_share": self.private.share}
+        return {"alpha": alphas, **pixels_as, **private, **{name: getattr(self, name) for name in (
             "beta", "noise_std", "lipschitz_form", "lipschitz_reduction", "lipschitz_images",
             "adversarial_images", "surrogate_loss", "surrogate_lr")}}
 
@@ -249,7 +248,7 @@ class PatrolObjective:
             _, channels, height, width = self.example_shape
             self._surrogates = SurrogateEnsemble(
                 shape, (channels, height, width), self.specs, lr=self.surrogate_lr,
-                loss=self.surrogate_loss, seed=self.seed,
+                loss=self.surrogate_loss, seed=self.seed, private=self.private,
             )
         device = next(self.split.model.parameters()).device
         self._surrogates.move(device)
@@ -309,7 +308,7 @@ class PatrolObjective:
                 else:
                     z, logits = masks.split_forward(x)
             z = z.float()
-            logits = _in_float32(logits)
+            logits = in_float32(logits)
             if self.task_loss is F.cross_entropy and isinstance(logits, Tensor):
                 check_targets(logits, y)
             task = self.task_loss(logits, y)

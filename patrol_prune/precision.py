@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from patrol_prune.errors import InputError
 
@@ -66,6 +68,12 @@ def restore_layout(model: nn.Module, channels_last: set[str]) -> None:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters()
     yield from model.named_buffers()
+
+
+def in_float32(answers: Any) -> Any:
+    """A model's answers in full precision, also where they are several in a tuple or a dict."""
+    return tree_map(lambda part: part.float() if isinstance(part, Tensor)
+                    and part.is_floating_point() else part, answers)
 
 
 def autocast(device: torch.device | str, precision: str = "auto") -> torch.autocast:

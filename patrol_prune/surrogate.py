@@ -14,6 +14,7 @@ from patrol_prune.given import check_among, check_count, check_number, share_out
 from patrol_prune.lipschitz import frozen_statistics
 from patrol_prune.metrics import SSIM_SIDE, ssim_values
 from patrol_prune.precision import autocast
+from patrol_prune.regions import PrivateRegions, check_regions
 
 SURROGATE_LOSSES = ("auto", "mse", "mse+ssim")
 SSIM_WEIGHT = 0.1
@@ -63,21 +64,26 @@ SURROGATE_SETS: dict[str, tuple[SurrogateSpec, ...]] = {
 """Ensembles by name. The large one costs several times as much."""
 
 
-def reconstruction_error(pixels: Tensor, guess: Tensor, loss: str = "mse") -> Tensor:
+def reconstruction_error(
+    pixels: Tensor, guess: Tensor, loss: str = "mse", weights: Tensor | None = None
+) -> Tensor:
     """How far `guess` is from `pixels`, per image, shape `[B]`, differentiable.
 
     `"mse"`: `||x - g||^2 / n`, with `n` the number of pixel values. `"mse+ssim"`: that, and
     `SSIM_WEIGHT * (1 - SSIM(x, g))`: near the mean image MSE alone teaches a decoder little.
+    Both are means over pixels, which count as much as their weights say.
 
     Args:
         pixels: images `[B, C, H, W]` on [0, 1]; at least 11 pixels a side for SSIM.
         guess: their reconstructions.
         loss: which of the two.
+        weights: `[B, 1, H, W]`, of mean 1 over each image, as `PrivateRegions.weights` gives them.
     """
-    error = (guess - pixels).square().flatten(1).mean(1)
+    squares = (guess - pixels).square()
+    error = (squares if weights is None else squares * weights).flatten(1).mean(1)
     if loss == "mse":
         return error
-    return error + SSIM_WEIGHT * (1.0 - ssim_values(pixels, guess))
+    return error + SSIM_WEIGHT * (1.0 - ssim_values(pixels, guess, weights))
 
 
 class SurrogateEnsemble(nn.Module):
@@ -88,7 +94,8 @@ class SurrogateEnsemble(nn.Module):
 
         L_adv(x) = min( min_s e(x, d_s(z)),  e(x, mean image) )
 
-    with `e` the mean squared error of pixels on [0, 1], plus `0.1 (1 - SSIM)` for "mse+ssim".
+    with `e` the mean squared error of pixels on [0, 1], plus `0.1 (1 - SSIM)` for "mse+ssim". Where
+    `private` is given, `e` is weighted as it says, for the model and for the decoders.
 
     Args:
         feature_shape: of `z`, without the batch.
@@ -98,6 +105,7 @@ class SurrogateEnsemble(nn.Module):
         loss: "mse", the paper's; "mse+ssim", whose decoders see more; "auto" takes the latter
             for images of at least 11 pixels a side.
         seed: of the initial weights.
+        private: where errors count more.
 
     Attributes:
         running: `[S]`, each surrogate's recent training error; infinite before its first step.
@@ -120,8 +128,11 @@ class SurrogateEnsemble(nn.Module):
         lr: float = 2e-3,
         loss: str = "auto",
         seed: int = 0,
+        private: PrivateRegions | None = None,
     ) -> None:
         super().__init__()
+        check_regions(private)
+        self.private = private
         specs = checked_specs(specs, lr, loss)
         self.loss = _chosen_loss(loss, image_shape)
         self.feature_shape, self.image_shape = tuple(feature_shape), image_shape
@@ -162,10 +173,18 @@ class SurrogateEnsemble(nn.Module):
 
     def errors(self, z: Tensor, pixels: Tensor, *, precision: str = "auto") -> Tensor:
         """`e` per surrogate and image, shape `[S, B]`; `pixels` are `[B, C, H, W]` on [0, 1]."""
+        return self._errors(z, pixels, self._weights(pixels), precision)
+
+    def _errors(
+        self, z: Tensor, pixels: Tensor, weights: Tensor | None, precision: str
+    ) -> Tensor:
         return torch.stack([
-            reconstruction_error(pixels, guess, self.loss)
+            reconstruction_error(pixels, guess, self.loss, weights)
             for guess in self.guesses(z, precision=precision)
         ])
+
+    def _weights(self, pixels: Tensor) -> Tensor | None:
+        return None if self.private is None else self.private.weights(pixels)
 
     def strongest(self, z: Tensor, pixels: Tensor, *, precision: str = "auto") -> Tensor:
         """`L_adv` per image, shape `[B]`; gradients flow to `z`, never to the decoders.
@@ -173,25 +192,26 @@ class SurrogateEnsemble(nn.Module):
         As in `step`, a batch is normalised together, so that an image's value depends on the others
         (in training mode). The decoders' running statistics stay as they are.
         """
+        weights = self._weights(pixels)
         trainable = [p for p in self.decoders.parameters() if p.requires_grad]
         for parameter in trainable:
             parameter.requires_grad_(False)
         try:
             with frozen_statistics(self.decoders):
-                errors = self.errors(z, pixels, precision=precision)
+                errors = self._errors(z, pixels, weights, precision)
         finally:
             for parameter in trainable:
                 parameter.requires_grad_(True)
         mean = self.mean_image.expand_as(pixels)
-        ceiling = reconstruction_error(pixels, mean, self.loss)
+        ceiling = reconstruction_error(pixels, mean, self.loss, weights)
         return torch.minimum(errors.min(0).values, ceiling)
 
     @torch.no_grad()
     def believed(self, z: Tensor, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """`(mse [B], ssim [B])`: what the surrogate with the smallest `e` on an image gets there.
 
-        In float32 and in evaluation mode, as an attacker would use the decoders. SSIM is NaN for
-        images of under 11 pixels a side.
+        Both are of the whole image, whatever is private. In float32 and in evaluation mode, as an
+        attacker would use the decoders. SSIM is NaN for images of under 11 pixels a side.
         """
         modes = [decoder.training for decoder in self.decoders]
         self.decoders.eval()
@@ -200,7 +220,9 @@ class SurrogateEnsemble(nn.Module):
         finally:
             for decoder, mode in zip(self.decoders, modes, strict=True):
                 decoder.train(mode)
-        errors = torch.stack([reconstruction_error(pixels, g, self.loss) for g in guesses])
+        weights = self._weights(pixels)
+        errors = torch.stack([reconstruction_error(pixels, g, self.loss, weights)
+                              for g in guesses])
         best = errors.argmin(0)
         guess = torch.stack(guesses)[best, torch.arange(len(z), device=z.device)]
         mse = reconstruction_error(pixels, guess)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "patrol_prune"
 
 # A module imports only from modules that stand above it.
 ORDER = [
-    "errors", "versions", "precision", "symmetric", "given", "pixels", "storage", "data",
+    "errors", "versions", "precision", "symmetric", "given", "pixels", "regions", "storage", "data",
     "reid_layout", "retrieval",
     "_vehicle_shapes", "_vehicle_scenes", "_vehicle_drawing", "_vehicle_files", "vehicles",
     "_vehicle_sites", "vehicle_identities", "vehicle_truth", "leaks", "models",
@@ -50,7 +50,7 @@ ORDER = [
     "commands", "cli",
     "__main__", "__init__",
 ]
-ATTACKS_MAY_IMPORT = {"split", "decoders", "whitening", "metrics", "errors", "precision",
+ATTACKS_MAY_IMPORT = {"split", "decoders", "whitening", "metrics", "errors", "precision", "regions",
                       "symmetric", "ridge", "attacks"}
 # Only these import the named third party at all.
 DOORS = {

@@ -9,12 +9,8 @@ from torch import Tensor
 
 from patrol_prune.attacks.base import Attack, EdgeFunction, Knowledge
 from patrol_prune.attacks.checks import NOT_CONVERGED, check_fit, smooth_images
-from patrol_prune.attacks.inverse_network import (
-    LOSSES,
-    SUITE,
-    InverseNetwork,
-    InverseNetworkConfig,
-)
+from patrol_prune.attacks.inverse_network import InverseNetwork
+from patrol_prune.attacks.inverse_network_config import LOSSES, SUITE, InverseNetworkConfig
 from patrol_prune.attacks.registry import make_attack
 from patrol_prune.attacks.training_pairs import TrainingPairs
 from patrol_prune.decoders import FAMILIES, Decoder

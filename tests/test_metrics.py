@@ -95,23 +95,26 @@ def of_torchmetrics(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 
 @settings(deadline=None, max_examples=20)
-@given(st.integers(11, 40), st.integers(11, 40), st.integers(1, 4), st.integers(0, 2**16))
-@example(140, 17, 1, 0)  # by tiles
-@example(13, 300, 2, 1)
+@given(st.integers(11, 40), st.integers(11, 40), st.integers(1, 4), st.integers(0, 2**16),
+       st.booleans())
+@example(140, 17, 1, 0, False)  # by tiles
+@example(13, 300, 2, 1, True)
 def test_the_written_out_gradient_is_the_derivative(
-    height: int, width: int, channels: int, seed: int
+    height: int, width: int, channels: int, seed: int, weighted: bool
 ) -> None:
     x, y = (images(seed + i, (3, channels, height, width)).double() for i in (0, 1))
     x[1], y[2] = 0.4, x[2]  # a flat picture, and one that is rebuilt exactly
     weights = torch.tensor([1.0, -2.0, 0.5]).double()
+    of_pixels = images(seed + 3, (3, 1, height, width)).double() if weighted else None
 
     def value(guess: torch.Tensor) -> torch.Tensor:
-        return (metrics.ssim_values(x, guess) * weights).sum()
+        return (metrics.ssim_values(x, guess, of_pixels) * weights).sum()
 
     y.requires_grad_()
     (ours,) = torch.autograd.grad(value(y), y)
     original = x.clone().requires_grad_()  # then autograd does it
-    (theirs,) = torch.autograd.grad((metrics.ssim_values(original, y) * weights).sum(), y)
+    (theirs,) = torch.autograd.grad(
+        (metrics.ssim_values(original, y, of_pixels) * weights).sum(), y)
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
     direction, h = images(seed + 2, y.shape).double() - 0.5, 1e-6
     with torch.no_grad():

@@ -115,6 +115,10 @@ class ReidRun:
         swap_plates: prune and train the pruned models on pictures that carry other vehicles'
             plates, so that reading them teaches nothing; for sets that tell where plates are, and
             without a teacher, whose answers tell plates.
+        private_plates: share of the attackers' error, in PATROL's scores and fine-tuning, that is
+            counted on plates, which a detector finds that is trained first; and every model meets
+            one more attack, `aimed_ssim`, whose loss counts them as much. 0 counts every pixel the
+            same. For sets that tell where plates are.
         name: of the run.
         runs: the folder of all runs.
         device: cpu, cuda, cuda:1, mps, or auto.
@@ -144,6 +148,7 @@ class ReidRun:
     upload_channels: int | None = None
     bits: int | None = None
     swap_plates: bool = False
+    private_plates: float = 0.0
     name: str = "reid"
     runs: str = "runs"
     device: str = "cpu"
@@ -177,6 +182,9 @@ class ReidRun:
                 "Expected no teacher beside swap_plates, came weights of its answers in finetune "
                 "or rounded: it was trained with plates, and tells them. Give "
                 "--finetune.distill-weight 0.")
+        if not 0.0 <= self.private_plates <= 1.0:
+            raise InputError("Expected private_plates as a share from 0 to 1, came "
+                             f"{self.private_plates!r}.")
         check_count(self.upload_channels, "upload_channels", 1, optional=True)
         if self.bits is not None:
             Quantisation(self.bits)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from beginning import model_of, planned
+from finder import attacks, regions
+from finder import notes as private_notes
 from leak_checks import LeakChecks, row_name
 from page import write_page
 from pictures import Everybody, Pictures, everybody
@@ -71,6 +73,7 @@ class Work:
             people = everybody(config)
         self.people: Everybody = people
         self._checks: LeakChecks | None = None
+        self._private: pp.PrivateRegions | None = None
 
     def go(self) -> dict[str, Any]:
         """The result, as it stands in `result.json`."""
@@ -171,6 +174,16 @@ class Work:
         swapped = self.config.swap_plates and self.stage != DENSE
         return training_batches(self.config, self.people, offset, augment=augment, swapped=swapped)
 
+    @property
+    def private(self) -> pp.PrivateRegions | None:
+        """Where the plates are; learnt once, and kept."""
+        if self._private is None and self.config.private_plates:
+            self.say("Learning where plates are.")
+            self._private = regions(
+                self.config, self.people.defender.images, self.people.truth,
+                self.folder.path / "checkpoints" / "finder.safetensors", self.device)
+        return self._private
+
     def loss(self, model: nn.Module) -> pp.ReidLoss:
         batch = self.config.batch
         return pp.ReidLoss(model, smoothing=batch.smoothing, margin=batch.margin,
@@ -221,7 +234,7 @@ class Work:
             objective = pp.PatrolObjective(
                 split, loss, alpha=alpha, beta=beta, noise_std=privacy.noise_std,
                 lipschitz_form=privacy.lipschitz_form, surrogates=privacy.surrogates,
-                surrogate_loss=privacy.surrogate_loss,
+                surrogate_loss=privacy.surrogate_loss, private=self.private if beta else None,
                 normalization=self.people.normalization, precision=config.precision,
                 adversarial_images=self.config.batch.adversarial_images,
                 seed=self.config.seed + 1,
@@ -281,7 +294,8 @@ class Work:
                 beta=(privacy.beta or 1.0) if score.adv_weight else 0.0,
                 noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
                 surrogates=privacy.surrogates, surrogate_loss=privacy.surrogate_loss,
-                normalization=self.people.normalization, seed=self.config.seed,
+                private=self.private, normalization=self.people.normalization,
+                seed=self.config.seed,
             )
             if score.adv_weight and score.surrogate_steps:
                 objective.fit_surrogates(self.batches(10, augment=False), score.surrogate_steps)
@@ -337,7 +351,8 @@ class Work:
             rebuilt[row_name(name, seed, seeds)] = guess, theirs
 
         report = pp.audit(
-            split, people.inverter.pixels(), victims.pixels(), attacks=config.attackers.attacks,
+            split, people.inverter.pixels(), victims.pixels(),
+            attacks=attacks(config, self.private, str(self.device)),
             seeds=config.attackers.seeds, normalization=people.normalization,
             config=config.attacker, settings={"rmle": config.rmle}, device=str(self.device),
             uploads=config.attackers.uploads, examples=len(victims), progress=self.say,
@@ -369,6 +384,7 @@ class Work:
             },
             "notes": [*self.people.notes, *plate_notes(self.config.swap_plates),
                       *channel_notes(self.config), *rounding_notes(self.config),
+                      *private_notes(self.config),
                       *(f"PATROL: {note}" for note in dropout_notes(
                           self.config.privacy, self.config.attackers.uploads))],
             "originals": self.checks.of_originals(self.people.query.subset(self.people.victims)),

@@ -20,7 +20,8 @@ from patrol_prune.attacks.checks import (
     self_test,
 )
 from patrol_prune.attacks.image_prior import ImagePrior, ImagePriorConfig
-from patrol_prune.attacks.inverse_network import InverseNetwork, InverseNetworkConfig
+from patrol_prune.attacks.inverse_network import InverseNetwork
+from patrol_prune.attacks.inverse_network_config import InverseNetworkConfig
 from patrol_prune.attacks.linear_inverse import LinearInverse, LinearInverseConfig
 from patrol_prune.attacks.nearest_image import NearestImage, NearestImageConfig
 from patrol_prune.attacks.query_free import QueryFree

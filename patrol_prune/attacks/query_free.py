@@ -22,7 +22,8 @@ from patrol_prune.attacks.base import (
     Knowledge,
     check_uploads_like,
 )
-from patrol_prune.attacks.inverse_network import InverseNetwork, InverseNetworkConfig
+from patrol_prune.attacks.inverse_network import InverseNetwork
+from patrol_prune.attacks.inverse_network_config import InverseNetworkConfig
 from patrol_prune.attacks.linear_inverse import LinearInverse, LinearInverseConfig
 from patrol_prune.attacks.query_free_config import LEAST_HELD_OUT, QueryFreeConfig, check_knowledge
 from patrol_prune.attacks.rmle import RMLE, RMLEConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from patrol_prune.attacks.base import Knowledge
-from patrol_prune.attacks.inverse_network import InverseNetworkConfig
+from patrol_prune.attacks.inverse_network_config import InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
 from patrol_prune.attacks.training_pairs import SMALLEST_TRAINING_SET
 from patrol_prune.errors import InputError, nearest

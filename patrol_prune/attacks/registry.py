@@ -9,7 +9,8 @@ from typing import Any, Literal, get_args
 
 from patrol_prune.attacks.base import Attack
 from patrol_prune.attacks.image_prior import ImagePrior, ImagePriorConfig
-from patrol_prune.attacks.inverse_network import SUITE, InverseNetwork, InverseNetworkConfig
+from patrol_prune.attacks.inverse_network import InverseNetwork
+from patrol_prune.attacks.inverse_network_config import SUITE, InverseNetworkConfig
 from patrol_prune.attacks.linear_inverse import LinearInverse, LinearInverseConfig
 from patrol_prune.attacks.nearest_image import NearestImage, NearestImageConfig
 from patrol_prune.attacks.query_free import QueryFree
