@@ -31,6 +31,7 @@ from patrol_prune.audit_choice import (
 from patrol_prune.audit_kept import KeptAttacks, KeptAudit
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.audit_run import AuditRun
+from patrol_prune.audit_scores import RegionScore
 from patrol_prune.audit_setup import setup_of
 from patrol_prune.cost import home_of
 from patrol_prune.errors import InputError
@@ -42,6 +43,7 @@ from patrol_prune.given import (
     check_number,
 )
 from patrol_prune.pixels import Normalization
+from patrol_prune.regions import PrivateRegions, check_regions
 
 __all__ = ["AttackChoice", "AuditReport", "HasEdge", "audit", "compute_features"]
 
@@ -76,6 +78,7 @@ def audit(
     batch_size: int = 128,
     check_attacks: bool = False,
     uploads: int = 1,
+    private: PrivateRegions | None = None,
     largest_feature_bytes: int = 2 << 30,
     progress: Callable[[str], None] | None = None,
     observer: Observer | None = None,
@@ -118,6 +121,9 @@ def audit(
             that hardly differ, a device that sends again): attackers are given, of their own
             pictures and of the victim's, the mean, or that of what was not dropped where values
             are. The edge runs so many times for every query; one that draws nothing runs once.
+        private: where the images are private: every row tells `private_ssim` and `private_mse`
+            there as well, and one more decoder attacks, `aimed_ssim`, whose loss counts the regions
+            as `private.share` says. He finds them on his own images by `private.find`.
         largest_feature_bytes: of the attacker's features to keep in memory; of larger ones,
             attacks are given the edge alone and query it batch by batch.
         progress: called with one sentence before each step; they are logged in any case.
@@ -151,7 +157,9 @@ def audit(
     subjects = {"edge": split} | ({} if undefended is None else {"undefended": undefended})
     for name, half in subjects.items():
         check_has_edge(half, "split" if name == "edge" else name)
-    made = factories(attacks, config, settings or {}, seeds, str(home_of(split.edge, device)))
+    check_regions(private)
+    made = factories(attacks, config, settings or {}, seeds, str(home_of(split.edge, device)),
+                     private)
     known, victim = pixels_of(attacker_data, "attacker_data"), pixels_of(victim_data, "victim_data")
     check_data(known, victim)
     shifted = None if shifted_data is None else pixels_of(shifted_data, "shifted_data")
@@ -162,13 +170,14 @@ def audit(
                            "weights": trainable(half.edge) or None})
     attackers = owned(known, shifted, attacker_labels, attacker_images)
     check_counts(made, attackers)
+    regions = None if private is None else RegionScore(victim, private)
     kind = AuditRun if kept is None else partial(KeptAudit, kept=kept, examples=examples)
     normalization = normalization or Normalization()
     run = kind(attackers, victim, normalization, batch_size, largest_feature_bytes, progress,
-               observer, uploads)
+               observer, uploads, regions)
     features = _check_runs(subjects, torch.cat([victim[:1], known[:1]]), normalization,
                            [factory.name for factory in made if factory.box == "white"])
-    run.result.setup = setup_of(made, attackers, victim, normalization, uploads, features)
+    run.result.setup = setup_of(made, attackers, victim, normalization, uploads, features, private)
     with torch.random.fork_rng(devices=[]):
         if check_attacks:
             run.self_tests(made)

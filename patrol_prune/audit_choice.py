@@ -6,14 +6,15 @@ import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from patrol_prune.attacks import Attack, InverseNetworkConfig
+from patrol_prune.attacks import Attack, InverseNetwork, InverseNetworkConfig
 from patrol_prune.attacks.base import some_of
+from patrol_prune.attacks.inverse_network_config import SUITE
 from patrol_prune.attacks.query_free_config import SMALLEST_QUERY_FREE_SET
 from patrol_prune.attacks.registry import ATTACKS, box_of, kind_of, make_attack, settings_for
 from patrol_prune.attacks.training_pairs import SMALLEST_TRAINING_SET
@@ -21,11 +22,15 @@ from patrol_prune.data import fingerprints
 from patrol_prune.errors import InputError, nearest
 from patrol_prune.given import check_count, check_kind
 from patrol_prune.metrics import check_pixels
+from patrol_prune.regions import PrivateRegions
 
 logger = logging.getLogger("patrol_prune.audit")
 AttackChoice = str | Attack | Callable[[int], Attack]
 """A name, an instance (copied before each fit, and run once), or a function of the seed."""
 
+AIMED = "aimed_ssim"
+"""The name of the attack on private regions, in an audit that is told of some."""
+_AIMED_LIKE = "inverse_network_ssim"
 _SMALLEST_SIDE = 11
 _FEWEST = {"white": 2, "black": SMALLEST_TRAINING_SET, "none": SMALLEST_QUERY_FREE_SET}
 
@@ -47,6 +52,20 @@ class Factory:
     needs: tuple[str, ...] = ()
     fewest: int = 1
     config: Any = None
+
+
+def aimed(
+    config: InverseNetworkConfig | None, private: PrivateRegions, seeds: tuple[int, ...],
+    device: str,
+) -> Factory:
+    """The decoder of `inverse_network_ssim`, set as those of this audit, after private regions."""
+    settings = replace(config or SUITE[_AIMED_LIKE], family=SUITE[_AIMED_LIKE].family,
+                       loss=SUITE[_AIMED_LIKE].loss)
+
+    def make(seed: int, _: Attack | None) -> Attack:
+        return InverseNetwork(replace(settings, seed=seed), device=device, private=private)
+
+    return Factory(AIMED, make, seeds, "black", fewest=_FEWEST["black"], config=settings)
 
 
 @dataclass(frozen=True)
@@ -71,8 +90,10 @@ def factories(
     settings: Mapping[str, Any],
     seeds: Sequence[int],
     device: str,
+    private: PrivateRegions | None = None,
 ) -> list[Factory]:
-    """How to make each attack that was asked for; those that can start warm come last.
+    """How to make each attack that was asked for, and with `private` one that is after it; those
+    that can start warm come last.
 
     Raises:
         InputError: an unknown attack or none, names that repeat, settings of no attack that was
@@ -107,6 +128,11 @@ def factories(
                 f"{nearest(name, {*named, *ATTACKS})}"
             )
     made = [_factory(n, choice, config, settings, seeds, device) for n, choice in named.items()]
+    if private is not None:
+        if AIMED in named:
+            raise InputError(f"Expected attacks of other names than {AIMED}, which the audit adds "
+                             "for private regions. Give yours another.")
+        made.append(aimed(config, private, seeds, device))
     return sorted(made, key=lambda factory: factory.warm_starts)
 
 

@@ -22,6 +22,8 @@ from patrol_prune.storage import atomic_directory, atomic_write_text, read_whole
 METRICS: tuple[str, ...] = (
     "ssim", "ssim_worst5", "ms_ssim", "psnr", "mse", "mse_worst5", "gmsd", "rank1", "rank5",
 )
+IN_REGIONS: tuple[str, ...] = ("private_ssim", "private_mse")
+"""Of audits that were told of private regions."""
 _GROUP = ("subject", "attack", "box", "attacker_data", "attacker_images")
 _VERSION = 1
 
@@ -41,6 +43,8 @@ class AuditReport:
             on [0, 1] pixels; `ssim_worst5` and `mse_worst5`, the means over the 5% of images that
             were reconstructed best by that measure; `rank1`, `rank5`, `chance1`, `chance5`: how
             often the reconstruction leads back to its original among all victims, and a guess does;
+            of an audit with `private`, `private_ssim` and `private_mse`, the same within the
+            private regions, over the `private_images` that have some;
             `plateau`, `epochs` (or settings tried), `extensions`, `best_epoch`, `held_out_loss`,
             `gradient_norm`, `chosen` of the attack's training (None where an attack does not tell,
             or where a number is not finite); `seconds` of it all, reconstruction and scores
@@ -211,7 +215,8 @@ class AuditReport:
 
 def _summarise(group: dict[str, Any], records: list[dict[str, Any]]) -> dict[str, Any]:
     row: dict[str, Any] = {**group, "seeds": len(records)}
-    for metric in METRICS:
+    asked = IN_REGIONS if any(IN_REGIONS[0] in record for record in records) else ()
+    for metric in (*METRICS, *asked):
         values = [record.get(metric) for record in records]
         known = [value for value in values if value is not None]
         whole = len(known) == len(values)

@@ -39,7 +39,7 @@ from patrol_prune.audit_attack import (
 )
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.audit_report import AuditReport, mean_and_std
-from patrol_prune.audit_scores import thumbnails
+from patrol_prune.audit_scores import RegionScore, thumbnails
 from patrol_prune.data import near_duplicates
 from patrol_prune.errors import InputError, TrainingError
 from patrol_prune.jacobian import blocked_outputs
@@ -70,7 +70,9 @@ class AuditRun:
         progress: Callable[[str], None] | None,
         observer: Observer | None = None,
         uploads: int = 1,
+        regions: RegionScore | None = None,
     ) -> None:
+        self.regions = regions
         self.attackers, self.victim = attackers, victim
         self.normalization, self.batch_size, self.progress = normalization, batch_size, progress
         self.largest_feature_bytes, self.observer = largest_feature_bytes, observer
@@ -328,6 +330,7 @@ class AuditRun:
             "random_edge": random_edge,
             "uploads": None if subject == "floor" and random_edge is None else self.used,
             **made.numbers,
+            **({} if self.regions is None else self.regions.of(made.guess)),
             **made.training(),
             "seconds": time.perf_counter() - start,
         })

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from patrol_prune.attacks.identification import identify
@@ -17,12 +18,15 @@ from patrol_prune.metrics import (
     mse,
     psnr,
     ssim,
+    ssim_values,
     thumbnail,
 )
+from patrol_prune.regions import PrivateRegions
 
 WORST_SHARE = 0.05
 LARGEST_PSNR = 100.0
 _SAME = 1e-6
+_CHUNK = 128
 SIDES = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128)
 """Of the thumbnails that reconstructions are held against, in pixels."""
 
@@ -53,6 +57,39 @@ def score(originals: Tensor, guess: Tensor) -> tuple[dict[str, float | None], di
     for name in ("rank1", "rank5", "chance1", "chance5"):
         numbers[name] = None if found is None else getattr(found, name)
     return numbers, per_image
+
+
+class RegionScore:
+    """How close reconstructions come to their originals within private regions alone.
+
+    Args:
+        originals: `[N, C, H, W]` on [0, 1].
+        private: where they are private.
+
+    Raises:
+        InputError: a detector that gives no mask, or finds nothing in any of them.
+    """
+
+    def __init__(self, originals: Tensor, private: PrivateRegions) -> None:
+        masks = torch.cat([private.masks(part) for part in originals.split(_CHUNK)])
+        self.seen = (masks.sum((1, 2, 3)) >= 1.0).nonzero().flatten()
+        if not len(self.seen):
+            raise InputError(
+                f"Expected private regions in some of the {len(originals)} victims' images, came "
+                "none. Look at what find gives for them: 1 where a pixel is private.")
+        inside = masks[self.seen]
+        self.originals = originals[self.seen]
+        self.weights = inside / inside.mean((1, 2, 3), keepdim=True)
+
+    def of(self, guess: Tensor) -> dict[str, float]:
+        """`private_ssim` and `private_mse`, means over the `private_images` that have regions; each
+        is a mean over the pixels of the regions.
+        """
+        guess = guess[self.seen]
+        squares = (guess - self.originals).square() * self.weights
+        likeness = ssim_values(self.originals.double(), guess.double(), self.weights.double())
+        return {"private_ssim": _mean(likeness), "private_mse": _mean(squares.flatten(1).mean(1)),
+                "private_images": len(self.seen)}
 
 
 def check_guess(guess: Tensor, originals: Tensor, name: str) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from patrol_prune.audit_choice import Factory, Owned
 from patrol_prune.pixels import Normalization
+from patrol_prune.regions import PrivateRegions
 from patrol_prune.versions import version_of
 
 _EACH_RUN = ("seed", "device")
@@ -20,6 +21,7 @@ _EACH_RUN = ("seed", "device")
 def setup_of(
     made: Sequence[Factory], attackers: Sequence[Owned], victim: Tensor,
     normalization: Normalization, uploads: int, features: Mapping[str, Sequence[int]],
+    private: PrivateRegions | None = None,
 ) -> dict[str, Any]:
     """See `AuditReport.setup`; plain data."""
     found = {
@@ -31,6 +33,7 @@ def setup_of(
         "features": {subject: list(shape) for subject, shape in features.items()},
         "normalization": {"mean": list(normalization.mean), "std": list(normalization.std)},
         "uploads": uploads,
+        **({} if private is None else {"private_share": private.share}),
         "versions": {name: version_of(name) for name in ("torch", "patrol-prune")},
     }
     # tuples as a report from a file has them

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from patrol_prune.errors import InputError
 
@@ -28,8 +29,8 @@ class PrivateRegions:
 
     Args:
         find: pixels `[B, C, H, W]` on [0, 1] to `m`, `[B, 1, H, W]` or `[B, H, W]`: 1 where the
-            picture is private, 0 elsewhere; a detector, in evaluation mode, on the pixels' device.
-            Cut probabilities off: small ones add up over a whole picture.
+            picture is private, 0 elsewhere. A module, in evaluation mode, gets them where it is, a
+            function where they are. Cut probabilities off: small ones add up over a whole picture.
         share: `s`, of the weight that lies within the regions, above 0 and up to 1.
 
     Raises:
@@ -54,9 +55,10 @@ class PrivateRegions:
         """`m` of these pictures, `[B, 1, H, W]`, float32.
 
         Raises:
-            InputError: `find` gives something else than one finite number >= 0 for every pixel.
+            InputError: `find` gives something else than one finite number >= 0 for every pixel, or
+                is a module in training mode.
         """
-        found: Any = self.find(pixels)
+        found: Any = self.find(self._at_home(pixels))
         batch, _, height, width = pixels.shape
         if isinstance(found, Tensor) and found.dim() == 3:
             found = found.unsqueeze(1)
@@ -65,13 +67,23 @@ class PrivateRegions:
             raise InputError(
                 f"Expected find to give a mask [{batch}, 1, {height}, {width}] for these pictures, "
                 f"came {came}. Give one number for each pixel: 1 where it is private, 0 elsewhere.")
-        found = found.float()
+        found = found.to(pixels.device, torch.float32)
         low, high = (float(v) for v in found.aminmax())
         if not (low >= 0.0 and math.isfinite(high)):
             raise InputError(
                 f"Expected find to give finite numbers of at least 0, came {low:g} to {high:g}. "
                 "Give 1 where a pixel is private and 0 elsewhere, no logits.")
         return found
+
+    def _at_home(self, pixels: Tensor) -> Tensor:
+        """The pixels where the detector is, if that is a module."""
+        if not isinstance(self.find, nn.Module):
+            return pixels
+        if self.find.training:
+            raise InputError("Expected a detector in evaluation mode, came one in training mode: "
+                             "what it finds would hang on the batch. Call eval() on it.")
+        home = next(itertools.chain(self.find.parameters(), self.find.buffers()), pixels)
+        return pixels.to(home.device)
 
     def weights(self, pixels: Tensor) -> Tensor:
         """`w` of these pictures, `[B, 1, H, W]`, float32; errors as in `masks`."""

@@ -169,6 +169,19 @@ def test_the_objective_hands_them_on_and_tells_the_share() -> None:
             _objective(other)
 
 
+def test_a_detector_that_is_a_module() -> None:
+    class Detector(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return left_half(x)
+
+    detector = Detector().eval()
+    private = pp.PrivateRegions(detector)
+    assert torch.equal(private.weights(images(0)),
+                       pp.PrivateRegions(left_half).weights(images(0)))
+    with pytest.raises(InputError, match="in evaluation mode"):
+        pp.PrivateRegions(detector.train()).masks(images(0))
+
+
 def test_an_attack_that_is_after_regions() -> None:
     """What it is judged by on the way is weighted, and it is one an audit takes."""
     config = pp.InverseNetworkConfig(width=8, depth=1, epochs=2, batch_size=8, loss="mse+ssim",
@@ -184,3 +197,63 @@ def test_an_attack_that_is_after_regions() -> None:
     assert record.history[-1] < record.initial_loss
     with pytest.raises(InputError, match="private as PrivateRegions"):
         pp.InverseNetwork(config, private=left_half)  # type: ignore[arg-type]
+
+
+def _audit(private: pp.PrivateRegions, **more: Any) -> pp.AuditReport:
+    class Half(torch.nn.Module):
+        edge = torch.nn.AvgPool2d(2)
+
+    config = pp.InverseNetworkConfig(width=8, depth=1, epochs=2, batch_size=16, mirror=False,
+                                     max_extensions=0, precision="fp32", family="transposed")
+    seen: dict[str, Tensor] = {}
+    more = {"attacks": ["linear_inverse"], **more}
+    found = pp.audit(Half(), images(1, 48), images(2, 6), config=config, private=private,
+                     observer=lambda subject, name, attack, guess: seen.update({name: guess}),
+                     **more)
+    found.seen = seen  # type: ignore[attr-defined]
+    return found
+
+
+def test_an_audit_tells_what_is_seen_of_regions_and_aims_at_them() -> None:
+    x = images(2, 6)
+
+    def find(pixels: Tensor) -> Tensor:  # in one of the victims' pictures nothing is private
+        masks = left_half(pixels)
+        return torch.where((pixels == x[3]).flatten(1).all(1).view(-1, 1, 1, 1), 0.0, masks)
+
+    found = _audit(pp.PrivateRegions(find, 0.8))
+    rows = {row["attack"]: row for row in found.records if row["subject"] == "edge"}
+    assert list(rows) == ["linear_inverse", "aimed_ssim"]
+    assert rows["aimed_ssim"]["box"] == "black"
+    some = torch.tensor([0, 1, 2, 4, 5])
+    for name, guess in found.seen.items():  # type: ignore[attr-defined]
+        row = rows[name]
+        alone = metrics.mse(x[some, ..., :8], guess[some, ..., :8]).mean()
+        assert row["private_images"] == 5
+        assert row["private_mse"] == pytest.approx(float(alone), rel=1e-4)
+        weights = 2.0 * left_half(x[some])
+        likeness = metrics.ssim_values(x[some], guess[some], weights).mean()
+        assert row["private_ssim"] == pytest.approx(float(likeness), abs=1e-4)
+    floor = [row for row in found.records if row["subject"] == "floor"]
+    assert floor and all("private_ssim" in row for row in floor)
+    assert {row["attack"]: row["private_mse"] for row in found.summary()}["linear_inverse"] == (
+        rows["linear_inverse"]["private_mse"])
+    aimed = found.setup["attacks"]["aimed_ssim"]["settings"]
+    assert (aimed["family"], aimed["loss"], aimed["width"]) == ("residual", "mse+ssim", 8)
+    assert found.setup["private_share"] == 0.8
+
+
+def test_an_audit_that_was_told_of_no_regions_says_nothing_of_them() -> None:
+    found = _audit(None)  # type: ignore[arg-type]
+    assert [r["attack"] for r in found.records if r["subject"] == "edge"] == ["linear_inverse"]
+    assert not any("private" in name for row in (*found.records, *found.summary()) for name in row)
+    assert "private_share" not in found.setup
+
+
+def test_an_audit_refuses_regions_before_any_work() -> None:
+    with pytest.raises(InputError, match="private regions in some of the 6 victims' images"):
+        _audit(pp.PrivateRegions(lambda x: torch.zeros_like(x[:, 0])))
+    with pytest.raises(InputError, match="attacks of other names than aimed_ssim"):
+        _audit(pp.PrivateRegions(left_half), attacks={"aimed_ssim": "linear_inverse"})
+    with pytest.raises(InputError, match="private as PrivateRegions"):
+        _audit(left_half)  # type: ignore[arg-type]

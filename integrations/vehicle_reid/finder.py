@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from settings import ReidRun
@@ -19,8 +17,6 @@ from patrol_prune.leaks import square_of
 from patrol_prune.storage import read_tensors, write_tensors
 from patrol_prune.vehicle_truth import VehicleTruth
 
-AIMED = "aimed_ssim"
-"""The decoder of `inverse_network_ssim` whose loss counts plates as PATROL's does."""
 _MARGIN = 0.15
 _EPOCHS, _BATCH, _LR, _WIDTH = 12, 48, 4e-3, 16
 _HALF = 0.5
@@ -31,7 +27,7 @@ def notes(config: ReidRun) -> list[str]:
     share = config.private_plates
     return [f"{share:.0%} of an error was counted on plates, which a detector finds that was "
             "trained on the defender's pictures: in PATROL's scores and fine-tuning, and in the "
-            f"loss of the attack {AIMED}, which every model met."] * (share > 0.0)
+            "loss of the attack aimed_ssim, which every model met."] * (share > 0.0)
 
 
 class PlateFinder(nn.Module):
@@ -128,16 +124,6 @@ def plate_masks(boxes: Tensor, side: int) -> Tensor:
     plane = square_of(boxes.double(), torch.stack([along, down], -1).reshape(-1, 2).double())
     inside = (plane >= -_MARGIN) & (plane <= 1.0 + _MARGIN)
     return inside.all(2).view(-1, 1, side, side)
-
-
-def attacks(config: ReidRun, private: pp.PrivateRegions | None, device: str) -> Any:
-    """Those that the settings name, and one that aims at plates where the defence does."""
-    names = config.attackers.attacks
-    if private is None:
-        return names
-    settings = replace(config.attacker, loss="mse+ssim")
-    return {name: name for name in names} | {AIMED: lambda seed: pp.InverseNetwork(
-        replace(settings, seed=seed), device=device, private=private)}
 
 
 def _layer(channels: int, out: int, *, stride: int = 1, dilation: int = 1) -> nn.Module:

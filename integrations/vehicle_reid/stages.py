@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch_pruning as tp
 from beginning import model_of, planned
-from finder import attacks, regions
 from finder import notes as private_notes
+from finder import regions
 from leak_checks import LeakChecks, row_name
 from page import write_page
 from pictures import Everybody, Pictures, everybody
@@ -352,7 +352,7 @@ class Work:
 
         report = pp.audit(
             split, people.inverter.pixels(), victims.pixels(),
-            attacks=attacks(config, self.private, str(self.device)),
+            attacks=config.attackers.attacks, private=self.private,
             seeds=config.attackers.seeds, normalization=people.normalization,
             config=config.attacker, settings={"rmle": config.rmle}, device=str(self.device),
             uploads=config.attackers.uploads, examples=len(victims), progress=self.say,
