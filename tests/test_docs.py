@@ -36,7 +36,7 @@ from patrol_prune.tune_space import Candidate, Space
 
 ROOT = Path(__file__).resolve().parent.parent
 VEHICLES = "integrations/vehicle_reid/README.md"
-SNIPPETS = {"README.md": 3, "docs/audit.md": 10, "docs/bounds.md": 1, "docs/plan.md": 1,
+SNIPPETS = {"README.md": 3, "docs/audit.md": 11, "docs/bounds.md": 1, "docs/plan.md": 1,
             "docs/tune.md": 1, VEHICLES: 1}
 """Blocks of Python on each page; a test below runs each of them."""
 
@@ -163,8 +163,8 @@ def test_those_of_the_audit(
     names: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     write_folder: Callable[..., Path], import_benchmark: Callable[[str], ModuleType],
 ) -> None:
-    (whole, comparing, own, published, attributes, defence, own_defence, kept, deployed,
-     pairs) = snippets("docs/audit.md")
+    (whole, comparing, own, published, attributes, regions, defence, own_defence, kept,
+     deployed, pairs) = snippets("docs/audit.md")
     known, images = names["attacker_images"], names["victim_images"]
     split = pp.Split(names["model"], known[:1], at="layer3")
     names |= {"split": split, "attacker_labels": torch.arange(len(known)) % 5,
@@ -191,6 +191,12 @@ def test_those_of_the_audit(
               "victim_labels": torch.arange(len(images)) % 5}
     attributes.run(names)
     assert names["single"].chance == pytest.approx(1 / 5, abs=0.1)
+
+    names |= {"find": lambda pixels: (pixels.mean(1) > 0.5).float(),
+              "task_loss": torch.nn.functional.cross_entropy}
+    regions.run(names)
+    assert {row["attack"] for row in names["report"].records} >= {"aimed_ssim", "linear_inverse"}
+    assert names["objective"].private is names["private"]
 
     names |= {"x": known[:8], "dense": names["dense_split"].model, "build_model": build}
     defence.run(names)
