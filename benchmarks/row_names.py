@@ -42,6 +42,7 @@ ATTACKS = {
     "unet_ssim": "U-shaped decoder, MSE + SSIM",
     "dropped_ssim": "residual decoder trained with dropout, MSE + SSIM",
     "whitened_ssim": "residual decoder on whitened features, MSE + SSIM",
+    "aimed_ssim": "residual decoder whose loss counts plates more, MSE + SSIM",
     "linear_inverse": "linear decoder, closed form",
     "nearest_image": "nearest of the attacker's images",
     "rmle": "rMLE, white box, warm-started",

@@ -39,6 +39,9 @@ def add_options(parser: ArgumentParser) -> None:
         ("--shifted", str, "a folder of other images, for one more attacker"),
         ("--image_size", int, "side of the square images, 128 without"),
         ("--normalization", str, "of pixels: auto, dataset, imagenet or none"),
+        ("--private", str, "module:function of a detector of your own: pixels to 1 where a picture "
+                           "is private, 0 elsewhere; what is seen there is told, and aimed at"),
+        ("--private_share", float, "of the loss of the attack that aims there, 0.5 without"),
         ("--out", str, "the model's report, audit.json without"),
         ("--device", str, "where; that of the run without"),
         ("--victims", int, "images to be reconstructed"),

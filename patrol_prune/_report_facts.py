@@ -23,6 +23,7 @@ ATTACKS = {
     "unet_ssim": "a U-shaped decoder trained for likeness",
     "dropped_ssim": "a decoder network trained for likeness on uploads of which half is dropped",
     "whitened_ssim": "a decoder network trained for likeness on the uploads' whitened channels",
+    "aimed_ssim": "a decoder network trained for likeness, within private regions above all",
     "linear_inverse": "the best linear decoder, by least squares on the attacker's own pictures",
     "nearest_image": "answering with the attacker's own picture whose upload is nearest",
     "rmle": "white-box optimisation of the picture (rMLE)",
@@ -34,7 +35,7 @@ ATTACKS = {
 }
 _WHITE = ("rmle", "image_prior")
 _LESS_SHOWS_MORE = ("mse", "gmsd")
-_AVERAGED = ("ssim", "ssim_worst5", "psnr", "mse", "gmsd", "rank1", "chance1")
+_AVERAGED = ("ssim", "ssim_worst5", "psnr", "mse", "gmsd", "rank1", "chance1", "private_ssim")
 
 
 class Audit(Protocol):

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
@@ -15,7 +15,9 @@ from patrol_prune.audit import audit
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.data import load_image_folder
 from patrol_prune.errors import InputError
+from patrol_prune.models import own_function
 from patrol_prune.preparation import Images, incoming_model, read_images
+from patrol_prune.regions import PrivateRegions
 from patrol_prune.settings import AuditConfig, RunConfig, resolve_device
 from patrol_prune.split import Split
 from patrol_prune.storage import check_replaceable
@@ -36,6 +38,9 @@ class ModelAudit:
         image_size: side of the square images, in pixels.
         normalization: of pixels; "auto" is ImageNet's statistics with weights for a torchvision
             model, the training images' own otherwise.
+        private: module:function of a detector of your own: pixels on [0, 1] to 1 where a picture is
+            private, 0 elsewhere; see `PrivateRegions`.
+        private_share: of the loss of the attack on those regions.
         out: where the report goes.
         device: cpu, cuda, cuda:1, mps, or auto.
         seed: of the division of the images.
@@ -52,6 +57,8 @@ class ModelAudit:
     shifted: str | None = None
     image_size: int = 128
     normalization: Literal["auto", "dataset", "imagenet", "none"] = "auto"
+    private: str | None = None
+    private_share: float = 0.5
     out: str = "audit.json"
     device: str = "auto"
     seed: int = 0
@@ -68,6 +75,9 @@ class ModelAudit:
                 "never trained says nothing. Give --weights FILE.safetensors, or module:function "
                 "of a function that loads them."
             )
+        if self.private is None and self.private_share != ModelAudit.private_share:
+            raise InputError("Expected --private beside --private-share, came none. Name a "
+                             "detector of your own as module:function.")
         if not self.out.endswith(".json"):
             raise InputError(f"Expected --out as a .json file, came {self.out}.")
         self.run_config()  # refuses what it refuses
@@ -102,6 +112,7 @@ def audit_model(
     shifted = None
     if config.shifted is not None:
         shifted = load_image_folder(config.shifted, config.image_size).images
+    private = _private(config)
     _check_place(Path(config.out))
     found = audit(
         splits[0], images.attacker, images.victims,
@@ -110,11 +121,19 @@ def audit_model(
         config=config.attacker, settings={"rmle": config.rmle},
         attacker_labels=images.attacker_labels,
         attacker_images=(None, *config.audit.attacker_images), shifted_data=shifted,
-        check_attacks=config.audit.check_attacks, uploads=config.audit.uploads, device=str(device),
-        examples=config.audit.examples, progress=progress,
+        check_attacks=config.audit.check_attacks, uploads=config.audit.uploads, private=private,
+        device=str(device), examples=config.audit.examples, progress=progress,
     )
     found.to_json(config.out)
     return found
+
+
+def _private(config: ModelAudit) -> PrivateRegions | None:
+    """Where the images are private; the module is imported."""
+    if config.private is None:
+        return None
+    find: Any = own_function(config.private, "detector", "mydetectors:faces")
+    return PrivateRegions(find, config.private_share)
 
 
 def _check_place(out: Path) -> None:

@@ -126,18 +126,27 @@ def _working_directory_importable() -> Iterator[None]:
             sys.path.remove(here)
 
 
-def _from_function(name: str, num_classes: int) -> nn.Module:
+def own_function(name: str, what: str, example: str) -> Callable[..., object]:
+    """The function that a user names as `module:function`; its module is imported.
+
+    Args:
+        name: of module and function.
+        what: it is, "model", in messages.
+        example: of such a name.
+
+    Raises:
+        InputError: no such name, a module that cannot be imported, or none of its functions.
+    """
     module_name, _, function_name = name.partition(":")
     if not function_name or "" in module_name.split("."):
         raise InputError(
-            f"Expected a model of your own as module:function, as in mymodels:build, came {name!r}."
-        )
+            f"Expected a {what} of your own as module:function, as in {example}, came {name!r}.")
     try:
         with _working_directory_importable():
             module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises
         raise InputError(
-            f"The model {name!r} means the function {function_name!r} of the module "
+            f"The {what} {name!r} means the function {function_name!r} of the module "
             f"{module_name!r}, which cannot be imported ({type(error).__name__}: {error}). Run "
             "from the folder that holds it, or install it."
         ) from error
@@ -148,7 +157,11 @@ def _from_function(name: str, num_classes: int) -> nn.Module:
             f"The module {module_name!r} has no function {function_name!r}. "
             f"{nearest(function_name, public)}"
         )
-    model = _call(function, name, num_classes)
+    return function
+
+
+def _from_function(name: str, num_classes: int) -> nn.Module:
+    model = _call(own_function(name, "model", "mymodels:build"), name, num_classes)
     if not isinstance(model, nn.Module):
         raise InputError(
             f"Expected {name} to return a torch.nn.Module, came {type(model).__name__}. Return "

@@ -35,6 +35,8 @@ TRIAL_COLUMNS = {
 }
 UPLOAD_COLUMNS = {"feature_channels": "Channels", "bits": "Bits"}
 """Of a search that tries them, beside those."""
+REGION_COLUMNS = {"private_ssim": "SSIM, private"}
+"""Of an audit that was told where pictures are private, beside those of attacks."""
 _IN_A_TERMINAL = ("attack", "attacker", "ssim", "ssim_worst5", "psnr", "mse", "rank1")
 
 
@@ -93,11 +95,15 @@ def attack_table(audit: Audit) -> Table:
     """One line for each subject, attack and attacker, the strongest of a subject first."""
     table = Table(title="What each attack rebuilds")
     table.add_column("")
-    for key in _IN_A_TERMINAL:
+    rows = attack_rows(audit.records)
+    more = [key for key in REGION_COLUMNS if any(row[key] is not None for row in rows)]
+    columns = {key: ATTACK_COLUMNS[key] for key in _IN_A_TERMINAL} | {
+        key: REGION_COLUMNS[key] for key in more}
+    for key, heading in columns.items():
         left = key == "attack"
-        table.add_column(ATTACK_COLUMNS[key], justify="left" if left else "right", no_wrap=left)
-    for row in attack_rows(audit.records):
-        cells = (number(key, row[key]) for key in _IN_A_TERMINAL)
+        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+    for row in rows:
+        cells = (number(key, row[key]) for key in columns)
         table.add_row(SUBJECTS.get(row["subject"], row["subject"]), *cells,
                       style="bold" if row["strongest"] else None)
     return table

@@ -211,6 +211,37 @@ def test_any_model_is_audited_where_one_says(
     assert found.strongest()["attack"] == "linear_inverse" and found.strongest()["ssim"] > 0.9
 
 
+def test_an_audit_of_what_is_private(
+    tmp_path: Path, write_folder: Callable[..., Path], capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = write_folder(tmp_path / "images", count=24)
+    (tmp_path / "private_for_test.py").write_text(
+        "from torch import nn\n"
+        "def model():\n"
+        "    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Flatten(),\n"
+        "                         nn.Linear(8 * 16 * 16, 3))\n"
+        "def corner(pixels):\n"
+        "    mask = 0 * pixels[:, 0]\n"
+        "    mask[:, :4, :4] = 1\n"
+        "    return mask\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    call = ["audit", "--model", "private_for_test:model", "--at", "0", "--data", str(folder),
+            "--image-size", "16", "--attacks", "linear_inverse", "--epochs", "1",
+            "--victims", "6", "--device", "cpu", "--private-share", "0.75"]
+    assert main(call) == 2
+    assert "--private beside --private-share" in capsys.readouterr().err
+    assert main([*call, "--private", "private_for_test:corners"]) == 2
+    assert "no function 'corners'. Did you mean: corner" in capsys.readouterr().err
+    assert main([*call, "--private", "private_for_test:corner"]) == 0
+    shown = capsys.readouterr().out
+    assert "SSIM, private" in shown and "aimed_ssim" in shown
+    found = AuditReport.from_json(tmp_path / "audit.json")
+    assert found.setup["private_share"] == 0.75
+    assert found.strongest()["private_ssim"] > 0.9
+
+
 @pytest.mark.parametrize("place", ["file/audit.json", "folder.json", "a.json"])
 def test_a_report_that_cannot_be_written_is_refused_before_the_attacks(
     tmp_path: Path, write_folder: Callable[..., Path], place: str, monkeypatch: pytest.MonkeyPatch
