@@ -35,8 +35,8 @@ TRIAL_COLUMNS = {
 }
 UPLOAD_COLUMNS = {"feature_channels": "Channels", "bits": "Bits"}
 """Of a search that tries them, beside those."""
-REGION_COLUMNS = {"private_ssim": "SSIM, private"}
-"""Of an audit that was told where pictures are private, beside those of attacks."""
+REGION_COLUMNS = {"private_ssim": "private"}
+"""SSIM there, of an audit that was told where pictures are private; instead of PSNR."""
 _IN_A_TERMINAL = ("attack", "attacker", "ssim", "ssim_worst5", "psnr", "mse", "rank1")
 
 
@@ -96,12 +96,12 @@ def attack_table(audit: Audit) -> Table:
     table = Table(title="What each attack rebuilds")
     table.add_column("")
     rows = attack_rows(audit.records)
-    more = [key for key in REGION_COLUMNS if any(row[key] is not None for row in rows)]
-    columns = {key: ATTACK_COLUMNS[key] for key in _IN_A_TERMINAL} | {
-        key: REGION_COLUMNS[key] for key in more}
-    for key, heading in columns.items():
+    asked = any(row["private_ssim"] is not None for row in rows)
+    columns = ["private_ssim" if asked and key == "psnr" else key for key in _IN_A_TERMINAL]
+    headings = {**ATTACK_COLUMNS, **REGION_COLUMNS}
+    for key in columns:
         left = key == "attack"
-        table.add_column(heading, justify="left" if left else "right", no_wrap=left)
+        table.add_column(headings[key], justify="left" if left else "right", no_wrap=left)
     for row in rows:
         cells = (number(key, row[key]) for key in columns)
         table.add_row(SUBJECTS.get(row["subject"], row["subject"]), *cells,
