@@ -43,10 +43,10 @@ class PlateFinder(nn.Module):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
-            self.half = nn.Sequential(_layer(3, _WIDTH, stride=2), _layer(_WIDTH, _WIDTH))
-            self.quarter = nn.Sequential(_layer(_WIDTH, 2 * _WIDTH, stride=2),
+            self.fine = nn.Sequential(_layer(3, _WIDTH, stride=2), _layer(_WIDTH, _WIDTH))
+            self.middle = nn.Sequential(_layer(_WIDTH, 2 * _WIDTH, stride=2),
                                          _layer(2 * _WIDTH, 2 * _WIDTH))
-            self.eighth = nn.Sequential(
+            self.coarse = nn.Sequential(
                 _layer(2 * _WIDTH, 2 * _WIDTH, stride=2),
                 *(_layer(2 * _WIDTH, 2 * _WIDTH, dilation=d) for d in (2, 4)))
             self.up = _layer(4 * _WIDTH, _WIDTH)
@@ -56,12 +56,12 @@ class PlateFinder(nn.Module):
         """`[B, 1, S', S']`, with `S'` the least multiple of 8 from `S` on."""
         side = 8 * math.ceil(pixels.shape[-1] / 8)
         x = F.pad(2.0 * pixels - 1.0, (0, side - pixels.shape[-1], 0, side - pixels.shape[-2]))
-        half = self.half(x)
-        quarter = self.quarter(half)
-        wide = F.interpolate(self.eighth(quarter), scale_factor=2.0, mode="bilinear")
-        middle = F.interpolate(self.up(torch.cat([quarter, wide], 1)), scale_factor=2.0,
-                               mode="bilinear")
-        return F.pixel_shuffle(self.last(torch.cat([half, middle], 1)), 2)
+        fine = self.fine(x)
+        middle = self.middle(fine)
+        wide = F.interpolate(self.coarse(middle), scale_factor=2.0, mode="bilinear")
+        near = F.interpolate(self.up(torch.cat([middle, wide], 1)), scale_factor=2.0,
+                             mode="bilinear")
+        return F.pixel_shuffle(self.last(torch.cat([fine, near], 1)), 2)
 
     def forward(self, pixels: Tensor) -> Tensor:
         height, width = pixels.shape[2:]
