@@ -186,7 +186,7 @@ def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
             **about["retrieval"], **{k: audit["strongest"].get(k) for k in KEPT},
             "floor_ssim": audit["floor"]["ssim"], "floor_mse": audit["floor"]["mse"],
             "flags": audit["flags"],
-        }
+        } | on_plates(audit.get("records", ()))
         for kind in KINDS:
             found = audit["leaks"].get(kind)
             row |= {f"{kind}_{k}": None if found is None else found["strongest"][k]
@@ -207,6 +207,18 @@ def rows(result: dict[str, Any], dataset: str) -> list[dict[str, Any]]:
         row |= {f"named_{k}_chance": of_original["chance"][k] for k in ("map", "rank1")}
         made.append(row)
     return made
+
+
+def on_plates(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The highest SSIM on plates that an attack reached, and the floor's, where it was asked for.
+    """
+    found = [r for r in records if r["subject"] == "edge" and "private_ssim" in r]
+    if not found:
+        return {}
+    best = max(found, key=lambda r: float(r["private_ssim"]))
+    floor = max(r["private_ssim"] for r in records if r["subject"] == "floor")
+    return {"on_plates_ssim": best["private_ssim"], "on_plates_attack": best["attack"],
+            "on_plates_plateau": best["plateau"], "on_plates_floor_ssim": floor}
 
 
 def likest(audit: dict[str, Any], kind: str) -> float | None:

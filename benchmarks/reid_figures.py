@@ -359,6 +359,7 @@ def leaks(rows: list[dict[str, Any]]) -> str:
         "map": percent(row["named_map"]), "rank1": percent(row["named_rank1"]),
         "rebuilt": percent(row.get("named_rebuilt_map")),
         "upload": percent(row.get("characters_upload")),
+        "plates_ssim": on_plates(row),
     } for row in rows]
     first = rows[0]
     table.append({
@@ -369,13 +370,22 @@ def leaks(rows: list[dict[str, Any]]) -> str:
     table.append({
         "of": "by chance", **{k: percent(first[f"{k}_chance"]) for k in kinds},
         "map": percent(first["named_map_chance"]), "rank1": percent(first["named_rank1_chance"]),
+        "plates_ssim": f"{floor:.3f}" if (floor := first.get("on_plates_floor_ssim")) else "",
     })
     alone = {"upload": "characters from the upload alone"} if kinds and direct else {}
     return render_table(table, {
         "of": "read at best from uploads of" if direct else "rebuilt from", **kinds,
+        **({"plates_ssim": "SSIM on plates (by chance: the floor)"} if floor else {}),
         **alone, "map": "vehicle named, mAP", "rank1": "rank 1",
         **({"rebuilt": "mAP from rebuilt pictures alone"} if direct else {}),
     }).strip()
+
+
+def on_plates(row: dict[str, Any]) -> str:
+    """The highest SSIM on plates of any attack."""
+    if "on_plates_ssim" not in row:
+        return ""
+    return f"{row['on_plates_ssim']:.3f}" + UNFINISHED * (row["on_plates_plateau"] is False)
 
 
 def measured(record: dict[str, Any], rows: list[dict[str, Any]]) -> str:

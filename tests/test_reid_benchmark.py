@@ -35,7 +35,7 @@ def row(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("other", [
     {"train_seed": 1}, {"epochs": [20, 3]}, {"decoder": [64, 6, 12]}, {"budget": "36.4M"},
     {"beta": 40.0}, {"bits": 2, "rounded_epochs": 24}, {"teacher": False},
-    {"swapped_plates": True}, {"dropout": 0.5}, {"upload_channels": 16},
+    {"swapped_plates": True}, {"dropout": 0.5}, {"upload_channels": 16}, {"private_plates": 0.5},
     {"split": "layer2"}, {"dataset": "photographs"},
 ])
 def test_rows_of_another_run_stay(reid: ModuleType, other: dict[str, Any]) -> None:
@@ -56,7 +56,7 @@ def test_each_option_is_a_setting_of_the_run_and_part_of_its_name(reid: ModuleTy
     usual = reid.config_of(reid.Reid(bits=2))
     options = ({"teacher": False}, {"teacher": False, "swap_plates": True},
                {"rounded_epochs": 48}, {"dropout": 0.5}, {"uploads": 8}, {"bits": 3},
-               {"upload_channels": 16})
+               {"upload_channels": 16}, {"private_plates": 0.5})
     made = [reid.config_of(reid.Reid(**{"bits": 2, **more})) for more in options]
     assert len({config.name for config in (usual, *made)}) == len(made) + 1
     assert usual.finetune.distill_weight > 0 and usual.rounded.distill_weight == 0
@@ -64,8 +64,20 @@ def test_each_option_is_a_setting_of_the_run_and_part_of_its_name(reid: ModuleTy
     assert made[1].swap_plates and made[2].rounded.epochs == 48
     assert made[3].privacy.dropout == 0.5 and made[4].attackers.uploads == 8
     assert made[5].bits == 3 and made[6].upload_channels == 16
+    assert made[7].private_plates == 0.5 and not usual.private_plates
     with pytest.raises(InputError, match="--bits beside"):
         reid.config_of(reid.Reid(rounded_epochs=48))
+
+
+def test_the_most_that_is_seen_of_plates_is_told(reid: ModuleType) -> None:
+    def record(subject: str, attack: str, ssim: float) -> dict[str, Any]:
+        return {"subject": subject, "attack": attack, "plateau": True, "private_ssim": ssim}
+
+    found = reid.on_plates([record("floor", "mean_image", 0.2), record("floor", "nearest", 0.3),
+                            record("edge", "rmle", 0.4), record("edge", "aimed_ssim", 0.5)])
+    assert found == {"on_plates_ssim": 0.5, "on_plates_attack": "aimed_ssim",
+                     "on_plates_plateau": True, "on_plates_floor_ssim": 0.3}
+    assert reid.on_plates([{"subject": "edge", "ssim": 0.4}]) == {}
 
 
 def test_pictures_stand_in_rows_of_a_method_each(reid: ModuleType, tmp_path: Path) -> None:

@@ -72,6 +72,18 @@ def test_what_other_attackers_saw_of_the_same_model_stands_beside_the_goals(
     assert "U-shaped decoder" in figures.overview([run, [other]])
 
 
+def test_plates_as_private_regions_are_told(figures: ModuleType) -> None:
+    plain = measured("layer3", "patrol")
+    aimed = measured("layer3", "patrol", private_plates=0.5, on_plates_ssim=0.412,
+                     on_plates_plateau=False, on_plates_floor_ssim=0.123)
+    assert "counted on plates" not in figures.about([plain])
+    assert "50% of the error of the attackers inside is counted on plates" in figures.about([aimed])
+    assert figures.run_of(plain) != figures.run_of(aimed)
+    assert "SSIM on plates" not in figures.leaks([plain])
+    told = figures.leaks([aimed])
+    assert "SSIM on plates" in told and f"| 0.412{figures.UNFINISHED} |" in told and "0.123" in told
+
+
 def test_other_surrogates_inside_are_told(figures: ModuleType) -> None:
     usual, large = measured("layer3", "patrol"), measured("layer3", "patrol", surrogates="large")
     assert "surrogates" not in figures.about([usual]) + figures.overview([[usual], [usual]])

@@ -78,6 +78,9 @@ def comparison(result: Mapping[str, Any]) -> list[dict[str, Any]]:
         decimal(floor["ssim"]), "leak")
     add("… the 5% rebuilt best", [decimal(b["ssim_worst5"]) for b in best], "1.000",
         decimal(floor["ssim_worst5"]), "leak")
+    if all("private_ssim" in r for m in each for r in m["audit"]["records"]):
+        add("… on the plates alone", [decimal(on_regions(m, "edge")) for m in each], "1.000",
+            decimal(on_regions(each[0], "floor")), "leak")
     for key, label in (("plates", "Plates read, whole"), ("characters", "… single characters"),
                        ("scenes", "Places recognised")):
         found = [m["audit"]["leaks"].get(key) for m in each]
@@ -92,6 +95,12 @@ def comparison(result: Mapping[str, Any]) -> list[dict[str, Any]]:
             percent(originals["identification"]["strongest"][key]),
             percent(originals["identification"]["chance"][key]), "leak")
     return rows
+
+
+def on_regions(method: Mapping[str, Any], subject: str) -> float:
+    """The highest SSIM that was reached on private regions."""
+    return max(float(r["private_ssim"]) for r in method["audit"]["records"]
+               if r["subject"] == subject)
 
 
 def headline(result: Mapping[str, Any]) -> str:

@@ -178,10 +178,11 @@ class Work:
     def private(self) -> pp.PrivateRegions | None:
         """Where the plates are; learnt once, and kept."""
         if self._private is None and self.config.private_plates:
-            self.say("Learning where plates are.")
-            self._private = regions(
-                self.config, self.people.defender.images, self.people.truth,
-                self.folder.path / "checkpoints" / "finder.safetensors", self.device)
+            file = self.folder.path / "checkpoints" / "finder.safetensors"
+            if not file.is_file():
+                self.say("Learning where plates are.")
+            self._private = regions(self.config, self.people.defender.images, self.people.truth,
+                                    file, self.device)
         return self._private
 
     def loss(self, model: nn.Module) -> pp.ReidLoss:
