@@ -58,6 +58,7 @@ def test_it_finds_plates_of_vehicles_that_it_has_not_seen(
 ) -> None:
     module, file = script["finder"], runs / "finder.safetensors"
     monkeypatch.setattr(module, "_BATCH", 16)
+    monkeypatch.setattr(module, "_STEPS", 40)
     config = _config(script, runs, private_plates=0.25)
     assert module.regions(_config(script, runs), people.defender.images, None, file,
                           torch.device("cpu")) is None
@@ -76,10 +77,20 @@ def test_it_finds_plates_of_vehicles_that_it_has_not_seen(
     assert torch.equal(again.masks(people.query.pixels()) > 0, found)
 
 
-def test_what_cannot_be_had_is_refused(script: Any, people: Any, runs: Path) -> None:
-    with pytest.raises(InputError, match="a set that tells where plates are"):
+@pytest.mark.parametrize("bias", [-9.0, 9.0])
+def test_a_finder_that_marks_nothing_or_everything_is_refused(
+    script: Any, people: Any, runs: Path, monkeypatch: pytest.MonkeyPatch, bias: float
+) -> None:
+    monkeypatch.setattr(script["finder"], "learn",
+                        lambda finder, *_, **__: finder.last.bias.data.fill_(bias))
+    file = runs / "blind.safetensors"
+    with pytest.raises(InputError, match=r"overlap plates by 50% or more, came \d+%"):
         script["finder"].regions(_config(script, runs, private_plates=0.5), people.defender.images,
-                                 None, runs / "none", torch.device("cpu"))
+                                 people.truth, file, torch.device("cpu"))
+    assert not file.exists()
+
+
+def test_a_share_out_of_its_range_is_refused(script: Any, runs: Path) -> None:
     for share in (-0.1, 1.5):
         with pytest.raises(InputError, match="private_plates as a share from 0 to 1"):
             _config(script, runs, private_plates=share)
@@ -89,3 +100,28 @@ def test_the_result_tells_it(script: Any, runs: Path) -> None:
     assert script["finder"].notes(_config(script, runs)) == []
     (told,) = script["finder"].notes(_config(script, runs, private_plates=0.5))
     assert "50% of an error was counted on plates" in told and "aimed_ssim" in told
+
+
+@pytest.mark.slow
+def test_a_whole_run_that_aims_at_plates(script: Any, runs: Path) -> None:
+    """Detector, scores, training, attack, page; and the same again from the finder that is kept."""
+    short = {"epochs": 1, "inner_steps": 1, "surrogate_warmup_steps": 2}
+    config = _config(
+        script, runs, name="aimed", at="layer3", private_plates=0.5, bits=2, train={"epochs": 1},
+        finetune={**short, "distill_weight": 0.0}, rounded=short,
+        score={"batches": 2, "surrogate_steps": 2},
+        attackers={"victims": 8, "reader_share": 0.4, "attacks": ["linear_inverse"]},
+        attacker={"width": 8, "depth": 1, "epochs": 1, "max_extensions": 0, "mirror": False})
+    result = script["run"].run(config)
+    folder = runs / "aimed"
+    assert (folder / "checkpoints" / "finder.safetensors").is_file()
+    for about in result["methods"].values():
+        rows = {r["attack"]: r for r in about["audit"]["records"] if r["subject"] == "edge"}
+        assert set(rows) == {"linear_inverse", "aimed_ssim"}
+        assert all(-1 <= r["private_ssim"] <= 1 for r in rows.values())
+        readers = {r["attack"] for r in about["audit"]["leaks"]["characters"]["rows"]}
+        assert "aimed_ssim" in readers
+    assert any("counted on plates" in note for note in result["notes"])
+    page = (folder / "index.html").read_text()
+    assert "on the plates alone" in page and "aimed_ssim" not in page.split("<table")[0]
+    assert script["run"].run(config) == result

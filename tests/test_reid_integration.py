@@ -463,6 +463,13 @@ def test_the_page_shows_each_row_with_its_plates_and_numbers(script: Any, tmp_pa
     assert cells["Plates read, whole"] == ["80.0%", "70.0%", "30.0%", "99.0%", "5.0%"]
     assert cells["Likeness of rebuilt pictures, SSIM"] == [
         "0.800", "0.700", "0.300", "1.000", "0.100"]
+    on_plates = "… on the plates alone"
+    assert on_plates not in cells  # nobody asked
+    for about in result["methods"].values():
+        for record in about["audit"]["records"]:
+            record["private_ssim"] = record["ssim"] / 2
+    cells = {row["label"]: row["cells"] for row in page.comparison(result)}
+    assert cells[on_plates] == ["0.400", "0.350", "0.150", "1.000", "0.400"]
     shown = page.attack_rows(result)
     assert [r["plates"] for r in shown[::2]] == [0.8, 0.7, 0.3]
     assert [r["named"] for r in shown] == [0.4, 0.2, 0.35, 0.175, 0.15, 0.075]

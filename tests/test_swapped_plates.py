@@ -128,15 +128,17 @@ def test_the_dense_model_learns_from_the_pictures_as_they_are(
             assert isinstance(work.batches(2), swapping) is (on and stage != "dense")
 
 
+@pytest.mark.parametrize("option", [
+    ["--swap-plates", "true", "--finetune.distill-weight", "0"], ["--private-plates", "0.5"]])
 def test_a_set_that_tells_no_plates_is_refused_before_the_run(
-    script: Any, tmp_path: Path, capsys: Any, write_folder: Callable[..., Path]
+    script: Any, tmp_path: Path, capsys: Any, write_folder: Callable[..., Path],
+    option: list[str],
 ) -> None:
     photos = write_folder(tmp_path / "photos", parts=("train",), count=60)
     write_folder(tmp_path / "photos", parts=("test",), count=4)
     assert script["run"].main([
         "--data", str(photos), "--layout", "folder", "--image-size", "16", "--at", "layer1",
-        "--batch.identities", "3", "--swap-plates", "true", "--finetune.distill-weight", "0",
-        "--runs", str(tmp_path / "runs")]) == 2
+        "--batch.identities", "3", *option, "--runs", str(tmp_path / "runs")]) == 2
     told = capsys.readouterr().err
     assert "tells where plates are" in told and "Leave it out" in told
     assert not (tmp_path / "runs").exists()

@@ -18,7 +18,8 @@ from patrol_prune.storage import read_tensors, write_tensors
 from patrol_prune.vehicle_truth import VehicleTruth
 
 _MARGIN = 0.15
-_EPOCHS, _BATCH, _LR, _WIDTH = 12, 48, 4e-3, 16
+_STEPS, _BATCH, _LR, _WIDTH = 216, 48, 4e-3, 16
+_LEAST = 0.5
 _HALF = 0.5
 
 
@@ -80,29 +81,46 @@ def regions(
         truth: where their plates are.
         file: where the detector is kept; the next call takes it from there.
         device: where it works.
+
+    Raises:
+        InputError: what the detector marks and the plates that it has learnt from overlap by
+            less than half of both together.
     """
     if not config.private_plates:
         return None
-    if truth is None:
-        raise InputError("Expected a set that tells where plates are, for --private-plates. Leave "
-                         "it out; rendered vehicles have them.")
+    assert truth is not None  # `everybody` has refused other sets
     finder = PlateFinder(config.seed)
     if file.is_file():
         finder.load_state_dict(read_tensors(file.read_bytes(), file))
     else:
-        learn(finder.to(device), pictures, plate_masks(truth.boxes, pictures.shape[-1]),
-              seed=config.seed)
+        masks = plate_masks(truth.boxes, pictures.shape[-1])
+        learn(finder.to(device), pictures, masks, seed=config.seed)
+        common = overlap(finder.eval(), pictures, masks)
+        if common < _LEAST:
+            raise InputError(
+                f"Expected a detector whose marks overlap plates by {_LEAST:.0%} or more, came "
+                f"{common:.0%} on the {len(pictures)} pictures that it learnt from. Give more "
+                "pictures, or leave --private-plates out.")
         write_tensors(file, {k: v.cpu() for k, v in finder.state_dict().items()})
     return pp.PrivateRegions(finder.to(device).eval().requires_grad_(False),
                              config.private_plates)
 
 
-def learn(finder: PlateFinder, pictures: Tensor, masks: Tensor, *, seed: int,
-          epochs: int = _EPOCHS) -> None:
+@torch.no_grad()
+def overlap(finder: PlateFinder, pictures: Tensor, masks: Tensor) -> float:
+    """Pixels that it marks and `masks` mark, as a share of those that either marks."""
+    device = next(finder.parameters()).device
+    marks = torch.cat([finder(part.to(device).float() / 255.0).cpu() > 0
+                       for part in pictures.split(_BATCH)])
+    return int((marks & masks).sum()) / max(1, int((marks | masks).sum()))
+
+
+def learn(finder: PlateFinder, pictures: Tensor, masks: Tensor, *, seed: int) -> None:
     """Train it on uint8 pictures `[N, 3, S, S]` and their masks `[N, 1, S, S]`, bool."""
     device = next(finder.parameters()).device
     generator = torch.Generator().manual_seed(seed)
     batches = max(1, len(pictures) // _BATCH)
+    epochs = -(-_STEPS // batches)
     optimizer = torch.optim.AdamW(finder.parameters(), _LR)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=epochs * batches)
     for _ in range(epochs):

@@ -146,6 +146,9 @@ def everybody(config: ReidRun) -> Everybody:
             "Expected a set that tells where plates are, of at least 2 vehicles of the defender's "
             f"that nothing hides, for --swap-plates, but {root} does not. Leave it out; rendered "
             "vehicles have them.")
+    if config.private_plates and own.truth is None:
+        raise InputError(f"Expected a set that tells where plates are for --private-plates, but "
+                         f"{root} does not. Leave it out; rendered vehicles have them.")
     defender = _labelled(own)
     if len(inverter) < 40 or len(reader) < 20 or len(defender.classes) < config.batch.identities:
         raise InputError(
