@@ -86,6 +86,8 @@ def test_a_lipschitz_term_that_runs_the_edge_again_leaves_the_features(
     result = pp.finetune(split, [(x, torch.arange(images) % 3)], objective=objective,
                          config=pp.FinetuneConfig(epochs=1, feature_weight=1.0, precision="fp32"),
                          teacher=teacher, progress=False)
-    assert result.history[0]["lipschitz"] > 0 and result.history[0]["features"] == 0.0
+    assert result.history[0]["lipschitz"] > 0
+    # rounding alone: some processors sum a larger batch in another order
+    assert result.history[0]["features"] < 1e-12
     hooked = [*split.model.modules(), *teacher.modules(), split.cloud]
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in hooked)
