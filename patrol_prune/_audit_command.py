@@ -20,8 +20,8 @@ from patrol_prune.reaudit import audit_again
 from patrol_prune.tables import attack_table, flag_lines
 
 _WHO = ("attacks", "seeds", "victims", "attacker_images", "check_attacks", "uploads")
-_OF_A_RUN = ("model", "attacks", "seeds", "attacker_images", "check_attacks", "uploads", "device",
-             "data")
+_OF_A_RUN = ("model", "private", "attacks", "seeds", "attacker_images", "check_attacks", "uploads",
+             "device", "data")
 
 
 def add_options(parser: ArgumentParser) -> None:
@@ -40,7 +40,8 @@ def add_options(parser: ArgumentParser) -> None:
         ("--image_size", int, "side of the square images, 128 without"),
         ("--normalization", str, "of pixels: auto, dataset, imagenet or none"),
         ("--private", str, "module:function of a detector of your own: pixels to 1 where a picture "
-                           "is private, 0 elsewhere; what is seen there is told, and aimed at"),
+                           "is private, 0 elsewhere; what is seen there is told, and aimed at; "
+                           "beside a run that has one, its own, to have it imported"),
         ("--private_share", float, "of the loss of the attack that aims there, 0.5 without"),
         ("--out", str, "the model's report, audit.json without"),
         ("--device", str, "where; that of the run without"),

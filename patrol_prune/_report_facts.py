@@ -386,6 +386,7 @@ def comparison(summary: RunSummary, audit: Audit) -> list[dict[str, Any]]:
     for key, label in (
         ("ssim", "SSIM of the strongest attack (lower hides more)"),
         ("ssim_worst5", "SSIM on the 5% of pictures that are rebuilt best"),
+        ("private_ssim", "SSIM within private regions (lower hides more)"),
         ("psnr", "PSNR in dB (lower hides more)"),
         ("mse", "MSE on [0, 1] pixels (higher hides more)"),
         ("gmsd", "Perceptual distance, GMSD (higher hides more)"),

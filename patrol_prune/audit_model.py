@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from patrol_prune.attacks import InverseNetworkConfig
 from patrol_prune.attacks.rmle import RMLEConfig
@@ -15,9 +15,7 @@ from patrol_prune.audit import audit
 from patrol_prune.audit_report import AuditReport
 from patrol_prune.data import load_image_folder
 from patrol_prune.errors import InputError
-from patrol_prune.models import own_function
-from patrol_prune.preparation import Images, incoming_model, read_images
-from patrol_prune.regions import PrivateRegions
+from patrol_prune.preparation import Images, incoming_model, private_regions, read_images
 from patrol_prune.settings import AuditConfig, RunConfig, resolve_device
 from patrol_prune.split import Split
 from patrol_prune.storage import check_replaceable
@@ -75,9 +73,6 @@ class ModelAudit:
                 "never trained says nothing. Give --weights FILE.safetensors, or module:function "
                 "of a function that loads them."
             )
-        if self.private is None and self.private_share != ModelAudit.private_share:
-            raise InputError("Expected --private beside --private-share, came none. Name a "
-                             "detector of your own as module:function.")
         if not self.out.endswith(".json"):
             raise InputError(f"Expected --out as a .json file, came {self.out}.")
         self.run_config()  # refuses what it refuses
@@ -87,8 +82,8 @@ class ModelAudit:
         return RunConfig(
             data=self.data, edge_macs="1.0", model=self.model, weights=self.weights, at=self.at,
             image_size=self.image_size, batch_size=2, normalization=self.normalization,
-            device=self.device, seed=self.seed, audit=self.audit, attacker=self.attacker,
-            rmle=self.rmle,
+            private=self.private, private_share=self.private_share, device=self.device,
+            seed=self.seed, audit=self.audit, attacker=self.attacker, rmle=self.rmle,
         )
 
 
@@ -112,7 +107,7 @@ def audit_model(
     shifted = None
     if config.shifted is not None:
         shifted = load_image_folder(config.shifted, config.image_size).images
-    private = _private(config)
+    private = private_regions(run)
     _check_place(Path(config.out))
     found = audit(
         splits[0], images.attacker, images.victims,
@@ -126,14 +121,6 @@ def audit_model(
     )
     found.to_json(config.out)
     return found
-
-
-def _private(config: ModelAudit) -> PrivateRegions | None:
-    """Where the images are private; the module is imported."""
-    if config.private is None:
-        return None
-    find: Any = own_function(config.private, "detector", "mydetectors:faces")
-    return PrivateRegions(find, config.private_share)
 
 
 def _check_place(out: Path) -> None:

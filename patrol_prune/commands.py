@@ -72,6 +72,7 @@ a split (layer1), whose dense edge's cost is meant.""",
   --edge-macs N     the device's budget in multiply-adds (see `patrol-prune plan --help`)
   --model NAME      any torchvision classifier, or module:function of your own
   --weights FILE    safetensors; without it the model is trained first
+  --private NAME    module:function of your own that finds what must not be seen above all
 
 Example:
   patrol-prune run --data photos --model resnet18 --image-size 128 --edge-macs 200M --name photos
@@ -102,7 +103,7 @@ It needs Optuna: pip install 'optuna>=4'""",
 written anew, or that of any model, ours or not, cut where you say.
 
 The same command goes on after the attacks on a run that had ended before it was interrupted. A run
-of a module:function imports it only where --model names it again.
+of a module:function imports it only where --model (or --private) names it again.
 
 Examples, three attackers; every kind of attack; a model of your own:
   patrol-prune audit runs/photos --seeds 0 1 2

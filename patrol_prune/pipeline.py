@@ -28,6 +28,7 @@ from patrol_prune.plan import Plan, short
 from patrol_prune.preparation import (
     Images,
     budget_of,
+    check_own,
     fresh_model,
     held_out_batches,
     images_of,
@@ -35,6 +36,7 @@ from patrol_prune.preparation import (
     incoming_model,
     open_heads,
     planned,
+    private_regions,
     read_images,
     refuse_changed,
     rounding,
@@ -60,8 +62,7 @@ DENSE, PRUNED = "checkpoints/dense", "checkpoints/pruned"
 TRAINING, FINETUNING, ROUNDING = (f"checkpoints/{n}" for n in ("train", "finetune", "rounded"))
 STARTS_FROM = {TRAINING: ("data",), **dict.fromkeys((FINETUNING, ROUNDING), STAGES[:4]),
                **dict.fromkeys((AUDITING, EXPORT), STAGES[:STAGES.index("audit")])}
-"""Folders of what a stage keeps as it goes, or was made of it -> the stages whose result it began
-with."""
+"""Folders that a stage keeps, or was made of -> the stages whose result they began with."""
 Progress = Callable[[str, str], None]
 """Called with a stage's name and a sentence about it."""
 
@@ -140,7 +141,7 @@ def _opened(
     anew = overwrite or not (path / CONFIG).is_file()
     images = read_images(config) if anew else images_of(config, path)
     if anew:  # what cannot be had costs no earlier run, and leaves no folder
-        incoming_model(config, len(images.classes))
+        check_own(config, images)
     made = planned(config, images) if anew else None
     defaults = RunConfig(config.data, config.edge_macs).to_dict()
     with RunDirectory(path, config.to_dict(), overwrite=overwrite, defaults=defaults,
@@ -377,7 +378,7 @@ class Work:
             normalization=self.images.normalization,
             undefended=self.load(DENSE) if config.audit.undefended else None,
             config=config.attacker, settings={"rmle": config.rmle},
-            attacker_labels=self.images.attacker_labels,
+            attacker_labels=self.images.attacker_labels, private=private_regions(config),
             attacker_images=(None, *config.audit.attacker_images),
             check_attacks=config.audit.check_attacks, uploads=config.audit.uploads,
             device=str(self.device), examples=config.audit.examples, progress=self.say,

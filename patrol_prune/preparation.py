@@ -13,15 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from patrol_prune._tp import GroupMagnitudeImportance
+from patrol_prune.audit_scores import RegionScore
 from patrol_prune.cost import feature_bytes
 from patrol_prune.data import Batches, ImageSet, find_parts, fingerprints, load_image_folder
 from patrol_prune.defences import FeatureDropout, Quantisation
 from patrol_prune.errors import InputError, RunDirectoryError
-from patrol_prune.models import SMALL_RESNET, build_model, load_weights
+from patrol_prune.models import SMALL_RESNET, build_model, load_weights, own_function
 from patrol_prune.open_attention import open_attention
 from patrol_prune.pixels import Normalization
 from patrol_prune.plan import Plan, plan
 from patrol_prune.pruner import PatrolPruner
+from patrol_prune.regions import PrivateRegions
 from patrol_prune.settings import PrivacyConfig, RunConfig
 from patrol_prune.spectral_rules import read_blocks
 from patrol_prune.split import Split
@@ -29,7 +31,7 @@ from patrol_prune.storage import sha256_of
 
 logger = logging.getLogger(__name__)
 
-_CALIBRATING = 500
+_CALIBRATING, _CHUNK = 500, 128
 _ANEW = "give the run another --name, or start it anew with --overwrite."
 
 
@@ -194,6 +196,33 @@ def incoming_model(config: RunConfig, classes: int) -> tuple[nn.Module, bool]:
     return model, bool(load_weights(model, config.weights))
 
 
+def private_regions(config: RunConfig) -> PrivateRegions | None:
+    """Where the images are private; the user's module is imported."""
+    if config.private is None:
+        return None
+    find: Any = own_function(config.private, "detector", "mydetectors:faces")
+    return PrivateRegions(find, config.private_share)
+
+
+def check_own(config: RunConfig, images: Images) -> None:
+    """Refuse a model, weights and a detector of the user's own that a run could not go with.
+
+    Raises:
+        InputError: one of them is not there or not what it should be, or the detector finds
+            nothing in the pictures that the model is trained on, or in the victims'.
+    """
+    incoming_model(config, len(images.classes))
+    private = private_regions(config)
+    if private is None:
+        return
+    RegionScore(images.victims.float() / 255.0, private)
+    some = images.defender.pixels(_some_of(images.defender))
+    if not any((private.masks(part).sum((1, 2, 3)) >= 1.0).any() for part in some.split(_CHUNK)):
+        raise InputError(
+            f"Expected private regions in some of {len(some)} training images, came none. Look at "
+            f"what {config.private} gives for them: 1 where a pixel is private.")
+
+
 def open_heads(config: RunConfig, images: Images, model: nn.Module) -> tuple[str, ...]:
     """Give the attention heads of its own, where they may go; the layers that were replaced."""
     score = config.score
@@ -295,9 +324,14 @@ def with_dropout(privacy: PrivacyConfig, split: Split, seed: int) -> Split:
 def rounding(split: Split, bits: int, defender: ImageSet, normalization: Normalization) -> Split:
     """The split whose uploads are rounded to `bits`, each channel over the range that it takes on
     some of the defender's pictures; it shares the layers."""
-    count = min(_CALIBRATING, len(defender))
-    some = defender.pixels(torch.linspace(0, len(defender) - 1, count).round().long())
+    some = defender.pixels(_some_of(defender))
     return Quantisation(bits).apply(split, calibration=normalization.to_input(some))
+
+
+def _some_of(images: ImageSet) -> Tensor:
+    """Indices of up to 500, spread over all."""
+    count = min(_CALIBRATING, len(images))
+    return torch.linspace(0, len(images) - 1, count).round().long()
 
 
 def sent_bytes(split: Split, bits: int | None) -> int:

@@ -18,6 +18,7 @@ def audit_again(
     directory: str | Path,
     *,
     model: str | None = None,
+    private: str | None = None,
     attacks: Sequence[str] | None = None,
     seeds: Sequence[int] | None = None,
     attacker_images: Sequence[int] | None = None,
@@ -35,6 +36,7 @@ def audit_again(
         directory: of the run.
         model: of a run of the user's own model, the `module:function` in its settings: it is
             imported only where it is named here, because whoever wrote the folder chose it.
+        private: the same of a run's detector of private regions.
         attacks: names; those of the run without.
         seeds: one fresh attacker for each; those of the run without.
         attacker_images: attack once more with only so many images each; as in the run without.
@@ -45,12 +47,14 @@ def audit_again(
         progress: called with each stage and what happens in it.
 
     Raises:
-        InputError: the run's model is of a module of one's own, and `model` does not name it.
+        InputError: the run's model or its detector is of a module of one's own, and `model` or
+            `private` does not name it.
         RunDirectoryError: there is no run, it has no finished edge yet, the dense model that it
             is held against is gone, or the images are others.
     """
     path = Path(directory)
     config = config_of_run(path, model)
+    _refuse_unnamed(path, config.private or "", private, "private", "detector")
     own = config.audit
     who = replace(
         own, attacks=tuple(attacks or own.attacks),
@@ -90,7 +94,7 @@ def config_of_run(path: Path, model: str | None) -> RunConfig:
     if not (path / CONFIG).is_file():
         raise RunDirectoryError(f"{path} holds no run: it has no {CONFIG}. Give a run's folder.")
     config = RunConfig.from_yaml(path / CONFIG)
-    _refuse_unnamed(path, config.model, model)
+    _refuse_unnamed(path, config.model, model, "model", "model")
     return config
 
 
@@ -103,34 +107,36 @@ def refuse_unfinished(folder: RunDirectory) -> None:
         )
 
 
-def _refuse_unnamed(path: Path, name: str, given: str | None) -> None:
-    """Refuse to import a model's module that a run's folder names and the user does not."""
-    type_it = f"--model {shlex.quote(name)} (in Python, model={name!r})"
+def _refuse_unnamed(path: Path, name: str, given: str | None, option: str, what: str) -> None:
+    """Refuse to import a module that a run's folder names and the user does not."""
+    type_it = f"--{option} {shlex.quote(name)} (in Python, {option}={name!r})"
     if given is None and ":" in name:
         raise InputError(
-            f"The model of the run in {path} is {name!r}, a module that would be imported, which "
+            f"The {what} of the run in {path} is {name!r}, a module that would be imported, which "
             f"runs its code. If you trust it, say so: {type_it}."
         )
     if given not in (None, name):
         advice = f"Give {type_it}" if ":" in name else "Leave it out"
         raise InputError(
-            f"Expected the model of the run in {path}, which is {name!r}, came {given!r}. "
-            f"{advice}. Without a run's folder, --model of `patrol-prune audit` audits any model."
+            f"Expected the {what} of the run in {path}, which is {name or 'none'!r}, came "
+            f"{given!r}. {advice}. Without a run's folder, --model of `patrol-prune audit` audits "
+            "any model."
         )
 
 
 def _command(config: RunConfig, path: Path, own: AuditConfig) -> str:
     """What to type to have the same attackers once more; in Python where no option says it."""
-    who, named = config.audit, ":" in config.model
+    who, named, private = config.audit, ":" in config.model, config.private is not None
     if own.check_attacks > who.check_attacks or (own.attacker_images and not who.attacker_images):
         return (
             f"patrol_prune.reaudit.audit_again({str(path)!r}, "
-            + f"model={config.model!r}, " * named + f"attacks={who.attacks}, "
+            + f"model={config.model!r}, " * named + f"private={config.private!r}, " * private
+            + f"attacks={who.attacks}, "
             f"seeds={who.seeds}, attacker_images={who.attacker_images}, "
             f"check_attacks={who.check_attacks}, uploads={who.uploads})"
         )
     told = ["patrol-prune", "audit", str(path), *(["--model", config.model] * named),
-            "--attacks", *who.attacks,
+            *(["--private", str(config.private)] * private), "--attacks", *who.attacks,
             "--seeds", *map(str, who.seeds), "--uploads", str(who.uploads)]
     if who.attacker_images:
         told += ["--attacker-images", *map(str, who.attacker_images)]

@@ -45,10 +45,7 @@ class PrivateRegions:
             raise InputError(
                 "Expected find as a function from pixels [B, C, H, W] to a mask [B, 1, H, W], came "
                 f"{type(self.find).__name__}. Give a detector, or a function around one.")
-        if isinstance(self.share, bool) or not isinstance(self.share, (int, float)) or not (
-                0.0 < self.share <= 1.0):
-            raise InputError(f"Expected share as a number above 0 and up to 1, came {self.share!r}."
-                             " Leave private regions out where no pixel counts more than others.")
+        check_share(self.share)
 
     @torch.no_grad()
     def masks(self, pixels: Tensor) -> Tensor:
@@ -91,6 +88,13 @@ class PrivateRegions:
         total = masks.sum((1, 2, 3), keepdim=True)
         inside = masks / total.clamp(min=1.0) * (pixels.shape[2] * pixels.shape[3])
         return torch.where(total < 1.0, 1.0, (1.0 - self.share) + self.share * inside)
+
+
+def check_share(share: object) -> None:
+    """An InputError where this is no share of an error above 0."""
+    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0.0 < share <= 1.0:
+        raise InputError(f"Expected share as a number above 0 and up to 1, came {share!r}."
+                         " Leave private regions out where no pixel counts more than others.")
 
 
 def check_regions(private: object) -> None:

@@ -40,9 +40,9 @@ from patrol_prune.errors import InputError
 from patrol_prune.metrics import ssim
 from patrol_prune.storage import atomic_write_bytes, atomic_write_json, atomic_write_text
 from patrol_prune.tables import (
-    ATTACK_COLUMNS,
     HEADINGS,
     SUBJECTS,
+    attack_columns,
     console_table,
     merged_flags,
     render_table,
@@ -125,7 +125,7 @@ def _page(
         plots={name: _inline(data) for name, data in plots.items()},
         leak_text=", ".join(f"{label} {value:.3f}" for label, value, _ in _bars(audit)),
         attacks=twin["attacks"],
-        attack_columns=ATTACK_COLUMNS,
+        attack_columns=attack_columns(twin["attacks"]),
         subjects=SUBJECTS,
         flags=twin["flags"],
         limits=twin["limits"],

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from patrol_prune.finetune import FinetuneConfig, finetune
 from patrol_prune.objective import PatrolObjective
 from patrol_prune.pixels import Normalization
-from patrol_prune.preparation import Images, training_batches
+from patrol_prune.preparation import Images, private_regions, training_batches
 from patrol_prune.settings import RunConfig
 from patrol_prune.split import Split
 
@@ -28,7 +28,7 @@ def scoring_objective(
         beta=(privacy.beta or 1.0) if score.adv_weight else 0.0,
         noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
         surrogates=privacy.surrogates, surrogate_loss=privacy.surrogate_loss,
-        normalization=normalization, seed=config.seed,
+        private=private_regions(config), normalization=normalization, seed=config.seed,
     )
 
 
@@ -41,7 +41,8 @@ def training_objective(
         split, F.cross_entropy, alpha=privacy.alpha, beta=privacy.beta,
         noise_std=privacy.noise_std, lipschitz_form=privacy.lipschitz_form,
         surrogates=privacy.surrogates, surrogate_loss=privacy.surrogate_loss,
-        normalization=normalization, seed=config.seed + 1, precision=precision,
+        private=private_regions(config), normalization=normalization, seed=config.seed + 1,
+        precision=precision,
     )
 
 

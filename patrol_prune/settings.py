@@ -24,6 +24,7 @@ from patrol_prune.importance import TaskChange
 from patrol_prune.kept_whole import check_feature_channels
 from patrol_prune.lipschitz import LipschitzForm
 from patrol_prune.plain_settings import Config, as_plain, build
+from patrol_prune.regions import check_share
 from patrol_prune.rundir import read_config
 from patrol_prune.storage import atomic_write_text
 from patrol_prune.surrogate import SURROGATE_LOSSES, SURROGATE_SETS
@@ -216,6 +217,10 @@ class RunConfig:
         batch_size: images in a training batch.
         normalization: of pixels; "auto" is ImageNet's statistics with weights for a torchvision
             model, the training images' own otherwise.
+        private: module:function of a detector of your own, pixels on [0, 1] to 1 where a picture is
+            private and 0 elsewhere: what may not be seen above all (`regions.PrivateRegions`).
+        private_share: of an image's error that is counted there, for the attackers inside, for the
+            model against them, and for one more attack on it, `aimed_ssim`.
         device: cpu, cuda, cuda:1, mps, or auto.
         seed: of everything.
         train: training of the dense model.
@@ -241,6 +246,8 @@ class RunConfig:
     runs: str = "runs"
     batch_size: int = 64
     normalization: Literal["auto", "dataset", "imagenet", "none"] = "auto"
+    private: str | None = None
+    private_share: float = 0.5
     device: str = "auto"
     seed: int = 0
     train: FinetuneConfig = field(
@@ -282,6 +289,10 @@ class RunConfig:
                              ("normalization", ("auto", "dataset", "imagenet", "none"))):
             check_among(getattr(self, key), key, options)
         check_feature_channels(self.feature_channels, self.boundary, self.score.structures)
+        check_share(self.private_share)
+        if self.private is None and self.private_share != RunConfig.private_share:
+            raise InputError("Expected --private beside --private-share, came none. Name a "
+                             "detector of your own as module:function.")
         if self.bits is not None:
             Quantisation(self.bits)  # refuses what it refuses
             if self.privacy.alpha:

@@ -36,7 +36,8 @@ TRIAL_COLUMNS = {
 UPLOAD_COLUMNS = {"feature_channels": "Channels", "bits": "Bits"}
 """Of a search that tries them, beside those."""
 REGION_COLUMNS = {"private_ssim": "private"}
-"""SSIM there, of an audit that was told where pictures are private; instead of PSNR."""
+"""SSIM there, of an audit that was told where pictures are private; in a terminal instead of PSNR.
+"""
 _IN_A_TERMINAL = ("attack", "attacker", "ssim", "ssim_worst5", "psnr", "mse", "rank1")
 
 
@@ -91,14 +92,21 @@ def console_table(summary: RunSummary, audit: Audit) -> Table:
     return table
 
 
+def attack_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Keys of rows of attacks and their headings, with private regions where those were asked for.
+    """
+    asked = any(row["private_ssim"] is not None for row in rows)
+    return {**ATTACK_COLUMNS, **(REGION_COLUMNS if asked else {})}
+
+
 def attack_table(audit: Audit) -> Table:
     """One line for each subject, attack and attacker, the strongest of a subject first."""
     table = Table(title="What each attack rebuilds")
     table.add_column("")
     rows = attack_rows(audit.records)
-    asked = any(row["private_ssim"] is not None for row in rows)
-    columns = ["private_ssim" if asked and key == "psnr" else key for key in _IN_A_TERMINAL]
-    headings = {**ATTACK_COLUMNS, **REGION_COLUMNS}
+    headings = attack_columns(rows)
+    columns = ["private_ssim" if key == "psnr" and "private_ssim" in headings else key
+               for key in _IN_A_TERMINAL]
     for key in columns:
         left = key == "attack"
         table.add_column(headings[key], justify="left" if left else "right", no_wrap=left)
