@@ -58,7 +58,7 @@ def test_it_finds_plates_of_vehicles_that_it_has_not_seen(
 ) -> None:
     module, file = script["finder"], runs / "finder.safetensors"
     monkeypatch.setattr(module, "_BATCH", 16)
-    monkeypatch.setattr(module, "_STEPS", 40)
+    monkeypatch.setattr(module, "_STEPS", 64)
     config = _config(script, runs, private_plates=0.25)
     assert module.regions(_config(script, runs), people.defender.images, None, file,
                           torch.device("cpu")) is None
