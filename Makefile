@@ -10,8 +10,9 @@ STAMP := .venv/installed
 $(STAMP): setup.cfg pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, this is " + sys.version.split()[0] + ". Give one: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@# Files are compiled as they are imported: of the 14,000 that are installed, few ever are.
 	@echo 'Installing into .venv; the first time this fetches PyTorch and takes some minutes.'
-	$(BIN)/python -m pip install --quiet -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile -e '.[test]'
 	touch $@
 
 test: lint types
