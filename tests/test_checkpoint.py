@@ -235,6 +235,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_another_process_needs_the_factory_alone(tmp_path: Path, root: Path) -> None:
     split = trained_split(small, "layer3", pruned=True)
     save(split, tmp_path / "e")

@@ -343,8 +343,8 @@ def test_interrupted_says_how_to_go_on(
     assert f"patrol-prune run --config '{file}'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("ends", [
-    signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_or_a_scheduler_ends_a_real_process(
     tmp_path: Path, write_folder: Callable[..., Path], root: Path, ends: signal.Signals
 ) -> None:
