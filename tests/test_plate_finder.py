@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from vehicle_helpers import few_vehicles
 
 import patrol_prune as pp
 from patrol_prune.errors import InputError
@@ -20,14 +21,6 @@ def script(import_vehicles: Callable[[str], ModuleType]) -> dict[str, Any]:
     return {name: import_vehicles(name) for name in ("run", "pictures", "finder", "stages")}
 
 
-def _config(script: Any, runs: Path, **more: Any) -> Any:
-    return script["run"].build(script["run"].ReidRun, {
-        "runs": str(runs), "rendered": {"identities": 32, "cameras": 3, "images_per_camera": 2},
-        "batch": {"identities": 4, "images_each": 3},
-        "attackers": {"victims": 8, "reader_share": 0.4}, **more,
-    }, "the test")
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
@@ -35,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def people(script: Any, runs: Path) -> Any:
-    return script["pictures"].everybody(_config(script, runs))
+    return script["pictures"].everybody(few_vehicles(script, runs))
 
 
 def test_masks_reach_a_little_beyond_the_plates(script: Any) -> None:
@@ -59,8 +52,8 @@ def test_it_finds_plates_of_vehicles_that_it_has_not_seen(
     module, file = script["finder"], runs / "finder.safetensors"
     monkeypatch.setattr(module, "_BATCH", 16)
     monkeypatch.setattr(module, "_STEPS", 64)
-    config = _config(script, runs, private_plates=0.25)
-    assert module.regions(_config(script, runs), people.defender.images, None, file,
+    config = few_vehicles(script, runs, private_plates=0.25)
+    assert module.regions(few_vehicles(script, runs), people.defender.images, None, file,
                           torch.device("cpu")) is None
     assert not file.exists()
     private = module.regions(config, people.defender.images, people.truth, file,
@@ -85,20 +78,20 @@ def test_a_finder_that_marks_nothing_or_everything_is_refused(
                         lambda finder, *_, **__: finder.last.bias.data.fill_(bias))
     file = runs / "blind.safetensors"
     with pytest.raises(InputError, match=r"overlap plates by 50% or more, came \d+%"):
-        script["finder"].regions(_config(script, runs, private_plates=0.5), people.defender.images,
-                                 people.truth, file, torch.device("cpu"))
+        script["finder"].regions(few_vehicles(script, runs, private_plates=0.5),
+                                 people.defender.images, people.truth, file, torch.device("cpu"))
     assert not file.exists()
 
 
 def test_a_share_out_of_its_range_is_refused(script: Any, runs: Path) -> None:
     for share in (-0.1, 1.5):
         with pytest.raises(InputError, match="private_plates as a share from 0 to 1"):
-            _config(script, runs, private_plates=share)
+            few_vehicles(script, runs, private_plates=share)
 
 
 def test_the_result_tells_it(script: Any, runs: Path) -> None:
-    assert script["finder"].notes(_config(script, runs)) == []
-    (told,) = script["finder"].notes(_config(script, runs, private_plates=0.5))
+    assert script["finder"].notes(few_vehicles(script, runs)) == []
+    (told,) = script["finder"].notes(few_vehicles(script, runs, private_plates=0.5))
     assert "50% of an error was counted on plates" in told and "aimed_ssim" in told
 
 
@@ -106,7 +99,7 @@ def test_the_result_tells_it(script: Any, runs: Path) -> None:
 def test_a_whole_run_that_aims_at_plates(script: Any, runs: Path) -> None:
     """Detector, scores, training, attack, page; and the same again from the finder that is kept."""
     short = {"epochs": 1, "inner_steps": 1, "surrogate_warmup_steps": 2}
-    config = _config(
+    config = few_vehicles(
         script, runs, name="aimed", at="layer3", private_plates=0.5, bits=2, train={"epochs": 1},
         finetune={**short, "distill_weight": 0.0}, rounded=short,
         score={"batches": 2, "surrogate_steps": 2},

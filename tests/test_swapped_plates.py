@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from vehicle_helpers import few_vehicles
 
 from patrol_prune.errors import InputError
 from patrol_prune.leaks import plate_cells
@@ -22,14 +23,6 @@ def script(import_vehicles: Callable[[str], ModuleType]) -> dict[str, Any]:
     return {name: import_vehicles(name) for name in ("run", "pictures", "plates", "stages")}
 
 
-def _config(script: Any, runs: Path, **more: Any) -> Any:
-    return script["run"].build(script["run"].ReidRun, {
-        "runs": str(runs), "rendered": {"identities": 32, "cameras": 3, "images_per_camera": 2},
-        "batch": {"identities": 4, "images_each": 3},
-        "attackers": {"victims": 8, "reader_share": 0.4}, **more,
-    }, "the test")
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("runs")
@@ -37,7 +30,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def people(script: Any, runs: Path) -> Any:
-    return script["pictures"].everybody(_config(script, runs))
+    return script["pictures"].everybody(few_vehicles(script, runs))
 
 
 def _outside(boxes: torch.Tensor, side: int) -> torch.Tensor:
@@ -74,7 +67,7 @@ def test_the_donors_plate_is_seen_and_all_around_it_stays(script: Any, people: A
 
 def test_batches_are_those_without_it_but_for_the_plates(script: Any, people: Any,
                                                          runs: Path) -> None:
-    config, make = _config(script, runs), script["plates"].training_batches
+    config, make = few_vehicles(script, runs), script["plates"].training_batches
     for augment in (False, True):
         plain, swapped, again = (
             list(make(config, people, 2, augment=augment, swapped=on))
@@ -112,7 +105,7 @@ def test_plates_come_from_other_vehicles_and_from_where_nothing_hides_them(
 
 def test_a_teacher_that_tells_plates_is_refused(script: Any, runs: Path) -> None:
     with pytest.raises(InputError, match="no teacher beside swap_plates"):
-        _config(script, runs, swap_plates=True)
+        few_vehicles(script, runs, swap_plates=True)
 
 
 @pytest.mark.parametrize("on", [False, True])
@@ -121,7 +114,7 @@ def test_the_dense_model_learns_from_the_pictures_as_they_are(
 ) -> None:
     swapping = script["plates"].SwappedPlates
     with RunDirectory(tmp_path / "run", {}) as folder:
-        config = _config(script, runs, swap_plates=on, finetune={"distill_weight": 0.0})
+        config = few_vehicles(script, runs, swap_plates=on, finetune={"distill_weight": 0.0})
         work = script["stages"].Work(config, folder, lambda *_: None, people)
         for stage in ("dense", "taylor", "patrol"):
             work.stage = stage
